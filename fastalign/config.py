@@ -1,0 +1,146 @@
+"""Every setting of a run: one dataclass per section, defaults documented beside the field.
+
+The command line and YAML are built from these classes (see ``cli.py``). ``loss`` is not here: the keyword arguments
+of the chosen loss function are its schema.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """Which model, in which precision."""
+
+    path: str | None = None
+    """Hub name or local directory of a causal LM."""
+    config: dict[str, Any] | None = None
+    """Inline Hugging Face config (with `model_type`) to start from random weights instead of `path`."""
+    tokenizer: str | None = None
+    """Hub name, local directory or `builtin:bpe` (trained on built-in text); default: that of `path`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Parameter dtype; `auto` is the checkpoint's own."""
+    autocast: bool | None = None
+    """bf16 autocast over fp32 parameters; default: on CUDA only."""
+    attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
+    """Backend of the packed attention; `auto` takes the best one present and logs which."""
+    on_mismatch: Literal["raise", "fallback"] = "raise"
+    """When the first packed batch disagrees with the plain forward: stop, or go on without sharing prefixes."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in backward."""
+    trust_remote_code: bool = False
+    """Run model code shipped with the checkpoint."""
+
+
+@dataclass
+class DataConfig:
+    """Which examples, and how they become tokens."""
+
+    path: str = "builtin:docstrings"
+    """Hub name, file (.jsonl .json .jsonl.gz .parquet .csv), directory, or `builtin:NAME`."""
+    split: str = "train"
+    """Split of a hub dataset or directory."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Rename map from the column fastalign expects to the one in the data, e.g. `{prompt: question, completion: answer}`."""
+    format: Literal["auto", "text", "prompt_completion", "preference"] = "auto"
+    """Row format; `auto` recognises it from the columns."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the tokenizer's own."""
+    max_length: int = 1024
+    """Longest sequence in tokens, prompt and completion together."""
+    truncation: Literal["completion", "drop"] = "completion"
+    """A longer sequence loses the end of its completion, or is dropped; a prompt that fills `max_length` always drops it."""
+    eval_path: str | None = None
+    """Held-out data, in the same format."""
+    eval_fraction: float = 0.0
+    """Share of `path` held out when there is no `eval_path`."""
+    limit: int | None = None
+    """Use only the first so many rows."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; default `~/.cache/fastalign`."""
+
+
+@dataclass
+class BatchConfig:
+    """How much is computed at once."""
+
+    size: int = 8
+    """Examples per optimizer step over all ranks: sequences for sft, pairs for dpo."""
+    tokens: int = 4096
+    """Budget of computed tokens per micro-batch; a longer group gets a micro-batch of its own."""
+    share_prefix: bool = True
+    """Compute the prompt of a pair once."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule and clipping."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moment decays."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after warm-up; linear and cosine end at zero."""
+    warmup: float = 0.0
+    """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
+    clip_norm: float = 1.0
+    """Global gradient norm limit; 0 switches clipping off."""
+
+
+@dataclass
+class ParallelConfig:
+    """The device mesh (dp_replicate, dp_shard)."""
+
+    dp_replicate: int = 1
+    """Replicas of the sharded model."""
+    dp_shard: int = -1
+    """Ranks that share one copy of the weights (FSDP2); -1: all ranks that are left."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, how long it goes on, how it repeats."""
+
+    output_dir: str = "runs/latest"
+    """Run directory: config, metrics, checkpoints, model, report."""
+    steps: int | None = None
+    """Optimizer steps; default: `epochs`."""
+    epochs: float = 1.0
+    """Passes over the data when `steps` is not given."""
+    seed: int = 0
+    """Seed of initial weights and data order."""
+    log_every: int = 1
+    """Steps between lines on the console; metrics.jsonl always gets every step."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end only, when there is held-out data."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Whole checkpoints kept."""
+    resume: bool | str = False
+    """true: from the newest whole checkpoint in `output_dir` (a fresh start if there is none); or a checkpoint's path."""
+    deterministic: bool = False
+    """Refuse any kernel whose result may differ between two runs."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Extra metric sinks, if installed."""
+
+
+@dataclass
+class Config:
+    """A whole run. `loss` holds the loss's name and keyword arguments, checked against its signature."""
+
+    method: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,150 @@
+"""The shapes that cross rooms, documented once.
+
+Letters, everywhere in this package: T packed tokens, N scored tokens, B sequences, P pairs, G group size,
+S segments, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a row that is not scored."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The attention layout of a packed row, on the host: segment s is rows ``offsets[s]:offsets[s+1]``.
+
+    A token sees its own segment up to itself, and all of its segment's parent, grandparent, and so on.
+    A parent precedes its children.
+
+    Attributes:
+        offsets: ``[S+1]`` row offsets.
+        parents: ``[S]`` index of the prefix segment, -1 for a root.
+    """
+
+    offsets: Sequence[int]
+    parents: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A forest of token segments without padding: each segment is a prompt or a response.
+
+    Attributes:
+        input_ids: ``[T]`` int64, segments back to back.
+        position_ids: ``[T]`` int64; a response continues the positions of its prompt.
+        cu_segments: ``[S+1]`` int32 row offsets of the segments; stays on the host, where layouts are decided.
+        parents: ``[S]`` int32 prefix segment of each segment, -1 for a root; stays on the host.
+        rows: ``[N]`` int64, the hidden row that predicts each scored token (the last prompt row appears once per response).
+        labels: ``[N]`` int64, the predicted tokens.
+        cu_seqlens: ``[B+1]`` int32, offsets of each logical sequence in the N scored tokens.
+        example_ids: dataset position of each example in the batch, in order; names the batch in error messages.
+        logical_tokens: tokens before sharing, the prompt counted once per response.
+        ref_logps: ``[N]`` fp32 log-probs under the reference, when known.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_segments: Tensor
+    parents: Tensor
+    rows: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    example_ids: tuple[int, ...]
+    logical_tokens: int
+    ref_logps: Tensor | None = None
+
+    @property
+    def segments(self) -> Segments:
+        """The attention layout over the T rows."""
+        return Segments(self.cu_segments.tolist(), self.parents.tolist())
+
+    @property
+    def num_tokens(self) -> int:
+        """T: the tokens the backbone computes."""
+        return self.input_ids.numel()
+
+    @property
+    def num_scored(self) -> int:
+        """N: the tokens the head scores."""
+        return self.labels.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """B: logical sequences, a pair counting two."""
+        return self.cu_seqlens.numel() - 1
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on ``device``, the layout excepted."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name not in ("cu_segments", "parents") and isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the head knows about scored tokens; all floating tensors are fp32 (fp64 for fp64 inputs).
+
+    Inside a ``loss_fn`` it holds the n scored rows of one chunk; returned from an op it holds all N rows, detached,
+    zero on rows that are not scored.
+
+    Attributes:
+        logps: ``[n]`` log-prob of the label.
+        rows: ``[n]`` int64 positions in the op's N rows.
+        entropy: ``[n]`` entropy in nats, when asked for.
+        is_top1: ``[n]`` bool, the label has the largest logit; detached.
+        sequences: ``[b]`` int64 global sequence ids of the chunk, when aligned.
+        cu_seqlens: ``[b+1]`` int64 offsets of those sequences in the chunk's rows, when aligned.
+        metrics: sums of the metrics that ``loss_fn`` returned, over all chunks.
+    """
+
+    logps: Tensor
+    rows: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    sequences: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Sequence log-probs of P preference pairs: sums over completion tokens, fp32 ``[P]``.
+
+    Attributes:
+        chosen, rejected: under the policy.
+        ref_chosen, ref_rejected: under the reference; zeros for reference-free losses.
+        chosen_lengths, rejected_lengths: ``[P]`` number of scored tokens.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A micro-batch's share of the loss and the sums behind its metrics.
+
+    Attributes:
+        loss: ``[]``, already divided by the global count; connected to the graph.
+        metrics: detached sums by name; the engine adds them over micro-batches and ranks, then divides.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
