@@ -1,0 +1,62 @@
+"""Sums over segments, and the reductions whose denominators are global.
+
+Every denominator is an argument: the count over all ranks and all micro-batches of the optimizer step, known before the
+first backward. A reduction therefore returns this micro-batch's share of the loss, and shares add up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of each segment, in a fixed order; an empty segment gives 0.
+
+    Args:
+        x: ``[n]`` values, differentiable.
+        cu_seqlens: ``[b+1]`` integer offsets.
+
+    Returns:
+        ``[b]`` in the dtype of ``x``.
+
+    >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2, 3]))
+    tensor([3., 0., 4.])
+    """
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.to(torch.int64), initial=0.0)
+
+
+def lengths(cu_seqlens: Tensor) -> Tensor:
+    """``[b]`` number of elements of each segment, from ``[b+1]`` offsets."""
+    return cu_seqlens.diff()
+
+
+def token_mean(losses: Tensor, num_tokens: int | Tensor) -> Tensor:
+    """``sum_t l_t / num_tokens``: every scored token weighs the same (SFT, DAPO, PPO).
+
+    Args:
+        losses: ``[n]`` per-token losses.
+        num_tokens: scored tokens of the whole optimizer step.
+    """
+    return losses.sum() / num_tokens
+
+
+def seq_mean_token_mean(losses: Tensor, cu_seqlens: Tensor, num_sequences: int | Tensor) -> Tensor:
+    """``sum_i mean_t l_it / num_sequences``: every sequence weighs the same (GRPO); empty sequences add 0."""
+    return (segment_sum(losses, cu_seqlens) / lengths(cu_seqlens).clamp(min=1)).sum() / num_sequences
+
+
+def seq_mean_token_sum(losses: Tensor, num_sequences: int | Tensor) -> Tensor:
+    """``sum_i sum_t l_it / num_sequences``: sequence log-probs averaged over sequences (RLOO)."""
+    return losses.sum() / num_sequences
+
+
+def constant(losses: Tensor, num_sequences: int | Tensor, budget: int) -> Tensor:
+    """``sum_t l_t / (num_sequences * budget)``: a fixed length in place of the true one (Dr.GRPO)."""
+    return losses.sum() / (num_sequences * budget)
+
+
+def sum_and_count(values: Tensor, count: int | None = None) -> Tensor:
+    """A metric's ``[2]`` fp64 (sum, count), detached: such pairs add over chunks, micro-batches and ranks, then divide."""
+    total = values.detach().sum(dtype=torch.float64)
+    return torch.stack([total, total.new_tensor(values.numel() if count is None else count)])

@@ -1,0 +1,34 @@
+"""Losses of supervised fine-tuning, per scored token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastalign.losses.reduce import sum_and_count
+from fastalign.types import TokenStats
+
+
+def sft(logps: Tensor) -> Tensor:
+    """Negative log-likelihood, ``l_t = -ln p(y_t)`` in nats, to be reduced by ``token_mean``.
+
+    Args:
+        logps: ``[n]`` log-probs of the scored tokens.
+
+    Returns:
+        ``[n]`` losses.
+    """
+    return -logps
+
+
+def metrics(stats: TokenStats, losses: Tensor) -> dict[str, Tensor]:
+    """``[2]`` (sum, count) per metric: ``loss`` and those of ``token_metrics``."""
+    return {"loss": sum_and_count(losses), **token_metrics(stats)}
+
+
+def token_metrics(stats: TokenStats) -> dict[str, Tensor]:
+    """``mean_token_accuracy`` and, when the head was asked for it, ``entropy``: means over scored tokens."""
+    known = {"mean_token_accuracy": stats.is_top1, "entropy": stats.entropy}
+    return {name: sum_and_count(value) for name, value in known.items() if value is not None}
+
+
+LOSSES = {"sft": sft}
