@@ -17,9 +17,9 @@ HAND = {
 
 
 def hand_pair(dtype=torch.float64):
-    value = lambda x: torch.tensor([x], dtype=dtype)  # noqa: E731 - four columns of one table
-    chosen, rejected = value(-10.4).requires_grad_(), value(-12.9).requires_grad_()
-    return PairLogps(chosen, rejected, value(-10.0), value(-12.0), torch.tensor([5]), torch.tensor([6]))
+    chosen, rejected = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in (-10.4, -12.9))
+    references = (torch.tensor([x], dtype=dtype) for x in (-10.0, -12.0))
+    return PairLogps(chosen, rejected, *references, torch.tensor([5]), torch.tensor([6]))
 
 
 @pytest.mark.parametrize(("name", "beta"), HAND)

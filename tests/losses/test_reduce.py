@@ -1,5 +1,7 @@
 """Reductions share one rule: shares computed with global denominators add up to the whole."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ OFFSETS = torch.tensor([0, 3, 3, 10, 17])
 def test_segment_sum_and_its_gradient():
     x = torch.randn(17, dtype=torch.float64, requires_grad=True)
     out = reduce.segment_sum(x, OFFSETS)
-    expected = torch.stack([x[a:b].sum() for a, b in zip(OFFSETS, OFFSETS[1:], strict=False)])
+    expected = torch.stack([x[a:b].sum() for a, b in pairwise(OFFSETS)])
     torch.testing.assert_close(out, expected)
     weights = torch.tensor([1.5, 7.0, -2.0, 3.0], dtype=torch.float64)
     (grad,) = torch.autograd.grad((out * weights).sum(), x)
