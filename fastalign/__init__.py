@@ -1,0 +1,1 @@
+"""Align language models: fused kernels, packed batches, one training loop."""

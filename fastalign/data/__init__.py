@@ -1,0 +1,1 @@
+"""Data: rows to token examples to packed batches."""

@@ -1,0 +1,1 @@
+"""Models: loading, and the policy module around backbone and head."""

@@ -1,0 +1,1 @@
+"""Ops: the reference definitions, their backends and the choice among them."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; needs torch and triton only."""
