@@ -1,0 +1,104 @@
+"""What every benchmark needs: the machine's description, appended records, quantiles, errors, tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "datasets", "accelerate")
+MIB = 2**20
+
+
+def version(package: str) -> str | None:
+    """The installed version of ``package``, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checked-out commit, with ``+`` when tracked files differ from it; ``unknown`` outside a git checkout."""
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return run.stdout.strip() if run.returncode == 0 else "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Where a figure was measured: device, threads, versions, commit, time."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "commit": commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def record(name: str, rows: Iterable[dict[str, Any]]) -> Path:
+    """Append ``rows`` to ``bench/results/<name>.json``, one JSON object per line, each with the environment."""
+    path = RESULTS / f"{name}.json"
+    where = environment()
+    with path.open("a") as file:
+        file.writelines(json.dumps({**row, **where}) + "\n" for row in rows)
+    return path
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], statistics.median(samples), fifths[-1]
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """``max |value - truth| / max |truth|`` in float64; infinite when ``value`` is not finite."""
+    difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-300)
+    return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+def shared_data(name: str) -> Path | None:
+    """``data/<name>`` in the shared folder (``FASTALIGN_SHARED``, else beside the checkout), or None when absent."""
+    path = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared")) / "data" / name
+    return path if path.exists() else None
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
+    """A table on the terminal; the first column is left-aligned, the others right."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A pipe has no width of its own; 80 columns would fold the figures.
+    (console if console.is_terminal else Console(width=140)).print(table)

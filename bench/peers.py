@@ -1,0 +1,102 @@
+"""The peers: what is installed, and how each is run as its own documentation recommends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.common import version
+from bench.workload import Workload
+
+WANTED = {"trl": "1.16", "liger_kernel": "0.8"}
+
+
+def missing(package: str) -> str | None:
+    """Why ``package`` cannot be measured, or None when it can."""
+    found = version(package)
+    if found is None:
+        return f"{package} is not installed (wanted {WANTED[package]}.x: pip install 'fastalign[peers]')"
+    if not found.startswith(WANTED[package] + "."):
+        return f"{package} {found} is installed, {WANTED[package]}.x is what this benchmark was written for"
+    return None
+
+
+@dataclass
+class StepLog:
+    """What a side reports: the clock and the loss at the end of every step.
+
+    Attributes:
+        wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
+        losses: one per step.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def tick(self) -> None:
+        """Read both clocks."""
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+
+def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], Any]:
+    """TRL's DPOTrainer on the workload: everything is built here, the returned function trains.
+
+    Args:
+        select_rows: score completion rows only, as TRL does on a GPU. As installed it scores every padded row on a CPU.
+    """
+    import trl.trainer.utils
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    if select_rows:
+        trl.trainer.utils._use_triton = lambda device: True
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            log.tick()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            log.tick()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                log.losses.append(logs["loss"])
+
+    trainer = DPOTrainer(
+        model=str(work.model),
+        args=_trl_config(DPOConfig, work),
+        train_dataset=load_dataset("json", data_files=str(work.data), split="train", cache_dir=str(work.path / "hf")),
+        processing_class=AutoTokenizer.from_pretrained(work.model),
+        callbacks=[Clock()],
+    )
+    return trainer.train
+
+
+def _trl_config(config: Callable[..., Any], work: Workload) -> Any:
+    """The settings that make both sides equal: no checkpointing, same optimizer, same order of pairs."""
+    return config(
+        output_dir=str(work.path / "trl"),
+        model_init_kwargs={"dtype": work.dtype},
+        per_device_train_batch_size=work.pairs,
+        max_steps=work.steps,
+        max_length=work.max_length,
+        beta=work.beta,
+        learning_rate=work.lr,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=work.seed,
+    )

@@ -1,0 +1,136 @@
+"""The preference workload of ``bench/train.py``: real pairs, a tokenizer trained on them, a Llama with fixed weights."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from bench.common import shared_data
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training run that every side executes alike.
+
+    Attributes:
+        directory: where the model, the pairs and the results lie.
+        steps: optimizer steps, ``pairs`` preference pairs each.
+        warmup: first steps left out of the timing.
+    """
+
+    directory: str
+    steps: int = 12
+    warmup: int = 2
+    pairs: int = 8
+    max_length: int = 512
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    layers: int = 6
+    dtype: str = "float32"
+    threads: int = 2
+    beta: float = 0.1
+    lr: float = 1e-4
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        return Path(self.directory)
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "pairs.jsonl"
+
+    def save(self) -> Path:
+        """Write the workload for a subprocess to read."""
+        file = self.path / "workload.json"
+        file.write_text(json.dumps(asdict(self)))
+        return file
+
+    @staticmethod
+    def load(file: str | Path) -> Workload:
+        """What `save` wrote."""
+        return Workload(**json.loads(Path(file).read_text()))
+
+
+def split_turns(row: dict[str, str]) -> dict[str, str] | None:
+    """An hh-rlhf row as prompt, chosen, rejected: the prompt ends with the last assistant turn; None if not shared."""
+    cut = row["chosen"].rfind("\n\nAssistant:") + len("\n\nAssistant:")
+    prompt = row["chosen"][:cut]
+    chosen, rejected = row["chosen"][cut:], row["rejected"][cut:]
+    if row["rejected"][:cut] != prompt or not chosen.strip() or not rejected.strip():
+        return None
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def read_pairs() -> list[dict[str, str]]:
+    """All hh-rlhf pairs with a common prompt and two answers.
+
+    Raises:
+        FileNotFoundError: without the shared data.
+    """
+    folder = shared_data("hh-rlhf")
+    if folder is None:
+        raise FileNotFoundError("hh-rlhf is not here: put its files under ../shared/data, or set FASTALIGN_SHARED")
+    with gzip.open(folder / "harmless-base-test.jsonl.gz", "rt") as file:
+        pairs = [split_turns(json.loads(line)) for line in file]
+    return [pair for pair in pairs if pair is not None]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with an end-of-text and a padding token."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[EOS, PAD], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def llama_config(work: Workload, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """Heads of 64, grouped two to a key head; an MLP of three hidden sizes."""
+    heads = max(1, work.hidden_size // 64)
+    return LlamaConfig(
+        vocab_size=work.vocab_size,
+        hidden_size=work.hidden_size,
+        intermediate_size=3 * work.hidden_size,
+        num_hidden_layers=work.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=work.max_length,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _choose(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, work: Workload) -> list[dict[str, str]]:
+    """``steps * pairs`` pairs in a seeded order, none of which a side would drop for its long prompt."""
+    random.Random(work.seed).shuffle(pairs)
+    short = [pair for pair in pairs if len(tokenizer(pair["prompt"]).input_ids) < work.max_length - 1]
+    return short[: work.steps * work.pairs]
+
+
+def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[str, Any]:
+    """Write tokenizer, initial weights and pairs; returns what the data is like."""
+    pairs = read_pairs() if pairs is None else list(pairs)
+    tokenizer = train_tokenizer([text for pair in pairs for text in pair.values()], work.vocab_size)
+    torch.manual_seed(work.seed)
+    model = LlamaForCausalLM(llama_config(work, tokenizer)).to(getattr(torch, work.dtype))
+    tokenizer.save_pretrained(work.model)
+    model.save_pretrained(work.model)
+    chosen = _choose(pairs, tokenizer, work)
+    work.data.write_text("".join(json.dumps(pair) + "\n" for pair in chosen))
+    return {"pairs": len(chosen), "parameters": model.num_parameters()}
