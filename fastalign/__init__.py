@@ -1,1 +1,3 @@
-"""Align language models: fused kernels, packed batches, one training loop."""
+"""fastalign aligns language models: fused losses, packed batches, shared prompts, on CPU and GPU."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,46 @@
+# make demo   make test   make check   make clean
+# Each makes .venv when it is missing. VENV=PATH names an environment of your own: it keeps its torch and its versions.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+TORCH := torch==2.13.0
+
+ifeq ($(origin VENV),file)
+CONSTRAINTS := -c constraints.txt
+endif
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastalign/_C*.so
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fastalign needs Python 3.10 or newer, $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first, spelled exactly so: any other spelling may resolve to a build that brings gigabytes of CUDA packages.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed-demo: EXTRAS :=
+$(VENV)/.installed-test: EXTRAS := [test,peers]
+$(VENV)/.installed-check: EXTRAS := [check]
+$(VENV)/.installed-%: $(SOURCES) | $(VENV)/.torch
+	$(PIP) $(CONSTRAINTS) -e '.$(EXTRAS)'
+	@touch $@

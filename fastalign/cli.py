@@ -1,0 +1,109 @@
+"""The command line: ``fastalign METHOD --config run.yaml --loss.beta 0.2``.
+
+Nothing heavy is imported before a command needs it. A mistake of the user is answered with one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from fastalign.arguments import METHODS, UsageError, nearest, parse_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 1 when the run fails, 2 for bad usage, 130 when interrupted."""
+    try:
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+    except UsageError as error:
+        return fail(str(error), code=2)
+    except (ValueError, OSError) as error:
+        return fail(str(error), code=1)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line, after the traceback if FASTALIGN_DEBUG=1."""
+    if os.environ.get("FASTALIGN_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    if os.environ.get("RANK", "0") != "0":
+        # The same error on every rank is told once: during this nap rank 0's exit makes torchrun stop the others.
+        time.sleep(2)
+    print(f"fastalign: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def run_command(argv: list[str]) -> int:
+    """Find the command in ``argv`` and run it on the arguments that follow."""
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in METHODS:
+        return train(name, rest)
+    command = COMMANDS.get(name.removeprefix("--"))
+    if command is None:
+        raise UsageError(f"unknown command {name!r}{nearest(name, [*METHODS, *COMMANDS])} (all: fastalign --help)")
+    return command(rest)
+
+
+def usage() -> str:
+    """The text of ``fastalign --help``."""
+    lines = [(name, method.help) for name, method in METHODS.items()]
+    lines += [(name, str(command.__doc__)) for name, command in COMMANDS.items()]
+    commands = "\n".join(f"  {name:9}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
+    return (
+        "usage: fastalign COMMAND [--config run.yaml] [--section.key value ...]\n\n"
+        f"Align language models.\n\ncommands:\n{commands}\n\n"
+        "fastalign COMMAND --help       every setting, with its default\n"
+        "fastalign dpo --print_config   the settings as YAML\n"
+        "torchrun --nproc-per-node 2 -m fastalign dpo --config run.yaml"
+    )
+
+
+def train(method: str, argv: list[str]) -> int:
+    """Train with one method."""
+    config = parse_config(method, argv)
+    from fastalign.engine.train import train as run  # brings transformers and datasets
+
+    run(config)
+    return 0
+
+
+def info(argv: list[str]) -> int:
+    """Print versions, devices, and each op's backend with the reason."""
+    parser = argparse.ArgumentParser(prog="fastalign info", description=info.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    as_json = parser.parse_args(argv).json
+    from fastalign.info import collect, render  # brings torch
+
+    print(render(collect(), as_json))
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Rewrite the report.html of a run directory."""
+    parser = argparse.ArgumentParser(prog="fastalign report", description=report.__doc__)
+    parser.add_argument("run_dir", help="the output_dir of a run")
+    run_dir = parser.parse_args(argv).run_dir
+    from fastalign.engine.report import write_report  # brings torch
+
+    print(write_report(run_dir))
+    return 0
+
+
+def version(argv: list[str]) -> int:
+    """Print the version of fastalign."""
+    argparse.ArgumentParser(prog="fastalign version", description=version.__doc__).parse_args(argv)
+    from fastalign import __version__
+
+    print(f"fastalign {__version__}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"info": info, "report": report, "version": version}
