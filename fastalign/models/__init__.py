@@ -1,1 +1,1 @@
-"""Models: loading, and the policy module around backbone and head."""
+"""Models: loading and saving, the policy on packed rows, its self-verification."""

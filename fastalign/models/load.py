@@ -1,0 +1,160 @@
+"""Loading and saving: Hugging Face names, directories and inline configs in, Hugging Face directories out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastalign.config import ModelConfig
+from fastalign.models.policy import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load_policy(
+    model: ModelConfig,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Policy:
+    """The policy that a model section describes.
+
+    Args:
+        model: the section; exactly one of `path` and `config` is set.
+        vocab_size: tokens the tokenizer can produce. An inline config without one gets it; a model with fewer is refused.
+        seed: of random initial weights; the global generator is left as it was.
+        tokenizer: gives an inline config its special token ids, and `vocab_size` when that is not given.
+
+    Raises:
+        ValueError: when path and config are both set or both missing, the model cannot be found, its vocabulary is too
+            small, or it cannot run on packed rows.
+    """
+    if (model.path is None) == (model.config is None):
+        raise ValueError("set exactly one of model.path (hub name or directory) and model.config (inline config)")
+    if vocab_size is None and tokenizer is not None:
+        vocab_size = len(tokenizer)
+    loaded = _pretrained(model) if model.config is None else _from_scratch(model, vocab_size, seed)
+    if vocab_size is not None and vocab_size > (rows := loaded.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
+    if model.config is not None and tokenizer is not None:
+        _set_special_tokens(loaded, tokenizer)
+    return Policy(loaded, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
+
+
+def _pretrained(model: ModelConfig) -> PreTrainedModel:
+    assert model.path is not None
+    dtype = DTYPES.get(model.dtype, "auto")
+    try:
+        return AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    except OSError as error:
+        raise ValueError(_not_found("model", model.path, "config.json and safetensors weights")) from error
+
+
+def _from_scratch(model: ModelConfig, vocab_size: int | None, seed: int) -> PreTrainedModel:
+    options = dict(model.config or {})
+    kind = options.pop("model_type", None)
+    if kind is None:
+        raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
+    for name in SPECIAL_TOKENS:  # a config's default ids belong to some other tokenizer
+        options.setdefault(name, None)
+    if vocab_size is not None:
+        options.setdefault("vocab_size", vocab_size)
+    config = AutoConfig.for_model(kind, **options)
+    dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set after construction: an embedding made with a padding id starts that row at zero."""
+    for name in SPECIAL_TOKENS:
+        setattr(model.config, name, getattr(tokenizer, name))
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+
+
+def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = None) -> Any:
+    """The tokenizer of a model section.
+
+    Args:
+        model: `tokenizer` names it, else `path` does.
+        fallback: makes the tokenizer of a `builtin:NAME`, called with that name.
+
+    Raises:
+        ValueError: when none is named, it cannot be found, or a built-in one is asked for without a fallback.
+    """
+    name = model.tokenizer or model.path
+    if name is None:
+        raise ValueError(
+            "model.config has no tokenizer of its own: set model.tokenizer (a name, a path or builtin:bpe)"
+        )
+    if name.startswith("builtin:"):
+        if fallback is None:
+            raise ValueError(f"no built-in tokenizers are available here: {name!r}")
+        return fallback(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except OSError as error:
+        raise ValueError(_not_found("tokenizer", name, "tokenizer.json")) from error
+
+
+def _not_found(kind: str, name: str, files: str) -> str:
+    if Path(name).exists():
+        return f"no {kind} in {name!r}: expected a directory with {files}"
+    offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return (
+        f"{kind} {name!r} is neither a directory here nor to be had from the hub{offline}: check the name and network"
+    )
+
+
+def save_pretrained(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Writes a Hugging Face directory that `from_pretrained` loads with equal logits, whole or not at all.
+
+    Args:
+        policy: the policy.
+        tokenizer: written beside it, if any.
+        directory: replaced when it exists.
+        state_dict: full (unsharded) tensors under the policy's names, when its own parameters are shards.
+
+    Returns:
+        The directory.
+    """
+    final = Path(directory)
+    fresh, old = (final.with_name(f".{final.name}.{word}") for word in ("new", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    tensors = None if state_dict is None else {name.removeprefix("model."): x for name, x in state_dict.items()}
+    policy.model.save_pretrained(fresh, state_dict=tensors)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(fresh)
+    _sync(fresh)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _sync(directory: Path) -> None:
+    """Files reach the disk before the rename does."""
+    for path in [*directory.iterdir(), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,104 @@
+"""What a Hugging Face model must be to run exactly on packed rows, and what its head needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
+"""Layer types in which a token reads other tokens through attention alone."""
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuses a model whose packed forward would differ from the plain one.
+
+    Raises:
+        ValueError: with the model's class and the reason.
+    """
+    if reason := refusal(model):
+        raise ValueError(f"{type(model).__name__} cannot run on packed rows: {reason}")
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why a model is refused; None for a model that is accepted."""
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder; a decoder-only causal LM is expected"
+    if config.get_text_config() is not config:
+        return "it reads more than text; load its text model"
+    if layers or getattr(model, "_is_stateful", False):
+        return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state across sequence boundaries"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is not behind transformers' AttentionInterface"
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        return f"its LM head is {type(model.get_output_embeddings()).__name__}; a Linear is expected"
+    return _numerical_refusal(config)
+
+
+def _numerical_refusal(config: Any) -> str | None:
+    if getattr(config, "output_router_logits", False):
+        return "the router's auxiliary loss depends on how tokens are packed; set output_router_logits to false"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "it attends in both directions"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "absolute") not in (
+        "absolute",
+        "rope",
+    ):
+        return "its position biases are not part of the packed attention"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "reorder_and_upcast_attn computes attention outside the AttentionInterface; set it to false"
+    return None
+
+
+def max_length(config: Any) -> tuple[int, str] | None:
+    """The longest sequence that is computed exactly and the reason, or None when there is no bound."""
+    bounds: list[tuple[int, str]] = []
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    if window and (layers is None or "sliding_attention" in layers):
+        bounds.append((window, "the model's sliding window"))
+    rope = getattr(config, "rope_parameters", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and (rope is None or rope.get("rope_type") in ("dynamic", "longrope")):
+        bounds.append((positions, "the positions the model has"))
+    return min(bounds, default=None)
+
+
+def head_options(model: PreTrainedModel) -> dict[str, float]:
+    """`softcap` and `logit_scale` of the model's logits, where it defines them."""
+    config, options = model.config, {}
+    if getattr(config, "final_logit_softcapping", None):
+        options["softcap"] = float(config.final_logit_softcapping)
+    if getattr(config, "logit_scale", None) not in (None, 1.0):
+        options["logit_scale"] = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) not in (None, 1.0):
+        options["logit_scale"] = 1.0 / float(config.logits_scaling)
+    return options
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout to zero: log-probs of a policy must not be random, nor differ between copies of a prefix."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
+            found.add(f"{name.split('.')[-1]}={module.p}")
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float) and value:
+                found.add(f"{key}={value}")
+                setattr(module, key, 0.0)
+    if found:
+        log.warning("dropout set to zero (%s): training log-probs must not be random", ", ".join(sorted(found)))
+
+
+def train_every_embedding(model: PreTrainedModel) -> None:
+    """Lets the padding token's embedding learn: packed rows hold no padding, and the pad id is often also the EOS."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
