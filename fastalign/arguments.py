@@ -12,9 +12,9 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from fastalign.config import Config
 
@@ -83,7 +83,9 @@ def parse_config(method: str, argv: list[str]) -> Config:
     check_keys(flag_keys(flags), schema, name)
     words = [word for path in paths for word in ("--config", path)] + flags + ["--loss.name", name]
     settings = parse(build_parser(method, name, loss), words, schema)
-    return Config(method=method, loss=settings["loss"], **{s.name: build(s, settings[s.name]) for s in sections()})
+    return Config(
+        method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
+    )
 
 
 def split_config(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -133,15 +135,10 @@ def find_loss(method: str, name: str | None) -> tuple[str, Callable[..., Any]]:
     return found, module.LOSSES[found]
 
 
-def sections() -> list[Field[Any]]:
-    """The fields of ``Config`` that are dataclasses themselves."""
-    return [field for field in fields(Config) if is_dataclass(field.default_factory)]
-
-
-def build(section: Field[Any], settings: dict[str, Any]) -> Any:
-    """The section's dataclass with these settings."""
-    assert callable(section.default_factory)
-    return section.default_factory(**settings)
+def sections() -> dict[str, type]:
+    """The sections of ``Config``: its fields that are dataclasses themselves."""
+    factories = {field.name: field.default_factory for field in fields(Config)}
+    return {name: cast(type, factory) for name, factory in factories.items() if is_dataclass(factory)}
 
 
 def schema_of(loss: Callable[..., Any]) -> dict[str, str]:
@@ -151,7 +148,7 @@ def schema_of(loss: Callable[..., Any]) -> dict[str, str]:
         "method": "str",
         "loss.name": "str",
         **{f"loss.{p.name}": str(p.annotation) for p in keywords},
-        **{f"{s.name}.{f.name}": str(f.type) for s in sections() for f in fields(s.default_factory)},  # type: ignore[arg-type]
+        **{f"{name}.{field.name}": str(field.type) for name, cls in sections().items() for field in fields(cls)},
     }
 
 
@@ -201,6 +198,7 @@ def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
+    accepted = ", ".join(importlib.import_module(METHODS[method].losses).LOSSES)
     parser = jsonargparse.ArgumentParser(
         prog=f"fastalign {method}",
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
@@ -209,12 +207,12 @@ def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file of the settings below; flags win over it.")
     parser.add_argument("--method", default=method, help=argparse.SUPPRESS)
-    for section in sections():
-        parser.add_class_arguments(section.default_factory, section.name)
-    parser.add_argument("--loss.name", default=name, help="The loss; the settings below are this one's.")
+    for section, cls in sections().items():
+        parser.add_class_arguments(cls, section)
+    parser.add_argument("--loss.name", default=name, help=f"One of {accepted}; each has its own settings.")
     parser.add_function_arguments(loss, "loss", skip=set(positionals(loss)))
     for action in parser._actions:  # no public way to leave out --model FILE, --data FILE, ...
-        if action.dest in {"loss", *(section.name for section in sections())}:
+        if action.dest in {"loss", *sections()}:
             action.help = argparse.SUPPRESS
     return parser
 
