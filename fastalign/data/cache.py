@@ -1,0 +1,104 @@
+"""Files kept by content: a changed input has another key, so nothing is ever stale.
+
+An entry is written beside its place and renamed, under a lock: of several processes one works and the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import tokenizers
+import transformers
+from datasets import Dataset
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+
+def root(cache_dir: str | None = None) -> Path:
+    """``cache_dir``, or ``$FASTALIGN_CACHE``, or ``~/.cache/fastalign``."""
+    return Path(cache_dir or os.environ.get("FASTALIGN_CACHE") or "~/.cache/fastalign").expanduser()
+
+
+def key(*parts: Any) -> str:
+    """A hash of the parts' representations."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def entry(cache_dir: str | None, name: str, make: Callable[[Path], None]) -> Path:
+    """The directory ``name`` of the cache, made by ``make(directory)`` when it is not there.
+
+    Atomic and safe for concurrent processes: the directory appears whole or not at all.
+
+    Raises:
+        ValueError: the cache cannot be written.
+    """
+    path = root(cache_dir) / name
+    if path.is_dir():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(f"cannot write the cache {path.parent} ({error}): set data.cache_dir or FASTALIGN_CACHE") from error
+    try:
+        if not path.is_dir():
+            _make_whole(path, make)
+    finally:
+        lock.release()
+    return path
+
+
+def _make_whole(path: Path, make: Callable[[Path], None]) -> None:
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    scratch.mkdir()
+    try:
+        make(scratch)
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def tokens(cache_dir: str | None, name: str, write: Callable[[str], dict[str, int]]) -> tuple[Path, dict[str, int]]:
+    """The arrow file and the counts of tokenised data; ``write(file)`` makes the file and returns the counts."""
+
+    def make(directory: Path) -> None:
+        counts = write(str(directory / "tokens.arrow"))
+        (directory / "counts.json").write_text(json.dumps(counts))
+
+    directory = entry(cache_dir, f"tokens/{name}", make)
+    return directory / "tokens.arrow", json.loads((directory / "counts.json").read_text())
+
+
+def rows_content(rows: Dataset) -> str:
+    """A hash of the rows' values and types, wherever they are stored."""
+    digest = hashlib.blake2b(repr(rows.features).encode(), digest_size=16)
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides a tokenizer's output."""
+    settings = (type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.bos_token_id)
+    if not tokenizer.is_fast:
+        return key(settings, sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.init_kwargs.items())))
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    return key(settings, {k: v for k, v in backend.items() if k not in ("truncation", "padding")})
+
+
+def code_version() -> str:
+    """A hash of the code that turns rows into tokens, its libraries' versions included."""
+    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in ("chat", "encode", "formats", "preference")]
+    return key(sources, transformers.__version__, tokenizers.__version__)

@@ -1,0 +1,128 @@
+"""Rendering: from the normal form of a row to texts whose tokens can be told apart into given and scored.
+
+A conversation is rendered twice, up to the completion (with the generation prompt) and whole; where the two token
+sequences part, the completion begins. Text is never cut before it is tokenised: a merge may cross the boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.data.formats import Example, Text, Turns
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A sequence as text, and how to find its scored tokens.
+
+    Attributes:
+        whole: the sequence.
+        spans: for each scored stretch the text before it, and the text through its end (None: to the very end).
+        standard: plain text, which gets the tokenizer's own special tokens and EOS; a template writes its own.
+    """
+
+    whole: str
+    spans: tuple[tuple[str, str | None], ...]
+    standard: bool
+
+    def texts(self) -> list[str]:
+        """All texts that must be tokenised."""
+        return [self.whole, *(text for span in self.spans for text in span if text is not None)]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A conversation already in tokens: the template itself marks what the assistant generates."""
+
+    input_ids: list[int]
+    scored: list[int]
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a Jinja chat template file.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"data.chat_template: expected the path of a Jinja file, there is none at {path!r}")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[Rendered | Marked]:
+    """One rendering per completion.
+
+    Args:
+        example: a row in normal form.
+        tokenizer: gives the chat template and its variables; used for conversations only.
+        template: replaces the tokenizer's template.
+
+    Raises:
+        ValueError: a conversation and no template, or one that the template refuses.
+    """
+    if isinstance(example.completions[0], str):
+        prompt = example.prompt or ""
+        return [Rendered(f"{prompt}{completion}", ((str(prompt), None),), standard=True) for completion in example.completions]
+    chat = Chat(tokenizer, template, example.template)
+    if example.prompt is None:
+        return [chat.conversation(_turns(example.completions[0]))]
+    return [chat.completion(_turns(example.prompt), _turns(completion)) for completion in example.completions]
+
+
+class Chat:
+    """A chat template with its arguments; ``template`` None is the tokenizer's own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, arguments: dict[str, Any]) -> None:
+        if template is None and not tokenizer.chat_template:
+            raise ValueError(
+                "the data holds conversations and the tokenizer has no chat template: set data.chat_template to a Jinja file"
+            )
+        self.tokenizer, self.template, self.arguments = tokenizer, template, arguments
+
+    def completion(self, prompt: Turns, completion: Turns) -> Rendered:
+        """Prompt and completion; everything after the prompt is scored."""
+        return Rendered(self.text([*prompt, *completion]), ((self.text(prompt, True), None),), standard=False)
+
+    def conversation(self, turns: Turns) -> Rendered | Marked:
+        """A whole conversation with every assistant turn scored, its end token included."""
+        if self.has_markers():
+            return self.marked(turns)
+        spans = tuple(
+            (self.text(turns[:i], True), self.text(turns[: i + 1]))
+            for i, turn in enumerate(turns)
+            if turn["role"] == "assistant"
+        )
+        return Rendered(self.text(turns), spans, standard=False)
+
+    def has_markers(self) -> bool:
+        """Whether the template has ``{% generation %}`` markers and the tokenizer can place them."""
+        text = self.template or self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))
+        return self.tokenizer.is_fast and "endgeneration" in text
+
+    def text(self, turns: Turns, generation_prompt: bool = False) -> str:
+        return str(self._apply(turns, tokenize=False, add_generation_prompt=generation_prompt)) if turns else ""
+
+    def marked(self, turns: Turns) -> Marked:
+        encoded = self._apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return Marked(encoded["input_ids"], encoded["assistant_masks"])
+
+    def _apply(self, turns: Turns, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options, **self.arguments)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a conversation: {error}") from error
+
+
+def _turns(text: Text) -> Turns:
+    if isinstance(text, str):
+        if text.strip():
+            raise ValueError("prompt and completion must both be strings or both be lists of {role, content}")
+        return []
+    return text

@@ -1,0 +1,253 @@
+"""Rows to tokens: rendered, tokenised in batches, cut to length, and kept on disk by content."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.config import DataConfig
+from fastalign.data import cache, chat, formats, preference
+from fastalign.data.examples import TokenDataset
+
+logger = logging.getLogger(__name__)
+
+Tokens = tuple[list[int], np.ndarray]
+"""A sequence: ids, and a bool per token that says whether it is scored."""
+
+FEATURES = Features(
+    {
+        "input_ids": ListOf(Value("int32")),
+        "scored": ListOf(Value("uint8")),
+        "lengths": ListOf(Value("int32")),
+        "example_id": Value("int64"),
+        "kind": Value("string"),
+    }
+)
+
+_BATCH_ROWS = 1000  # enough to keep a fast tokenizer's threads busy, little enough for memory
+
+
+def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, method: str) -> TokenDataset:
+    """Tokenises rows for a method, once: the result is cached under a hash of rows, tokenizer, options and code.
+
+    Scored tokens are the completion's, its EOS included; for `text` all but the first; for `messages` every assistant
+    turn's. A sequence longer than ``data.max_length`` loses the end of its completion or is dropped
+    (``data.truncation``); a row is dropped when its prompt fills ``max_length`` or a completion is empty.
+
+    Args:
+        rows: from `sources.load_rows`.
+        tokenizer: with an EOS token, and a chat template when the data holds conversations.
+        data: format, lengths, template and cache directory.
+        method: "sft" (one sequence per example) or "dpo" (chosen, then rejected).
+
+    Returns:
+        The examples in the rows' order; ``counts`` says how many rows were kept, cut and dropped, and why.
+
+    Raises:
+        ValueError: columns that do not fit the method, a value of the wrong type (with its row), a conversation without
+            a scored token, or no row left.
+    """
+    form = formats.recognise(rows.column_names, method, data.format)
+    template = chat.read_template(data.chat_template)
+    options = (form, method, template, data.max_length, data.truncation)
+    key = cache.key(cache.rows_content(rows), cache.tokenizer_content(tokenizer), options, cache.code_version())
+    encoder = Encoder(tokenizer, data, form, method, template, _are_raw_dialogues(rows, form))
+    path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
+    _report(counts, data.max_length)
+    return TokenDataset(Dataset.from_file(str(path)), counts, key)
+
+
+class Encoder:
+    """Turns batches of rows into token columns and counts what happens to them."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        form: str,
+        method: str,
+        template: str | None,
+        raw_dialogue: bool,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
+        self.tokenizer, self.data, self.template = tokenizer, data, template
+        self.form, self.method, self.raw_dialogue = form, method, raw_dialogue
+        self.counts: Counter[str] = Counter()
+
+    def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
+        """Writes the encoded rows to an arrow file and returns the counts."""
+        self.counts = Counter(rows=len(rows))
+        encoded = rows.with_format(None).map(
+            self.batch,
+            batched=True,
+            with_indices=True,
+            batch_size=_BATCH_ROWS,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            cache_file_name=file,
+            load_from_cache_file=False,
+            new_fingerprint=fingerprint,
+            desc="Tokenising",
+        )
+        self.counts["kept"] = len(encoded)
+        if len(encoded) == 0:
+            raise ValueError(f"no row is left to train on: {_spell(self.counts)} (max_length {self.data.max_length})")
+        return dict(self.counts)
+
+    def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """The token columns of a batch of rows; dropped rows are missing."""
+        rendered = {}
+        for position, index in enumerate(indices):
+            row = {name: values[position] for name, values in columns.items()}
+            if (texts := _at_row(index, lambda row=row: self.render(row))) is not None:
+                rendered[position] = texts
+        lookup = self.tokenise([t for texts in rendered.values() for r in texts if isinstance(r, chat.Rendered) for t in _keys(r)])
+        out: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        for position, texts in rendered.items():
+            index = indices[position]
+            sequences = _at_row(index, lambda texts=texts: self.fit([self.tokens(r, lookup) for r in texts]))
+            if sequences is not None:
+                kind = columns["kind"][position] if "kind" in columns else None
+                _append(out, sequences, index, None if kind is None else str(kind))
+        return out
+
+    def render(self, row: dict[str, Any]) -> list[chat.Rendered | chat.Marked] | None:
+        """The row's texts, or None when it is dropped."""
+        example = formats.normalise(row, self.form, self.method, self.raw_dialogue)
+        if example is None:
+            return self.drop("dropped_prompt_mismatch")
+        if any(formats.is_empty(completion) for completion in example.completions):
+            return self.drop("dropped_empty_completion")
+        return chat.render(example, self.tokenizer, self.template)
+
+    def tokenise(self, keys: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
+        """The ids of every distinct (text, standard), in at most two calls of the tokenizer."""
+        lookup = {}
+        for standard in (False, True):
+            texts = list(dict.fromkeys(text for text, kind in keys if kind == standard))
+            if texts:
+                ids = self.tokenizer(texts, add_special_tokens=standard, return_attention_mask=False, verbose=False)["input_ids"]
+                lookup.update({(text, standard): self.single_bos(list(x)) for text, x in zip(texts, ids, strict=True)})
+        return lookup
+
+    def single_bos(self, ids: list[int]) -> list[int]:
+        """The ids without a BOS that the tokenizer put before one written in the text."""
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def tokens(self, rendered: chat.Rendered | chat.Marked, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
+        """Ids and scored mask of a sequence, before it is cut."""
+        if isinstance(rendered, chat.Marked):
+            ids, scored = rendered.input_ids, np.array(rendered.scored, dtype=bool)
+        else:
+            ids, scored = self.boundaries(rendered, lookup)
+        scored[:1] = False  # nothing predicts the first token
+        if not scored.any():
+            raise ValueError(
+                "a conversation has no scored token: expected an assistant turn that the chat template renders (or marks)"
+            )
+        return ids, scored
+
+    def boundaries(self, rendered: chat.Rendered, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
+        """Finds the scored stretches by comparing token sequences, never texts."""
+        eos, standard = self.tokenizer.eos_token_id, rendered.standard
+        ids = lookup[rendered.whole, standard]
+        ids = [*ids, eos] if standard and ids[-1:] != [eos] else ids
+        scored = np.zeros(len(ids), dtype=bool)
+        for before, through in rendered.spans:
+            given = lookup[before, standard]
+            given = given[:-1] if standard and given[-1:] == [eos] else given  # the tokenizer's own, not the prompt's
+            start = common_prefix(given, ids)
+            self.counts["prompt_not_a_prefix"] += start < len(given)
+            end = len(ids) if through is None else start + turn_length(given, lookup[through, standard], ids[start:])
+            scored[start:end] = True
+        return ids, scored
+
+    def fit(self, sequences: list[Tokens]) -> list[Tokens] | None:
+        """The sequences cut to ``max_length``, or None when the row is dropped."""
+        limit = self.data.max_length
+        if all(len(ids) <= limit for ids, _ in sequences):
+            return sequences
+        if any(not scored[:limit].any() for _, scored in sequences):
+            return self.drop("dropped_prompt_too_long")
+        if self.data.truncation == "drop":
+            return self.drop("dropped_too_long")
+        self.counts["truncated"] += 1
+        return [(ids[:limit], scored[:limit]) for ids, scored in sequences]
+
+    def drop(self, reason: str) -> None:
+        self.counts[reason] += 1
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """The number of tokens with which both begin."""
+    limit = min(len(first), len(second))
+    if first[:limit] == second[:limit]:
+        return limit
+    return next(i for i in range(limit) if first[i] != second[i])
+
+
+def turn_length(before: list[int], through: list[int], rest: list[int]) -> int:
+    """How many tokens of ``rest`` are the assistant turn that ``through`` ends with.
+
+    ``through`` renders the conversation up to and including the turn. Inside a longer conversation some templates leave
+    out the front of a turn (an old reasoning block), so the longest ending of the turn that ``rest`` begins with counts.
+
+    Raises:
+        ValueError: the turn does not come back in the whole conversation.
+    """
+    turn = through[common_prefix(before, through) :]
+    for skipped in range(len(turn)):
+        if turn[skipped:] == rest[: len(turn) - skipped]:
+            return len(turn) - skipped
+    raise ValueError(
+        "the chat template renders an assistant turn differently inside its conversation: "
+        "give a template with {% generation %} markers (data.chat_template)"
+    )
+
+
+def _keys(rendered: chat.Rendered) -> list[tuple[str, bool]]:
+    return [(text, rendered.standard) for text in rendered.texts()]
+
+
+def _append(out: dict[str, list[Any]], sequences: list[Tokens], index: int, kind: str | None) -> None:
+    out["input_ids"].append([token for ids, _ in sequences for token in ids])
+    out["scored"].append(np.concatenate([scored for _, scored in sequences]).astype(np.uint8))
+    out["lengths"].append([len(ids) for ids, _ in sequences])
+    out["example_id"].append(index)
+    out["kind"].append(kind)
+
+
+def _at_row(index: int, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except ValueError as error:
+        raise ValueError(f"row {index}: {error}") from error
+
+
+def _are_raw_dialogues(rows: Dataset, form: str) -> bool:
+    if form != "preference" or "prompt" in rows.column_names:
+        return False
+    return preference.are_raw_dialogues(rows.select(range(min(8, len(rows)))))
+
+
+def _report(counts: dict[str, int], max_length: int) -> None:
+    logger.info("tokenised: %s (max_length %d)", _spell(counts), max_length)
+    if moved := counts.get("prompt_not_a_prefix"):
+        logger.warning(
+            "%d prompts are not a token prefix of prompt and completion together: "
+            "scoring begins where the tokens part, the completion's first text may be in a prompt token or the reverse",
+            moved,
+        )
+
+
+def _spell(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)

@@ -1,0 +1,67 @@
+"""Tokenised examples: what the packer takes and what the cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+Sequence = tuple[np.ndarray, np.ndarray]
+"""One tokenised sequence: ``input_ids [n]`` integers and ``scored [n]`` bool, true where a token is a target."""
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """A group of sequences that belong together: one for sft, chosen then rejected for a preference pair.
+
+    Attributes:
+        sequences: ``(input_ids [n], scored [n])`` of each sequence.
+        example_id: position of the row in the dataset it came from; names it in error messages.
+        kind: a label carried from the data (column ``kind``) to report metrics apart.
+    """
+
+    sequences: tuple[Sequence, ...]
+    example_id: int
+    kind: str | None = None
+
+
+class TokenDataset:
+    """Tokenised examples in arrow files, read by position.
+
+    Attributes:
+        table: columns ``input_ids``, ``scored`` (the sequences of an example back to back), ``lengths``, ``example_id``
+            and ``kind``.
+        counts: what happened on the way: ``kept``, ``truncated`` and the reasons for which rows were dropped.
+        fingerprint: hash of rows, tokenizer and options.
+    """
+
+    def __init__(self, table: Dataset, counts: dict[str, int], fingerprint: str) -> None:
+        self.table = table.with_format("numpy")
+        self.counts = counts
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> TokenExample:
+        return self.fetch([index])[0]
+
+    def __iter__(self) -> Iterator[TokenExample]:
+        return (self[i] for i in range(len(self)))
+
+    def fetch(self, indices: list[int]) -> list[TokenExample]:
+        """The examples at ``indices``, in that order, read at once."""
+        batch = self.table[indices]
+        return [
+            TokenExample(_split(ids, scored, lengths), int(example_id), kind or None)
+            for ids, scored, lengths, example_id, kind in zip(
+                batch["input_ids"], batch["scored"], batch["lengths"], batch["example_id"], batch["kind"], strict=True
+            )
+        ]
+
+
+def _split(ids: np.ndarray, scored: np.ndarray, lengths: np.ndarray) -> tuple[Sequence, ...]:
+    ends = np.cumsum(lengths)[:-1]
+    return tuple(zip(np.split(ids, ends), np.split(scored.astype(bool), ends), strict=True))

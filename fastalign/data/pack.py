@@ -1,0 +1,149 @@
+"""From groups of sequences to packed micro-batches: no padding, and a shared prompt computed once.
+
+Layout of a group with a shared prefix of P tokens: ``[P | R1 | R2 | ...]``, every response a child of the prefix whose
+positions restart at P. A scored token is predicted by the row before it in its own sequence, so the last prefix row
+predicts the first token of every response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastalign.data.examples import TokenExample
+from fastalign.types import PackedBatch
+
+
+def pack(examples: Sequence[TokenExample], tokens: int, share_prefix: bool) -> list[PackedBatch]:
+    """Packs whole examples into micro-batches of at most ``tokens`` computed tokens.
+
+    Bins are filled first-fit-decreasing; an example is never split, and one longer than the budget gets a micro-batch
+    of its own. Within a micro-batch examples keep their order in ``examples``.
+
+    Args:
+        examples: the groups to pack.
+        tokens: budget of computed tokens per micro-batch.
+        share_prefix: compute the longest common token prefix of a group once.
+
+    Returns:
+        The micro-batches; empty when there are no examples.
+
+    Raises:
+        ValueError: the budget is not positive, or a sequence has no token.
+    """
+    bins = first_fit_decreasing([group_tokens(e, share_prefix) for e in examples], tokens)
+    return [build_batch([examples[i] for i in members], share_prefix) for members in bins]
+
+
+def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``sizes`` in bins of at most ``capacity``; an item above it has a bin of its own. Deterministic."""
+    if capacity < 1:
+        raise ValueError(f"the token budget of a micro-batch must be at least 1, got {capacity}: set batch.tokens")
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((b for b, free in enumerate(room) if free >= sizes[item]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(item)
+        room[place] -= sizes[item]
+    return [sorted(members) for members in bins]
+
+
+def shared_prefix(example: TokenExample, share_prefix: bool = True) -> int:
+    """P: the length of the longest common token prefix of the group's sequences; 0 when nothing is shared."""
+    sequences = [ids for ids, _ in example.sequences]
+    if not share_prefix or len(sequences) < 2:
+        return 0
+    length = min(len(ids) for ids in sequences)
+    equal = np.ones(length, dtype=bool)
+    for ids in sequences[1:]:
+        equal &= np.asarray(ids[:length]) == np.asarray(sequences[0][:length])
+    return length if equal.all() else int(equal.argmin())
+
+
+def group_tokens(example: TokenExample, share_prefix: bool) -> int:
+    """The tokens that the backbone computes for one example."""
+    prefix = shared_prefix(example, share_prefix)
+    return prefix + sum(len(ids) - prefix for ids, _ in example.sequences)
+
+
+def build_batch(examples: Sequence[TokenExample], share_prefix: bool) -> PackedBatch:
+    """Lays the examples out in one packed row, whatever their size.
+
+    A segment without tokens is left out: of identical sequences only the prefix remains.
+    """
+    forest = _Forest()
+    for example in examples:
+        _add_group(forest, example, shared_prefix(example, share_prefix))
+    return forest.batch(tuple(e.example_id for e in examples))
+
+
+def empty_batch() -> PackedBatch:
+    """One token that nobody scores: keeps a rank without work in step with the others."""
+    forest = _Forest()
+    forest.add_segment(np.zeros(1, dtype=np.int64), start=0, parent=-1)
+    return forest.batch(())
+
+
+def _add_group(forest: _Forest, example: TokenExample, prefix: int) -> None:
+    parent, prefix_row = -1, 0
+    if prefix:
+        parent, prefix_row = forest.add_segment(np.asarray(example.sequences[0][0][:prefix]), start=0, parent=-1)
+    for ids, scored in example.sequences:
+        if len(ids) == 0:
+            raise ValueError(f"example {example.example_id} has a sequence without tokens: drop it before packing")
+        response_row = 0
+        if len(ids) > prefix:
+            _, response_row = forest.add_segment(np.asarray(ids[prefix:]), start=prefix, parent=parent)
+        forest.add_targets(np.asarray(ids), np.asarray(scored, dtype=bool), prefix, prefix_row, response_row)
+
+
+class _Forest:
+    """The lists that grow while segments are laid out."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[np.ndarray] = []
+        self.position_ids: list[np.ndarray] = []
+        self.cu_segments, self.parents = [0], []
+        self.rows: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.cu_seqlens, self.logical_tokens = [0], 0
+
+    def add_segment(self, ids: np.ndarray, start: int, parent: int) -> tuple[int, int]:
+        """Appends a segment whose positions begin at ``start``; returns its index and its first row."""
+        row = self.cu_segments[-1]
+        self.input_ids.append(ids)
+        self.position_ids.append(np.arange(start, start + len(ids)))
+        self.cu_segments.append(row + len(ids))
+        self.parents.append(parent)
+        return len(self.parents) - 1, row
+
+    def add_targets(self, ids: np.ndarray, scored: np.ndarray, prefix: int, prefix_row: int, response_row: int) -> None:
+        """Appends predictor rows and labels of one sequence; its first token has no predictor and is never scored."""
+        targets = np.flatnonzero(scored[1:]) + 1
+        before = targets - 1
+        self.rows.append(np.where(before < prefix, prefix_row + before, response_row + before - prefix))
+        self.labels.append(ids[targets])
+        self.cu_seqlens.append(self.cu_seqlens[-1] + len(targets))
+        self.logical_tokens += len(ids)
+
+    def batch(self, example_ids: tuple[int, ...]) -> PackedBatch:
+        return PackedBatch(
+            input_ids=_long(self.input_ids),
+            position_ids=_long(self.position_ids),
+            cu_segments=torch.tensor(self.cu_segments, dtype=torch.int32),
+            parents=torch.tensor(self.parents, dtype=torch.int32),
+            rows=_long(self.rows),
+            labels=_long(self.labels),
+            cu_seqlens=torch.tensor(self.cu_seqlens, dtype=torch.int32),
+            example_ids=example_ids,
+            logical_tokens=self.logical_tokens,
+        )
+
+
+def _long(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype=np.int64)], dtype=np.int64))
