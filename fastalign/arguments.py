@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 from fastalign.config import Config
 
-
-@dataclass(frozen=True)
-class Method:
-    """A training method: its line of help, the module of the losses it may name, and the loss taken by default."""
-
-    help: str
-    losses: str
-    default: str
-
-
 METHODS = {
-    "sft": Method("fine-tune on demonstrations or plain text", "fastalign.losses.supervised", "sft"),
-    "dpo": Method("align on preference pairs", "fastalign.losses.preference", "dpo"),
+    "sft": "fine-tune on demonstrations or plain text",
+    "dpo": "align on preference pairs",
 }
+"""The methods of ``engine.methods`` with their line of help; a copy, because the engine is slow to import."""
 
 TRL_NAMES = {
     "model_name_or_path": "model.path",
@@ -125,14 +115,20 @@ def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> str | None:
 
 def find_loss(method: str, name: str | None) -> tuple[str, Callable[..., Any]]:
     """The canonical name and the function of a loss; TRL's spellings are understood."""
-    module = importlib.import_module(METHODS[method].losses)
-    aliases = getattr(module, "ALIASES", {})
-    asked = name or METHODS[method].default
+    losses, aliases = known_losses(method)
+    asked = name or next(iter(losses))
     found = aliases.get(asked, asked)
-    if found not in module.LOSSES:
-        known = [*module.LOSSES, *aliases]
+    if found not in losses:
+        known = [*losses, *aliases]
         raise UsageError(f"loss.name: {method} has no loss {asked!r}{nearest(asked, known)} (all: {', '.join(known)})")
-    return found, module.LOSSES[found]
+    return found, losses[found]
+
+
+def known_losses(method: str) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, str]]:
+    """A method's losses, the default first, and other spellings of their names."""
+    from fastalign.engine.methods import METHODS as methods  # brings torch
+
+    return methods[method].losses, methods[method].aliases
 
 
 def sections() -> dict[str, type]:
@@ -198,11 +194,11 @@ def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
-    accepted = ", ".join(importlib.import_module(METHODS[method].losses).LOSSES)
+    accepted = ", ".join(known_losses(method)[0])
     parser = jsonargparse.ArgumentParser(
         prog=f"fastalign {method}",
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
-        description=METHODS[method].help.capitalize() + ".",
+        description=METHODS[method].capitalize() + ".",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the settings below; flags win over it.")

@@ -54,7 +54,7 @@ def run_command(argv: list[str]) -> int:
 
 def usage() -> str:
     """The text of ``fastalign --help``."""
-    lines = [(name, method.help) for name, method in METHODS.items()]
+    lines = list(METHODS.items())
     lines += [(name, str(command.__doc__)) for name, command in COMMANDS.items()]
     commands = "\n".join(f"  {name:9}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
     return (
