@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bench.common import version
 from bench.workload import Workload
 
@@ -21,6 +24,42 @@ def missing(package: str) -> str | None:
     if not found.startswith(WANTED[package] + "."):
         return f"{package} {found} is installed, {WANTED[package]}.x is what this benchmark was written for"
     return None
+
+
+def add(candidates: dict[str, Callable[..., Any]], name: str, package: str, run: Callable[..., Any]) -> dict[str, str]:
+    """Enter a peer among the candidates if its package is here; else return ``{name: reason}``."""
+    reason = missing(package)
+    if reason is None:
+        candidates[name] = run
+        return {}
+    return {name: reason}
+
+
+def trl_selective_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs ``[N]`` from logits ``[N, V]`` as TRL's trainers compute them."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, labels)
+
+
+def trl_fused_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs ``[N]`` by the fused head of TRL's trainers, with their tile width and no optional output."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())[
+        0
+    ]
+
+
+def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, length: int, beta: float, compiled: bool) -> Tensor:
+    """Liger's chunked DPO against a reference of zeros; it wants all chosen sequences before all rejected ones."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    halves = torch.stack(hidden.view(-1, 2, length, hidden.shape[-1]).unbind(1)).flatten(0, 1)
+    targets = torch.stack(labels.view(-1, 2, length).unbind(1)).flatten(0, 1)
+    loss = LigerFusedLinearDPOLoss(beta=beta, compiled=compiled, use_ref_model=False)
+    return loss(weight, halves, targets)[0]
 
 
 @dataclass

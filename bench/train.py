@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, peers, sides, workload  # noqa: E402 - found through the line above
-from bench.workload import Workload  # noqa: E402
+from bench import common, peers, sides, workload
+from bench.workload import Workload
 
 SIDES = {"fastalign": "fastalign", "trl": "TRL as installed", "trl-fair": "TRL, rows selected as on a GPU"}
 
@@ -88,11 +88,13 @@ def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work:
         steps = "/".join(f"{row[f'step_seconds_p{p}']:.2f}" for p in (20, 50, 80))
         memory = (f"{row['peak_mib']:.0f}", f"{row['peak_mib'] - row['ready_mib']:.0f}")
         rows.append((SIDES[side], f"{speed:.2f}", ratio, steps, f"{row['cpu_seconds_per_step']:.2f}", *memory))
+    model = f"{facts['parameters'] / 1e6:.1f}M-parameter Llama"
+    timed = f"{work.steps - work.warmup} timed steps after {work.warmup}"
     common.print_table(
-        f"DPO, {facts['parameters'] / 1e6:.1f}M-parameter Llama, {work.dtype}, {work.pairs} pairs a step, {work.threads} threads",
+        f"DPO, {model}, {work.dtype}, {work.pairs} pairs a step, {work.threads} threads",
         ("", "pairs/s", "fastalign is", "s/step p20/50/80", "CPU s/step", "peak MiB", "over start"),
         rows,
-        caption=f"{work.steps - work.warmup} timed steps after {work.warmup}; online reference; no gradient checkpointing",
+        caption=f"{timed}; online reference; no gradient checkpointing",
     )
 
 

@@ -1,4 +1,4 @@
-"""The preference workload of ``bench/train.py``: real pairs, a tokenizer trained on them, a Llama with fixed weights."""
+"""The workload of ``bench/train.py``: real preference pairs, a tokenizer trained on them, a Llama of fixed weights."""
 
 from __future__ import annotations
 
