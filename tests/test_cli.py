@@ -1,0 +1,206 @@
+"""The command line: what it accepts, what it answers to mistakes, what it passes on."""
+
+import dataclasses
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastalign import arguments, cli
+from fastalign.arguments import UsageError, parse_config
+from fastalign.config import Config
+from fastalign.engine import methods
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stands in for the training loop: records the configuration, or raises what it is told to."""
+    module = types.ModuleType("fastalign.engine.train")
+    module.seen, module.error = [], None
+
+    def train(config):
+        module.seen.append(config)
+        if module.error:
+            raise module.error
+
+    module.train = train
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_yaml(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_yaml
+
+
+def test_defaults_are_those_of_the_dataclasses_and_the_loss_function():
+    assert parse_config("dpo", []) == Config("dpo", loss={"name": "dpo", "beta": 0.1})
+    assert parse_config("sft", []) == Config("sft", loss={"name": "sft"})
+
+
+def test_flags_win_over_files_and_later_files_over_earlier_ones(write):
+    first = write(
+        "optim: {lr: 1e-3, betas: [0.8, 0.99]}\ndata: {columns: {prompt: q}}\nloss: {name: ipo, beta: 0.5}", "a"
+    )
+    second = write("optim: {lr: 2e-3}", "b")
+    config = parse_config("dpo", ["--loss.beta", "0.7", "--config", first, "--config", second, "--run.steps=3"])
+    assert (config.optim.lr, config.optim.betas, config.run.steps) == (2e-3, (0.8, 0.99), 3)
+    assert config.data.columns == {"prompt": "q"}
+    assert config.loss == {"name": "ipo", "beta": 0.7}
+
+
+def test_mappings_and_unions_are_settable_from_flags():
+    flags = "--data.columns.prompt question --model.config.model_type llama --run.resume true --run.trackers+ wandb"
+    config = parse_config("sft", flags.split())
+    assert config.data.columns == {"prompt": "question"}
+    assert config.model.config == {"model_type": "llama"}
+    assert config.run.resume is True
+    assert config.run.trackers == ["wandb"]
+    assert parse_config("sft", ["--run.resume", "runs/a/checkpoints/step-3"]).run.resume == "runs/a/checkpoints/step-3"
+
+
+@pytest.mark.parametrize("name", ["ipo", "simpo", "sigmoid"])
+def test_the_losses_keywords_are_the_schema(name):
+    canonical = methods.METHODS["dpo"].aliases.get(name, name)
+    keywords = methods.keywords(methods.METHODS["dpo"].losses[canonical])
+    assert parse_config("dpo", ["--loss.name", name]).loss == {"name": canonical, **keywords}
+    assert parse_config("dpo", [f"--loss.name={name}"]).loss["name"] == canonical
+
+
+@pytest.mark.parametrize(
+    "method, flags, expected",
+    [
+        ("dpo", "--loss.bta 3", "unknown key 'loss.bta': did you mean 'loss.beta'?"),
+        ("dpo", "--optim.learning_rate 3", "did you mean 'optim.lr'?"),
+        ("sft", "--max_length 3", "did you mean 'data.max_length'?"),
+        ("dpo", "--loss.gamma_beta_ratio 1", "(the loss is 'dpo')"),
+        ("dpo", "--loss.name idpo", "loss.name: dpo has no loss 'idpo': did you mean 'ipo'?"),
+        ("dpo", "--loss {name:ipo}", "unknown key 'loss'"),
+        ("dpo", "--loss.beta strong", "loss.beta: expected float, got strong"),
+        ("dpo", "--run.steps 1.5", "run.steps: expected int | None, got 1.5"),
+        ("dpo", "--optim.betas [1,2,3]", "optim.betas: expected tuple[float, float], got [1, 2, 3]"),
+        ("dpo", "--optim.schedule step", "optim.schedule: expected Literal['constant', 'linear', 'cosine'], got step"),
+        ("dpo", "--optim.lr", "--optim.lr: expected one argument"),
+        ("dpo", "--config", "--config: expected one argument"),
+        ("dpo", "--config absent.yaml", "cannot read the configuration absent.yaml: No such file"),
+        ("dpo", "stray", "unrecognized arguments: stray"),
+    ],
+)
+def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys, engine, method, flags, expected):
+    assert cli.main([method, *flags.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastalign: error: ") and captured.err.count("\n") == 1
+    assert expected in captured.err
+    assert not captured.out and not engine.seen
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("loss: {bta: 3}", "unknown key 'loss.bta' in {path}: did you mean 'loss.beta'?"),
+        ("modle: {path: x}", "unknown key 'modle.path' in {path}: did you mean 'model.path'?"),
+        ("optim: {lr: fast}", "optim.lr: expected float, got fast"),
+        ("optim: [lr: 1", "{path} is not valid YAML"),
+        ("- optim", "{path}: expected a mapping"),
+        ("method: sft", "{path} is for 'sft', not 'dpo': run fastalign sft"),
+    ],
+)
+def test_a_wrong_file_gets_one_line_and_exit_code_2(capsys, engine, write, text, expected):
+    path = write(text)
+    assert cli.main(["dpo", "--config", path]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and expected.format(path=path) in error and not engine.seen
+
+
+def test_a_failing_run_gets_one_line_and_exit_code_1(capsys, engine, monkeypatch):
+    engine.error = ValueError("the loss is NaN\nat step 3")
+    assert cli.main(["sft"]) == 1
+    assert capsys.readouterr().err == "fastalign: error: the loss is NaN at step 3\n"
+    monkeypatch.setenv("FASTALIGN_DEBUG", "1")
+    assert cli.main(["sft"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(engine):
+    engine.error = TypeError("a bug")
+    with pytest.raises(TypeError):
+        cli.main(["sft"])
+
+
+def test_an_interrupt_is_clean(capsys, engine):
+    engine.error = KeyboardInterrupt()
+    assert cli.main(["sft"]) == 130
+    assert capsys.readouterr().err == "fastalign: error: interrupted\n"
+
+
+def test_other_ranks_let_rank_0_speak_first(capsys, engine, monkeypatch):
+    naps = []
+    monkeypatch.setattr(cli.time, "sleep", naps.append)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["dpo", "--nonsense"]) == 2 and naps == []
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["dpo", "--nonsense"]) == 2 and naps == [2]
+
+
+@pytest.mark.parametrize("method", arguments.METHODS)
+def test_print_config_can_be_loaded_again(capsys, engine, write, method):
+    flags = ["--optim.lr", "1e-5", "--data.columns.prompt", "q", "--batch.size", "3"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([method, *flags, "--print_config"])
+    printed = write(capsys.readouterr().out)
+    assert parse_config(method, ["--config", printed]) == parse_config(method, flags)
+
+
+@pytest.mark.parametrize("method", arguments.METHODS)
+def test_a_saved_configuration_can_be_loaded_again(write, method):
+    config = parse_config(method, ["--optim.betas", "[0.5, 0.6]"])
+    tree = dataclasses.asdict(config)
+    tree["optim"]["betas"] = list(config.optim.betas)
+    assert parse_config(method, ["--config", write(yaml.safe_dump(tree))]) == config
+
+
+def test_help_comes_from_the_docstrings(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["dpo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optim.lr LR Peak learning rate. (type: float, default: 1e-05)" in text
+    assert "--loss.beta BETA weight of the KL penalty; larger stays closer to the reference." in text
+    assert "One of dpo, ipo, simpo" in text
+
+
+def test_commands_and_methods_are_listed(capsys):
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in [*arguments.METHODS, *cli.COMMANDS])
+    assert arguments.METHODS.keys() == methods.METHODS.keys()
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    assert cli.main(["dp"]) == 2
+    assert "unknown command 'dp': did you mean 'dpo'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.name for path in EXAMPLES])
+def test_examples_are_valid(path):
+    method = yaml.safe_load(path.read_text())["method"]
+    assert parse_config(method, ["--config", str(path)]).method == method
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "fastalign", "version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("fastalign ")
+
+
+def test_usage_errors_are_value_errors():
+    assert issubclass(UsageError, ValueError)

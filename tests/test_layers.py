@@ -1,0 +1,112 @@
+"""Who imports whom, held over the syntax trees of every file, imports inside functions included."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastalign"
+KERNELS = ROOT / "kernels" / "fastalign_kernels"
+FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+
+TIERS = [
+    {"_C", "fastalign_kernels"},
+    {"config", "types"},
+    {"ops"},
+    {"losses", "data", "models"},
+    {"parallel"},
+    {"rl"},
+    {"engine"},
+    {"pipelines"},
+    {"cli"},
+]
+"""Lowest first. A room imports lower tiers and itself, never a room of its own tier."""
+COMMAND_LINE = {"cli", "arguments", "info", "__main__"}
+"""The modules that form the room `cli`."""
+ALLOWED = {room: set().union(*TIERS[:i], {room}) for i, tier in enumerate(TIERS) for room in tier}
+ALLOWED["integrations"] = {"integrations", "ops", "losses", "models", "config", "types"}
+ALLOWED["testing"] = {"testing", "ops", "types"}
+ALLOWED["root"] = {"ops", "losses", "types"}  # fastalign/__init__.py: the public names
+ALLOWED["cli"] |= {"root"}  # for the version
+
+
+def imported(tree: ast.AST, module: str) -> Iterator[str]:
+    """Dotted names that a file imports: statements anywhere in it, and constant arguments of import_module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def room(name: str) -> str:
+    """The room of a dotted name of this project, else the distribution it starts with."""
+    parts = name.split(".")
+    if parts[0] != "fastalign":
+        return parts[0]
+    head = parts[1] if len(parts) > 1 else "__init__"
+    exists = head == "_C" or (PACKAGE / head).is_dir() or (PACKAGE / f"{head}.py").exists()
+    return "cli" if head in COMMAND_LINE else head if exists and head != "__init__" else "root"
+
+
+def module_name(path: Path) -> str:
+    base = ROOT if path.is_relative_to(PACKAGE) else ROOT / "kernels"
+    return ".".join(path.relative_to(base).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_a_file_imports_only_what_lies_below_it(path):
+    module = module_name(path)
+    rooms = {room(name) for name in imported(ast.parse(path.read_text()), module)}
+    if path.is_relative_to(KERNELS):
+        allowed = {"torch", "triton", "fastalign_kernels", *sys.stdlib_module_names}
+        assert rooms <= allowed, f"{module} may import torch and triton only, it imports {rooms - allowed}"
+        return
+    ours = {name for name in rooms if name in ALLOWED}
+    assert ours <= ALLOWED[room(module)], f"{module} reaches up to {ours - ALLOWED[room(module)]}"
+    assert not rooms & {"tests", "bench"}, f"{module} imports {rooms & {'tests', 'bench'}}"
+
+
+@pytest.mark.parametrize(
+    "source, rooms",
+    [
+        ("import fastalign.engine.train", {"engine"}),
+        ("def f():\n    from fastalign import ops, linear_loss", {"ops", "root"}),
+        ("from fastalign.losses.preference import dpo", {"losses"}),
+        ("from ..data import pack", {"data"}),
+        ("import importlib\nimportlib.import_module('fastalign.cli')", {"importlib", "cli"}),
+    ],
+)
+def test_the_reader_of_imports_sees_every_form(source, rooms):
+    assert {room(name) for name in imported(ast.parse(source), "fastalign.models.load")} == rooms
+
+
+def test_kernels_folder_is_not_a_package():
+    # A top-level importable `kernels` would shadow the package of that name that transformers and TRL import.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_files_stay_small(path):
+    tree, lines = ast.parse(path.read_text()), path.read_text().count("\n")
+    assert lines <= 400, f"{path.name} has {lines} lines: split it"
+    if path.is_relative_to(PACKAGE):
+        sizes = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+        long = {name: size for name, size in sizes.items() if size > 65}
+        assert not long, f"{path.name}: {long} lines in one function: split it"
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    code = (
+        "import sys, fastalign.cli, fastalign.arguments; print(*{'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == ""
