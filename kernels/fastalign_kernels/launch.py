@@ -1,0 +1,39 @@
+"""What every launcher of this package shares: threads per program, rounding, and the device to launch on."""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+THREADS = 128
+"""Threads per program: fixed, because the order of a reduction depends on it."""
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size
+
+
+def options(tensor: Tensor) -> Mapping[str, int | bool]:
+    """Launch options for kernels on ``tensor``: ``THREADS`` threads, and no contraction of ``a * b + c``.
+
+    Without contraction an expression has the same bits wherever it is compiled, so that the target's logit minus the
+    row's maximum is exactly zero when the target is the maximum.
+    """
+    warp_size = _warp_size(tensor.device) if tensor.is_cuda else 32
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+
+
+def device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The context in which a launch goes to the device that holds ``tensor``, on its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def alignment(itemsize: int, *sizes: int) -> int:
+    """The largest power of two that divides every size, in elements, up to 16 bytes: the width of one load."""
+    width = 16 // itemsize
+    while any(size % width for size in sizes):
+        width //= 2
+    return width
