@@ -1,14 +1,76 @@
-// The Python face of the native kernels: raw pointers and sizes in, nothing about torch.
+// The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
 #include <pybind11/pybind11.h>
 
 #include "cpu_level.h"
+#include "token_logps.h"
 
 namespace py = pybind11;
 using namespace fastalign;
 
+namespace fastalign {
+#if defined(FASTALIGN_AVX512)
+namespace avx512 {
+void token_logps(const TokenLogps& op, bool backward, int threads);
+}
+#endif
+#if defined(FASTALIGN_AVX2)
+namespace avx2 {
+void token_logps(const TokenLogps& op, bool backward, int threads);
+}
+#endif
+namespace scalar {
+void token_logps(const TokenLogps& op, bool backward, int threads);
+}
+}  // namespace fastalign
+
+namespace {
+
+void token_logps(const TokenLogps& op, bool backward, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::token_logps(op, backward, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::token_logps(op, backward, threads);
+#endif
+    default: return scalar::token_logps(op, backward, threads);
+  }
+}
+
+using Address = uintptr_t;  // 0: not given
+using MatrixArgument = std::tuple<Address, int64_t, int64_t>;  // address, row stride, column stride
+
+template <class T = void>
+T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+Matrix matrix(const MatrixArgument& m) { return {pointer(std::get<0>(m)), std::get<1>(m), std::get<2>(m)}; }
+
+TokenLogps describe(const MatrixArgument& logits, int dtype, int64_t rows, int64_t vocabulary, Address labels,
+                    bool labels_are_int64, Address temperatures, double temperature, double softcap,
+                    double logit_scale, Address logps, Address entropy, Address max, Address logsum, Address grad_logps,
+                    Address grad_entropy, const MatrixArgument& grad) {
+  return {matrix(logits),    static_cast<Dtype>(dtype), rows,  vocabulary,  pointer(labels), labels_are_int64,
+          pointer<double>(temperatures), temperature,   logit_scale, softcap, pointer(logps), pointer(entropy),
+          pointer(max),      pointer(logsum), pointer(grad_logps), pointer(grad_entropy), matrix(grad)};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of fastalign; the checked faces are in fastalign.ops.";
+  m.doc() = "Native kernels of fastalign over addresses; fastalign.ops._cpp is their checked face.";
   m.def("cpu_level", [] { return name(cpu_level()); }, "The instruction set in use: avx512, avx2 or scalar.");
   m.def("set_cpu_level", [](const std::string& level) { cpu_level() = level_named(level); },
         "Use a lower instruction set from now on; not while a kernel runs.");
+
+  const MatrixArgument none{};
+  py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
+      .def(py::init(&describe), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
+           py::arg("vocabulary"), py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0,
+           py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
+           py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("grad_logps") = 0,
+           py::arg("grad_entropy") = 0, py::arg("grad") = none)
+      .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("backward", [](const TokenLogps& op, int threads) { token_logps(op, true, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,41 @@
+// Log-probs of labels from logits [N, V]: what every backend of the op is given.
+//
+// z = softcap(logit_scale * logits) / temperature;  max = max_v z_v;  logsum = ln sum_v exp(z_v - max);
+// logps = (z_y - max) - logsum;  entropy = logsum - sum_v p_v (z_v - max).
+#pragma once
+
+#include <cstdint>
+
+namespace fastalign {
+
+enum class Dtype : int { float32, bfloat16, float16, float64 };
+
+constexpr int64_t kIgnored = -100;   // the row is not scored: never read, outputs 0
+constexpr int64_t kElsewhere = -1;   // the label lies in another slab of the vocabulary: statistics without a target
+
+struct Matrix {
+  void* data;
+  int64_t row_stride, col_stride;  // in elements
+};
+
+// Pointers to statistics are float*, or double* when the logits are float64. A null pointer: not asked for.
+struct TokenLogps {
+  Matrix logits;
+  Dtype dtype;
+  int64_t rows, vocabulary;
+  const void* labels;
+  bool labels_are_int64;
+  const double* temperatures;  // [rows], or null: one for all
+  double temperature, logit_scale;
+  double softcap;  // 0: none
+  void *logps, *entropy, *max, *logsum;        // forward writes them; backward reads entropy, max and logsum
+  const void *grad_logps, *grad_entropy;       // backward only
+  Matrix grad;                                 // backward only; may be the logits themselves
+
+  int64_t label(int64_t row) const {
+    return labels_are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
+  }
+  double temperature_of(int64_t row) const { return temperatures ? temperatures[row] : temperature; }
+};
+
+}  // namespace fastalign

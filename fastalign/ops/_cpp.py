@@ -1,0 +1,170 @@
+"""The native CPU kernels behind tensors: checks, memory, addresses.
+
+``fastalign._C`` knows nothing about torch: it is given addresses, sizes, strides and the number of threads.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def unavailable() -> str | None:
+    """Why the native kernels cannot be used, or None when they can. A present but broken extension raises."""
+    if find_spec("fastalign._C") is None:
+        return "fastalign._C is not built (no C++ compiler when fastalign was installed)"
+    return None
+
+
+def cpu_level() -> str:
+    """The instruction set in use: ``avx512``, ``avx2`` or ``scalar``; ``FASTALIGN_CPU`` may force a lower one."""
+    from fastalign import _C
+
+    return _C.cpu_level()
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Log-probs of the labels and the row statistics that the backward needs, in one read of the logits.
+
+    ``z = softcap(logit_scale * logits) / temperature``, ``max = max_v z_v``, ``logsum = ln sum_v exp(z_v - max)``,
+    ``logps = (z_y - max) - logsum``, ``entropy = logsum - sum_v p_v (z_v - max)`` in nats.
+
+    Args:
+        logits: ``[N, V]`` fp32, bf16, fp16 or fp64 on the CPU, of any strides.
+        labels: ``[N]`` int32 or int64; -100: row not scored (never read, all outputs 0); -1: the label is elsewhere
+            (logps 0); any other label outside ``[0, V)`` gives NaN.
+        temperature: a float or ``[N]``.
+        softcap: ``cap * tanh(x / cap)`` when given.
+        logit_scale: factor on the logits before the softcap.
+        entropy: whether to compute the entropy.
+
+    Returns:
+        ``(logps, entropy or None, max, logsum)``, each ``[N]`` fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    rows = _check(logits, labels)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logps, max_, logsum = (torch.empty(rows, dtype=dtype) for _ in range(3))
+    row_entropy = torch.empty(rows, dtype=dtype) if entropy else None
+    outputs = {"logps": logps, "entropy": row_entropy, "max": max_, "logsum": logsum}
+    _run("forward", logits, labels, temperature, softcap, logit_scale, outputs)
+    return logps, row_entropy, max_, logsum
+
+
+def backward(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    max: Tensor,
+    logsum: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Write the gradient of the logits into ``out``, which may be the logits themselves.
+
+    With ``g`` and ``e`` the gradients of logps and entropy, ``dz_v = g (1[v=y] - p_v) - e p_v (ln p_v + H)`` and
+    ``d logits = dz * logit_scale / temperature * (1 - tanh^2)``, the last factor under a softcap. Rows that are not
+    scored, or whose ``g`` and ``e`` are zero, are zeros without their logits being read.
+
+    Args:
+        out: ``[N, V]`` of the dtype of the logits, of any strides.
+        logits, labels, temperature, softcap, logit_scale: as in ``forward``.
+        max, logsum, entropy: ``[N]`` from ``forward``; entropy only with ``grad_entropy``.
+        grad_logps, grad_entropy: ``[N]`` upstream gradients.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    rows = _check(logits, labels)
+    if out.shape != logits.shape or out.dtype != logits.dtype:
+        raise ValueError(
+            f"out must be {logits.dtype} {tuple(logits.shape)} like the logits, not {out.dtype} {tuple(out.shape)}"
+        )
+    if grad_entropy is not None and entropy is None:
+        raise ValueError("grad_entropy needs the entropy of the forward: call forward with entropy=True")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    inputs = {"max": max, "logsum": logsum, "entropy": entropy, "grad_logps": grad_logps, "grad_entropy": grad_entropy}
+    vectors = {name: _vector(name, x, rows, dtype) for name, x in inputs.items() if x is not None}
+    _run("backward", logits, labels, temperature, softcap, logit_scale, vectors, grad=_matrix(out))
+
+
+def _check(logits: Tensor, labels: Tensor) -> int:
+    """The number of rows, once shapes, dtypes and devices are right."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.shape[1]:
+        raise ValueError(
+            f"expected logits [N, V] and labels [N], got {tuple(logits.shape)} and {tuple(labels.shape)}: "
+            "flatten the leading dimensions"
+        )
+    if logits.dtype not in DTYPES or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"expected fp32, bf16, fp16 or fp64 logits and int32 or int64 labels, got {logits.dtype} and {labels.dtype}"
+        )
+    if logits.device.type != "cpu" or labels.device.type != "cpu":
+        raise ValueError(f"the cpp backend computes on the CPU, got logits on {logits.device}, labels on {labels.device}")
+    return logits.shape[0]
+
+
+def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """``x`` as a contiguous ``[N]`` of ``dtype`` on the CPU."""
+    if x.shape != (rows,) or x.device.type != "cpu":
+        raise ValueError(f"{name} must be [{rows}] on the CPU, got {tuple(x.shape)} on {x.device}")
+    return x.detach().to(dtype).contiguous()
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _run(
+    direction: str,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    vectors: dict[str, Tensor | None],
+    **matrices: tuple[int, int, int],
+) -> None:
+    """Hand the addresses over; every tensor stays alive in this frame until the kernel has returned."""
+    from fastalign import _C
+
+    rows, vocabulary = logits.shape
+    labels = labels.contiguous()
+    if isinstance(temperature, Tensor):
+        per_row = _vector("temperature", temperature.expand(rows), rows, torch.float64)
+        settings = {"temperatures": per_row.data_ptr()}
+    else:
+        settings = {"temperature": float(temperature)}
+    op = _C.TokenLogps(
+        logits=_matrix(logits),
+        dtype=DTYPES[logits.dtype],
+        rows=rows,
+        vocabulary=vocabulary,
+        labels=labels.data_ptr(),
+        labels_are_int64=labels.dtype == torch.int64,
+        softcap=softcap or 0.0,
+        logit_scale=logit_scale,
+        **settings,
+        **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
+        **matrices,
+    )
+    getattr(op, direction)(torch.get_num_threads())
