@@ -1,1 +1,1 @@
-"""Data and tensor parallelism."""
+"""Processes, shards and norms: what changes when a run has more than one rank."""

@@ -1,0 +1,253 @@
+"""Checkpoints: written whole or not at all, safetensors and JSON only, resumed to the bit.
+
+``checkpoints/step-N/`` holds the weights and Adam moments of all ranks (``torch.distributed.checkpoint`` in
+safetensors), ``state.json`` (step, data position, settings, versions) and ``rng-R.json`` of each rank. It is written as
+``step-N.tmp`` and renamed when every byte is on the disk. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastalign.engine.errors import RunError
+from fastalign.parallel.mesh import World
+
+SCHEMA = 1
+"""Version of the layout of a checkpoint."""
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    world: World,
+    keep: int,
+) -> Path:
+    """Write ``directory/step-N`` from all ranks and keep the newest ``keep``.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        step: optimizer steps done.
+        policy, optimizer: plain or sharded.
+        state: JSON values to find again: data position, settings.
+        world: the ranks.
+        keep: whole checkpoints that stay.
+
+    Raises:
+        RunError: on every rank, when any rank could not write.
+    """
+    final, temporary = directory / f"step-{step}", directory / f"step-{step}.tmp"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    write_tensors(temporary, {**weights(policy), **moments(policy, optimizer)}, world)
+    (temporary / f"rng-{world.rank}.json").write_text(json.dumps(rng_state()), encoding="utf-8")
+    if world.is_main:
+        header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
+        full = {**header, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
+        (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
+    flush_directory(temporary)
+    world.barrier()
+    if world.is_main:
+        publish(temporary, final, keep)
+    world.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Restore weights, Adam moments and this rank's generators in place; returns the contents of ``state.json``.
+
+    Raises:
+        ValueError: the checkpoint is of another model, with the first difference.
+    """
+    state = read_state(path)
+    make_moments(policy, optimizer, state["optimizer_steps"])
+    tensors = {**weights(policy), **moments(policy, optimizer)}
+    reader = HuggingFaceStorageReader(str(path))
+    check_shapes(path, tensors, {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()})
+    dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    generators = path / f"rng-{world.rank}.json"
+    if generators.exists():
+        set_rng_state(json.loads(generators.read_text(encoding="utf-8")))
+    return state
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None."""
+    return max(whole_checkpoints(directory), key=step_of, default=None)
+
+
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """The finished checkpoints, oldest first; what a crash left behind is not among them."""
+    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / "state.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def reap(directory: Path, after: int | None = None) -> None:
+    """Remove what interrupted writes left, and the checkpoints after a step that a run goes back to."""
+    for path in directory.glob("step-*.tmp"):
+        shutil.rmtree(path)
+    for path in whole_checkpoints(directory):
+        if after is not None and step_of(path) > after:
+            remove(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint; ValueError when there is none or it is of another schema."""
+    file = path / "state.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a whole checkpoint: it has no state.json; name a checkpoints/step-N directory")
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if state["schema"] != SCHEMA:
+        raise ValueError(f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+    return state
+
+
+def weights(policy: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once; the live tensors, not copies."""
+    every = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+    first = {name for name, _ in policy.named_parameters()}
+    return {f"model.{name}": x for name, x in policy.state_dict().items() if name in first or name not in every}
+
+
+def moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam moments by name, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; the live tensors."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if key != "step"
+    }
+
+
+def optimizer_steps(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """How often each parameter was updated; Adam's bias correction reads it."""
+    return {n: optimizer.state[p]["step"].item() for n, p in policy.named_parameters() if p in optimizer.state}
+
+
+def make_moments(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float]) -> None:
+    """Give the optimizer zero moments, of the right layout, for the parameters that had some."""
+    for name, parameter in policy.named_parameters():
+        if name in steps:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(steps[name], dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def check_shapes(path: Path, mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint whose tensors are not this model's."""
+    for name in sorted(mine.keys() | saved.keys()):
+        here = tuple(mine[name].shape) if name in mine else "absent"
+        there = saved.get(name, "absent")
+        if here != there:
+            raise ValueError(
+                f"{path} is of another model: {name} is {there} there and {here} here; resume with its model"
+            )
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Every rank writes its shards, safetensors with the offsets of each in the header."""
+    try:
+        dcp.save(
+            {name: x.detach() for name, x in tensors.items()},
+            storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+            no_dist=world.mesh is None,
+        )
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise RunError(f"cannot write the checkpoint {path} ({causes}); earlier checkpoints are intact") from error
+
+
+def flush_directory(path: Path) -> None:
+    """Force the files of a directory and its entries to the disk."""
+    for entry in [*path.iterdir(), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path, keep: int) -> None:
+    """Rename a finished checkpoint into place, point ``latest`` at it, remove old ones."""
+    if final.exists():
+        remove(final)
+    temporary.rename(final)
+    pointer = final.parent / "latest.tmp"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    pointer.replace(final.parent / "latest")
+    flush_directory(final.parent)
+    for old in whole_checkpoints(final.parent)[:-keep]:
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; under another name first, so that a crash half-way leaves nothing that looks whole."""
+    doomed = path.with_name(path.name + ".tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator of this process, as JSON values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "torch": encode(torch.get_rng_state()),
+        "cuda": None if device is None else encode(device),
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of ``rng_state``."""
+    torch.set_rng_state(decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(decode(state["cuda"]))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def encode(state: Tensor) -> str:
+    """A uint8 tensor as base64."""
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def decode(text: str) -> Tensor:
+    """The inverse of ``encode``."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def versions() -> dict[str, str]:
+    """What made the checkpoint."""
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

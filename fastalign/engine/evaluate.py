@@ -1,0 +1,46 @@
+"""Held-out loss and metrics: every example exactly once, over all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from fastalign.config import BatchConfig
+from fastalign.data.loader import TokenDataset, evaluation_steps
+from fastalign.engine.methods import Objective
+from fastalign.engine.metrics import Stopwatch, means
+from fastalign.engine.step import Models, add_sums, run_head, score_reference
+from fastalign.parallel.mesh import World
+from fastalign.parallel.shard import reshard
+from fastalign.types import PackedBatch
+
+
+@torch.no_grad()
+def evaluate(
+    models: Models, dataset: TokenDataset, objective: Objective, batch: BatchConfig, world: World
+) -> dict[str, float]:
+    """Means over a dataset of the metrics of a training step, weights unchanged.
+
+    Args:
+        models: policy and, if the loss needs one, reference.
+        dataset: tokenised held-out examples.
+        objective: the method and its loss.
+        batch: budget and prefix sharing; the step size plays no part.
+        world: the ranks; each takes its share and all get the same result.
+
+    Returns:
+        ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
+    """
+    total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
+    for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size):
+        sums = [evaluate_batch(models, micro.to(world.device), objective, world) for micro in batches]
+        total += add_sums(sums, objective.metric_names, world.device)
+    reshard(models.policy)
+    return means(objective, world.sum(total))
+
+
+def evaluate_batch(models: Models, batch: PackedBatch, objective: Objective, world: World) -> dict[str, torch.Tensor]:
+    """``[2]`` (sum, count) of each metric of one micro-batch."""
+    ref_logps = score_reference(models, batch, objective, world.device, Stopwatch(torch.device("cpu")))
+    with models.precision(world.device):
+        _, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, 1.0), objective.method.align)
+    return stats.metrics

@@ -1,0 +1,209 @@
+"""What a run says of itself: one JSON line per step, a console, and trackers that are asked for.
+
+Sums stay on the device until they are written; only then is anything read back. That is every step on CPU, and every
+``log_every`` steps on CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from fastalign.engine.errors import RunError
+from fastalign.engine.methods import Objective
+from fastalign.parallel.mesh import World
+
+SCHEMA = 1
+"""Version of the fields of metrics.jsonl."""
+PARTS = ("data", "reference", "forward", "backward", "optimizer")
+"""The parts of a step that are timed; ``t_other`` is the rest."""
+
+
+class Stopwatch:
+    """Times the named parts of one step: by the clock on CPU, by events on CUDA, which are read only when asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.spans: list[tuple[str, Any, Any]] = []
+        self.start = self.end = self.mark()
+
+    def mark(self) -> Any:
+        """A point in time."""
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a block as one of ``PARTS``."""
+        start = self.mark()
+        yield
+        self.spans.append((part, start, self.mark()))
+
+    def stop(self) -> None:
+        """End the step."""
+        self.end = self.mark()
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from one mark to another."""
+        return start.elapsed_time(end) / 1000 if self.on_cuda else end - start
+
+    def seconds(self) -> dict[str, float]:
+        """``t_step`` and its parts; waits for the device."""
+        if self.on_cuda:
+            self.end.synchronize()
+        times = {f"t_{part}": sum(self.between(a, b) for name, a, b in self.spans if name == part) for part in PARTS}
+        step = self.between(self.start, self.end)
+        return {"t_step": step, **times, "t_other": max(step - sum(times.values()), 0.0)}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step whose numbers may still be on the device.
+
+    Attributes:
+        record: what the host knows: step, epoch, lr, counts of work.
+        sums: ``[m, 2]`` fp64 (sum, count) of the objective's metrics, over all ranks.
+        grad_norm: ``[]`` before clipping.
+        losses: this rank's summed loss of each micro-batch, and the examples in it, to name a culprit.
+        watch: the step's times.
+    """
+
+    record: dict[str, Any]
+    sums: Tensor
+    grad_norm: Tensor
+    losses: Sequence[tuple[Tensor | None, tuple[int, ...]]]
+    watch: Stopwatch
+
+
+class MetricsLog:
+    """metrics.jsonl, console and trackers; only the main rank writes, every rank checks that the numbers are finite.
+
+    Args:
+        path: metrics.jsonl; lines are appended.
+        objective: names the metrics.
+        world: the ranks.
+        sinks: ``(record, step)`` functions beside the file: console and trackers.
+    """
+
+    def __init__(self, path: Path, objective: Objective, world: World, sinks: Sequence[Callable[[dict], None]]) -> None:
+        self.objective, self.world, self.sinks = objective, world, sinks
+        self.pending: list[tuple[StepResult, dict[str, Any]]] = []
+        self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
+
+    def add(self, result: StepResult, extra: dict[str, Any]) -> None:
+        """Keep a step until the next flush; ``extra`` joins its line (evaluation)."""
+        self.pending.append((result, extra))
+
+    def flush(self) -> None:
+        """Read the kept steps back and write their lines.
+
+        Raises:
+            RunError: at the first step whose loss or gradient norm is not finite; no line is written for it.
+        """
+        pending, self.pending = self.pending, []
+        for result, extra in pending:
+            record = self.complete(result)
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise RunError(self.diagnosis(result, record))
+            self.write({**record, **extra})
+
+    def complete(self, result: StepResult) -> dict[str, Any]:
+        """The record of a step, with metrics, times and speeds."""
+        times = result.watch.seconds()
+        record = {"schema": SCHEMA, **result.record, "grad_norm": result.grad_norm.item()}
+        record |= means(self.objective, result.sums)
+        for name, key in (("tokens", "tokens"), ("tokens_computed", "tokens_computed"), ("examples", "examples")):
+            record[f"{name}_per_second"] = record[key] / times["t_step"]
+        return {**record, **times, "wall_time": time.time()}
+
+    def diagnosis(self, result: StepResult, record: dict[str, Any]) -> str:
+        """One line on a step that is not finite: its numbers and the examples behind them, from all ranks."""
+        bad = [ids for loss, ids in result.losses if loss is not None and not torch.isfinite(loss).item()]
+        guilty = [i for part in self.world.gather_objects([i for ids in bad for i in ids]) for i in part]
+        everyone = [i for part in self.world.gather_objects([i for _, ids in result.losses for i in ids]) for i in part]
+        where = f"in the micro-batch of examples {sorted(guilty)}" if guilty else f"on examples {sorted(everyone)}"
+        return (
+            f"step {record['step']}: loss is {record['loss']} and grad_norm is {record['grad_norm']} {where}; "
+            "the step was not applied and checkpoints are intact: look at these examples, or lower optim.lr"
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line and tell the sinks."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(tidy(record), allow_nan=False) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink(record)
+
+    def sync(self) -> None:
+        """Put all lines on the disk: before a checkpoint that follows them."""
+        self.flush()
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+
+
+def means(objective: Objective, sums: Tensor) -> dict[str, float]:
+    """Metrics from their ``[m, 2]`` (sum, count), ``loss`` first; nan where nothing was counted."""
+    values = {
+        name: s / n if n else math.nan for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)
+    }
+    source, name = objective.method.perplexity
+    values[name] = math.exp(min(values[source], MAX_EXPONENT))
+    return {"loss": values.pop("loss"), **values}
+
+
+MAX_EXPONENT = 700.0
+"""exp of more overflows a double."""
+
+
+def tidy(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: a number that is not finite becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the peak resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, so that a resumed run writes no step twice."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)

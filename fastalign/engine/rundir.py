@@ -1,0 +1,146 @@
+"""The run directory: who may write into it, and whether a resumed run is the same run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign.config import Config
+from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap, step_of
+from fastalign.engine.metrics import truncate_metrics
+from fastalign.parallel.mesh import World
+
+log = logging.getLogger(__name__)
+
+FREE = {
+    *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
+    *("data.cache_dir",),
+}
+"""Settings that a resumed run may change: no later number depends on them."""
+LAYOUT = {
+    *("batch.tokens", "batch.share_prefix", "parallel.dp_replicate", "parallel.dp_shard", "run.deterministic"),
+    *("model.attention", "model.on_mismatch", "model.gradient_checkpointing"),
+}
+"""Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
+HORIZON = {"run.steps", "run.epochs"}
+"""How long a run goes on: free when the learning rate does not depend on it."""
+
+
+def claim(config: Config, world: World) -> Path | None:
+    """Make the run directory ready, or refuse before any work.
+
+    Writes ``config.yaml``, removes what a crash left, and cuts ``metrics.jsonl`` back to the checkpoint.
+
+    Returns:
+        the checkpoint to resume from; None for a fresh start.
+
+    Raises:
+        ValueError: the directory holds another run, or the run to resume had other settings.
+        OSError: it cannot be written.
+    """
+    directory = Path(config.run.output_dir)
+    probe(directory, world.rank)
+    checkpoint = find_checkpoint(config, directory)
+    settings = asdict(config)
+    if not config.run.resume:
+        refuse_occupied(directory)
+    elif checkpoint is not None:
+        check_same_run(read_state(checkpoint)["config"], settings, checkpoint)
+    elif (directory / "config.yaml").exists():
+        check_same_run(read_settings(directory), settings, directory)
+    world.barrier()
+    if world.is_main:
+        prepare(directory, checkpoint, settings)
+    world.barrier()
+    return checkpoint
+
+
+def probe(directory: Path, rank: int) -> None:
+    """Fail now rather than after an hour if the directory cannot be written."""
+    file = directory / f".writable-{rank}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise OSError(
+            f"cannot write to run.output_dir {directory}: {error.strerror}; name a directory that can be made"
+        ) from error
+
+
+def find_checkpoint(config: Config, directory: Path) -> Path | None:
+    """The checkpoint that ``run.resume`` means: a path, or the newest of the run."""
+    if isinstance(config.run.resume, str):
+        return Path(config.run.resume)
+    return newest_checkpoint(directory / "checkpoints") if config.run.resume else None
+
+
+def refuse_occupied(directory: Path) -> None:
+    """A fresh run never writes over another."""
+    metrics = directory / "metrics.jsonl"
+    if newest_checkpoint(directory / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+        raise ValueError(
+            f"{directory} already holds a run: continue it with run.resume=true, or choose another run.output_dir"
+        )
+
+
+def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """Refuse to resume under settings that would make it another run, naming them."""
+    before, now = dict(flatten(old)), dict(flatten(new))
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
+    if horizon_is_free(new["optim"]):
+        changed -= HORIZON
+    fatal = sorted(changed - LAYOUT)
+    if fatal:
+        pairs = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in fatal)
+        hint = (
+            "; a schedule that ends cannot be extended: use optim.schedule=constant for that"
+            if set(fatal) <= HORIZON
+            else ""
+        )
+        raise ValueError(
+            f"cannot resume {where} with other settings ({pairs}){hint}; restore them, or choose another run.output_dir"
+        )
+    for key in sorted(changed):
+        log.warning("resume: %s was %r and is %r: numbers agree to rounding only", key, before.get(key), now.get(key))
+
+
+def horizon_is_free(optim: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however many steps follow."""
+    return optim["schedule"] == "constant" and not 0 < optim["warmup"] < 1
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; tuples as lists, as JSON and YAML have them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def prepare(directory: Path, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+    """Leave in the directory exactly what the run goes on from."""
+    step = step_of(checkpoint.resolve()) if checkpoint else 0
+    reap(directory / "checkpoints", after=step)
+    shutil.rmtree(directory / "model.tmp", ignore_errors=True)
+    truncate_metrics(directory / "metrics.jsonl", step)
+    (directory / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False), encoding="utf-8")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The resolved settings of a run."""
+    return yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """Settings without tuples, which YAML would tag."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,239 @@
+"""Training, top to bottom: set-up; then micro-batches, loss, gradients, optimizer and one line of metrics per step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.config import Config
+from fastalign.data import builtin
+from fastalign.data.loader import Loader, TokenDataset, encode_dataset
+from fastalign.data.pack import pack
+from fastalign.data.sources import load_train_eval
+from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastalign.engine.console import check_trackers, open_sinks
+from fastalign.engine.evaluate import evaluate
+from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
+from fastalign.engine.optim import learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.reference import frozen_copy
+from fastalign.engine.report import write_report
+from fastalign.engine.rundir import claim
+from fastalign.engine.step import Models, Work, accumulate_gradients, add_sums, measure_work
+from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
+from fastalign.models.verify import verify_packed
+from fastalign.parallel.clip import clip_gradients
+from fastalign.parallel.mesh import World, world
+from fastalign.parallel.shard import shard
+from fastalign.types import PackedBatch
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> None:
+    """Run a whole training job and leave its directory: config, metrics, checkpoints, model, report.
+
+    Args:
+        config: every setting; see `fastalign.config`.
+
+    Raises:
+        ValueError: a setting, a file or a batch that cannot be used, in one line that says what to do.
+        OSError: the run directory cannot be written.
+    """
+    objective = make_objective(config.method, config.loss)
+    check_settings(config)
+    with world(config.parallel) as ranks:
+        checkpoint = claim(config, ranks)
+        seed_everything(config)
+        job = set_up(config, objective, ranks)
+        done = resume(job, checkpoint) if checkpoint else 0
+        run(job, done)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, made once."""
+
+    config: Config
+    objective: Objective
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    models: Models
+    optimizer: torch.optim.AdamW
+    loader: Loader
+    held_out: TokenDataset | None
+    total: int
+
+    @property
+    def directory(self) -> Path:
+        """Where it writes."""
+        return Path(self.config.run.output_dir)
+
+
+def set_up(config: Config, objective: Objective, ranks: World) -> Job:
+    """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
+    tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
+    rows, held_out_rows = load_train_eval(config.data, config.run.seed)
+    dataset = encode_dataset(rows, tokenizer, config.data, config.method)
+    held_out = encode_dataset(held_out_rows, tokenizer, config.data, config.method) if held_out_rows else None
+
+    policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device).train()
+    batch = config.batch
+    loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
+    verify_packed(policy, first_batch(dataset, config).to(ranks.device))
+    autocast = config.model.autocast if config.model.autocast is not None else ranks.device.type == "cuda"
+    reference = shard(frozen_copy(policy), ranks, bf16=autocast) if objective.needs_reference else None
+    models = Models(shard(policy, ranks, bf16=autocast), reference, autocast)
+
+    total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
+    optimizer = make_optimizer(policy, config.optim)
+    return Job(config, objective, ranks, tokenizer, models, optimizer, loader, held_out, total)
+
+
+def run(job: Job, done: int) -> None:
+    """The loop, from step ``done + 1`` to the last, then the export and the report."""
+    config, run = job.config, job.config.run
+    trackers = run.trackers if job.world.is_main else ()
+    with (
+        open_sinks(trackers, job.directory, asdict(config), job.total, done, run.log_every) as sinks,
+        closing(
+            MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, sinks if job.world.is_main else ())
+        ) as metrics,
+    ):
+        for step in range(done + 1, job.total + 1):
+            result = train_step(job, step)
+            metrics.add(result, held_out_metrics(job) if is_due(step, run.eval_every, job.total) else {})
+            if job.world.device.type == "cpu" or is_due(step, run.log_every, job.total):
+                metrics.flush()
+            if is_due(step, run.save_every, job.total):
+                metrics.sync()
+                save(job, step)
+    export(job)
+
+
+def train_step(job: Job, step: int) -> StepResult:
+    """One optimizer step; nothing is read back from the device."""
+    world, optimizer = job.world, job.optimizer
+    watch = Stopwatch(world.device)
+    with watch("data"):
+        batches = next(job.loader)
+        work = measure_work(batches, job.objective, world, peak_memory(world.device))
+
+    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch)
+    with watch("optimizer"):
+        sums = world.sum(add_sums(losses, job.objective.metric_names, world.device))
+        loss = sums[job.objective.metric_names.index("loss")]
+        grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
+        lr = learning_rate(step, job.total, job.config.optim)
+        set_learning_rate(optimizer, lr)
+        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the step
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.stop()
+    return StepResult(describe(job, step, lr, work), sums, grad_norm, culprits(losses, batches), watch)
+
+
+def describe(job: Job, step: int, lr: float, work: Work) -> dict[str, Any]:
+    """What the host knows of a step."""
+    return {
+        "step": step,
+        "epoch": step * job.loader.size / len(job.loader.dataset),
+        "lr": lr,
+        "examples": work.examples,
+        "tokens": work.tokens,
+        "tokens_computed": work.computed,
+        "share_ratio": work.tokens / max(work.computed, 1),
+        "num_micro_batches": work.micro_batches,
+        "peak_memory_rank_max": work.memory,
+    }
+
+
+def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """This rank's loss and examples of each micro-batch."""
+    losses = [metrics["loss"] if metrics else None for metrics in sums]
+    return list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+
+
+def held_out_metrics(job: Job) -> dict[str, float]:
+    """``eval_`` metrics, if anything is held out."""
+    if job.held_out is None:
+        return {}
+    metrics = evaluate(job.models, job.held_out, job.objective, job.config.batch, job.world)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def save(job: Job, step: int) -> None:
+    """A checkpoint of everything that the next step depends on."""
+    state = {"loader": job.loader.state_dict(), "config": asdict(job.config)}
+    directory = job.directory / "checkpoints"
+    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
+
+
+def resume(job: Job, checkpoint: Path) -> int:
+    """Go back to a checkpoint; returns its step. The reference is the initial policy, so it needs none."""
+    state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
+    job.loader.load_state_dict(state["loader"])
+    log.info("resumed from %s", checkpoint)
+    return state["step"]
+
+
+def export(job: Job) -> None:
+    """``model/``: a Hugging Face directory of the final weights; and the report."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(job.models.policy, options=whole) if job.world.size > 1 else None
+    if job.world.is_main:
+        save_pretrained(job.models.policy, job.tokenizer, job.directory / "model", state)
+        write_report(job.directory)
+    job.world.barrier()
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """At every so many steps, and at the last; ``every`` 0 leaves the last alone."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer trained on built-in text."""
+    if name != "builtin:bpe":
+        raise ValueError(f"unknown model.tokenizer {name!r}: the only built-in one is builtin:bpe")
+    return builtin.train_tokenizer()
+
+
+def first_batch(dataset: TokenDataset, config: Config) -> PackedBatch:
+    """A packed batch of the first examples, apart from the loader, whose position it leaves alone."""
+    examples = dataset.fetch(list(range(min(config.batch.size, len(dataset)))))
+    return pack(examples, config.batch.tokens, config.batch.share_prefix)[0]
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that cannot be meant, before any work."""
+    run = config.run
+    for name, value, least in (
+        ("run.steps", run.steps, 1),
+        ("run.keep", run.keep, 1),
+        ("run.log_every", run.log_every, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if run.steps is None and run.epochs <= 0:
+        raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
+    check_trackers(run.trackers)
+
+
+def seed_everything(config: Config) -> None:
+    """The same generators on every rank; nothing in training draws from them, but a user's code may."""
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed)
+    torch.manual_seed(config.run.seed)
+    torch.use_deterministic_algorithms(config.run.deterministic)

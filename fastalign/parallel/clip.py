@@ -1,0 +1,55 @@
+"""The global gradient norm and clipping, for plain tensors and for shards on any mesh."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most ``clip_norm``; 0 only measures.
+
+    ``g <- g * min(1, clip_norm / norm)``. Nothing is read back from the device.
+
+    Args:
+        parameters: those with gradients, plain or DTensor, on one mesh or on several.
+        clip_norm: the limit.
+
+    Returns:
+        ``[]`` fp32 norm before clipping, the same on every rank; not finite when any gradient is not.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients)
+    if clip_norm > 0 and gradients:
+        torch._foreach_mul_([local(g) for g in gradients], (clip_norm / norm).clamp(max=1.0))
+    return norm
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """2-norm over all elements of all tensors; each shard is counted on its rank, each replica once."""
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()].append(tensor)
+    squares = [sum_of_squares(group) for group in groups.values()]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """``[]`` fp32 over tensors of one mesh and placement, summed over the mesh dimensions that shard them."""
+    total = torch.stack(torch._foreach_norm([local(t) for t in tensors], 2, torch.float32)).square().sum()
+    first = tensors[0]
+    if isinstance(first, DTensor):
+        for dimension, placement in enumerate(first.placements):
+            if isinstance(placement, Shard):
+                dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
+    return total
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,110 @@
+"""The ranks of a run: process group, device and the (dp_replicate, dp_shard) mesh, from the environment of torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastalign.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks.
+
+    Attributes:
+        rank, size: global rank and number of ranks, all of them data parallel.
+        device: where this rank computes.
+        mesh: ``(dp_replicate, dp_shard)``; None for a single process, which needs no collective.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the console."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` summed over ranks, in place when there is more than one."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Sequence[float]) -> Tensor:
+        """``[size, n]`` fp64 on the host: a few numbers of every rank, without touching the device."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        if self.mesh is None:
+            return mine[None]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
+    def gather_objects(self, value: object) -> list:
+        """A small object of every rank; for error messages, not for the hot path."""
+        everyone: list = [value] * self.size
+        if self.mesh is not None:
+            dist.all_gather_object(everyone, value)
+        return everyone
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.mesh is not None:
+            dist.barrier()
+
+
+@contextmanager
+def world(parallel: ParallelConfig) -> Iterator[World]:
+    """Join the other ranks for the length of a run: gloo on CPU, nccl on CUDA.
+
+    Raises:
+        ValueError: when the mesh asked for does not have as many ranks as were launched.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = mesh_shape(parallel, size)
+    device = local_device()
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        yield World(dist.get_rank(), size, device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The GPU of this rank's LOCAL_RANK, made current, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, int]:
+    """``(dp_replicate, dp_shard)`` for ``size`` ranks, -1 filled in; ValueError when they do not multiply to it."""
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if replicate < 1 or (shard < 1 and shard != -1):
+        raise ValueError(
+            f"parallel: dp_replicate is 1 or more and dp_shard 1 or more or -1, got {replicate} and {shard}"
+        )
+    shard = size // replicate if shard == -1 else shard
+    if replicate * shard != size:
+        needed = max(replicate * shard, replicate)
+        raise ValueError(
+            f"parallel: dp_replicate {replicate} x dp_shard {parallel.dp_shard} does not make the {size} rank(s) "
+            f"launched; launch with `torchrun --nproc-per-node {needed} -m fastalign ...` or change the section"
+        )
+    return replicate, shard

@@ -1,0 +1,48 @@
+"""FSDP2 over the data-parallel mesh: each block is gathered when it runs, gradients are averaged over all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fastalign.parallel.mesh import World
+
+
+def shard(model: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
+    """Shard ``model`` in place over the ranks: every transformer block, then the root with what is left.
+
+    The model must be run through its own ``forward``, where the hooks are. One process needs no sharding and gets the
+    model back untouched.
+
+    Args:
+        model: the same weights on every rank.
+        world: the ranks.
+        bf16: gather and compute in bf16, reduce gradients and keep master weights in their own dtype.
+    """
+    if world.mesh is None:
+        return model
+    precision = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=world.mesh, mp_policy=precision)
+    return fully_shard(model, mesh=world.mesh, mp_policy=precision)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers names as not to be split across devices: one per layer."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def synchronise_gradients(model: nn.Module, on: bool) -> None:
+    """Whether the next backward reduces gradients over ranks; off for all but the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a forward without backward left gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
