@@ -30,7 +30,7 @@ def load_policy(
 
     Args:
         model: the section; exactly one of `path` and `config` is set.
-        vocab_size: tokens the tokenizer can produce. An inline config without one gets it; a model with fewer is refused.
+        vocab_size: tokens the tokenizer can produce; an inline config without one gets it, a smaller model is refused.
         seed: of random initial weights; the global generator is left as it was.
         tokenizer: gives an inline config its special token ids, and `vocab_size` when that is not given.
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -97,6 +98,17 @@ class Policy(nn.Module):
         )
         assert getattr(output, "past_key_values", None) is None, "a key/value cache changes how packed rows are read"
         return gather_rows(output.last_hidden_state[0], batch.rows)
+
+    def plain_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """`[n, p, V]` logits at p positions of `[n, L]` ordinary rows, by the model's own forward and active attention.
+
+        Rows may be padded on the right: causal attention never reads the padding.
+        """
+        at = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        output = self.model(
+            input_ids=input_ids, position_ids=at, attention_mask=None, use_cache=False, logits_to_keep=positions
+        )
+        return output.logits
 
     def check_batch(self, plan: Layout) -> None:
         """Refuses a batch that the model cannot compute exactly."""

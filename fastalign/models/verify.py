@@ -1,0 +1,182 @@
+"""First-use self-verification: a packed batch against the plain forward of the same sequences.
+
+Wrong packing raises nothing: sequences read each other, or a response loses its prompt, and training goes on. So the
+first packed batch of a run is also computed the ordinary way, each sequence in a row of its own, by the model's own
+forward and PyTorch's own attention, and the log-probs are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from fastalign.models.policy import Policy
+from fastalign.ops.token_logps import token_logps
+from fastalign.types import PackedBatch
+
+log = logging.getLogger(__name__)
+
+TOLERANCES = {"full": (1e-5, 1e-6), "half": (3e-2, 3e-3)}
+"""Largest and mean difference in nats while logits stay below `PEAK`: about ten roundings of such a logit in fp32, one
+in bf16. A sequence that reads another one, or loses its prompt, is off by tenths of nats."""
+
+PEAK = 8.0
+"""Rounding grows with the logits; tolerances grow in proportion above this magnitude."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The logical sequences of a group, and where each of the group's scored tokens lies in them.
+
+    Attributes:
+        input_ids: `[n, L]` padded on the right, which causal attention never reads.
+        scored: `[m]` positions in the batch's N scored tokens.
+        sequence, position: `[m]` the sequence and the position in it that predict the scored token.
+    """
+
+    input_ids: Tensor
+    scored: Tensor
+    sequence: Tensor
+    position: Tensor
+
+
+def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["raise", "fallback"] = "raise") -> bool:
+    """Compares one group's log-probs from the packed batch with those of the plain forward.
+
+    Two forwards without gradient: the whole packed batch, and the group's sequences in padded rows. Run it under the
+    autocast of training. All ranks of a sharded policy must call it.
+
+    Args:
+        policy: left exactly as it was.
+        batch: the first batch that holds a group with a shared prefix, if there is one.
+        on_mismatch: `raise`, or `fallback` to warn and return False, after which the caller packs without sharing and
+            verifies again.
+
+    Returns:
+        Whether they agree.
+
+    Raises:
+        ValueError: on disagreement, with both numbers, when `on_mismatch` is `raise`; and when a label is not the token
+            that follows its row in any sequence of its group.
+    """
+    if batch.num_scored == 0:
+        return True
+    sequences = unpack_group(batch)
+    with torch.no_grad():
+        packed = policy(batch, lambda *args, **options: _logps(*args, keep=sequences.scored, **options))
+        plain, peak = _plain_logps(policy, sequences, batch.labels[sequences.scored])
+    difference = (packed.double() - plain.double()).abs()
+    largest, mean = difference.max().item(), difference.mean().item()
+    worst, average = (limit * max(1.0, peak / PEAK) for limit in TOLERANCES[_precision(policy, batch)])
+    text = (
+        f"packed and plain log-probs differ by {largest:.2g} at most and {mean:.2g} on average "
+        f"over {packed.numel()} tokens (allowed {worst:.2g} and {average:.2g})"
+    )
+    if largest <= worst and mean <= average:  # false for NaN
+        log.info("attention verified: %s", text)
+        return True
+    if on_mismatch == "raise":
+        advice = 'set model.attention to "sdpa", or batch.share_prefix to false, or model.on_mismatch to "fallback"'
+        raise ValueError(f"{text}: this model or attention backend does not read packed rows exactly; {advice}")
+    log.warning("%s: going on without sharing prefixes", text)
+    return False
+
+
+def unpack_group(batch: PackedBatch) -> Sequences:
+    """The sequences of the group to compare: one with a shared prefix, not the first, small; as far as there is one."""
+    tree, leaves = _choose_group(batch)
+    chains = [_chain_rows(batch, leaf) for leaf in leaves[tree]]
+    ids = batch.input_ids.tolist()
+    place = {  # (row, next token) -> (sequence, position)
+        (row, ids[after]): (n, t) for n, rows in enumerate(chains) for t, (row, after) in enumerate(pairwise(rows))
+    }
+    group_rows = {row for rows in chains for row in rows}
+    pairs = list(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
+    scored = [i for i, (row, _) in enumerate(pairs) if row in group_rows]
+    if wrong := [i for i in scored if pairs[i] not in place]:
+        row, label = pairs[wrong[0]]
+        raise ValueError(
+            f"scored token {wrong[0]} (row {row}, label {label}) is not the next token in any sequence of its group: "
+            "rows and labels do not match the segments"
+        )
+    where = torch.tensor([place[pairs[i]] for i in scored], device=batch.labels.device)
+    padded = torch.zeros(len(chains), max(map(len, chains)), dtype=torch.int64, device=batch.labels.device)
+    for n, rows in enumerate(chains):
+        padded[n, : len(rows)] = batch.input_ids[rows]
+    return Sequences(padded, torch.tensor(scored, device=batch.labels.device), where[:, 0], where[:, 1])
+
+
+def _choose_group(batch: PackedBatch) -> tuple[int, dict[int, list[int]]]:
+    """The root segment of the group, and the leaf segments below each root that has scored rows."""
+    segments = batch.segments
+    roots: list[int] = []
+    for s, parent in enumerate(segments.parents):
+        roots.append(s if parent < 0 else roots[parent])
+    sizes: dict[int, int] = {}
+    leaves: dict[int, list[int]] = {}
+    for s, root in enumerate(roots):
+        sizes[root] = sizes.get(root, 0) + segments.offsets[s + 1] - segments.offsets[s]
+        if s not in segments.parents:
+            leaves.setdefault(root, []).append(s)
+    ends = torch.tensor(segments.offsets[1:])
+    homes = torch.searchsorted(ends, batch.rows.cpu(), right=True)
+    scored_roots = {roots[s] for s in homes.unique().tolist()}
+    first = min(scored_roots)
+    return min(scored_roots, key=lambda root: (len(leaves[root]) < 2, root == first, sizes[root])), leaves
+
+
+def _chain_rows(batch: PackedBatch, leaf: int) -> list[int]:
+    """Rows of the sequence that ends in a leaf segment, from its root on."""
+    segments, rows = batch.segments, []
+    while leaf >= 0:
+        rows = [*range(segments.offsets[leaf], segments.offsets[leaf + 1]), *rows]
+        leaf = segments.parents[leaf]
+    return rows
+
+
+def _logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, bias: Tensor | None = None, **options: float
+) -> Tensor:
+    """Log-probs of some scored tokens through the head."""
+    logps = token_logps(F.linear(hidden[keep], weight, bias), labels[keep], **options)
+    assert isinstance(logps, Tensor)
+    return logps
+
+
+def _plain_logps(policy: Policy, sequences: Sequences, labels: Tensor) -> tuple[Tensor, float]:
+    """The same log-probs from the model's own forward in stock attention, and the largest logit."""
+    register_fsdp_forward_method(policy, "plain_logits")  # does nothing to a policy that is not sharded
+    positions, index = sequences.position.unique(return_inverse=True)
+    with stock_attention(policy):
+        logits = policy.plain_logits(sequences.input_ids, positions)[sequences.sequence, index]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(-1).gather(1, labels[:, None])[:, 0], wide.abs().max().item()
+
+
+@contextmanager
+def stock_attention(policy: Policy) -> Iterator[None]:
+    """Runs the model in PyTorch's attention (eager where the model has no other), then puts ours back."""
+    model: PreTrainedModel = policy.model
+    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(policy.attention)
+
+
+def _precision(policy: Policy, batch: PackedBatch) -> Literal["full", "half"]:
+    """Which tolerances apply: TF32 rounds like half precision."""
+    device = batch.input_ids.device.type
+    tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    half = policy.head.weight.dtype in (torch.bfloat16, torch.float16)
+    return "half" if half or tf32 or torch.is_autocast_enabled(device) else "full"
