@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it. A mistake of the user is an
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -31,11 +32,16 @@ def fail(message: str, code: int) -> int:
     """Print an error as one line, after the traceback if FASTALIGN_DEBUG=1."""
     if os.environ.get("FASTALIGN_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_0():
         # The same error on every rank is told once: during this nap rank 0's exit makes torchrun stop the others.
         time.sleep(2)
     print(f"fastalign: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_command(argv: list[str]) -> int:
@@ -71,6 +77,8 @@ def train(method: str, argv: list[str]) -> int:
     config = parse_config(method, argv)
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
     run(config)
     return 0
 

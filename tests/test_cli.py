@@ -1,12 +1,14 @@
 """The command line: what it accepts, what it answers to mistakes, what it passes on."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fastalign import arguments, cli
@@ -204,3 +206,15 @@ def test_python_dash_m_is_the_same_command():
 
 def test_usage_errors_are_value_errors():
     assert issubclass(UsageError, ValueError)
+
+
+def test_info_names_each_ops_backend_and_the_reason(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] == torch.__version__
+    for op, state in facts["ops"].items():
+        assert state["chosen"]["cpu"] in state["backends"], op
+        assert all(state["backends"].values()), op
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(op in text for op in facts["ops"])

@@ -1,0 +1,97 @@
+"""What ``fastalign info`` prints: versions, devices, and which backend serves each op here, with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fastalign import __version__
+from fastalign.ops import attention, dispatch
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors")
+OPTIONAL = ("flash-attn", "peft", "vllm", "tensorboard", "wandb", "trackio", "trl", "liger-kernel")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that decides what runs here, as JSON types.
+
+    Returns:
+        ``fastalign``, ``python``, ``platform``: strings; ``packages``: name -> version, None when absent; ``cpu``:
+        cores, threads and the native extension's level or why it is absent; ``cuda``: version or None; ``devices``: a
+        string each; ``ops``: op -> ``chosen`` (device type -> backend), ``backends`` (backend -> "usable" or why not).
+    """
+    return {
+        "fastalign": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed(name) for name in (*PACKAGES, *OPTIONAL)},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": extension()},
+        "cuda": torch.version.cuda,
+        "devices": devices(),
+        "ops": {**{op: describe(op) for op in dispatch.MODULES}, "packed_attention": describe_attention()},
+    }
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None when it is absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def extension() -> str:
+    """The instruction set of the native kernels, or why there are none."""
+    return dispatch.reasons("token_logps")["cpp"]
+
+
+def devices() -> list[str]:
+    """The CUDA devices: name, architecture, memory."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{d.name} (sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in found]
+
+
+def describe(op: str) -> dict[str, Any]:
+    """The backend that serves an op on each kind of device, and each backend's state."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {"chosen": {kind: dispatch.choose(op, None, kind) for kind in kinds}, "backends": dispatch.reasons(op)}
+
+
+def describe_attention() -> dict[str, Any]:
+    """The same for attention, which also depends on the dtype: half precision on CUDA, fp32 on CPU."""
+    cuda = torch.cuda.is_available()
+    kinds = {"cpu": torch.float32, **({"cuda": torch.bfloat16} if cuda else {})}
+    best, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    states = {name: attention.unavailable(name, best, dtype) or "usable" for name in attention.BACKENDS}
+    return {
+        "chosen": {kind: attention.choose_backend(kind, dtype) for kind, dtype in kinds.items()},
+        "backends": states,
+    }
+
+
+def render(facts: dict[str, Any], as_json: bool = False) -> str:
+    """The facts of ``collect`` as text for people, or as JSON."""
+    if as_json:
+        return json.dumps(facts, indent=2)
+    lines = [f"fastalign {facts['fastalign']}, Python {facts['python']}, {facts['platform']}", ""]
+    lines += [f"  {name:14}{found}" for name, found in facts["packages"].items() if found or name in PACKAGES]
+    absent = [name for name, found in facts["packages"].items() if found is None]
+    lines += [f"  not installed: {', '.join(absent)}", ""]
+    cpu = facts["cpu"]
+    lines += [f"cpu   {cpu['cores']} cores, {cpu['threads']} threads; native extension {cpu['extension']}"]
+    lines += [f"cuda  {device}" for device in facts["devices"] or ["no device"]]
+    for ops, state in alike(facts["ops"]):
+        chosen = ", ".join(f"{backend} on {kind}" for kind, backend in state["chosen"].items())
+        lines += ["", f"{ops}: {chosen}", *(f"  {backend:8}{why}" for backend, why in state["backends"].items())]
+    return "\n".join(lines)
+
+
+def alike(ops: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Ops of the same state under one heading."""
+    states = [state for i, state in enumerate(ops.values()) if state not in list(ops.values())[:i]]
+    return [(", ".join(op for op, other in ops.items() if other == state), state) for state in states]
