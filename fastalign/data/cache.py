@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import tokenizers
@@ -32,7 +32,7 @@ def key(*parts: Any) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def entry(cache_dir: str | None, name: str, make: Callable[[Path], None]) -> Path:
+def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> Path:
     """The directory ``name`` of the cache, made by ``make(directory)`` when it is not there.
 
     Atomic and safe for concurrent processes: the directory appears whole or not at all.
@@ -48,7 +48,8 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], None]) -> Pat
         lock = FileLock(f"{path}.lock")
         lock.acquire()
     except OSError as error:
-        raise ValueError(f"cannot write the cache {path.parent} ({error}): set data.cache_dir or FASTALIGN_CACHE") from error
+        message = f"cannot write the cache {path.parent} ({error})"
+        raise ValueError(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
     try:
         if not path.is_dir():
             _make_whole(path, make)
@@ -57,7 +58,7 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], None]) -> Pat
     return path
 
 
-def _make_whole(path: Path, make: Callable[[Path], None]) -> None:
+def _make_whole(path: Path, make: Callable[[Path], object]) -> None:
     scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     scratch.mkdir()
     try:
@@ -81,10 +82,11 @@ def tokens(cache_dir: str | None, name: str, write: Callable[[str], dict[str, in
 def rows_content(rows: Dataset) -> str:
     """A hash of the rows' values and types, wherever they are stored."""
     digest = hashlib.blake2b(repr(rows.features).encode(), digest_size=16)
-    for table in rows.with_format("arrow").iter(batch_size=1000):
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        table = cast(pa.Table, batch).combine_chunks()  # the same bytes however the rows are chunked
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
+            writer.write_table(table)
         digest.update(sink.getvalue())
     return digest.hexdigest()
 
@@ -100,5 +102,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def code_version() -> str:
     """A hash of the code that turns rows into tokens, its libraries' versions included."""
-    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in ("chat", "encode", "formats", "preference")]
+    names = ("chat", "encode", "formats", "preference")
+    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in names]
     return key(sources, transformers.__version__, tokenizers.__version__)

@@ -30,9 +30,10 @@ class Rendered:
     spans: tuple[tuple[str, str | None], ...]
     standard: bool
 
-    def texts(self) -> list[str]:
-        """All texts that must be tokenised."""
-        return [self.whole, *(text for span in self.spans for text in span if text is not None)]
+    def to_tokenise(self) -> list[tuple[str, bool]]:
+        """Every text that must be tokenised, each with `standard`."""
+        texts = [self.whole, *(text for span in self.spans for text in span if text is not None)]
+        return [(text, self.standard) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Marked:
 
     input_ids: list[int]
     scored: list[int]
+
+    def to_tokenise(self) -> list[tuple[str, bool]]:
+        """Nothing is left to tokenise."""
+        return []
 
 
 def read_template(path: str | None) -> str | None:
@@ -68,8 +73,8 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str |
         ValueError: a conversation and no template, or one that the template refuses.
     """
     if isinstance(example.completions[0], str):
-        prompt = example.prompt or ""
-        return [Rendered(f"{prompt}{completion}", ((str(prompt), None),), standard=True) for completion in example.completions]
+        prompt = str(example.prompt or "")
+        return [Rendered(f"{prompt}{text}", ((prompt, None),), standard=True) for text in example.completions]
     chat = Chat(tokenizer, template, example.template)
     if example.prompt is None:
         return [chat.conversation(_turns(example.completions[0]))]
@@ -81,9 +86,8 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, arguments: dict[str, Any]) -> None:
         if template is None and not tokenizer.chat_template:
-            raise ValueError(
-                "the data holds conversations and the tokenizer has no chat template: set data.chat_template to a Jinja file"
-            )
+            message = "the data holds conversations and the tokenizer has no chat template"
+            raise ValueError(f"{message}: set data.chat_template to the path of a Jinja file")
         self.tokenizer, self.template, self.arguments = tokenizer, template, arguments
 
     def completion(self, prompt: Turns, completion: Turns) -> Rendered:
@@ -104,12 +108,14 @@ class Chat:
     def has_markers(self) -> bool:
         """Whether the template has ``{% generation %}`` markers and the tokenizer can place them."""
         text = self.template or self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))
-        return self.tokenizer.is_fast and "endgeneration" in text
+        return bool(self.tokenizer.is_fast) and "endgeneration" in text
 
     def text(self, turns: Turns, generation_prompt: bool = False) -> str:
+        """The messages as the template writes them."""
         return str(self._apply(turns, tokenize=False, add_generation_prompt=generation_prompt)) if turns else ""
 
     def marked(self, turns: Turns) -> Marked:
+        """The conversation in tokens, scored where the template says so."""
         encoded = self._apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return Marked(encoded["input_ids"], encoded["assistant_masks"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
         self.form, self.method, self.raw_dialogue = form, method, raw_dialogue
+        self.adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.counts: Counter[str] = Counter()
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
@@ -109,7 +110,7 @@ class Encoder:
             row = {name: values[position] for name, values in columns.items()}
             if (texts := _at_row(index, lambda row=row: self.render(row))) is not None:
                 rendered[position] = texts
-        lookup = self.tokenise([t for texts in rendered.values() for r in texts if isinstance(r, chat.Rendered) for t in _keys(r)])
+        lookup = self.tokenise([key for texts in rendered.values() for r in texts for key in r.to_tokenise()])
         out: dict[str, list[Any]] = {name: [] for name in FEATURES}
         for position, texts in rendered.items():
             index = indices[position]
@@ -128,14 +129,14 @@ class Encoder:
             return self.drop("dropped_empty_completion")
         return chat.render(example, self.tokenizer, self.template)
 
-    def tokenise(self, keys: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
+    def tokenise(self, keys: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
         """The ids of every distinct (text, standard), in at most two calls of the tokenizer."""
         lookup = {}
         for standard in (False, True):
             texts = list(dict.fromkeys(text for text, kind in keys if kind == standard))
             if texts:
-                ids = self.tokenizer(texts, add_special_tokens=standard, return_attention_mask=False, verbose=False)["input_ids"]
-                lookup.update({(text, standard): self.single_bos(list(x)) for text, x in zip(texts, ids, strict=True)})
+                encoded = self.tokenizer(texts, add_special_tokens=standard, verbose=False)["input_ids"]
+                lookup |= {(text, standard): self.single_bos(ids) for text, ids in zip(texts, encoded, strict=True)}
         return lookup
 
     def single_bos(self, ids: list[int]) -> list[int]:
@@ -152,7 +153,7 @@ class Encoder:
         scored[:1] = False  # nothing predicts the first token
         if not scored.any():
             raise ValueError(
-                "a conversation has no scored token: expected an assistant turn that the chat template renders (or marks)"
+                "a conversation without a scored token: expected an assistant turn that the template renders"
             )
         return ids, scored
 
@@ -164,7 +165,7 @@ class Encoder:
         scored = np.zeros(len(ids), dtype=bool)
         for before, through in rendered.spans:
             given = lookup[before, standard]
-            given = given[:-1] if standard and given[-1:] == [eos] else given  # the tokenizer's own, not the prompt's
+            given = given[:-1] if standard and self.adds_eos else given
             start = common_prefix(given, ids)
             self.counts["prompt_not_a_prefix"] += start < len(given)
             end = len(ids) if through is None else start + turn_length(given, lookup[through, standard], ids[start:])
@@ -184,6 +185,7 @@ class Encoder:
         return [(ids[:limit], scored[:limit]) for ids, scored in sequences]
 
     def drop(self, reason: str) -> None:
+        """Counts a row that is left out, and why."""
         self.counts[reason] += 1
 
 
@@ -198,24 +200,19 @@ def common_prefix(first: list[int], second: list[int]) -> int:
 def turn_length(before: list[int], through: list[int], rest: list[int]) -> int:
     """How many tokens of ``rest`` are the assistant turn that ``through`` ends with.
 
-    ``through`` renders the conversation up to and including the turn. Inside a longer conversation some templates leave
-    out the front of a turn (an old reasoning block), so the longest ending of the turn that ``rest`` begins with counts.
+    ``through`` renders the conversation up to and including the turn, ``before`` up to it. Within a longer conversation
+    a template may leave out the front of a turn (an old reasoning block), and the turn's last token may merge with what
+    follows: the longest ending or beginning of the turn with which ``rest`` begins counts.
 
     Raises:
         ValueError: the turn does not come back in the whole conversation.
     """
     turn = through[common_prefix(before, through) :]
-    for skipped in range(len(turn)):
-        if turn[skipped:] == rest[: len(turn) - skipped]:
-            return len(turn) - skipped
-    raise ValueError(
-        "the chat template renders an assistant turn differently inside its conversation: "
-        "give a template with {% generation %} markers (data.chat_template)"
-    )
-
-
-def _keys(rendered: chat.Rendered) -> list[tuple[str, bool]]:
-    return [(text, rendered.standard) for text in rendered.texts()]
+    ending = next((len(turn) - i for i in range(len(turn)) if turn[i:] == rest[: len(turn) - i]), 0)
+    if length := max(ending, common_prefix(turn, rest)):
+        return length
+    message = "the chat template renders an assistant turn differently within its conversation"
+    raise ValueError(f"{message}: give a template with {{% generation %}} markers in data.chat_template")
 
 
 def _append(out: dict[str, list[Any]], sequences: list[Tokens], index: int, kind: str | None) -> None:
@@ -236,7 +233,7 @@ def _at_row(index: int, work: Callable[[], Any]) -> Any:
 def _are_raw_dialogues(rows: Dataset, form: str) -> bool:
     if form != "preference" or "prompt" in rows.column_names:
         return False
-    return preference.are_raw_dialogues(rows.select(range(min(8, len(rows)))))
+    return preference.are_raw_dialogues(rows.select(range(min(8, len(rows)))).to_list())
 
 
 def _report(counts: dict[str, int], max_length: int) -> None:

@@ -1,10 +1,10 @@
 """Which of the known shapes a row has, recognised from its columns, and its one normal form.
 
-| format              | columns                                            | standard  | conversational                   |
-|---------------------|----------------------------------------------------|-----------|----------------------------------|
-| `text`              | `text`, or `messages`, or ShareGPT `conversations` | a string  | a list of `{role, content}`      |
-| `prompt_completion` | `prompt`, `completion`                             | strings   | lists of `{role, content}`       |
-| `preference`        | `prompt` (optional), `chosen`, `rejected`          | strings   | lists of `{role, content}`       |
+| format              | columns                                            | standard | conversational              |
+|---------------------|----------------------------------------------------|----------|-----------------------------|
+| `text`              | `text`, or `messages`, or ShareGPT `conversations` | a string | a list of `{role, content}` |
+| `prompt_completion` | `prompt`, `completion`                             | strings  | lists of `{role, content}`  |
+| `preference`        | `prompt` (optional), `chosen`, `rejected`          | strings  | lists of `{role, content}`  |
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Loader:
         """
         for key, mine in (("seed", self.seed), ("num_examples", len(self.dataset))):
             if state[key] != mine:
-                raise ValueError(f"the saved data order has {key}={state[key]}, this run has {mine}: resume with the same data")
+                message = f"the saved data order has {key}={state[key]}, this run has {mine}"
+                raise ValueError(f"{message}: resume with the same data and seed")
         self.drawn = int(state["drawn"])
 
     def _at(self, position: int) -> int:
@@ -131,7 +132,7 @@ def rank_share(
 
 
 def balance(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices of ``costs`` per rank: the longest first, each to the rank with least work so far (ties: fewest, lowest)."""
+    """Indices of ``costs`` per rank: longest first, each to the rank with least work so far (ties: fewest, lowest)."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

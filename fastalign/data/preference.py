@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,13 +40,13 @@ def split_pair(prompt: Any, chosen: Any, rejected: Any, raw_dialogue: bool) -> t
     if prompt is not None and type(prompt) is type(chosen):
         return prompt, chosen, rejected
     if isinstance(prompt, list):
-        raise ValueError("'prompt' is a list of messages, so 'chosen' and 'rejected' must be lists too; they are strings")
+        raise ValueError("'prompt' is a list of messages, 'chosen' and 'rejected' are strings: expected lists too")
     length = _common_characters(chosen, rejected) if isinstance(chosen, str) else _common_messages(chosen, rejected)
     return chosen[:length], chosen[length:], rejected[length:]
 
 
 def split_raw_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Splits a raw hh-rlhf pair after the last ``\\n\\nAssistant:`` of ``chosen``; None when ``rejected`` differs before it."""
+    """Splits a raw hh-rlhf pair as `split_pair` says; None when ``rejected`` has another prompt."""
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     if ASSISTANT not in chosen or not rejected.startswith(chosen[:end]):
         return None
@@ -56,7 +55,8 @@ def split_raw_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | Non
 
 def _common_characters(first: str, second: str) -> int:
     """Length of the common beginning, back to where a word begins: a half word must not count as prompt."""
-    length = len(os.path.commonprefix([first, second]))
+    limit = min(len(first), len(second))
+    length = next((i for i in range(limit) if first[i] != second[i]), limit)
     while length and not first[length - 1].isspace():
         length -= 1
     return length
