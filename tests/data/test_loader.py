@@ -1,0 +1,145 @@
+"""Steps: the same on all ranks, every example once an epoch, and a resume that continues bit for bit."""
+
+import dataclasses
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from fastalign.data.examples import TokenExample
+from fastalign.data.loader import Loader, balance, evaluation_steps
+from fastalign.types import PackedBatch
+
+Step = list[PackedBatch]
+
+
+class Pairs:
+    """Random pairs of many lengths, as a dataset."""
+
+    def __init__(self, number: int) -> None:
+        draw = np.random.default_rng(1)
+        self.examples = [self.pair(draw, i) for i in range(number)]
+
+    @staticmethod
+    def pair(draw: np.random.Generator, index: int) -> TokenExample:
+        prompt = draw.integers(0, 50, draw.integers(1, 30))
+        answers = [draw.integers(0, 50, draw.integers(1, 60)) for _ in range(2)]
+        ids = [np.concatenate([prompt, answer]) for answer in answers]
+        return TokenExample(tuple((x, np.arange(len(x)) >= len(prompt)) for x in ids), index)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def fetch(self, indices: list[int]) -> list[TokenExample]:
+        return [self.examples[i] for i in indices]
+
+
+def take(loader: Loader, number: int) -> list[Step]:
+    return list(itertools.islice(loader, number))
+
+
+def ids(steps: list[Step]) -> list[int]:
+    return [i for step in steps for batch in step for i in batch.example_ids]
+
+
+def assert_same(a: list[Step], b: list[Step]) -> None:
+    assert [len(step) for step in a] == [len(step) for step in b]
+    for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
+        for field in dataclasses.fields(PackedBatch):
+            left, right = getattr(x, field.name), getattr(y, field.name)
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+def test_every_step_has_its_size_and_every_epoch_every_example() -> None:
+    loader = Loader(Pairs(23), size=5, tokens=200, share_prefix=True)
+    steps = take(loader, 23)
+    assert loader.steps_per_epoch == 5
+    assert [len(ids([step])) for step in steps] == [5] * 23
+    assert sorted(ids(steps)) == sorted(list(range(23)) * 5), "5 epochs of 23 are 23 steps of 5"
+    first = set(ids(steps[:4]))
+    assert len(first) == 20, "no example comes back within an epoch"
+
+
+def test_epochs_have_different_orders_and_seeds_too() -> None:
+    def epochs(seed: int) -> list[list[int]]:
+        loader = Loader(Pairs(16), size=1, tokens=200, share_prefix=True, seed=seed)
+        return [ids(take(loader, 16)) for _ in range(2)]
+
+    assert epochs(0) == epochs(0)
+    assert len({tuple(order) for seed in (0, 1) for order in epochs(seed)}) == 4
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 11])
+def test_a_resumed_loader_continues_bit_for_bit(stop: int) -> None:
+    def fresh() -> Loader:
+        return Loader(Pairs(23), size=5, tokens=150, share_prefix=True, seed=3)
+
+    whole = fresh()
+    take(whole, stop)
+    resumed = fresh()
+    resumed.load_state_dict(whole.state_dict())
+    assert_same(take(whole, 7), take(resumed, 7))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_a_step_and_run_equally_many_micro_batches(world_size: int) -> None:
+    alone = take(Loader(Pairs(23), 5, 100, True), 6)
+    ranks = [take(Loader(Pairs(23), 5, 100, True, rank=r, world_size=world_size), 6) for r in range(world_size)]
+    for number, step in enumerate(alone):
+        shares = [rank[number] for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(ids(shares)) == sorted(ids([step]))
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(Loader(Pairs(9), 4, 100, True), 8)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_evaluation_covers_every_example_once(world_size: int) -> None:
+    ranks = [list(evaluation_steps(Pairs(23), 100, True, r, world_size, size=10)) for r in range(world_size)]
+    assert sorted(i for rank in ranks for i in ids(rank)) == list(range(23))
+    assert len({tuple(len(step) for step in rank) for rank in ranks}) == 1
+
+
+def test_a_step_above_the_dataset_repeats_examples_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        loader = Loader(Pairs(3), size=7, tokens=500, share_prefix=True)
+    assert "a step of 7 examples repeats some of the dataset's 3" in caplog.text
+    assert loader.steps_per_epoch == 1
+    assert sorted(ids(take(loader, 3))) == sorted(list(range(3)) * 7)
+
+
+def test_balance_is_even_and_deterministic() -> None:
+    costs = [9, 1, 1, 1, 6, 6, 4, 2]
+    shares = balance(costs, 3)
+    assert sorted(i for share in shares for i in share) == list(range(8))
+    assert [sum(costs[i] for i in share) for share in shares] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": Pairs(0)}, "no examples"),
+        ({"size": 0}, "size=0"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"seed": -1}, "must not be negative, got -1"),
+        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(**{"dataset": Pairs(2), "size": 1, "tokens": 9, "share_prefix": True, **options})
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = Loader(Pairs(5), 2, 100, True).state_dict()
+    with pytest.raises(ValueError, match="num_examples=5, this run has 6"):
+        Loader(Pairs(6), 2, 100, True).load_state_dict(state)

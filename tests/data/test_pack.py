@@ -1,0 +1,148 @@
+"""The packed layout says exactly what the sequences say: same contexts, same labels, same positions."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastalign.data.examples import TokenExample
+from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_tokens, pack, shared_prefix
+from fastalign.types import PackedBatch
+
+# Three tokens only, so that groups share prefixes, contain each other and are equal often.
+sequences = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=7)
+groups = st.lists(sequences, min_size=1, max_size=4)
+
+
+def make(group: list[list[tuple[int, bool]]], example_id: int = 0) -> TokenExample:
+    return TokenExample(tuple((np.array([t for t, _ in s]), np.array([m for _, m in s])) for s in group), example_id)
+
+
+def pair(first: str, second: str, prompt: int) -> TokenExample:
+    """Two sequences, a letter a token, scored from ``prompt`` on."""
+    return make([[(ord(c), i >= prompt) for i, c in enumerate(text)] for text in (first, second)])
+
+
+def context(batch: PackedBatch, row: int) -> list[int]:
+    """The tokens that a row sees by the layout, itself the last: its segment's, after those of the ancestors."""
+    offsets, parents = batch.cu_segments.tolist(), batch.parents.tolist()
+    segment = max(s for s in range(len(parents)) if offsets[s] <= row)
+    tokens = batch.input_ids[offsets[segment] : row + 1].tolist()
+    while (segment := parents[segment]) >= 0:
+        tokens = batch.input_ids[offsets[segment] : offsets[segment + 1]].tolist() + tokens
+    return tokens
+
+
+def predictions(batch: PackedBatch) -> list[list[tuple[list[int], int]]]:
+    """For each sequence what is predicted from what."""
+    rows, labels, ends = batch.rows.tolist(), batch.labels.tolist(), batch.cu_seqlens.tolist()
+    return [[(context(batch, rows[n]), labels[n]) for n in range(a, b)] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def expected(examples: list[TokenExample]) -> list[list[tuple[list[int], int]]]:
+    return [
+        [(ids[:t].tolist(), int(ids[t])) for t in range(1, len(ids)) if scored[t]]
+        for e in examples
+        for ids, scored in e.sequences
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
+@example([[[(1, True)], [(1, True)]]], True)  # one equal token each: nothing to predict
+@example([[[(0, False), (1, True)], [(0, False), (1, True)]]], True)  # equal responses: only the prefix remains
+def test_a_batch_predicts_what_its_sequences_say(raw: list, share: bool) -> None:
+    examples = [make(group, i) for i, group in enumerate(raw)]
+    batch = build_batch(examples, share)
+    assert predictions(batch) == expected(examples)
+    assert batch.num_tokens == sum(group_tokens(e, share) for e in examples)
+    assert batch.logical_tokens == sum(len(ids) for e in examples for ids, _ in e.sequences)
+    assert batch.example_ids == tuple(range(len(examples)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
+def test_positions_and_segments_give_back_every_sequence(raw: list, share: bool) -> None:
+    examples = [make(group, i) for i, group in enumerate(raw)]
+    batch = build_batch(examples, share)
+    offsets, parents = batch.cu_segments.tolist(), batch.parents.tolist()
+    assert offsets[0] == 0 and offsets[-1] == batch.num_tokens and len(offsets) == len(parents) + 1
+    assert all(a < b for a, b in zip(offsets, offsets[1:], strict=False)), "no segment is empty"
+    assert all(parent < s for s, parent in enumerate(parents))
+    assert batch.position_ids.tolist() == [len(context(batch, row)) - 1 for row in range(batch.num_tokens)]
+    leaves = [context(batch, offsets[s + 1] - 1) for s in range(len(parents)) if s not in parents]
+    wanted = [[int(t) for t in ids] for e in examples for ids in distinct_paths(e, share)]
+    assert leaves == wanted
+
+
+def distinct_paths(e: TokenExample, share: bool) -> list[np.ndarray]:
+    """The sequences that are leaves of the forest: all of them, but a bare prefix only when nothing continues it."""
+    prefix = shared_prefix(e, share)
+    paths = [ids for ids, _ in e.sequences if len(ids) > prefix]
+    return paths or [e.sequences[0][0]]
+
+
+def test_a_shared_pair_is_a_prompt_and_two_children() -> None:
+    batch = build_batch([pair("pqrab", "pqrxyz", prompt=3)], True)
+    assert batch.cu_segments.tolist() == [0, 3, 5, 8]
+    assert batch.parents.tolist() == [-1, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert batch.rows.tolist() == [2, 3, 2, 5, 6], "the last prompt row predicts both first tokens"
+    assert batch.labels.tolist() == [ord(c) for c in "abxyz"]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
+
+
+def test_leftover_prompt_tokens_go_unscored_into_the_response() -> None:
+    batch = build_batch([pair("pqrab", "pqxyz", prompt=3)], True)
+    assert batch.cu_segments.tolist() == [0, 2, 5, 8]
+    assert batch.labels.tolist() == [ord(c) for c in "abyz"]
+
+
+def test_a_response_that_ends_within_the_other_has_no_segment() -> None:
+    batch = build_batch([pair("pqab", "pqabcd", prompt=2)], True)
+    assert batch.cu_segments.tolist() == [0, 4, 6]
+    assert batch.rows.tolist() == [1, 2, 1, 2, 3, 4]
+    assert batch.cu_seqlens.tolist() == [0, 2, 6]
+
+
+@pytest.mark.parametrize(("first", "second"), [("abc", "xyz"), ("a", "x")])
+def test_without_a_common_token_each_sequence_is_a_root(first: str, second: str) -> None:
+    batch = build_batch([pair(first, second, prompt=0)], True)
+    assert batch.parents.tolist() == [-1, -1]
+    assert batch.labels.tolist() == [ord(c) for c in first[1:] + second[1:]], "a first token has no predictor"
+
+
+def test_dtypes_are_those_of_the_contract() -> None:
+    for batch in (build_batch([pair("pqab", "pqx", 2)], True), empty_batch()):
+        dtypes = {name: str(getattr(batch, name).dtype) for name in ("input_ids", "position_ids", "rows", "labels")}
+        assert set(dtypes.values()) == {"torch.int64"}, dtypes
+        assert {str(t.dtype) for t in (batch.cu_segments, batch.parents, batch.cu_seqlens)} == {"torch.int32"}
+
+
+def test_an_empty_batch_computes_one_token_and_scores_none() -> None:
+    batch = empty_batch()
+    assert (batch.num_tokens, batch.num_scored, batch.num_sequences, batch.example_ids) == (1, 0, 0, ())
+    assert batch.segments.offsets == [0, 1] and batch.segments.parents == [-1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=20), st.integers(1, 25))
+def test_bins_hold_everything_once_and_only_giants_exceed_the_budget(sizes: list[int], capacity: int) -> None:
+    bins = first_fit_decreasing(sizes, capacity)
+    assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in members) <= capacity or len(members) == 1 for members in bins)
+    loads = [sum(sizes[i] for i in members) for members in bins if sum(sizes[i] for i in members) <= capacity]
+    assert sum(load <= capacity / 2 for load in loads) <= 1, "two half-empty bins would be one"
+
+
+def test_a_group_is_never_split() -> None:
+    examples = [pair("pqrab", "pqrxyz", 3), make([[(1, True)] * 30]), pair("pa", "pb", 1)]
+    batches = pack(examples, tokens=11, share_prefix=True)
+    assert sorted(b.num_tokens for b in batches) == [11, 30]
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"at least 1, got 0: set batch\.tokens"):
+        pack([pair("pa", "pb", 1)], 0, True)
+    with pytest.raises(ValueError, match="example 7 has a sequence without tokens"):
+        build_batch([TokenExample(((np.array([], dtype=np.int64), np.array([], dtype=bool)),), 7)], True)
