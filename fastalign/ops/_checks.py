@@ -1,0 +1,97 @@
+"""What the ops require of their arguments, and what they say when it is not met."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastalign.types import IGNORE_INDEX
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_matrix(name: str, x: Tensor, shape: str) -> None:
+    """``x`` is a floating matrix."""
+    if x.dim() != 2:
+        raise ValueError(
+            f"{name} must be {shape}, got shape {list(x.shape)}; flatten the leading dimensions first: "
+            f"{name}.flatten(0, -2), labels.flatten()"
+        )
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
+    """``labels`` is one integer per row of ``rows``, on the same device."""
+    if labels.dim() != 1 or labels.shape[0] != rows.shape[0]:
+        raise ValueError(f"labels must be [N] with N = {rows.shape[0]} rows of {name}, got shape {list(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    check_device("labels", labels, name, rows)
+
+
+def check_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Both tensors live on one device."""
+    if x.device != y.device:
+        raise ValueError(f"{name} is on {x.device} but {other} on {y.device}; move them to one device")
+
+
+def check_scaling(temperature: float | Tensor, softcap: float | None, labels: Tensor) -> None:
+    """``temperature`` is a positive number or ``[N]``; ``softcap`` is positive or None."""
+    if isinstance(temperature, Tensor):
+        if temperature.shape != labels.shape or not temperature.is_floating_point():
+            raise ValueError(
+                f"temperature must be a number or a floating [N] with N = {labels.shape[0]}, "
+                f"got {temperature.dtype} of shape {list(temperature.shape)}"
+            )
+        if temperature.requires_grad:
+            raise ValueError("temperature gets no gradient; pass temperature.detach()")
+        check_device("temperature", temperature, "labels", labels)
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def kernel_labels(labels: Tensor, vocab: int) -> Tensor:
+    """Labels as the kernels read them: on CPU checked, elsewhere the reserved -1 turned into an invalid label.
+
+    Raises:
+        ValueError: a CPU label is neither -100 nor in [0, V).
+    """
+    if labels.device.type != "cpu":
+        return torch.where(labels == -1, vocab, labels)
+    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"label {int(labels[row])} at row {row} is neither in [0, {vocab}) nor {IGNORE_INDEX}")
+    return labels
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    """``hidden [N, D]``, ``weight [V, D]``, ``bias [V]`` and ``labels [N]`` fit together."""
+    check_matrix("hidden", hidden, "[N, D]")
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "weight is a DTensor: pass weight.full_tensor(grad_placements=...), which says whether gradients are summed "
+            "over ranks, or call inside the module whose FSDP2 hooks gather it"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"weight must be a floating [V, D] with D = {hidden.shape[1]}, got {weight.dtype} of shape {list(weight.shape)}"
+        )
+    check_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS:
+            raise ValueError(
+                f"bias must be a floating [V] with V = {weight.shape[0]}, got {bias.dtype} of shape {list(bias.shape)}"
+            )
+        check_device("bias", bias, "hidden", hidden)
+    check_labels(labels, hidden, "hidden")
+
+
+def check_memory(memory: int | None) -> None:
+    """``memory`` is a positive number of bytes."""
+    if memory is not None and memory <= 0:
+        raise ValueError(f"memory must be a positive number of bytes or None, got {memory}")

@@ -1,0 +1,278 @@
+"""The LM head as the linear ops see it: scored rows, GEMM precision, logits in a reused workspace, two-phase gradients.
+
+GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and autocast does not touch them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastalign.ops._checks import kernel_labels
+from fastalign.ops.plan import UPCAST_ROWS, Plan
+from fastalign.ops.token_logps import BLOCK_BYTES, ELSEWHERE, stats_dtype
+from fastalign.types import IGNORE_INDEX
+
+INVARIANT_ROWS = 32
+"""Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How logits become z, and where they are computed; the arguments shared by the linear ops."""
+
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    dtype: torch.dtype
+    memory: int | None
+    backend: str | None
+    batch_invariant: bool
+
+
+@dataclass(frozen=True)
+class Head:
+    """A call's n scored rows and its head, cast to the GEMM dtype.
+
+    Attributes:
+        hidden: ``[N, D]`` as given.
+        rows: ``[n]`` positions of the scored rows; None when all N are scored.
+        labels: ``[n]``.
+        weight, bias: ``[V, D]`` and ``[V]`` in the GEMM dtype.
+        temperature: a number or ``[n]``.
+        sweep: the module with the kernels ``forward`` and ``backward``.
+        weight_dtype: that of the weight as given, and of its gradient.
+        out_dtype: of log-probs and loss: fp64 if an input is fp64, else fp32.
+    """
+
+    hidden: Tensor
+    rows: Tensor | None
+    labels: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float | Tensor
+    options: Options
+    sweep: ModuleType
+    weight_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one sweep knows of n rows; entropy is None when it was not asked for."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    max: Tensor
+    logsum: Tensor
+
+
+def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (fp64 excepted), else the narrower of the two; bf16 between the two halves."""
+    device = hidden.device.type
+    if torch.float64 not in (hidden.dtype, weight.dtype) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype and hidden.dtype.itemsize == weight.dtype.itemsize:
+        return torch.bfloat16
+    return min(hidden.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def make_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options, sweep: ModuleType
+) -> Head:
+    """Selects the scored rows (on CUDA one host sync, for their number) and casts the head once."""
+    labels = kernel_labels(labels, weight.shape[0])
+    scored = labels != IGNORE_INDEX
+    rows = None if bool(scored.all()) else scored.nonzero().squeeze(1)
+    temperature = options.temperature
+    if rows is not None:
+        labels = labels[rows]
+        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(kernel_dtype(options.dtype))
+    bias = None if bias is None else bias.detach().to(options.dtype)
+    cast = weight.detach().to(options.dtype)
+    out = stats_dtype(hidden, weight)
+    return Head(hidden.detach(), rows, labels, cast, bias, temperature, options, sweep, weight.dtype, out)
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the statistics of logits in ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scratch_bytes(hidden: Tensor, weight: Tensor, options: Options, sweep: ModuleType) -> int:
+    """Temporaries that do not depend on the rows of a chunk: the cast weight, the torch sweep's blocks."""
+    cast = weight.numel() * options.dtype.itemsize if weight.dtype != options.dtype else 0
+    if sweep.__name__ != "fastalign.ops.token_logps":
+        return cast
+    block = BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"])
+    return cast + 5 * max(block, weight.shape[0] * kernel_dtype(options.dtype).itemsize)
+
+
+def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
+    """``[n, D]`` hidden states of scored rows, in the GEMM dtype; the others are not read."""
+    picked = head.hidden[start:stop] if head.rows is None else head.hidden.index_select(0, head.rows[start:stop])
+    return picked.to(head.options.dtype)
+
+
+def workspace(head: Head, rows: int, columns: int) -> Tensor:
+    """``[rows, columns]`` of logits, used again for every tile."""
+    return torch.empty(rows * columns, dtype=head.options.dtype, device=head.hidden.device)
+
+
+def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``."""
+    weight = head.weight[first:last]
+    out = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    bias = None if head.bias is None else head.bias[first:last]
+    return multiply(hidden, weight.t(), out, bias, head.options.batch_invariant)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, batch_invariant: bool) -> Tensor:
+    """``out = a @ b + bias``; batch-invariant: in products of one shape, whatever the number of rows."""
+    if batch_invariant:
+        for start in range(0, a.shape[0], INVARIANT_ROWS):
+            part = a[start : start + INVARIANT_ROWS]
+            tile = out.new_empty(INVARIANT_ROWS, b.shape[1])
+            padded = a.new_zeros(INVARIANT_ROWS, a.shape[1])
+            padded[: len(part)] = part
+            out[start : start + INVARIANT_ROWS] = multiply(padded, b, tile, bias, False)[: len(part)]
+        return out
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
+    """Statistics of the scored rows ``start:stop`` from their logits."""
+    return Stats(*head.sweep.forward(logits, head.labels[start:stop], entropy=entropy, **_scaling(head, start, stop)))
+
+
+def differentiate(
+    head: Head, start: int, stop: int, logits: Tensor, labels: Tensor, stats: Stats, g: Tensor, e: Tensor | None
+) -> Tensor:
+    """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
+    entropy = None if e is None else stats.entropy
+    scaling = _scaling(head, start, stop)
+    head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, entropy, g, e, **scaling)
+    return logits
+
+
+def _scaling(head: Head, start: int, stop: int) -> dict:
+    tau = head.temperature
+    return {
+        "temperature": tau[start:stop] if isinstance(tau, Tensor) else tau,
+        "softcap": head.options.softcap,
+        "logit_scale": head.options.logit_scale,
+    }
+
+
+def cut(stats: Stats, start: int, stop: int) -> Stats:
+    """The statistics of some rows."""
+    entropy = None if stats.entropy is None else stats.entropy[start:stop]
+    return Stats(stats.logps[start:stop], entropy, stats.max[start:stop], stats.logsum[start:stop])
+
+
+def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
+    """The statistics of consecutive chunks as one."""
+    if not parts:
+        empty = torch.empty(0, dtype=kernel_dtype(head.options.dtype), device=head.hidden.device)
+        return Stats(empty, empty if entropy else None, empty, empty)
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    return Stats(
+        torch.cat([part.logps for part in parts]),
+        torch.cat(entropies) if entropy else None,
+        torch.cat([part.max for part in parts]),
+        torch.cat([part.logsum for part in parts]),
+    )
+
+
+def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n, ...]`` over scored rows to ``[N, ...]``, zero elsewhere."""
+    if head.rows is None:
+        return values.to(dtype)
+    out = torch.zeros(head.hidden.shape[0], *values.shape[1:], dtype=dtype, device=values.device)
+    return out.index_copy_(0, head.rows, values.to(dtype))
+
+
+def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision."""
+    if a.dtype == acc.dtype:
+        acc.addmm_(a, b, beta=0 if first else 1)
+        return
+    wide = b.to(acc.dtype) if acc.device.type == "cpu" else b
+    for start in range(0, acc.shape[0], UPCAST_ROWS):
+        part, rows = acc[start : start + UPCAST_ROWS], a[start : start + UPCAST_ROWS]
+        if acc.device.type == "cpu":
+            part.addmm_(rows.to(acc.dtype), wide, beta=0 if first else 1)
+        elif first:
+            torch.mm(rows, b, out_dtype=acc.dtype, out=part)
+        else:
+            part.add_(torch.mm(rows, b, out_dtype=acc.dtype))
+
+
+def recomputed_gradients(
+    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Second phase: logits again, slab by slab of the vocabulary, into the gradients of hidden ``[n, D]``, weight, bias.
+
+    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. The gradient of the
+    weight has the weight's dtype, the others the statistics'.
+    """
+    num_rows, (vocab, width), wide = len(head.labels), head.weight.shape, stats.max.dtype
+    new = {"dtype": wide, "device": head.hidden.device}
+    d_hidden = torch.zeros(num_rows, width, **new) if needs[0] else None
+    d_weight = torch.zeros(vocab, width, dtype=head.weight_dtype, device=head.hidden.device) if needs[1] else None
+    d_bias = torch.zeros(vocab, **new) if needs[2] else None
+    hidden, buffer = hidden_rows(head, 0, num_rows), workspace(head, plan.block, plan.slab)
+    for first in range(0, vocab if num_rows else 0, plan.slab):
+        last = min(vocab, first + plan.slab)
+        slab_sum = None if d_weight is None else _slab_accumulator(d_weight[first:last], wide)
+        for start in range(0, num_rows, plan.block):
+            rows = slice(start, min(num_rows, start + plan.block))
+            dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, g, e)
+            if d_hidden is not None:
+                _add_hidden_gradient(head, d_hidden[rows], dz, head.weight[first:last])
+            if slab_sum is not None:
+                add_product(slab_sum, dz.t(), hidden[rows], first=start == 0)
+            if d_bias is not None:
+                d_bias[first:last] += dz.sum(0, dtype=wide)
+        if d_weight is not None and slab_sum is not None and slab_sum.dtype != d_weight.dtype:
+            d_weight[first:last] = slab_sum
+    return d_hidden, d_weight, d_bias
+
+
+def _slab_accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The slab of the gradient itself when it is precise enough to add into."""
+    return target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
+
+
+def _add_hidden_gradient(head: Head, total: Tensor, dz: Tensor, weight: Tensor) -> None:
+    if not head.options.batch_invariant:
+        add_product(total, dz, weight, first=False)
+        return
+    out = torch.empty(total.shape, dtype=dz.dtype, device=dz.device)
+    total.add_(multiply(dz, weight, out, None, True))
+
+
+def _slab_gradient(
+    head: Head,
+    hidden: Tensor,
+    buffer: Tensor,
+    rows: slice,
+    columns: tuple[int, int],
+    stats: Stats,
+    g: Tensor,
+    e: Tensor | None,
+) -> Tensor:
+    """``d logits`` of a block of rows and a slab of columns; labels of other slabs have no target term."""
+    first, last = columns
+    labels = head.labels[rows]
+    local = torch.where((labels >= first) & (labels < last), labels - first, ELSEWHERE)
+    local = torch.where(labels >= head.weight.shape[0], last - first, local)  # invalid stays invalid
+    logits = project(head, hidden, buffer, first, last)
+    entropy_grad = None if e is None else e[rows]
+    part = cut(stats, rows.start, rows.stop)
+    return differentiate(head, rows.start, rows.stop, logits, local, part, g[rows], entropy_grad)

@@ -1,0 +1,339 @@
+"""Log-prob of the label, and entropy, straight from hidden states: no ``[N, V]`` tensor outlives a chunk.
+
+    z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature,    logps = z_y - lse(z)
+
+Without gradients: one GEMM. With a frozen head the forward keeps ``U_i = d logps_i / d hidden_i`` and backward is one
+scale per row. Else the forward keeps three numbers per row, and backward makes the logits again, slab by slab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import dispatch
+from fastalign.ops._checks import check_linear, check_memory, check_scaling
+from fastalign.ops._head import (
+    Head,
+    Options,
+    Stats,
+    differentiate,
+    gemm_dtype,
+    hidden_rows,
+    join,
+    kernel_dtype,
+    make_head,
+    multiply,
+    project,
+    recomputed_gradients,
+    scratch_bytes,
+    spread,
+    sweep,
+    workspace,
+)
+from fastalign.ops.plan import Coefficients, Plan, make_plan
+from fastalign.ops.token_logps import reference as token_reference
+from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.types import IGNORE_INDEX
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The specification: the logits of the scored rows in full, then the reference of ``token_logps``."""
+    logits = torch.nn.functional.linear(hidden[labels != IGNORE_INDEX], weight, bias)
+    everywhere = logits.new_zeros(len(labels), weight.shape[0])
+    everywhere = everywhere.index_put(((labels != IGNORE_INDEX).nonzero().squeeze(1),), logits)
+    return token_reference(
+        everywhere, labels, temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy=entropy
+    )
+
+
+def plan_for(
+    head: Head, weight: Tensor, coefficients: Coefficients, *, trainable: bool, entropy: bool, units=None
+) -> Plan:
+    """The plan of a call on this head."""
+    device, options = head.hidden.device, head.options
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return make_plan(
+        len(head.labels),
+        *weight.shape,
+        itemsize=options.dtype.itemsize,
+        coefficients=coefficients,
+        units=units,
+        head_gradient=trainable,
+        entropy=entropy,
+        memory=options.memory,
+        device=device.type,
+        total_memory=total,
+        scratch=scratch_bytes(head.hidden, weight, options, head.sweep),
+        batch_invariant=options.batch_invariant,
+    )
+
+
+# --- custom op -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastalign::linear_logps", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    memory: int | None,
+    backend: str | None,
+    batch_invariant: bool,
+    entropy: bool,
+    gradient: bool,
+    trainable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``, and U ``[N, D]`` (``[0, D]`` when not needed)."""
+    tau = temperature if temperatures is None else temperatures
+    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant)
+    kernels = dispatch.kernels("linear_logps", backend, hidden.device)
+    head = make_head(hidden, weight, bias, labels, options, kernels)
+    plan = plan_for(head, weight, "upstream" if gradient else "none", trainable=trainable, entropy=entropy)
+    directions = _new_directions(hidden, plan.mode == "frozen")
+    stats = _forward(head, plan, directions, entropy)
+    out = stats_dtype(hidden, weight)
+    entropies = stats.logps.new_empty(0, dtype=out) if stats.entropy is None else spread(head, stats.entropy, out)
+    saved = [spread(head, x, x.dtype) for x in (stats.max, stats.logsum)]
+    return spread(head, stats.logps, out), entropies, *saved, directions
+
+
+@_op.register_fake
+def _(hidden, weight, bias, labels, temperatures, temperature, softcap, logit_scale, dtype, *flags):
+    *_, entropy, gradient, trainable = flags
+    row = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight))
+    saved = [hidden.new_empty(hidden.shape[0], dtype=kernel_dtype(dtype)) for _ in range(2)]
+    entropies = torch.empty_like(row) if entropy else row.new_empty(0)
+    return row, entropies, *saved, _new_directions(hidden, gradient and not trainable and not entropy)
+
+
+def _new_directions(hidden: Tensor, wanted: bool) -> Tensor:
+    rows = hidden.shape[0] if wanted else 0
+    return torch.zeros(rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+
+
+def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats:
+    """Statistics of all scored rows; with a frozen head also each row's direction, while its logits are hot."""
+    buffer, parts = workspace(head, plan.chunk_rows, head.weight.shape[0]), []
+    for start, stop in plan.chunks:
+        logits = project(head, hidden_rows(head, start, stop), buffer)
+        stats = sweep(head, start, stop, logits, entropy)
+        parts.append(stats)
+        if plan.mode == "frozen":
+            ones = torch.ones_like(stats.logps)
+            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, ones, None)
+            write_rows(head, directions, start, stop, dz)
+    return join(head, parts, entropy)
+
+
+def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> None:
+    """``target[rows] = dz @ weight`` for the scored rows ``start:stop``; straight into ``target`` where layouts allow."""
+    if head.rows is None and target.dtype == dz.dtype:
+        multiply(dz, head.weight, target[start:stop], None, head.options.batch_invariant)
+        return
+    product = torch.empty(stop - start, head.weight.shape[1], dtype=dz.dtype, device=dz.device)
+    product = multiply(dz, head.weight, product, None, head.options.batch_invariant).to(target.dtype)
+    if head.rows is None:
+        target[start:stop] = product
+    else:
+        target.index_copy_(0, head.rows[start:stop], product)
+
+
+@torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    memory: int | None,
+    backend: str | None,
+    batch_invariant: bool,
+    entropy: Tensor | None,
+    maximum: Tensor,
+    logsum: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
+    tau = temperature if temperatures is None else temperatures
+    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant)
+    kernels = dispatch.kernels("linear_logps", backend, hidden.device)
+    head = make_head(hidden, weight, bias, labels, options, kernels)
+    plan = plan_for(head, weight, "upstream", trainable=True, entropy=True)
+    picked = [
+        x if x is None or head.rows is None else x[head.rows]
+        for x in (entropy, maximum, logsum, grad_logps, grad_entropy)
+    ]
+    h, m, s, g, e = [None if x is None else x.to(kernel_dtype(dtype)).contiguous() for x in picked]
+    assert m is not None and s is not None and g is not None
+    needs = (needs_hidden, needs_weight, needs_bias)
+    return finish(head, recomputed_gradients(head, plan, Stats(g, h, m, s), g, e, needs), hidden, weight, bias)
+
+
+def finish(
+    head: Head, grads: tuple, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Second-phase gradients over scored rows to gradients of the inputs, each in its dtype."""
+    d_hidden, d_weight, d_bias = grads
+    return (
+        hidden.new_empty(0) if d_hidden is None else spread(head, d_hidden, hidden.dtype),
+        weight.new_empty(0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+@_backward_op.register_fake
+def _(hidden, weight, bias, *rest):
+    needs_hidden, needs_weight, needs_bias = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        bias.new_empty(bias.shape) if needs_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, temperatures, *options, entropy, gradient, trainable = inputs
+    _, entropies, maximum, logsum, directions = output
+    ctx.mark_non_differentiable(maximum, logsum, directions, *(() if entropy else (entropies,)))
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.frozen = options, gradient and not trainable and not entropy
+    if ctx.frozen:
+        ctx.save_for_backward(labels, directions)
+    else:
+        saved = entropies if entropy else None
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, saved, maximum, logsum)
+
+
+def _backward(ctx, grad_logps, grad_entropy, *_):
+    if grad_logps is None and grad_entropy is None:
+        grads = None, None, None
+    elif ctx.frozen:
+        labels, directions = ctx.saved_tensors
+        skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
+        scaled = torch.where(skipped, 0.0, grad_logps[:, None] * directions)
+        grads = scaled.to(directions.dtype), None, None
+    else:
+        grads = _recomputed(ctx, grad_logps, grad_entropy)
+    return *grads, *(None,) * 12
+
+
+def _recomputed(ctx, grad_logps, grad_entropy):
+    hidden, weight, bias, labels, temperatures, entropy, maximum, logsum = ctx.saved_tensors
+    g = torch.zeros_like(logsum) if grad_logps is None else grad_logps
+    needs = ctx.needs_input_grad[:3]
+    grads = _backward_op(
+        hidden, weight, bias, labels, temperatures, *ctx.options, entropy, maximum, logsum, g, grad_entropy, *needs
+    )
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_no_double_backward)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z);  entropy = -sum p ln p``
+
+    Args:
+        hidden: ``[N, D]``.
+        weight: ``[V, D]``; with mixed dtypes the GEMMs run in the narrower one, and each gradient has its input's dtype.
+        labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: outputs and gradients are exactly 0 and its
+            hidden state is never read.
+        bias: ``[V]``.
+        temperature: a positive number or ``[N]``; gets no gradient.
+        softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
+        entropy: also return the entropy in nats, differentiable.
+        process_group: vocabulary-parallel heads are not served; anything but None is refused.
+        memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
+        backend: "torch", "cpp", "triton" or None for the best one here.
+        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
+
+    Returns:
+        logps ``[N]`` in fp32 (fp64 if an input is fp64), or (logps, entropy).
+
+    Raises:
+        ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN).
+        RuntimeError: double backward.
+
+    >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
+    tensor([-1.3863,  0.0000])
+    """
+    args = op_arguments(
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
+    )
+    logps, entropies, _ = row_stats(args, entropy)
+    return logps if entropies is None else (logps, entropies)
+
+
+def row_stats(args: tuple, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """logps, entropy if asked for, and whether the label has the largest logit, from ``op_arguments``."""
+    hidden, weight, bias = args[:3]
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    gradient = torch.is_grad_enabled() and (trainable or hidden.requires_grad)
+    logps, entropies, _, logsum, _ = _op(*args, entropy, gradient, trainable)
+    return logps, entropies if entropy else None, logps.detach().to(logsum.dtype) + logsum == 0
+
+
+def op_arguments(
+    hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
+) -> tuple:
+    """Checked arguments in the order of the custom op's schema, up to its flags."""
+    if process_group is not None:
+        raise ValueError("process_group: vocabulary-parallel heads are not supported; gather the weight and pass None")
+    check_linear(hidden, weight, bias, labels)
+    check_scaling(temperature, softcap, labels)
+    check_memory(memory)
+    number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
+    dtype = gemm_dtype(hidden, weight)
+    return (
+        *(hidden, weight, bias, labels, rows, number, softcap, float(logit_scale)),
+        *(dtype, memory, backend, batch_invariant),
+    )

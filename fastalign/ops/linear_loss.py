@@ -1,0 +1,392 @@
+"""Any loss of token log-probs, from hidden states to gradients in one pass.
+
+    for each chunk I of scored rows:
+        Z     = hidden[I] @ weight.T + bias          in a reused workspace
+        stats = sweep(Z)                             logps, entropy
+        g, e  = d loss_fn(stats) / d stats           a tiny autograd graph: one coefficient per row
+        dZ    = g (1[v=y] - p) - e p (ln p + H)      in place of Z
+        d hidden[I] = dZ @ weight;   d weight += dZ.T @ hidden[I]      in fp32
+
+Backward hands these gradients over, times its upstream scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastalign.ops import dispatch
+from fastalign.ops._head import (
+    Head,
+    Options,
+    Stats,
+    add_product,
+    differentiate,
+    hidden_rows,
+    join,
+    make_head,
+    project,
+    recomputed_gradients,
+    spread,
+    sweep,
+    workspace,
+)
+from fastalign.ops._units import Align, Units, make_units
+from fastalign.ops.linear_logps import finish, op_arguments, plan_for, row_stats, write_rows
+from fastalign.ops.plan import Plan
+from fastalign.types import IGNORE_INDEX, TokenStats
+
+LossFn = Callable[[TokenStats], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+
+
+@dataclass
+class Gradients:
+    """What a pass has made so far: gradients of hidden ``[N, D]``, weight and bias; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Outcome:
+    """A finished pass: the loss, sums of metrics, statistics and coefficients of the scored rows."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    stats: Stats
+    g: Tensor | None
+    e: Tensor | None
+
+
+# --- loss_fn ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    loss_fn: LossFn, stats: TokenStats, gradient: bool
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
+    """The chunk's loss and metrics (detached), and one coefficient per row for logps and entropy (None: no gradient)."""
+    if not gradient:
+        loss, metrics = _checked(loss_fn(stats))
+        _refuse_captured_parameters(loss, [])
+        return loss.detach(), metrics, None, None
+    logps = stats.logps.detach().requires_grad_()
+    entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, metrics = _checked(loss_fn(replace(stats, logps=logps, entropy=entropy)))
+    leaves = [leaf for leaf in (logps, entropy) if leaf is not None]
+    grads: list[Tensor | None] = [None] * len(leaves)
+    _refuse_captured_parameters(loss, leaves)
+    if loss.requires_grad:
+        grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    g = torch.zeros_like(logps) if grads[0] is None else grads[0]
+    return loss.detach(), metrics, g, grads[1] if entropy is not None else None
+
+
+def _checked(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        got = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a floating scalar tensor (or it and a dict of metric sums), got {got}")
+    return loss, {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
+
+
+def _refuse_captured_parameters(loss: Tensor, leaves: list[Tensor]) -> None:
+    """A trainable tensor inside loss_fn would silently get no gradient: coefficients are all that leaves a chunk."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(
+                f"loss_fn uses a trainable tensor of shape {list(variable.shape)} besides the stats; it would get no "
+                "gradient. Detach it, or use linear_logps, which composes with autograd"
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+def _one_pass(
+    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Gradients | None
+) -> Outcome:
+    """Every chunk from hidden states to gradients while its logits are hot."""
+    buffer = workspace(head, plan.chunk_rows, head.weight.shape[0])
+    losses, sums, parts, gs, es = [], {}, [], [], []
+    for index, (start, stop) in enumerate(plan.chunks):
+        hidden = hidden_rows(head, start, stop)
+        logits = project(head, hidden, buffer)
+        stats = sweep(head, start, stop, logits, entropy)
+        seen = _token_stats(head, stats, start, stop, units, plan.unit_spans[index] if plan.unit_spans else None)
+        loss, metrics, g, e = evaluate(loss_fn, seen, grads is not None)
+        if grads is not None and g is not None:
+            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, *_like(stats, g, e))
+            _add_gradients(head, grads, dz, hidden, start, stop, first=index == 0)
+        losses.append(loss)
+        parts.append(stats)
+        gs.append(g)
+        es.append(e)
+        _add_metrics(sums, metrics)
+    stats = join(head, parts, entropy)
+    return Outcome(_total(losses, head), sums, stats, *_coefficients(stats, gs, es))
+
+
+def _add_gradients(
+    head: Head, grads: Gradients, dz: Tensor, hidden: Tensor, start: int, stop: int, *, first: bool
+) -> None:
+    """The two GEMMs of a chunk: rows of ``d hidden`` are written, ``d weight`` accumulates."""
+    if grads.hidden is not None:
+        write_rows(head, grads.hidden, start, stop, dz)
+    if grads.weight is not None:
+        add_product(grads.weight, dz.t(), hidden, first=first)
+    if grads.bias is not None:
+        grads.bias += dz.sum(0, dtype=grads.bias.dtype)
+
+
+def _two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, gradient: bool) -> Outcome:
+    """Statistics of all chunks, then one call of ``loss_fn``; gradients are made from its coefficients afterwards."""
+    buffer, parts = workspace(head, plan.chunk_rows, head.weight.shape[0]), []
+    for start, stop in plan.chunks:
+        parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), entropy))
+    stats = join(head, parts, entropy)
+    everything = None if units is None else (0, len(units.lengths))
+    seen = _token_stats(head, stats, 0, len(head.labels), units, everything)
+    loss, metrics, g, e = evaluate(loss_fn, seen, gradient)
+    g, e = (None, None) if g is None else _like(stats, g, e)
+    return Outcome(_total([loss], head), metrics, stats, g, e)
+
+
+def _token_stats(
+    head: Head, stats: Stats, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
+) -> TokenStats:
+    """What ``loss_fn`` sees of the scored rows ``start:stop``."""
+    device = head.hidden.device
+    rows = torch.arange(start, stop, device=device) if head.rows is None else head.rows[start:stop]
+    sequences, cu_seqlens = units.sequences(*span, device) if units is not None and span is not None else (None, None)
+    entropy = None if stats.entropy is None else stats.entropy.to(head.out_dtype)
+    return TokenStats(stats.logps.to(head.out_dtype), rows, entropy, _is_top1(stats), sequences, cu_seqlens)
+
+
+def _is_top1(stats: Stats) -> Tensor:
+    return stats.logps + stats.logsum == 0
+
+
+def _like(stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Coefficients as the kernels read them."""
+    dtype = stats.logps.dtype
+    return g.to(dtype).contiguous(), None if e is None else e.to(dtype).contiguous()
+
+
+def _total(losses: list[Tensor], head: Head) -> Tensor:
+    total = torch.zeros((), dtype=head.out_dtype, device=head.hidden.device)
+    for loss in losses:
+        total = total + loss.to(total.dtype)
+    return total
+
+
+def _add_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _coefficients(stats: Stats, gs: list, es: list) -> tuple[Tensor | None, Tensor | None]:
+    """The chunks' coefficients as one vector each, kept for a second backward."""
+    dtype = stats.logps.dtype
+    if not gs:
+        return torch.empty_like(stats.logps), None
+    if gs[0] is None:
+        return None, None
+    e = None
+    if any(x is not None for x in es):
+        e = torch.cat([torch.zeros_like(g) if x is None else x for g, x in zip(gs, es, strict=True)]).to(dtype)
+    return torch.cat(gs).to(dtype), e
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Attach(torch.autograd.Function):
+    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one asks
+    ``again`` for them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, loss, grads: list[Gradients], again):
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.grads, ctx.again = grads, again
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        inputs = ctx.saved_tensors if not ctx.grads else ()
+        grads = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
+        made = (grads.hidden, grads.weight, grads.bias)
+        del grads
+        if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:
+            for grad in made:
+                if grad is not None:
+                    grad.mul_(upstream[0])
+        return *made, None, None, None
+
+
+def _new_gradients(head: Head, plan: Plan, inputs: tuple, needs: tuple[bool, bool, bool]) -> Gradients:
+    """Buffers of a one-pass call: rows that are not scored stay 0, weight and bias are summed in fp32."""
+    hidden, weight, _ = inputs
+    wide = torch.float64 if weight.dtype == torch.float64 and head.options.dtype == torch.float64 else torch.float32
+    single = len(plan.chunks) == 1 and weight.dtype == head.options.dtype
+    empty = torch.empty if head.rows is None and plan.chunks else torch.zeros
+    new = torch.empty if plan.chunks else torch.zeros
+    device = hidden.device
+    return Gradients(
+        empty(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None,
+        new(weight.shape, dtype=weight.dtype if single else wide, device=device) if needs[1] else None,
+        torch.zeros(weight.shape[0], dtype=wide, device=device) if needs[2] else None,
+    )
+
+
+def _cast(grads: Gradients, inputs: tuple) -> Gradients:
+    """Each gradient in its input's dtype."""
+    made = (grads.hidden, grads.weight, grads.bias)
+    return Gradients(*(None if g is None else g.to(x.dtype) for g, x in zip(made, inputs, strict=True)))
+
+
+def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: tuple, needs: tuple):
+    """The planned pass: its outcome and (None when nothing needs them) its gradients."""
+    gradient = any(needs)
+    if plan.mode == "slabs":
+        outcome = _two_phase(head, plan, units, loss_fn, entropy, gradient)
+        return outcome, _made_again(head, plan, outcome, inputs, needs) if gradient else None
+    grads = _new_gradients(head, plan, inputs, needs) if gradient else None
+    outcome = _one_pass(head, plan, units, loss_fn, entropy, grads)
+    return outcome, None if grads is None else _cast(grads, inputs)
+
+
+def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: tuple, needs: tuple[bool, bool, bool]) -> Gradients:
+    """The gradients from the saved coefficients, through recomputed logits."""
+    assert outcome.g is not None
+    made = recomputed_gradients(head, plan, outcome.stats, outcome.g, outcome.e, needs)
+    dense = finish(head, made, *inputs)
+    return Gradients(*(grad if needed else None for grad, needed in zip(dense, needs, strict=True)))
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_fn: LossFn,
+    *,
+    cu_seqlens: Tensor | None = None,
+    cu_groups: Tensor | None = None,
+    align: Align = "token",
+    entropy: bool = False,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, TokenStats]:
+    """``loss_fn`` of token log-probs, with the gradients of ``hidden``, ``weight`` and ``bias`` made in the same pass.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z)``; three GEMMs per row
+    (two when the head is frozen, one under ``no_grad``, which runs the same chunks and still evaluates ``loss_fn``).
+
+    Args:
+        hidden: ``[N, D]``; a row labelled -100 is never read.
+        weight: ``[V, D]``.
+        labels: ``[N]`` int64 or int32; -100 marks a row that is not scored.
+        loss_fn: gets a ``TokenStats`` of scored rows and returns the chunk's share of the loss, a scalar sum whose
+            normalisers are fixed beforehand, or (scalar, dict of metric sums). It runs once per chunk, possibly never,
+            and may index its own detached tensors by ``stats.rows`` and ``stats.sequences``.
+        cu_seqlens: ``[B+1]`` offsets of the sequences in the N rows; needed unless ``align="token"``.
+        cu_groups: ``[G+1]`` offsets of the groups in the B sequences, for ``align="group"``.
+        align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
+            ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
+        entropy: give ``loss_fn`` the entropy too; its gradient flows.
+        bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: as in ``linear_logps``.
+
+    Returns:
+        loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
+        detached, zero on rows that are not scored, with the sums of the metrics.
+
+    Raises:
+        ValueError: a wrong argument; a ``loss_fn`` that returns no scalar or uses a trainable tensor besides the stats.
+        RuntimeError: double backward. A second backward (``retain_graph``) recomputes.
+
+    Under ``torch.compile`` the call traces as ``linear_logps`` followed by ``loss_fn`` on all rows, all of them scored.
+
+    >>> hidden, weight, labels = torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, 2])
+    >>> linear_loss(hidden, weight, labels, lambda stats: -stats.logps.sum() / 2)[0]
+    tensor(1.3863)
+    """
+    args = op_arguments(
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
+    )
+    if torch.compiler.is_compiling():
+        return _composed(args, loss_fn, cu_seqlens, align, entropy)
+    options = Options(temperature, softcap, float(logit_scale), args[8], memory, backend, batch_invariant)
+    head = make_head(hidden, weight, bias, labels, options, dispatch.kernels("linear_loss", backend, hidden.device))
+    units = make_units(labels, cu_seqlens, cu_groups, align)
+    lengths = None if units is None else units.lengths
+    coefficients = "token" if units is None else "unit"
+    plan = plan_for(head, weight, coefficients, trainable=True, entropy=entropy, units=lengths)
+    inputs = hidden, weight, bias
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    outcome, grads = _run(head, plan, units, loss_fn, entropy, inputs, needs)
+    stats = _all_rows(head, outcome, units, cu_seqlens)
+    if grads is None:
+        return outcome.loss, stats
+
+    def again(*saved: Tensor) -> Gradients:
+        return _made_again(make_head(*saved, labels, options, head_sweep), plan, outcome, saved, needs)
+
+    head_sweep = head.sweep
+    return _Attach.apply(*inputs, outcome.loss, [grads], again), stats
+
+
+def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Tensor | None) -> TokenStats:
+    """The statistics of the N rows, zero where a row is not scored."""
+    stats, device = outcome.stats, head.hidden.device
+    sequences = None if units is None else torch.arange(len(units.cu_scored) - 1, device=device)
+    return TokenStats(
+        spread(head, stats.logps, head.out_dtype),
+        torch.arange(head.hidden.shape[0], device=device),
+        None if stats.entropy is None else spread(head, stats.entropy, head.out_dtype),
+        spread(head, _is_top1(stats), torch.bool),
+        sequences,
+        None if cu_seqlens is None else cu_seqlens.long(),
+        outcome.metrics,
+    )
+
+
+def _composed(
+    args: tuple, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
+) -> tuple[Tensor, TokenStats]:
+    """What ``torch.compile`` traces: a Python ``loss_fn`` cannot live inside a custom op, its log-probs can.
+
+    The number of scored rows is data, which a graph cannot depend on: every row must be scored.
+    """
+    labels = args[3]
+    torch._assert_async((labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first")
+    logps, entropies, top1 = row_stats(args, entropy)
+    sequences = None
+    if align != "token" and cu_seqlens is not None:
+        sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)
+    offsets = None if cu_seqlens is None else cu_seqlens.long()
+    stats = TokenStats(logps, torch.arange(len(labels), device=labels.device), entropies, top1, sequences, offsets)
+    loss, metrics = _checked(loss_fn(stats))
+    detached = replace(stats, logps=logps.detach(), metrics=metrics)
+    return loss, detached if entropies is None else replace(detached, entropy=entropies.detach())
