@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -84,6 +85,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """``max |value - truth| / max |truth|`` in float64; infinite when ``value`` is not finite."""
     difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-300)
     return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
 
 
 def shared_data(name: str) -> Path | None:

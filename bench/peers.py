@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.common import version
-from bench.workload import Workload
+from bench.workload import StepLog, Workload
 
 WANTED = {"trl": "1.16", "liger_kernel": "0.8"}
 
@@ -62,25 +60,6 @@ def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, length: int, beta:
     return loss(weight, halves, targets)[0]
 
 
-@dataclass
-class StepLog:
-    """What a side reports: the clock and the loss at the end of every step.
-
-    Attributes:
-        wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
-        losses: one per step.
-    """
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def tick(self) -> None:
-        """Read both clocks."""
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-
-
 def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], Any]:
     """TRL's DPOTrainer on the workload: everything is built here, the returned function trains.
 
@@ -109,7 +88,9 @@ def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], 
     trainer = DPOTrainer(
         model=str(work.model),
         args=_trl_config(DPOConfig, work),
-        train_dataset=load_dataset("json", data_files=str(work.data), split="train", cache_dir=str(work.path / "hf")),
+        train_dataset=load_dataset(
+            "json", data_files=str(work.ordered), split="train", cache_dir=str(work.path / "hf")
+        ),
         processing_class=AutoTokenizer.from_pretrained(work.model),
         callbacks=[Clock()],
     )
@@ -117,10 +98,13 @@ def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], 
 
 
 def _trl_config(config: Callable[..., Any], work: Workload) -> Any:
-    """The settings that make both sides equal: no checkpointing, same optimizer, same order of pairs."""
+    """The settings that make both sides equal: no checkpointing, same optimizer, same order of pairs.
+
+    TRL's own choices that differ are gradient checkpointing and bf16, both on by default, and AdamW's second decay.
+    """
     return config(
         output_dir=str(work.path / "trl"),
-        model_init_kwargs={"dtype": work.dtype},
+        model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=work.pairs,
         max_steps=work.steps,
         max_length=work.max_length,
@@ -130,7 +114,7 @@ def _trl_config(config: Callable[..., Any], work: Workload) -> Any:
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=work.dtype == "bfloat16",
         train_sampling_strategy="sequential",
         use_cpu=True,
         logging_steps=1,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bench.common import shared_data
+from bench.common import peak_mib, shared_data
+from fastalign.data.loader import Loader, TokenExample
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -53,6 +56,11 @@ class Workload:
     def data(self) -> Path:
         return self.path / "pairs.jsonl"
 
+    @property
+    def ordered(self) -> Path:
+        """The pairs in the order in which fastalign's loader visits them."""
+        return self.path / "ordered.jsonl"
+
     def save(self) -> Path:
         """Write the workload for a subprocess to read."""
         file = self.path / "workload.json"
@@ -63,6 +71,33 @@ class Workload:
     def load(file: str | Path) -> Workload:
         """What `save` wrote."""
         return Workload(**json.loads(Path(file).read_text()))
+
+
+@dataclass
+class StepLog:
+    """What a side reports: both clocks at the end of every step, and the losses.
+
+    Attributes:
+        wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
+        losses: one per step.
+        ready_mib: peak resident memory before the first step.
+        profiler: started after ``profile_after`` steps, when there is one.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    ready_mib: float = 0.0
+    profiler: torch.profiler.profile | None = None
+    profile_after: int = 0
+
+    def tick(self) -> None:
+        """Read both clocks."""
+        self.ready_mib = self.ready_mib or peak_mib()
+        if self.profiler is not None and len(self.wall) == self.profile_after:
+            self.profiler.start()
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
 def split_turns(row: dict[str, str]) -> dict[str, str] | None:
@@ -123,14 +158,45 @@ def _choose(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, wor
     return short[: work.steps * work.pairs]
 
 
+ONE_TOKEN = (np.zeros(1, np.int64), np.zeros(1, bool))
+
+
+class _Recorder:
+    """A dataset that remembers which examples a loader asks for."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.visited = length, []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def fetch(self, indices: list[int]) -> list[TokenExample]:
+        self.visited += indices
+        return [TokenExample((ONE_TOKEN,), i) for i in indices]
+
+
+def visiting_order(length: int, work: Workload) -> list[int]:
+    """The order in which fastalign's loader visits ``length`` examples in the run's steps."""
+    recorder = _Recorder(length)
+    steps = Loader(recorder, work.pairs, tokens=1, share_prefix=True, seed=work.seed)
+    for _ in range(work.steps):
+        next(steps)
+    return recorder.visited
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Write tokenizer, initial weights and pairs; returns what the data is like."""
     pairs = read_pairs() if pairs is None else list(pairs)
     tokenizer = train_tokenizer([text for pair in pairs for text in pair.values()], work.vocab_size)
     torch.manual_seed(work.seed)
-    model = LlamaForCausalLM(llama_config(work, tokenizer)).to(getattr(torch, work.dtype))
+    model = LlamaForCausalLM(llama_config(work, tokenizer))
     tokenizer.save_pretrained(work.model)
     model.save_pretrained(work.model)
     chosen = _choose(pairs, tokenizer, work)
-    work.data.write_text("".join(json.dumps(pair) + "\n" for pair in chosen))
+    _write(work.data, chosen)
+    _write(work.ordered, [chosen[i] for i in visiting_order(len(chosen), work)])
     return {"pairs": len(chosen), "parameters": model.num_parameters()}
