@@ -136,12 +136,14 @@ class Encoder:
             texts = list(dict.fromkeys(text for text, kind in keys if kind == standard))
             if texts:
                 encoded = self.tokenizer(texts, add_special_tokens=standard, verbose=False)["input_ids"]
-                lookup |= {(text, standard): self.single_bos(ids) for text, ids in zip(texts, encoded, strict=True)}
+                pairs = zip(texts, encoded, strict=True)
+                lookup |= {(text, standard): self.written(ids, standard) for text, ids in pairs}
         return lookup
 
-    def single_bos(self, ids: list[int]) -> list[int]:
-        """The ids without a BOS that the tokenizer put before one written in the text."""
+    def written(self, ids: list[int], standard: bool) -> list[int]:
+        """The ids without an EOS that the tokenizer adds by itself, nor its BOS before one written in the text."""
         bos = self.tokenizer.bos_token_id
+        ids = ids[:-1] if standard and self.adds_eos else ids
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def tokens(self, rendered: chat.Rendered | chat.Marked, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
@@ -152,9 +154,7 @@ class Encoder:
             ids, scored = self.boundaries(rendered, lookup)
         scored[:1] = False  # nothing predicts the first token
         if not scored.any():
-            raise ValueError(
-                "a conversation without a scored token: expected an assistant turn that the template renders"
-            )
+            raise ValueError("a conversation without a scored token: expected an assistant turn to learn from")
         return ids, scored
 
     def boundaries(self, rendered: chat.Rendered, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
@@ -165,7 +165,6 @@ class Encoder:
         scored = np.zeros(len(ids), dtype=bool)
         for before, through in rendered.spans:
             given = lookup[before, standard]
-            given = given[:-1] if standard and self.adds_eos else given
             start = common_prefix(given, ids)
             self.counts["prompt_not_a_prefix"] += start < len(given)
             end = len(ids) if through is None else start + turn_length(given, lookup[through, standard], ids[start:])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +93,11 @@ def _load_file(place: Path, split: str) -> Dataset:
     if reader is None:
         raise ValueError(f"data.path: {str(place)!r} is of no known kind: expected one of {', '.join(SUFFIXES)}")
     try:
-        return datasets.load_dataset(reader, data_files={split.partition("[")[0]: str(place)}, split=split)
-    except StopIteration as error:  # what the readers raise when there is nothing to read
-        raise ValueError(f"data.path: {str(place)!r} has no rows: expected at least one") from error
-    except (DatasetsError, ValueError, OSError) as error:
-        where = bad_json_line(place) if reader == "json" else None
-        raise ValueError(where or f"data.path: cannot read {str(place)!r}: {_reason(error)}") from error
+        with _silent("datasets.packaged_modules.json.json"):  # it logs what the error below says better
+            return datasets.load_dataset(reader, data_files={split.partition("[")[0]: str(place)}, split=split)
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:  # StopIteration: the readers' word for no rows
+        reason = json_problem(place) if reader == "json" else None
+        raise ValueError(reason or f"data.path: cannot read {str(place)!r}: {_reason(error)}") from error
 
 
 def _load_directory(place: Path, split: str) -> Dataset:
@@ -118,11 +120,13 @@ def _load_hub(name: str, split: str) -> Dataset:
         raise ValueError(f"{looked_for}: {_reason(error)}; {_HELP}") from error
 
 
-def bad_json_line(place: Path) -> str | None:
-    """Finds the first line of a JSON or JSON lines file that is not an object: ``file, line n: reason``, or None."""
+def json_problem(place: Path) -> str | None:
+    """What is wrong with a JSON or JSON lines file, as ``file, line n: reason``; None when every line is an object."""
     opener = gzip.open if place.suffix == ".gz" else open
     with opener(place, "rb") as file:
         content: bytes = file.read()
+    if content.strip() in (b"", b"[]"):
+        return f"data.path: {str(place)!r} has no rows: expected at least one JSON object"
     if _suffix(place) == ".json" and content.lstrip()[:1] == b"[":
         return _bad_array(place, content)
     for number, line in enumerate(content.splitlines(), start=1):
@@ -161,6 +165,16 @@ def _rename(rows: Dataset, columns: dict[str, str], path: str) -> Dataset:
         raise ValueError(f"data.columns: a column can be renamed once only, got {columns}")
     in_the_way = [name for name in columns if name in found and name not in renames]
     return rows.remove_columns(in_the_way).rename_columns({a: e for a, e in renames.items() if a != e})
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def _suffix(place: Path) -> str:

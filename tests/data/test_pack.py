@@ -1,5 +1,7 @@
 """The packed layout says exactly what the sequences say: same contexts, same labels, same positions."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -36,7 +38,7 @@ def context(batch: PackedBatch, row: int) -> list[int]:
 def predictions(batch: PackedBatch) -> list[list[tuple[list[int], int]]]:
     """For each sequence what is predicted from what."""
     rows, labels, ends = batch.rows.tolist(), batch.labels.tolist(), batch.cu_seqlens.tolist()
-    return [[(context(batch, rows[n]), labels[n]) for n in range(a, b)] for a, b in zip(ends, ends[1:], strict=False)]
+    return [[(context(batch, rows[n]), labels[n]) for n in range(a, b)] for a, b in pairwise(ends)]
 
 
 def expected(examples: list[TokenExample]) -> list[list[tuple[list[int], int]]]:
@@ -67,7 +69,7 @@ def test_positions_and_segments_give_back_every_sequence(raw: list, share: bool)
     batch = build_batch(examples, share)
     offsets, parents = batch.cu_segments.tolist(), batch.parents.tolist()
     assert offsets[0] == 0 and offsets[-1] == batch.num_tokens and len(offsets) == len(parents) + 1
-    assert all(a < b for a, b in zip(offsets, offsets[1:], strict=False)), "no segment is empty"
+    assert all(a < b for a, b in pairwise(offsets)), "no segment is empty"
     assert all(parent < s for s, parent in enumerate(parents))
     assert batch.position_ids.tolist() == [len(context(batch, row)) - 1 for row in range(batch.num_tokens)]
     leaves = [context(batch, offsets[s + 1] - 1) for s in range(len(parents)) if s not in parents]

@@ -1,0 +1,153 @@
+"""Rows from everywhere, and one clear line when there are none."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from datasets import Dataset, DatasetDict
+
+from fastalign.config import DataConfig
+from fastalign.data.sources import load_rows, load_train_eval, split_rows
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "tools": None} for i in range(5)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+Write = Callable[[str, str], str]
+
+
+def save(kind: str, directory: Path) -> str:
+    path = directory / f"rows{kind}"
+    rows = Dataset.from_list(ROWS)
+    if kind == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif kind in (".jsonl", ".jsonl.gz"):
+        path.write_bytes(gzip.compress(LINES.encode()) if kind.endswith("gz") else LINES.encode())
+    elif kind == ".csv":
+        rows.remove_columns("tools").to_csv(str(path))
+    elif kind == ".parquet":
+        rows.to_parquet(str(path))
+    elif kind == "-files":
+        path.mkdir()
+        (path / "train.jsonl").write_text(LINES)
+    else:
+        (rows if kind == "-saved" else DatasetDict(train=rows)).save_to_disk(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", "-files", "-saved", "-dict"])
+def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    rows = load_rows(save(kind, tmp_path))
+    assert rows["prompt"][:] == [r["prompt"] for r in ROWS]
+    assert rows["completion"][:] == [r["completion"] for r in ROWS]
+    assert ("tools" in rows.column_names) == (kind != ".csv"), "other columns pass through"
+
+
+def test_columns_are_renamed_and_rows_limited(write: Write) -> None:
+    path = write("a.jsonl", '{"question": "q", "answer": "a", "prompt": "in the way"}\n' * 4)
+    rows = load_rows(path, columns={"prompt": "question", "completion": "answer"}, limit=3)
+    assert rows.to_list() == [{"prompt": "q", "completion": "a"}] * 3
+
+
+def test_columns_can_change_places(write: Write) -> None:
+    rows = load_rows(
+        write("a.jsonl", '{"chosen": "a", "rejected": "b"}\n'), columns={"chosen": "rejected", "rejected": "chosen"}
+    )
+    assert rows.to_list() == [{"rejected": "a", "chosen": "b"}]
+
+
+def test_a_changed_file_is_read_again(write: Write) -> None:
+    assert load_rows(write("a.jsonl", '{"text": "one"}\n'))["text"][:] == ["one"]
+    assert load_rows(write("a.jsonl", '{"text": "two"}\n'))["text"][:] == ["two"]
+
+
+def test_a_slice_of_a_file(write: Write) -> None:
+    assert load_rows(write("a.jsonl", LINES), split="train[1:3]")["prompt"][:] == ["p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            LINES + '{"prompt": "p", "comp\n' + LINES,
+            r"a\.jsonl, line 6: .*malformed JSON \(Unterminated string",
+        ),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', r"a\.jsonl, line 3: .*malformed JSON"),
+        ("a.jsonl", LINES + "[1, 2]\n", r"a\.jsonl, line 6: expected one JSON object, got a list"),
+        ("a.json", '[\n{"a": 1},\n{"a": 2 "b": 3}\n]', r"a\.json, line 3: expected a JSON array of objects"),
+        ("a.jsonl", "", r"a\.jsonl' .*no rows"),
+        ("a.json", "[]", r"a\.json' .*no rows"),
+        ("a.parquet", "not parquet", r"cannot read '.*a\.parquet'"),
+        ("a.txt", "words", r"a\.txt' is of no known kind: expected one of \.jsonl"),
+    ],
+)
+def test_what_cannot_be_read_is_named(write: Write, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        load_rows(write(name, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_malformed_line_of_a_compressed_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((LINES + "{]\n").encode()))
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line 6: "):
+        load_rows(str(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize("path", ["absent.jsonl", "/absent", "./absent", "~/absent"])
+def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(ValueError, match=f"no file or directory at '{path}'.*builtin:NAME"):
+        load_rows(path)
+
+
+def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"looked for the dataset 'someone/some-pairs', split 'train'.*builtin:NAME"
+    ) as raised:
+        load_rows("someone/some-pairs")
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_columns_and_splits_are_named(write: Write, tmp_path: Path) -> None:
+    path = write("a.jsonl", LINES)
+    with pytest.raises(
+        ValueError, match=r"no column 'question' to be 'prompt'; found \['completion', 'prompt', 'tools'\]"
+    ):
+        load_rows(path, columns={"prompt": "question"})
+    with pytest.raises(ValueError, match="renamed once only"):
+        load_rows(path, columns={"chosen": "prompt", "rejected": "prompt"})
+    with pytest.raises(ValueError, match=r"limit 0\) has no rows"):
+        load_rows(path, limit=0)
+    with pytest.raises(ValueError, match=r"has the splits \['train'\], got 'test'"):
+        load_rows(save("-dict", tmp_path), split="test")
+    with pytest.raises(ValueError, match="split 'test'"):
+        load_rows(save("-files", tmp_path), split="test")
+
+
+def test_held_out_rows_are_a_fixed_random_share() -> None:
+    rows = Dataset.from_list([{"text": str(i)} for i in range(50)])
+    train, held_out = split_rows(rows, 0.2, seed=1)
+    assert (len(train), len(held_out)) == (40, 10)
+    assert sorted([*train["text"], *held_out["text"]], key=int) == rows["text"][:]
+    assert (
+        split_rows(rows, 0.2, seed=1)[1]["text"][:]
+        == held_out["text"][:]
+        != split_rows(rows, 0.2, seed=2)[1]["text"][:]
+    )
+    for fraction in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"got {fraction} of 50 rows"):
+            split_rows(rows, fraction)
+
+
+def test_training_and_evaluation_rows(write: Write) -> None:
+    path, held_out = write("a.jsonl", LINES), write("b.jsonl", LINES[: len(LINES) // 5 * 2])
+    assert load_train_eval(DataConfig(path=path))[1] is None
+    train, evaluation = load_train_eval(DataConfig(path=path, eval_path=held_out, limit=4))
+    assert evaluation is not None and (len(train), len(evaluation)) == (4, 2)
+    train, evaluation = load_train_eval(DataConfig(path=path, eval_fraction=0.4))
+    assert evaluation is not None and (len(train), len(evaluation)) == (3, 2)
