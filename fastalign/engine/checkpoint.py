@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastalign.engine.errors import RunError
 from fastalign.parallel.mesh import World
@@ -82,8 +84,8 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     make_moments(policy, optimizer, state["optimizer_steps"])
     tensors = {**weights(policy), **moments(policy, optimizer)}
     reader = HuggingFaceStorageReader(str(path))
-    check_shapes(path, tensors, {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()})
-    dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    check_shapes(path, tensors, saved_shapes(reader))
+    load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     generators = path / f"rng-{world.rank}.json"
     if generators.exists():
         set_rng_state(json.loads(generators.read_text(encoding="utf-8")))
@@ -159,6 +161,12 @@ def make_moments(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: dic
             }
 
 
+def saved_shapes(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each tensor of a checkpoint."""
+    saved = reader.read_metadata().state_dict_metadata
+    return {name: tuple(x.size) for name, x in saved.items() if isinstance(x, TensorStorageMetadata)}
+
+
 def check_shapes(path: Path, mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose tensors are not this model's."""
     for name in sorted(mine.keys() | saved.keys()):
@@ -173,7 +181,7 @@ def check_shapes(path: Path, mine: dict[str, Tensor], saved: dict[str, tuple[int
 def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Every rank writes its shards, safetensors with the offsets of each in the header."""
     try:
-        dcp.save(
+        save(
             {name: x.detach() for name, x in tensors.items()},
             storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
             no_dist=world.mesh is None,
@@ -214,14 +222,15 @@ def remove(path: Path) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of every generator of this process, as JSON values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    generator = np.random.get_state(legacy=False)
+    assert isinstance(generator, dict)
     version, numbers, gauss = random.getstate()
     device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "torch": encode(torch.get_rng_state()),
         "cuda": None if device is None else encode(device),
         "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": {**generator, "state": {k: np.asarray(v).tolist() for k, v in generator["state"].items()}},
     }
 
 
@@ -232,8 +241,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(decode(state["cuda"]))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
 
 
 def encode(state: Tensor) -> str:

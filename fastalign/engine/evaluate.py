@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.config import BatchConfig
+from fastalign.config import BatchConfig, Config, ModelConfig
 from fastalign.data.loader import TokenDataset, evaluation_steps
-from fastalign.engine.methods import Objective
+from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.metrics import Stopwatch, means
+from fastalign.engine.reference import frozen_copy
+from fastalign.engine.setup import load_data, verified, wants_autocast
 from fastalign.engine.step import Models, add_sums, run_head, score_reference
-from fastalign.parallel.mesh import World
-from fastalign.parallel.shard import reshard
+from fastalign.models.load import load_policy
+from fastalign.parallel.mesh import World, world
+from fastalign.parallel.shard import reshard, shard
 from fastalign.types import PackedBatch
 
 
@@ -44,3 +47,28 @@ def evaluate_batch(models: Models, batch: PackedBatch, objective: Objective, wor
     with models.precision(world.device):
         _, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, 1.0), objective.method.align)
     return stats.metrics
+
+
+def evaluate_model(config: Config, reference: ModelConfig | None = None) -> dict[str, float]:
+    """Metrics of the model that ``config.model`` names, without training it.
+
+    Args:
+        config: the held-out rows of ``data`` are used, or all of them when none are held out.
+        reference: where the reference comes from; default: the model itself, whose margins are then 0.
+
+    Returns:
+        as `evaluate`; for dpo among them ``rewards/accuracies``, ``rewards/margins`` and ``perplexity/chosen``.
+
+    Raises:
+        ValueError: settings, data or a model that cannot be used.
+    """
+    objective = make_objective(config.method, config.loss)
+    tokenizer, dataset, held_out = load_data(config)
+    with world(config.parallel) as ranks:
+        autocast = wants_autocast(config.model, ranks.device)
+        policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device)
+        other = load_policy(reference, tokenizer=tokenizer).to(ranks.device) if reference else policy
+        batch = verified(config, Models(policy, None, autocast), dataset, ranks.device)
+        ref = shard(frozen_copy(other), ranks, bf16=autocast) if objective.needs_reference else None
+        models = Models(shard(policy, ranks, bf16=autocast), ref, autocast)
+        return evaluate(models, held_out or dataset, objective, batch, ranks)

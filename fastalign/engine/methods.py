@@ -15,6 +15,8 @@ from fastalign.losses import preference, supervised
 from fastalign.losses.reduce import sum_and_count
 from fastalign.types import PackedBatch, PairLogps, TokenStats
 
+Align = Literal["token", "sequence", "pair", "group"]
+"""What a chunk of the head may not split."""
 LossFn = Callable[[TokenStats], tuple[Tensor, dict[str, Tensor]]]
 """What `linear_loss` calls once per chunk: the chunk's share of the loss, and ``[2]`` (sum, count) per metric."""
 
@@ -33,7 +35,7 @@ class Method:
         perplexity: a mean negative log-likelihood among the metrics, and the name under which its exp is reported.
     """
 
-    align: Literal["token", "sequence", "pair", "group"]
+    align: Align
     count: Callable[[PackedBatch], int]
     losses: Mapping[str, Callable[..., Tensor]]
     build: Callable[[Objective, Tensor | None, float], LossFn]

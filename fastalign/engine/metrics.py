@@ -124,11 +124,11 @@ class MetricsLog:
     def complete(self, result: StepResult) -> dict[str, Any]:
         """The record of a step, with metrics, times and speeds."""
         times = result.watch.seconds()
-        record = {"schema": SCHEMA, **result.record, "grad_norm": result.grad_norm.item()}
-        record |= means(self.objective, result.sums)
-        for name, key in (("tokens", "tokens"), ("tokens_computed", "tokens_computed"), ("examples", "examples")):
-            record[f"{name}_per_second"] = record[key] / times["t_step"]
-        return {**record, **times, "wall_time": time.time()}
+        known = {"schema": SCHEMA, "step": result.record["step"], "epoch": result.record["epoch"]}
+        learned = {**means(self.objective, result.sums), "grad_norm": result.grad_norm.item()}
+        work = ("tokens", "tokens_computed", "examples")
+        speeds = {f"{name}_per_second": result.record[name] / times["t_step"] for name in work}
+        return {**known, **learned, **result.record, **speeds, **times, "wall_time": time.time()}
 
     def diagnosis(self, result: StepResult, record: dict[str, Any]) -> str:
         """One line on a step that is not finite: its numbers and the examples behind them, from all ranks."""

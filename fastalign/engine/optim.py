@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastalign.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """AdamW whose step can be called off on the device.
+
+    Attributes:
+        found_inf: ``[]`` fp32 read by the fused step: 1 leaves weights and moments as they were.
+    """
+
+    found_inf: Tensor | None = None
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW over the trainable parameters; weight decay on matrices only, not on norms and biases.
 
     The fused implementation is used everywhere: on two CPU cores a step over 6M parameters takes 2.4 ms, against 8.0
@@ -21,7 +31,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,

@@ -6,20 +6,22 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastalign.engine.methods import Align
+from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss
 from fastalign.types import PackedBatch, TokenStats
 
 
-def frozen_copy(policy: nn.Module) -> nn.Module:
+def frozen_copy(policy: Policy) -> Policy:
     """The policy as it is now, for reading only; taken before it is sharded or trained."""
     reference = copy.deepcopy(policy)
     return reference.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def reference_logps(reference: nn.Module, batch: PackedBatch, align: str) -> Tensor:
+def reference_logps(reference: Policy, batch: PackedBatch, align: Align) -> Tensor:
     """``[N]`` fp32 log-probs of the batch's labels.
 
     With ``align`` that of the policy's pass the head is cut into the same chunks, so that equal weights give equal bits

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastalign.engine.methods import LossFn, Objective
+from fastalign.engine.methods import Align, LossFn, Objective
 from fastalign.engine.metrics import Stopwatch
 from fastalign.engine.reference import reference_logps
+from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import synchronise_gradients
@@ -23,8 +24,8 @@ from fastalign.types import PackedBatch, TokenStats
 class Models:
     """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
 
-    policy: nn.Module
-    reference: nn.Module | None
+    policy: Policy
+    reference: Policy | None
     autocast: bool
 
     def precision(self, device: torch.device) -> AbstractContextManager:
@@ -98,7 +99,7 @@ def score_reference(
         return reference_logps(models.reference, batch, objective.method.align)
 
 
-def run_head(policy: nn.Module, batch: PackedBatch, loss_fn: LossFn, align: str) -> tuple[Tensor, TokenStats]:
+def run_head(policy: Policy, batch: PackedBatch, loss_fn: LossFn, align: Align) -> tuple[Tensor, TokenStats]:
     """The policy's forward up to the loss: hidden states go through the fused head, logits never exist at once."""
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, TokenStats]:

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
-from fastalign.data import builtin
-from fastalign.data.loader import Loader, TokenDataset, encode_dataset
-from fastalign.data.pack import pack
-from fastalign.data.sources import load_train_eval
+from fastalign.data.loader import Loader, TokenDataset
 from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint
-from fastalign.engine.console import check_trackers, open_sinks
+from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
-from fastalign.engine.optim import learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim
+from fastalign.engine.setup import check_settings, load_data, seed_everything, verified, wants_autocast
 from fastalign.engine.step import Models, Work, accumulate_gradients, add_sums, measure_work
-from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
-from fastalign.models.verify import verify_packed
+from fastalign.models.load import load_policy, save_pretrained
+from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import shard
@@ -55,7 +51,7 @@ def train(config: Config) -> None:
     check_settings(config)
     with world(config.parallel) as ranks:
         checkpoint = claim(config, ranks)
-        seed_everything(config)
+        seed_everything(config.run)
         job = set_up(config, objective, ranks)
         done = resume(job, checkpoint) if checkpoint else 0
         run(job, done)
@@ -70,7 +66,7 @@ class Job:
     world: World
     tokenizer: PreTrainedTokenizerBase
     models: Models
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     loader: Loader
     held_out: TokenDataset | None
     total: int
@@ -83,19 +79,15 @@ class Job:
 
 def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
-    tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
-    rows, held_out_rows = load_train_eval(config.data, config.run.seed)
-    dataset = encode_dataset(rows, tokenizer, config.data, config.method)
-    held_out = encode_dataset(held_out_rows, tokenizer, config.data, config.method) if held_out_rows else None
-
+    tokenizer, dataset, held_out = load_data(config)
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device).train()
-    batch = config.batch
-    loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
-    verify_packed(policy, first_batch(dataset, config).to(ranks.device))
-    autocast = config.model.autocast if config.model.autocast is not None else ranks.device.type == "cuda"
+    autocast = wants_autocast(config.model, ranks.device)
+    config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
     reference = shard(frozen_copy(policy), ranks, bf16=autocast) if objective.needs_reference else None
     models = Models(shard(policy, ranks, bf16=autocast), reference, autocast)
 
+    batch = config.batch
+    loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
     total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
     optimizer = make_optimizer(policy, config.optim)
     return Job(config, objective, ranks, tokenizer, models, optimizer, loader, held_out, total)
@@ -103,23 +95,29 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
 
 def run(job: Job, done: int) -> None:
     """The loop, from step ``done + 1`` to the last, then the export and the report."""
-    config, run = job.config, job.config.run
-    trackers = run.trackers if job.world.is_main else ()
-    with (
-        open_sinks(trackers, job.directory, asdict(config), job.total, done, run.log_every) as sinks,
-        closing(
-            MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, sinks if job.world.is_main else ())
-        ) as metrics,
-    ):
+    every = job.config.run
+    with open_metrics(job, done) as metrics:
         for step in range(done + 1, job.total + 1):
             result = train_step(job, step)
-            metrics.add(result, held_out_metrics(job) if is_due(step, run.eval_every, job.total) else {})
-            if job.world.device.type == "cpu" or is_due(step, run.log_every, job.total):
+            metrics.add(result, held_out_metrics(job) if is_due(step, every.eval_every, job.total) else {})
+            if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
                 metrics.flush()
-            if is_due(step, run.save_every, job.total):
+            if is_due(step, every.save_every, job.total):
                 metrics.sync()
                 save(job, step)
     export(job)
+
+
+@contextmanager
+def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
+    """The metrics file, and on the main rank the console and the trackers."""
+    run = job.config.run
+    with ExitStack() as stack:
+        sinks = open_sinks(run.trackers, job.directory, asdict(job.config), job.total, done, run.log_every)
+        opened = stack.enter_context(sinks) if job.world.is_main else []
+        yield stack.enter_context(
+            closing(MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, opened))
+        )
 
 
 def train_step(job: Job, step: int) -> StepResult:
@@ -190,50 +188,19 @@ def resume(job: Job, checkpoint: Path) -> int:
 
 def export(job: Job) -> None:
     """``model/``: a Hugging Face directory of the final weights; and the report."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(job.models.policy, options=whole) if job.world.size > 1 else None
+    state = whole_weights(job.models.policy) if job.world.size > 1 else None
     if job.world.is_main:
         save_pretrained(job.models.policy, job.tokenizer, job.directory / "model", state)
         write_report(job.directory)
     job.world.barrier()
 
 
+def whole_weights(policy: Policy) -> dict[str, Tensor]:
+    """Full tensors of a sharded policy, on the host of the main rank; all ranks must call it."""
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def is_due(step: int, every: int, last: int) -> bool:
     """At every so many steps, and at the last; ``every`` 0 leaves the last alone."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer trained on built-in text."""
-    if name != "builtin:bpe":
-        raise ValueError(f"unknown model.tokenizer {name!r}: the only built-in one is builtin:bpe")
-    return builtin.train_tokenizer()
-
-
-def first_batch(dataset: TokenDataset, config: Config) -> PackedBatch:
-    """A packed batch of the first examples, apart from the loader, whose position it leaves alone."""
-    examples = dataset.fetch(list(range(min(config.batch.size, len(dataset)))))
-    return pack(examples, config.batch.tokens, config.batch.share_prefix)[0]
-
-
-def check_settings(config: Config) -> None:
-    """Refuse settings that cannot be meant, before any work."""
-    run = config.run
-    for name, value, least in (
-        ("run.steps", run.steps, 1),
-        ("run.keep", run.keep, 1),
-        ("run.log_every", run.log_every, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if run.steps is None and run.epochs <= 0:
-        raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
-    check_trackers(run.trackers)
-
-
-def seed_everything(config: Config) -> None:
-    """The same generators on every rank; nothing in training draws from them, but a user's code may."""
-    random.seed(config.run.seed)
-    np.random.seed(config.run.seed)
-    torch.manual_seed(config.run.seed)
-    torch.use_deterministic_algorithms(config.run.deterministic)

@@ -21,12 +21,12 @@ def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
         clip_norm: the limit.
 
     Returns:
-        ``[]`` fp32 norm before clipping, the same on every rank; not finite when any gradient is not.
+        ``[]`` fp64 norm before clipping, the same on every rank; not finite when any gradient is not.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = global_norm(gradients)
     if clip_norm > 0 and gradients:
-        torch._foreach_mul_([local(g) for g in gradients], (clip_norm / norm).clamp(max=1.0))
+        torch._foreach_mul_([local(g) for g in gradients], (clip_norm / norm).clamp(max=1.0).float())  # pyright: ignore
     return norm
 
 
@@ -36,12 +36,13 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     for tensor in tensors:
         groups[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()].append(tensor)
     squares = [sum_of_squares(group) for group in groups.values()]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """``[]`` fp32 over tensors of one mesh and placement, summed over the mesh dimensions that shard them."""
-    total = torch.stack(torch._foreach_norm([local(t) for t in tensors], 2, torch.float32)).square().sum()
+    """``[]`` fp64 over tensors of one mesh and placement, summed over the mesh dimensions that shard them."""
+    # In fp32 the norm of 2M elements is off by 3e-5 on CPU, which would make clipping depend on how they are sharded.
+    total = torch.stack(torch._foreach_norm([local(t) for t in tensors], 2, torch.float64)).square().sum()  # pyright: ignore
     first = tensors[0]
     if isinstance(first, DTensor):
         for dimension, placement in enumerate(first.placements):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastalign.parallel.mesh import World
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def shard(model: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
+
+def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     """Shard ``model`` in place over the ranks: every transformer block, then the root with what is left.
 
     The model must be run through its own ``forward``, where the hooks are. One process needs no sharding and gets the
@@ -27,7 +31,8 @@ def shard(model: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
     )
     for block in transformer_blocks(model):
         fully_shard(block, mesh=world.mesh, mp_policy=precision)
-    return fully_shard(model, mesh=world.mesh, mp_policy=precision)
+    fully_shard(model, mesh=world.mesh, mp_policy=precision)
+    return model
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,81 @@
+"""What a run is made of before its first step: checked settings, seeded generators, data, a verified policy."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
+from fastalign.data import builtin
+from fastalign.data.loader import TokenDataset, encode_dataset
+from fastalign.data.pack import pack
+from fastalign.data.sources import load_train_eval
+from fastalign.engine.console import check_trackers
+from fastalign.engine.step import Models
+from fastalign.models.load import load_tokenizer
+from fastalign.models.verify import verify_packed
+from fastalign.types import PackedBatch
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that cannot be meant, before any work."""
+    run = config.run
+    for name, value, least in (
+        ("run.steps", run.steps, 1),
+        ("run.keep", run.keep, 1),
+        ("run.log_every", run.log_every, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if run.steps is None and run.epochs <= 0:
+        raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
+    check_trackers(run.trackers)
+
+
+def seed_everything(run: RunConfig) -> None:
+    """The same generators on every rank; nothing in training draws from them, but a user's code may."""
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    torch.manual_seed(run.seed)
+    torch.use_deterministic_algorithms(run.deterministic)
+
+
+def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, TokenDataset | None]:
+    """The tokenizer, and the training and held-out examples in tokens."""
+    tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
+    rows, held_out = load_train_eval(config.data, config.run.seed)
+    dataset = encode_dataset(rows, tokenizer, config.data, config.method)
+    return tokenizer, dataset, encode_dataset(held_out, tokenizer, config.data, config.method) if held_out else None
+
+
+def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer trained on built-in text."""
+    if name != "builtin:bpe":
+        raise ValueError(f"unknown model.tokenizer {name!r}: the only built-in one is builtin:bpe")
+    return builtin.train_tokenizer()
+
+
+def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
+    """Whether forwards run under bf16 autocast: as the section says, else on CUDA."""
+    return device.type == "cuda" if model.autocast is None else model.autocast
+
+
+def verified(config: Config, models: Models, dataset: TokenDataset, device: torch.device) -> BatchConfig:
+    """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees."""
+    with models.precision(device):
+        first = first_batch(dataset, config.batch).to(device)
+        if verify_packed(models.policy, first, config.model.on_mismatch):
+            return config.batch
+        unshared = replace(config.batch, share_prefix=False)
+        verify_packed(models.policy, first_batch(dataset, unshared).to(device))
+        return unshared
+
+
+def first_batch(dataset: TokenDataset, batch: BatchConfig) -> PackedBatch:
+    """A packed batch of the first examples, with a shared prefix if any has; the loader's position is left alone."""
+    batches = pack(dataset.fetch(list(range(min(batch.size, len(dataset))))), batch.tokens, batch.share_prefix)
+    return max(batches, key=lambda packed: bool((packed.parents >= 0).any()))
