@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; knows torch and triton only."""
+"""Triton kernels, one file per op; needs torch and triton only."""

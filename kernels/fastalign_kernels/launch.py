@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +12,18 @@ THREADS = 128
 
 
 @functools.cache
-def _warp_size(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).warp_size
+def warp_size(device: torch.device) -> int:
+    """Threads per warp: 32, or 64 on most AMD devices."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def options(tensor: Tensor) -> Mapping[str, int | bool]:
+def options(tensor: Tensor) -> dict[str, Any]:
     """Launch options for kernels on ``tensor``: ``THREADS`` threads, and no contraction of ``a * b + c``.
 
     Without contraction an expression has the same bits wherever it is compiled, so that the target's logit minus the
     row's maximum is exactly zero when the target is the maximum.
     """
-    warp_size = _warp_size(tensor.device) if tensor.is_cuda else 32
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    return {"num_warps": THREADS // warp_size(tensor.device), "enable_fp_fusion": False}
 
 
 def device(tensor: Tensor) -> contextlib.AbstractContextManager:

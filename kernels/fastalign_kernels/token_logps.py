@@ -6,6 +6,12 @@ no mask; the rest of the row is walked in masked tiles of ``1 x COLS``. A column
 index, the vocabulary and the dtype, and no tile holds two rows: a row has the same bits alone and in any batch, at any
 alignment.
 """
+# A kernel's body is Triton's language, not Python's:
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,28 +20,42 @@ from torch import Tensor
 
 from fastalign_kernels import launch
 
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 IGNORE: tl.constexpr = tl.constexpr(-100)
 ELSEWHERE: tl.constexpr = tl.constexpr(-1)
 FLOOR: tl.constexpr = tl.constexpr(-1000.0)
 """A bound for ln p where it multiplies p: exp(-1000) is already 0, and 0 * -inf would be NaN."""
 
+# Neither another shape nor a slice of the rows compiles a kernel again.
+SIZES = ["vocab_size", "row_stride"]
+ROW_VECTORS = ["labels_ptr", "row_temperature_ptr", "entropy_ptr", "max_ptr", "logsum_ptr"]
+GRADIENTS = ["grad_logps_ptr", "grad_entropy_ptr"]
+
+
+@triton.jit
+def _exp(x):
+    """By exp2, which is one instruction where exp is five: what it flushes to zero is below 1e-37."""
+    return tl.exp2(x * LOG2_E)
+
 
 @triton.jit
 def _tanh(x):
     magnitude = tl.abs(x)
-    decay = tl.exp(-2 * magnitude)
+    decay = _exp(-2 * magnitude)
     result = (1 - decay) / (1 + decay)
     if x.dtype == tl.float32:
         # Near zero 1 - decay cancels; the odd Taylor series up to x^9 is exact to fp32 below 1/4.
         square = x * x
-        tail = square * (-17 / 315 + square * (62 / 2835))
-        series = magnitude + magnitude * (square * (-1 / 3 + square * (2 / 15 + tail)))
+        series = tl.fma(square, tl.fma(square, tl.fma(square, 62 / 2835, -17 / 315), 2 / 15), -1 / 3)
+        series = tl.fma(magnitude * square, series, magnitude)
         result = tl.where(magnitude < 0.25, series, result)
     return tl.where(x < 0, -result, result)
 
 
 @triton.jit
-def _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+def _factors(
+    row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr
+):
     """A row's (inner, outer): its scaled logits are inner * x, or outer * tanh(inner * x) under a soft-cap."""
     if row_temperature_ptr is not None:
         tau = tl.load(row_temperature_ptr + row).to(dtype)
@@ -70,9 +90,9 @@ def _update(m, s, t, z, ENTROPY: tl.constexpr):
     top = tl.maximum(m, tl.max(z, 0))
     reference = tl.where(top == float("-inf"), 0.0, top)  # a lane of banned columns only: -inf - -inf is NaN
     shift = m - reference
-    decay = tl.exp(shift)
+    decay = _exp(shift)
     offset = z - reference[None, :]
-    weight = tl.exp(offset)
+    weight = _exp(offset)
     if ENTROPY:
         t = (t + s * tl.maximum(shift, FLOOR)) * decay + tl.sum(weight * tl.maximum(offset, FLOOR), 0)
     s = s * decay + tl.sum(weight, 0)
@@ -81,9 +101,9 @@ def _update(m, s, t, z, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _sum_lanes(x, LOG_COLS: tl.constexpr):
-    """Sum of ``2^LOG_COLS`` lanes by halving, in an order that no memory layout can change."""
+    """Sum of ``2^LOG_COLS`` lanes neighbour with neighbour: an order that no memory layout can change."""
     for step in tl.static_range(LOG_COLS):
-        x = tl.sum(tl.reshape(x, (2, 1 << (LOG_COLS - 1 - step))), 0)
+        x = tl.sum(tl.reshape(x, (1 << (LOG_COLS - 1 - step), 2)), 1)
     return tl.sum(x, 0)
 
 
@@ -92,7 +112,7 @@ def _combine(m, s, t, ENTROPY: tl.constexpr, LOG_COLS: tl.constexpr):
     """The row's maximum, logsum and entropy from its lanes."""
     top = tl.max(m, 0)
     shift = m - tl.where(top == float("-inf"), 0.0, top)
-    decay = tl.exp(shift)
+    decay = _exp(shift)
     total = _sum_lanes(s * decay, LOG_COLS)
     logsum = tl.log(total)
     entropy = logsum
@@ -101,7 +121,7 @@ def _combine(m, s, t, ENTROPY: tl.constexpr, LOG_COLS: tl.constexpr):
     return top, logsum, entropy
 
 
-@triton.jit(do_not_specialize=["vocab_size", "row_stride"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*ROW_VECTORS, "logps_ptr"])
 def forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -171,10 +191,10 @@ def _gradient(x, col, target, g, e, top, logsum, entropy, inner, outer, HAS_SOFT
     coefficient = -g
     if HAS_E:
         coefficient -= e * (tl.maximum(log_p, FLOOR) + entropy)
-    return (tl.exp(log_p) * coefficient + tl.where(col == target, g, 0.0)) * slope
+    return (_exp(log_p) * coefficient + tl.where(col == target, g, 0.0)) * slope
 
 
-@triton.jit(do_not_specialize=["vocab_size", "row_stride", "out_stride"])
+@triton.jit(do_not_specialize=[*SIZES, "out_stride"], do_not_specialize_on_alignment=[*ROW_VECTORS, *GRADIENTS])
 def backward_kernel(
     out_ptr,
     logits_ptr,
@@ -256,21 +276,28 @@ def tile(vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
     return rows, log_cols
 
 
-def _arguments(vocab_size: int, dtype: torch.dtype, strides, temperature, softcap, logit_scale):
+def _arguments(
+    logits: Tensor,
+    strides: Sequence[int],
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> dict[str, Any]:
     """The arguments that both kernels take last."""
-    per_row = isinstance(temperature, Tensor)
-    rows, log_cols = tile(vocab_size, dtype)
+    num_rows, vocab_size = logits.shape
+    rows, log_cols = tile(vocab_size, logits.dtype)
+    per_row = temperature.expand(num_rows).contiguous() if isinstance(temperature, Tensor) else None
     return {
-        "row_temperature_ptr": temperature.contiguous() if per_row else None,
+        "row_temperature_ptr": per_row,
         "vocab_size": vocab_size,
-        "temperature": 1.0 if per_row else float(temperature),
+        "temperature": 1.0 if isinstance(temperature, Tensor) else float(temperature),
         "softcap": 1.0 if softcap is None else float(softcap),
         "logit_scale": float(logit_scale),
         "HAS_SOFTCAP": softcap is not None,
         "ROWS": rows,
         "LOG_COLS": log_cols,
-        "STRIDE_ALIGN": launch.alignment(dtype.itemsize, *strides),
-        "VOCAB_ALIGN": launch.alignment(dtype.itemsize, vocab_size),
+        "STRIDE_ALIGN": launch.alignment(logits.itemsize, *strides),
+        "VOCAB_ALIGN": launch.alignment(logits.itemsize, vocab_size),
     }
 
 
@@ -296,7 +323,7 @@ def forward(
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64; copied when its columns are not adjacent.
         labels: ``[N]`` int32 or int64. -100: the row is not read and its outputs are 0. -1: the label lies in another
             slab of the vocabulary, logp is 0. Any other label outside ``[0, V)``: logp is NaN.
-        temperature: one value, or ``[N]``.
+        temperature: one value, as a number or a tensor, or ``[N]``.
         softcap: the bound of ``softcap * tanh(x / softcap)``, or None.
         logit_scale: factor of the logits.
         entropy: whether to compute the entropy, in nats.
@@ -305,12 +332,10 @@ def forward(
         logps, entropy or None, max, logsum: ``[N]`` fp32, or fp64 for fp64 logits.
     """
     logits = _unit_columns(logits)
-    num_rows, vocab_size = logits.shape
+    num_rows = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps, top, logsum, entropies = (
-        torch.empty(num_rows, dtype=dtype, device=logits.device) if needed else None
-        for needed in (True, True, True, entropy)
-    )
+    logps, top, logsum = (torch.empty(num_rows, dtype=dtype, device=logits.device) for _ in range(3))
+    entropies = torch.empty_like(logps) if entropy else None
     if num_rows:
         with launch.device(logits):
             forward_kernel[(num_rows,)](
@@ -321,7 +346,7 @@ def forward(
                 max_ptr=top,
                 logsum_ptr=logsum,
                 row_stride=logits.stride(0),
-                **_arguments(vocab_size, logits.dtype, [logits.stride(0)], temperature, softcap, logit_scale),
+                **_arguments(logits, [logits.stride(0)], temperature, softcap, logit_scale),
                 **launch.options(logits),
             )
     return logps, entropies, top, logsum
@@ -353,10 +378,15 @@ def backward(
         max, logsum, entropy: ``[N]`` as returned by `forward`; entropy only with ``grad_entropy``.
         grad_logps, grad_entropy: ``[N]`` coefficients; ``grad_entropy`` may be None.
         temperature, softcap, logit_scale: as given to `forward`.
+
+    Raises:
+        ValueError: ``grad_entropy`` without ``entropy``.
     """
+    if grad_entropy is not None and entropy is None:
+        raise ValueError("grad_entropy needs the entropy of the forward: call forward with entropy=True")
     target = _unit_columns(out)
     logits = _unit_columns(logits)
-    num_rows, vocab_size = logits.shape
+    num_rows = logits.shape[0]
     if num_rows:
         strides = [logits.stride(0), target.stride(0)]
         with launch.device(logits):
@@ -366,12 +396,12 @@ def backward(
                 labels_ptr=labels.contiguous(),
                 max_ptr=max,
                 logsum_ptr=logsum,
-                entropy_ptr=None if grad_entropy is None else entropy,
+                entropy_ptr=entropy if grad_entropy is not None else None,
                 grad_logps_ptr=grad_logps.contiguous(),
-                grad_entropy_ptr=None if grad_entropy is None else grad_entropy.contiguous(),
+                grad_entropy_ptr=grad_entropy.contiguous() if grad_entropy is not None else None,
                 out_stride=target.stride(0),
                 row_stride=logits.stride(0),
-                **_arguments(vocab_size, logits.dtype, strides, temperature, softcap, logit_scale),
+                **_arguments(logits, strides, temperature, softcap, logit_scale),
                 **launch.options(logits),
             )
     if target is not out:
