@@ -1,6 +1,7 @@
 // The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
 #include <pybind11/pybind11.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu_level.h"
 #include "token_logps.h"
 
@@ -37,6 +38,14 @@ void token_logps(const TokenLogps& op, bool backward, int threads) {
   }
 }
 
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+void backward(const TokenLogps& op, int threads) {
+  bool in_place = op.grad.data == op.logits.data, contiguous = op.grad.row_stride == op.vocabulary;
+  if (!in_place && contiguous) advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
+  token_logps(op, true, threads);
+}
+
 using Address = uintptr_t;  // 0: not given
 using MatrixArgument = std::tuple<Address, int64_t, int64_t>;  // address, row stride, column stride
 
@@ -71,6 +80,5 @@ PYBIND11_MODULE(_C, m) {
            py::arg("grad_entropy") = 0, py::arg("grad") = none)
       .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward", [](const TokenLogps& op, int threads) { token_logps(op, true, threads); },
-           py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

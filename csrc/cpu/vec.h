@@ -46,7 +46,6 @@ FORCE_INLINE vec set(float x) { return _mm512_set1_ps(x); }
 FORCE_INLINE vec max_(vec a, vec b) { return _mm512_max_ps(a, b); }
 FORCE_INLINE vec min_(vec a, vec b) { return _mm512_min_ps(a, b); }
 FORCE_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-FORCE_INLINE vec round(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FORCE_INLINE vec abs(vec x) { return _mm512_abs_ps(x); }
 FORCE_INLINE vec copy_sign(vec x, vec sign) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(sign),
@@ -56,8 +55,6 @@ FORCE_INLINE vec where_less(vec a, vec b, vec yes, vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
 FORCE_INLINE bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-// p * 2^n for integral n, gradually underflowing.
-FORCE_INLINE vec scale(vec p, vec n) { return _mm512_scalef_ps(p, n); }
 constexpr float kExpLow = -104.5f;  // below it exp rounds to 0
 
 FORCE_INLINE vec load(const float* x) { return _mm512_loadu_ps(x); }
@@ -233,11 +230,29 @@ FORCE_INLINE float sum_lanes(vec x) {
   return v.lane[0];
 }
 
-// exp(x) for kExpLow <= x <= 88, NaN passed on; at most 2 ulp. x = n ln 2 + r, exp(r) by a polynomial of degree 6
-// fitted for the least largest relative error on |r| <= ln 2 / 2 (3e-9).
+// exp(x) for kExpLow <= x <= 88, NaN passed on; at most 2 ulp.
+#if defined(LEVEL_avx512)
+// x = n ln 2 + r with n in sixteenths: adding 1.5 * 2^19 rounds to them and leaves 16 times the fraction of n in the
+// low four bits, where a permutation looks up its power of two. |r| <= ln 2 / 32, so a cubic is enough (2e-9).
+FORCE_INLINE vec exp_in_range(vec x) {
+  const vec magic = set(786432.0f);
+  const vec powers = _mm512_setr_ps(  // 2^(k/16)
+      0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f,
+      0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f,
+      0x1.d5818ep+0f, 0x1.ea4afap+0f);
+  vec shifted = fma(x, set(1.44269504f), magic);
+  vec n = shifted - magic;
+  vec r = fma(n, set(-0.693359375f), x);  // the high part of ln 2 has 9 bits: n times it is exact
+  r = fma(n, set(2.12194440e-4f), r);
+  vec q = fma(fma(r, set(0x1.55574ap-3f), set(0x1.000220p-1f)), r, set(1.0f)) * r;
+  vec power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), powers);
+  return _mm512_scalef_ps(fma(power, q, power), n);  // scalef takes the floor of n
+}
+#else
+// x = n ln 2 + r; exp(r) by a polynomial fitted for the least largest relative error on |r| <= ln 2 / 2 (3e-9).
 FORCE_INLINE vec exp_in_range(vec x) {
   vec n = round(x * set(1.44269504f));
-  vec r = fma(n, set(-0.693359375f), x);   // the high part of ln 2 has 9 bits: n times it is exact
+  vec r = fma(n, set(-0.693359375f), x);
   r = fma(n, set(2.12194440e-4f), r);
   vec q = fma(r, set(0x1.6a23d0p-10f), set(0x1.123a20p-7f));
   q = fma(q, r, set(0x1.5558f2p-5f));
@@ -247,6 +262,7 @@ FORCE_INLINE vec exp_in_range(vec x) {
   q = fma(q, r, set(1.0f));
   return scale(q, n);
 }
+#endif
 
 // x brought into the range of exp_in_range: -inf becomes a number whose exp is 0, NaN stays.
 FORCE_INLINE vec clamp_low(vec x) { return max_(set(kExpLow), x); }
