@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,16 +19,6 @@ def fastalign_dpo(work: Workload, log: StepLog) -> Callable[[], Any]:
     from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
     from fastalign.engine import train as engine
 
-    train_step = engine.train_step
-
-    def timed_step(*args: Any) -> Any:
-        if not log.wall:
-            log.tick()
-        result = train_step(*args)
-        log.tick()
-        return result
-
-    engine.train_step = timed_step
     config = Config(
         method="dpo",
         model=ModelConfig(path=str(work.model), autocast=work.dtype == "bfloat16"),
@@ -39,11 +30,25 @@ def fastalign_dpo(work: Workload, log: StepLog) -> Callable[[], Any]:
     )
 
     def train() -> None:
-        engine.train(config)
+        with mock.patch.object(engine, "train_step", timed(engine.train_step, log)):
+            engine.train(config)
         metrics = Path(config.run.output_dir, "metrics.jsonl").read_text().splitlines()
         log.losses.extend(json.loads(line)["loss"] for line in metrics)
 
     return train
+
+
+def timed(train_step: Callable[..., Any], log: StepLog) -> Callable[..., Any]:
+    """``train_step`` with a clock reading before the first call and after each."""
+
+    def step(*args: Any) -> Any:
+        if not log.wall:
+            log.tick()
+        result = train_step(*args)
+        log.tick()
+        return result
+
+    return step
 
 
 def run(side: str, work: Workload, profile: bool) -> None:
@@ -58,12 +63,12 @@ def run(side: str, work: Workload, profile: bool) -> None:
     result |= {"ready_mib": log.ready_mib, "peak_mib": common.peak_mib()}
     (work.path / f"{side}.json").write_text(json.dumps(result))
     if log.profiler is not None:
-        log.profiler.stop()
         print_profile(log.profiler)
 
 
 def print_profile(profiler: torch.profiler.profile) -> None:
     """The operations that took longest themselves, and the same by input shape."""
+    profiler.stop()
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
     by_shape = profiler.key_averages(group_by_input_shape=True)
     print(
