@@ -43,11 +43,12 @@ def load_policy(
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
     loaded = _pretrained(model) if model.config is None else _from_scratch(model, vocab_size, seed)
-    if vocab_size is not None and vocab_size > (rows := loaded.get_input_embeddings().weight.shape[0]):
-        raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
     if model.config is not None and tokenizer is not None:
         _set_special_tokens(loaded, tokenizer)
-    return Policy(loaded, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
+    policy = Policy(loaded, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
+    if vocab_size is not None and vocab_size > (rows := policy.head.weight.shape[0]):
+        raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
+    return policy
 
 
 def _pretrained(model: ModelConfig) -> PreTrainedModel:

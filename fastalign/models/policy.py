@@ -51,7 +51,9 @@ class Policy(nn.Module):
         self.head_options = support.head_options(model)
         model.set_attn_implementation(self.attention)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # renamed during transformers 5
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
 
     @property
     def backbone(self) -> nn.Module:
@@ -61,7 +63,9 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Linear:
         """The LM head."""
-        return self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)  # checked when the policy was made
+        return head
 
     @property
     def config(self) -> Any:

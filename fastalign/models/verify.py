@@ -97,23 +97,33 @@ def unpack_group(batch: PackedBatch) -> Sequences:
     tree, leaves = _choose_group(batch)
     chains = [_chain_rows(batch, leaf) for leaf in leaves[tree]]
     ids = batch.input_ids.tolist()
-    place = {  # (row, next token) -> (sequence, position)
-        (row, ids[after]): (n, t) for n, rows in enumerate(chains) for t, (row, after) in enumerate(pairwise(rows))
-    }
+    places = [{(row, ids[after]): t for t, (row, after) in enumerate(pairwise(rows))} for rows in chains]
     group_rows = {row for rows in chains for row in rows}
-    pairs = list(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
-    scored = [i for i, (row, _) in enumerate(pairs) if row in group_rows]
-    if wrong := [i for i in scored if pairs[i] not in place]:
-        row, label = pairs[wrong[0]]
-        raise ValueError(
-            f"scored token {wrong[0]} (row {row}, label {label}) is not the next token in any sequence of its group: "
-            "rows and labels do not match the segments"
-        )
-    where = torch.tensor([place[pairs[i]] for i in scored], device=batch.labels.device)
-    padded = torch.zeros(len(chains), max(map(len, chains)), dtype=torch.int64, device=batch.labels.device)
+    scored, where = [], []
+    for start, stop in pairwise(batch.cu_seqlens.tolist()):
+        predictions = list(zip(batch.rows[start:stop].tolist(), batch.labels[start:stop].tolist(), strict=True))
+        if predictions and predictions[0][0] in group_rows:
+            scored += range(start, stop)
+            where += _locate(predictions, places, start)
+    device = batch.labels.device
+    padded = torch.zeros(len(chains), max(map(len, chains)), dtype=torch.int64, device=device)
     for n, rows in enumerate(chains):
         padded[n, : len(rows)] = batch.input_ids[rows]
-    return Sequences(padded, torch.tensor(scored, device=batch.labels.device), where[:, 0], where[:, 1])
+    sequence, position = torch.tensor(where, device=device).T
+    return Sequences(padded, torch.tensor(scored, device=device), sequence, position)
+
+
+def _locate(
+    predictions: list[tuple[int, int]], places: list[dict[tuple[int, int], int]], start: int
+) -> list[tuple[int, int]]:
+    """`(sequence, position)` of one sequence's predictions `(row, label)`: all in one sequence of the group."""
+    for n, place in enumerate(places):
+        if all(prediction in place for prediction in predictions):
+            return [(n, place[prediction]) for prediction in predictions]
+    raise ValueError(
+        f"scored tokens {start}:{start + len(predictions)} are not the next tokens of any sequence of their group: "
+        "rows and labels do not match the segments"
+    )
 
 
 def _choose_group(batch: PackedBatch) -> tuple[int, dict[int, list[int]]]:
@@ -145,10 +155,18 @@ def _chain_rows(batch: PackedBatch, leaf: int) -> list[int]:
 
 
 def _logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, bias: Tensor | None = None, **options: float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    keep: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> Tensor:
     """Log-probs of some scored tokens through the head."""
-    logps = token_logps(F.linear(hidden[keep], weight, bias), labels[keep], **options)
+    logits = logit_scale * F.linear(hidden[keep], weight, bias)
+    logps = token_logps(logits, labels[keep], softcap=softcap)
     assert isinstance(logps, Tensor)
     return logps
 

@@ -347,7 +347,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap
     if "window_size" not in accepted:
         options["is_causal"] = True
     k, v, offsets = _gathered(k, v, plan)
-    return varlen_attn(q, k, v, *offsets, **options)
+    out = varlen_attn(q, k, v, *offsets, **options)
+    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
+    return out
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:

@@ -1,0 +1,154 @@
+"""Small real architectures and packed rows of random tokens, laid out by hand."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastalign.models.policy import Policy
+from fastalign.types import PackedBatch
+
+VOCAB = 61
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+ONE_HEAD_EACH = {**SIZES, "num_key_value_heads": 4}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 48,
+    "vocab_size": VOCAB,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+ARCHITECTURES = {
+    "llama": SIZES,
+    "qwen3": {**SIZES, "head_dim": 16},
+    "mistral": {**SIZES, "sliding_window": 64},
+    # soft caps low enough that they bend the scores and logits of random weights
+    "gemma2": {
+        **SIZES,
+        "head_dim": 8,
+        "final_logit_softcapping": 0.5,
+        "attn_logit_softcapping": 0.5,
+        "sliding_window": 64,
+    },
+    "gemma3_text": {**SIZES, "head_dim": 8, "sliding_window": 64},
+    "gpt2": GPT2,
+    "gpt_neox": {key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
+    "cohere": {**SIZES, "logit_scale": 0.5},
+    "granite": {**SIZES, "logits_scaling": 4.0, "attention_multiplier": 0.5, "residual_multiplier": 0.5},
+    "phi": ONE_HEAD_EACH,  # its head has a bias
+}
+
+
+class WideRMSNorm(nn.Module):
+    """RMSNorm in the dtype of its input: the Hugging Face one computes in fp32, which caps agreement near 1e-7."""
+
+    def __init__(self, weight, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight.detach().clone()), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def make_model(kind, dtype=torch.float64, **options):
+    """A model whose weights are large enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**ARCHITECTURES[kind], **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model.to(dtype)
+
+
+def make_policy(kind, dtype=torch.float64, gradient_checkpointing=False, **options):
+    return Policy(make_model(kind, dtype, **options), gradient_checkpointing=gradient_checkpointing)
+
+
+def widen_norms(module):
+    for name, child in module.named_children():
+        if "RMSNorm" in type(child).__name__:
+            setattr(module, name, WideRMSNorm(child.weight, child.variance_epsilon))
+        else:
+            widen_norms(child)
+
+
+def make_batch(*groups, share=True):
+    """Groups `(P, [R1, R2, ...])` in one row, every response token scored; and the sequences `(prompt, response)`."""
+    torch.manual_seed(len(groups))
+    ids, positions, offsets, parents, rows, labels, cu, sequences = [], [], [0], [], [], [], [0], []
+
+    def segment(tokens, first, parent):
+        ids.extend(tokens)
+        positions.extend(range(first, first + len(tokens)))
+        offsets.append(len(ids))
+        parents.append(parent)
+        return len(parents) - 1
+
+    for length, responses in groups:
+        prompt = torch.randint(VOCAB, (length,)).tolist()
+        root = segment(prompt, 0, -1) if share else None
+        last_prompt_row = len(ids) - 1
+        for count in responses:
+            response = torch.randint(VOCAB, (count,)).tolist()
+            if share:
+                segment(response, length, root)
+                rows.extend([last_prompt_row, *range(len(ids) - count, len(ids) - 1)][:count])
+            else:
+                segment(prompt + response, 0, -1)
+                rows.extend(range(len(ids) - count - 1, len(ids) - 1))
+            labels.extend(response)
+            cu.append(len(labels))
+            sequences.append((prompt, response))
+    batch = PackedBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        cu_segments=torch.tensor(offsets, dtype=torch.int32),
+        parents=torch.tensor(parents, dtype=torch.int32),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        cu_seqlens=torch.tensor(cu, dtype=torch.int32),
+        example_ids=tuple(range(len(groups))),
+        logical_tokens=sum(len(p) + len(r) for p, r in sequences),
+    )
+    return batch, sequences
+
+
+PAIRS = ((7, [5, 3]), (4, [1, 6]), (1, [2, 2]), (5, [3, 4, 2, 1]), (3, [6]))
+
+
+def logps_head(hidden, weight, labels, *, bias=None, softcap=None, logit_scale=1.0):
+    logits = logit_scale * nn.functional.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def separate_logps(policy, sequences):
+    """Each sequence alone in a row, by the model's own forward and PyTorch's attention (eager if it has no other)."""
+    policy.model.set_attn_implementation("sdpa" if policy.model._supports_sdpa else "eager")
+    logps = []
+    for prompt, response in sequences:
+        logits = policy.model(torch.tensor([prompt + response]), use_cache=False).logits[0]
+        rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logps.append(rows.gather(1, torch.tensor(response)[:, None])[:, 0])
+    policy.model.set_attn_implementation(policy.attention)
+    return torch.cat(logps)
+
+
+def gradients(policy, logps):
+    torch.manual_seed(1)
+    weights = torch.randn(logps.shape, dtype=torch.float64)
+    return torch.autograd.grad(
+        (weights * logps).sum(), list(policy.parameters()), allow_unused=True, materialize_grads=True
+    )
