@@ -14,6 +14,9 @@ import platform
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,8 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     tensors = {**weights(policy), **moments(policy, optimizer)}
     reader = HuggingFaceStorageReader(str(path))
     check_shapes(path, tensors, saved_shapes(reader))
-    load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    with alone_is_fine():
+        load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     generators = path / f"rng-{world.rank}.json"
     if generators.exists():
         set_rng_state(json.loads(generators.read_text(encoding="utf-8")))
@@ -181,14 +185,23 @@ def check_shapes(path: Path, mine: dict[str, Tensor], saved: dict[str, tuple[int
 def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Every rank writes its shards, safetensors with the offsets of each in the header."""
     try:
-        save(
-            {name: x.detach() for name, x in tensors.items()},
-            storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
-            no_dist=world.mesh is None,
-        )
+        with alone_is_fine():
+            save(
+                {name: x.detach() for name, x in tensors.items()},
+                storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+                no_dist=world.mesh is None,
+            )
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         raise RunError(f"cannot write the checkpoint {path} ({causes}); earlier checkpoints are intact") from error
+
+
+@contextmanager
+def alone_is_fine() -> Iterator[None]:
+    """Keep torch.distributed.checkpoint from warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def flush_directory(path: Path) -> None:

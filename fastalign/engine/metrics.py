@@ -132,7 +132,7 @@ class MetricsLog:
 
     def diagnosis(self, result: StepResult, record: dict[str, Any]) -> str:
         """One line on a step that is not finite: its numbers and the examples behind them, from all ranks."""
-        bad = [ids for loss, ids in result.losses if loss is not None and not torch.isfinite(loss).item()]
+        bad = [ids for loss, ids in result.losses if loss is not None and not loss.isfinite().all()]
         guilty = [i for part in self.world.gather_objects([i for ids in bad for i in ids]) for i in part]
         everyone = [i for part in self.world.gather_objects([i for _, ids in result.losses for i in ids]) for i in part]
         where = f"in the micro-batch of examples {sorted(guilty)}" if guilty else f"on examples {sorted(everyone)}"

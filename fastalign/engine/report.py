@@ -86,7 +86,8 @@ def plot(records: list[dict[str, Any]], name: str) -> str:
     """One metric over steps, with its held-out twin, as an svg element."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    figure = Figure(figsize=(4.2, 2.8))
+    figure.subplots_adjust(left=0.17, right=0.96, bottom=0.18, top=0.88)
     axes = figure.add_subplot(title=name, xlabel="step")
     for key, style in ((name, "-"), (f"eval_{name}", "o--")):
         points = series(records, key)
