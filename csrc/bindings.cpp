@@ -46,6 +46,13 @@ void backward(const TokenLogps& op, int threads) {
   token_logps(op, true, threads);
 }
 
+#if defined(FASTALIGN_CUDA)
+void forward_cuda(const TokenLogps& op, uint64_t stream) {
+  if (const char* error = fastalign_token_logps_forward_cuda(&op, stream))
+    throw std::runtime_error(std::string("token_logps on CUDA: ") + error);
+}
+#endif
+
 using Address = uintptr_t;  // 0: not given
 using MatrixArgument = std::tuple<Address, int64_t, int64_t>;  // address, row stride, column stride
 
@@ -72,7 +79,7 @@ PYBIND11_MODULE(_C, m) {
         "Use a lower instruction set from now on; not while a kernel runs.");
 
   const MatrixArgument none{};
-  py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
+  auto op = py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
       .def(py::init(&describe), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
            py::arg("vocabulary"), py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0,
            py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
@@ -81,4 +88,10 @@ PYBIND11_MODULE(_C, m) {
       .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+#if defined(FASTALIGN_CUDA)
+  op.def("forward_cuda", &forward_cuda, py::arg("stream"), "As forward, on addresses of the current device.");
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
 }

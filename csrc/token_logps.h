@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 namespace fastalign {
 
 enum class Dtype : int { float32, bfloat16, float16, float64 };
@@ -32,10 +38,14 @@ struct TokenLogps {
   const void *grad_logps, *grad_entropy;       // backward only
   Matrix grad;                                 // backward only; may be the logits themselves
 
-  int64_t label(int64_t row) const {
+  HOST_DEVICE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
   }
-  double temperature_of(int64_t row) const { return temperatures ? temperatures[row] : temperature; }
+  HOST_DEVICE double temperature_of(int64_t row) const { return temperatures ? temperatures[row] : temperature; }
 };
 
 }  // namespace fastalign
+
+// The forward on the GPU: addresses on the current device, the stream as an integer. Enqueues and returns null, or the
+// runtime's description of what went wrong.
+extern "C" const char* fastalign_token_logps_forward_cuda(const fastalign::TokenLogps* op, uint64_t stream);
