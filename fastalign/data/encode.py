@@ -189,7 +189,12 @@ class Encoder:
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
-    """The number of tokens with which both begin."""
+    """The number of tokens with which both begin.
+
+    Example:
+        >>> common_prefix([3, 1, 4], [3, 1, 5, 9])
+        2
+    """
     limit = min(len(first), len(second))
     if first[:limit] == second[:limit]:
         return limit

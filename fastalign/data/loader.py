@@ -132,7 +132,12 @@ def rank_share(
 
 
 def balance(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices of ``costs`` per rank: longest first, each to the rank with least work so far (ties: fewest, lowest)."""
+    """Indices of ``costs`` per rank: longest first, each to the rank with least work so far (ties: fewest, lowest).
+
+    Example:
+        >>> balance([5, 3, 4, 2], num_ranks=2)
+        [[0, 3], [1, 2]]
+    """
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

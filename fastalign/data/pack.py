@@ -38,7 +38,12 @@ def pack(examples: Sequence[TokenExample], tokens: int, share_prefix: bool) -> l
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``sizes`` in bins of at most ``capacity``; an item above it has a bin of its own. Deterministic."""
+    """Indices of ``sizes`` in bins of at most ``capacity``; an item above it has a bin of its own. Deterministic.
+
+    Example:
+        >>> first_fit_decreasing([5, 3, 9, 4, 2], capacity=7)
+        [[2], [0, 4], [1, 3]]
+    """
     if capacity < 1:
         raise ValueError(f"the token budget of a micro-batch must be at least 1, got {capacity}: set batch.tokens")
     bins: list[list[int]] = []

@@ -46,7 +46,12 @@ def split_pair(prompt: Any, chosen: Any, rejected: Any, raw_dialogue: bool) -> t
 
 
 def split_raw_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Splits a raw hh-rlhf pair as `split_pair` says; None when ``rejected`` has another prompt."""
+    """Splits a raw hh-rlhf pair as `split_pair` says; None when ``rejected`` has another prompt.
+
+    Example:
+        >>> split_raw_dialogue("\\n\\nHuman: Two?\\n\\nAssistant: Yes.", "\\n\\nHuman: Two?\\n\\nAssistant: No.")
+        ('\\n\\nHuman: Two?\\n\\nAssistant:', ' Yes.', ' No.')
+    """
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     if ASSISTANT not in chosen or not rejected.startswith(chosen[:end]):
         return None
