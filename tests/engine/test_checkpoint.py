@@ -1,0 +1,84 @@
+"""Checkpoints: whole or absent, free of pickles, exact."""
+
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastalign.config import OptimConfig
+from fastalign.engine import checkpoint
+from fastalign.engine.errors import RunError
+from fastalign.engine.optim import make_optimizer
+from fastalign.parallel.mesh import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def stepped(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with tied weights after two updates."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 5, bias=False))
+    model[2].weight = model[0].weight
+    model.register_buffer("kept", torch.rand(3))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1))
+    for _ in range(2):
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_what_is_saved_comes_back_to_the_bit(tmp_path):
+    model, optimizer = stepped()
+    path = checkpoint.save_checkpoint(tmp_path, 2, model, optimizer, {"note": 7}, WORLD, keep=1)
+    drawn = torch.rand(3), random.random(), np.random.rand()
+    other, fresh = stepped(seed=1)[0], make_optimizer(model, OptimConfig())
+    fresh = make_optimizer(other, OptimConfig())
+    assert checkpoint.load_checkpoint(path, other, fresh, WORLD)["note"] == 7
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert optimizer.state[mine].keys() == fresh.state[theirs].keys()
+        assert all(torch.equal(value, fresh.state[theirs][key]) for key, value in optimizer.state[mine].items())
+    again = torch.rand(3), random.random(), np.random.rand()
+    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    path = checkpoint.save_checkpoint(tmp_path, 2, *stepped(), {}, WORLD, keep=1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    for file in path.iterdir():
+        assert not zipfile.is_zipfile(file) and not file.read_bytes().startswith(b"\x80")
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = stepped()
+    for step in (2, 4, 10):
+        checkpoint.save_checkpoint(tmp_path, step, model, optimizer, {}, WORLD, keep=2)
+    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-4", "step-10"]
+    assert checkpoint.newest_checkpoint(tmp_path) == tmp_path / "step-10"
+    assert (tmp_path / "latest").read_text() == "step-10\n"
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = stepped()
+    checkpoint.save_checkpoint(tmp_path, 2, model, optimizer, {}, WORLD, keep=1)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
+    with pytest.raises(RunError, match=r"cannot write the checkpoint .*No space left on device.*earlier .* intact"):
+        checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, {}, WORLD, keep=1)
+    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-2"]
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint: it has no state\.json"):
+        checkpoint.load_checkpoint(tmp_path, *stepped(), WORLD)
