@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fastalign.models.policy import Policy
-from fastalign.ops.token_logps import token_logps
+from fastalign.ops.linear_logps import linear_logps
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -154,19 +153,9 @@ def _chain_rows(batch: PackedBatch, leaf: int) -> list[int]:
     return rows
 
 
-def _logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    keep: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """Log-probs of some scored tokens through the head."""
-    logits = logit_scale * F.linear(hidden[keep], weight, bias)
-    logps = token_logps(logits, labels[keep], softcap=softcap)
+def _logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, **options: Any) -> Tensor:
+    """Log-probs of some scored tokens through the fused head."""
+    logps = linear_logps(hidden[keep], weight, labels[keep], **options)
     assert isinstance(logps, Tensor)
     return logps
 
