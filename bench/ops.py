@@ -15,6 +15,7 @@ from bench import cases, measure
 from bench.report import COLLECTED
 
 
+@pytest.mark.benchmark(timer=measure.clock)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_op(benchmark, name: str, request: pytest.FixtureRequest) -> None:
     """Time one case; wrong numbers from fastalign fail, a rival's wrong numbers are left out of the table."""
