@@ -1,3 +1,18 @@
 """fastalign aligns language models: fused losses, packed batches, shared prompts, on CPU and GPU."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastalign.ops import entropy_from_logits, linear_logps, linear_loss, selective_log_softmax, token_logps
+
 __version__ = "0.1.0"
+
+__all__ = ["entropy_from_logits", "linear_logps", "linear_loss", "selective_log_softmax", "token_logps"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the ops at first use: the command line answers without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+    return getattr(import_module("fastalign.ops"), name)

@@ -34,7 +34,7 @@ def fail(message: str, code: int) -> int:
         traceback.print_exc()
     if not is_rank_0():
         # The same error on every rank is told once: during this nap rank 0's exit makes torchrun stop the others.
-        time.sleep(2)
+        time.sleep(10)
     print(f"fastalign: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
@@ -75,11 +75,15 @@ def usage() -> str:
 def train(method: str, argv: list[str]) -> int:
     """Train with one method."""
     config = parse_config(method, argv)
+    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal; these are read at import
+        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
     run(config)
+    if is_rank_0():
+        print(f"done: {config.run.output_dir} holds model/, metrics.jsonl and report.html")
     return 0
 
 

@@ -152,7 +152,7 @@ def test_other_ranks_let_rank_0_speak_first(capsys, engine, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["dpo", "--nonsense"]) == 2 and naps == []
     monkeypatch.setenv("RANK", "1")
-    assert cli.main(["dpo", "--nonsense"]) == 2 and naps == [2]
+    assert cli.main(["dpo", "--nonsense"]) == 2 and naps == [10]
 
 
 @pytest.mark.parametrize("method", arguments.METHODS)
