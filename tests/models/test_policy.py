@@ -8,6 +8,7 @@ import torch
 from packed_cases import (
     ARCHITECTURES,
     PAIRS,
+    SIZES,
     gradients,
     logps_head,
     make_batch,
@@ -16,9 +17,11 @@ from packed_cases import (
     separate_logps,
     widen_norms,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import support
 from fastalign.models.policy import Policy, gather_rows
+from fastalign.ops.attention import layout
 
 
 def relative_error(got, want):
@@ -131,21 +134,14 @@ def test_trap_stock_attention_given_a_shared_layout():
 def test_trap_attention_mask_on_a_packed_row():
     policy = make_policy("llama")
     batch, _ = make_batch((7, [5, 3]))
-    plan = support_layout(batch)
     with pytest.raises(ValueError, match="no attention mask"):
         policy.backbone(
             batch.input_ids[None],
             attention_mask=torch.ones(1, 1, 15, 15, dtype=torch.bool),
             position_ids=batch.position_ids[None],
             use_cache=False,
-            packed_layout=plan,
+            packed_layout=layout(batch.segments),
         )
-
-
-def support_layout(batch):
-    from fastalign.ops.attention import layout
-
-    return layout(batch.segments)
 
 
 def test_trap_cache_on_a_packed_row():
@@ -203,9 +199,6 @@ def test_window_is_refused_by_the_layer_too():
 
 def small(kind, **options):
     """A tiny model of any architecture."""
-    from packed_cases import SIZES
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **options}))
 
 
