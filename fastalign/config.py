@@ -43,7 +43,7 @@ class DataConfig:
     split: str = "train"
     """Split of a hub dataset or directory."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Rename map from the column fastalign expects to the one in the data, e.g. `{prompt: question, completion: answer}`."""
+    """Rename map from the column fastalign expects to the data's own, e.g. `{prompt: question, completion: answer}`."""
     format: Literal["auto", "text", "prompt_completion", "preference"] = "auto"
     """Row format; `auto` recognises it from the columns."""
     chat_template: str | None = None
@@ -51,7 +51,7 @@ class DataConfig:
     max_length: int = 1024
     """Longest sequence in tokens, prompt and completion together."""
     truncation: Literal["completion", "drop"] = "completion"
-    """A longer sequence loses the end of its completion, or is dropped; a prompt that fills `max_length` always drops it."""
+    """A longer sequence loses its completion's end, or is dropped; a prompt that fills `max_length` always drops it."""
     eval_path: str | None = None
     """Held-out data, in the same format."""
     eval_fraction: float = 0.0
@@ -125,7 +125,7 @@ class RunConfig:
     keep: int = 2
     """Whole checkpoints kept."""
     resume: bool | str = False
-    """true: from the newest whole checkpoint in `output_dir` (a fresh start if there is none); or a checkpoint's path."""
+    """true: from the newest whole checkpoint in `output_dir` (afresh if there is none); or a checkpoint's path."""
     deterministic: bool = False
     """Refuse any kernel whose result may differ between two runs."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

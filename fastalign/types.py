@@ -44,7 +44,7 @@ class PackedBatch:
         position_ids: ``[T]`` int64; a response continues the positions of its prompt.
         cu_segments: ``[S+1]`` int32 row offsets of the segments; stays on the host, where layouts are decided.
         parents: ``[S]`` int32 prefix segment of each segment, -1 for a root; stays on the host.
-        rows: ``[N]`` int64, the hidden row that predicts each scored token (the last prompt row appears once per response).
+        rows: ``[N]`` int64, the hidden row that predicts each scored token (the last prompt row once per response).
         labels: ``[N]`` int64, the predicted tokens.
         cu_seqlens: ``[B+1]`` int32, offsets of each logical sequence in the N scored tokens.
         example_ids: dataset position of each example in the batch, in order; names the batch in error messages.

@@ -57,6 +57,6 @@ def constant(losses: Tensor, num_sequences: int | Tensor, budget: int) -> Tensor
 
 
 def sum_and_count(values: Tensor, count: int | None = None) -> Tensor:
-    """A metric's ``[2]`` fp64 (sum, count), detached: such pairs add over chunks, micro-batches and ranks, then divide."""
+    """A metric's ``[2]`` fp64 (sum, count), detached: pairs add over chunks, micro-batches and ranks, then divide."""
     total = values.detach().sum(dtype=torch.float64)
     return torch.stack([total, total.new_tensor(values.numel() if count is None else count)])
