@@ -74,12 +74,13 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     check_matrix("hidden", hidden, "[N, D]")
     if isinstance(weight, DTensor):
         raise ValueError(
-            "weight is a DTensor: pass weight.full_tensor(grad_placements=...), which says whether gradients are summed "
-            "over ranks, or call inside the module whose FSDP2 hooks gather it"
+            "weight is a DTensor: pass weight.full_tensor(grad_placements=...), which says whether gradients are "
+            "summed over ranks, or call inside the module whose FSDP2 hooks gather it"
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype not in FLOATS:
         raise ValueError(
-            f"weight must be a floating [V, D] with D = {hidden.shape[1]}, got {weight.dtype} of shape {list(weight.shape)}"
+            f"weight must be a floating [V, D] with D = {hidden.shape[1]}, "
+            f"got {weight.dtype} of shape {list(weight.shape)}"
         )
     check_device("weight", weight, "hidden", hidden)
     if bias is not None:

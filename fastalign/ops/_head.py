@@ -16,6 +16,9 @@ from fastalign.ops.plan import UPCAST_ROWS, Plan
 from fastalign.ops.token_logps import BLOCK_BYTES, ELSEWHERE, stats_dtype
 from fastalign.types import IGNORE_INDEX
 
+Needs = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias get a gradient."""
+
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
 
@@ -214,9 +217,9 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def recomputed_gradients(
-    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, needs: tuple[bool, bool, bool]
+    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Second phase: logits again, slab by slab of the vocabulary, into the gradients of hidden ``[n, D]``, weight, bias.
+    """Second phase: logits again, slab by slab, into the gradients of hidden ``[n, D]``, weight and bias.
 
     A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. The gradient of the
     weight has the weight's dtype, the others the statistics'.

@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from fastalign.ops import _cpp
+
 log = logging.getLogger("fastalign")
 
 _SWEEP = {"torch": "fastalign.ops.token_logps", "cpp": "fastalign.ops._cpp", "triton": "fastalign_kernels.token_logps"}
@@ -37,8 +39,8 @@ def reasons(op: str) -> dict[str, str]:
 
 def missing(backend: str) -> str | None:
     """Why ``backend`` cannot be used here, or None when it can."""
-    if backend == "cpp" and _absent("fastalign._C"):
-        return "fastalign._C is not built (install with a C++17 compiler)"
+    if backend == "cpp":
+        return _cpp.unavailable()
     if backend == "triton":
         for module in ("triton", "fastalign_kernels"):
             if _absent(module):
@@ -106,7 +108,7 @@ def _passed_over(chosen: str, device: str) -> str:
 def _level(backend: str) -> str:
     """The instruction set or mode a usable backend runs in."""
     if backend == "cpp":
-        return importlib.import_module("fastalign._C").cpu_level()
+        return _cpp.cpu_level()
     if backend == "triton":
         return "interpreter" if not torch.cuda.is_available() else "sm_{}{}".format(*torch.cuda.get_device_capability())
     return f"torch {torch.__version__}"

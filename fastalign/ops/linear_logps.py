@@ -8,6 +8,8 @@ scale per row. Else the forward keeps three numbers per row, and backward makes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def _op(
     gradient: bool,
     trainable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``, and U ``[N, D]`` (``[0, D]`` when not needed)."""
+    """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``; U ``[N, D]`` (``[0, D]`` when not needed)."""
     tau = temperature if temperatures is None else temperatures
     options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant)
     kernels = dispatch.kernels("linear_logps", backend, hidden.device)
@@ -110,8 +112,8 @@ def _op(
     stats = _forward(head, plan, directions, entropy)
     out = stats_dtype(hidden, weight)
     entropies = stats.logps.new_empty(0, dtype=out) if stats.entropy is None else spread(head, stats.entropy, out)
-    saved = [spread(head, x, x.dtype) for x in (stats.max, stats.logsum)]
-    return spread(head, stats.logps, out), entropies, *saved, directions
+    maximum, logsum = (spread(head, x, x.dtype) for x in (stats.max, stats.logsum))
+    return spread(head, stats.logps, out), entropies, maximum, logsum, directions
 
 
 @_op.register_fake
@@ -143,7 +145,7 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
 
 
 def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> None:
-    """``target[rows] = dz @ weight`` for the scored rows ``start:stop``; straight into ``target`` where layouts allow."""
+    """``target[rows] = dz @ weight`` for the scored rows ``start:stop``; in place where layouts allow."""
     if head.rows is None and target.dtype == dz.dtype:
         multiply(dz, head.weight, target[start:stop], None, head.options.batch_invariant)
         return
@@ -184,14 +186,17 @@ def _backward_op(
     kernels = dispatch.kernels("linear_logps", backend, hidden.device)
     head = make_head(hidden, weight, bias, labels, options, kernels)
     plan = plan_for(head, weight, "upstream", trainable=True, entropy=True)
-    picked = [
-        x if x is None or head.rows is None else x[head.rows]
-        for x in (entropy, maximum, logsum, grad_logps, grad_entropy)
-    ]
-    h, m, s, g, e = [None if x is None else x.to(kernel_dtype(dtype)).contiguous() for x in picked]
-    assert m is not None and s is not None and g is not None
+    g, e = _scored(head, grad_logps), None if grad_entropy is None else _scored(head, grad_entropy)
+    saved = None if entropy is None else _scored(head, entropy)
+    stats = Stats(g, saved, _scored(head, maximum), _scored(head, logsum))
     needs = (needs_hidden, needs_weight, needs_bias)
-    return finish(head, recomputed_gradients(head, plan, Stats(g, h, m, s), g, e, needs), hidden, weight, bias)
+    return finish(head, recomputed_gradients(head, plan, stats, g, e, needs), hidden, weight, bias)
+
+
+def _scored(head: Head, values: Tensor) -> Tensor:
+    """``[N]`` to the scored rows, as the kernels read them."""
+    picked = values if head.rows is None else values[head.rows]
+    return picked.to(kernel_dtype(head.options.dtype)).contiguous()
 
 
 def finish(
@@ -229,7 +234,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, saved, maximum, logsum)
 
 
-def _backward(ctx, grad_logps, grad_entropy, *_):
+def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
     if grad_logps is None and grad_entropy is None:
         grads = None, None, None
     elif ctx.frozen:
@@ -280,11 +285,12 @@ def linear_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
 
-    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z);  entropy = -sum p ln p``
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``logps = z_y - lse(z)``,
+    ``entropy = -sum p ln p``.
 
     Args:
         hidden: ``[N, D]``.
-        weight: ``[V, D]``; with mixed dtypes the GEMMs run in the narrower one, and each gradient has its input's dtype.
+        weight: ``[V, D]``; with mixed dtypes GEMMs run in the narrower one, and each gradient has its input's dtype.
         labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: outputs and gradients are exactly 0 and its
             hidden state is never read.
         bias: ``[V]``.

@@ -12,8 +12,8 @@ Backward hands these gradients over, times its upstream scalar.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastalign.ops import dispatch
 from fastalign.ops._head import (
     Head,
+    Needs,
     Options,
     Stats,
     add_product,
@@ -35,12 +36,13 @@ from fastalign.ops._head import (
     sweep,
     workspace,
 )
+from fastalign.ops._loss_fn import LossFn, checked, evaluate
 from fastalign.ops._units import Align, Units, make_units
 from fastalign.ops.linear_logps import finish, op_arguments, plan_for, row_stats, write_rows
 from fastalign.ops.plan import Plan
 from fastalign.types import IGNORE_INDEX, TokenStats
 
-LossFn = Callable[[TokenStats], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+Inputs = tuple[Tensor, Tensor, "Tensor | None"]
 
 
 @dataclass
@@ -61,55 +63,6 @@ class Outcome:
     stats: Stats
     g: Tensor | None
     e: Tensor | None
-
-
-# --- loss_fn ---------------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    loss_fn: LossFn, stats: TokenStats, gradient: bool
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
-    """The chunk's loss and metrics (detached), and one coefficient per row for logps and entropy (None: no gradient)."""
-    if not gradient:
-        loss, metrics = _checked(loss_fn(stats))
-        _refuse_captured_parameters(loss, [])
-        return loss.detach(), metrics, None, None
-    logps = stats.logps.detach().requires_grad_()
-    entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_()
-    with torch.enable_grad():
-        loss, metrics = _checked(loss_fn(replace(stats, logps=logps, entropy=entropy)))
-    leaves = [leaf for leaf in (logps, entropy) if leaf is not None]
-    grads: list[Tensor | None] = [None] * len(leaves)
-    _refuse_captured_parameters(loss, leaves)
-    if loss.requires_grad:
-        grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-    g = torch.zeros_like(logps) if grads[0] is None else grads[0]
-    return loss.detach(), metrics, g, grads[1] if entropy is not None else None
-
-
-def _checked(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, metrics = result if isinstance(result, tuple) else (result, {})
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        got = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a floating scalar tensor (or it and a dict of metric sums), got {got}")
-    return loss, {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
-
-
-def _refuse_captured_parameters(loss: Tensor, leaves: list[Tensor]) -> None:
-    """A trainable tensor inside loss_fn would silently get no gradient: coefficients are all that leaves a chunk."""
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is leaf for leaf in leaves):
-            raise ValueError(
-                f"loss_fn uses a trainable tensor of shape {list(variable.shape)} besides the stats; it would get no "
-                "gradient. Detach it, or use linear_logps, which composes with autograd"
-            )
-        stack.extend(parent for parent, _ in node.next_functions)
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
@@ -237,7 +190,7 @@ class _Attach(torch.autograd.Function):
         return *made, None, None, None
 
 
-def _new_gradients(head: Head, plan: Plan, inputs: tuple, needs: tuple[bool, bool, bool]) -> Gradients:
+def _new_gradients(head: Head, plan: Plan, inputs: Inputs, needs: Needs) -> Gradients:
     """Buffers of a one-pass call: rows that are not scored stay 0, weight and bias are summed in fp32."""
     hidden, weight, _ = inputs
     wide = torch.float64 if weight.dtype == torch.float64 and head.options.dtype == torch.float64 else torch.float32
@@ -252,13 +205,13 @@ def _new_gradients(head: Head, plan: Plan, inputs: tuple, needs: tuple[bool, boo
     )
 
 
-def _cast(grads: Gradients, inputs: tuple) -> Gradients:
+def _cast(grads: Gradients, inputs: Inputs) -> Gradients:
     """Each gradient in its input's dtype."""
     made = (grads.hidden, grads.weight, grads.bias)
-    return Gradients(*(None if g is None else g.to(x.dtype) for g, x in zip(made, inputs, strict=True)))
+    return Gradients(*(None if g is None or x is None else g.to(x.dtype) for g, x in zip(made, inputs, strict=True)))
 
 
-def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: tuple, needs: tuple):
+def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: Inputs, needs: Needs):
     """The planned pass: its outcome and (None when nothing needs them) its gradients."""
     gradient = any(needs)
     if plan.mode == "slabs":
@@ -269,7 +222,7 @@ def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: 
     return outcome, None if grads is None else _cast(grads, inputs)
 
 
-def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: tuple, needs: tuple[bool, bool, bool]) -> Gradients:
+def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Inputs, needs: Needs) -> Gradients:
     """The gradients from the saved coefficients, through recomputed logits."""
     assert outcome.g is not None
     made = recomputed_gradients(head, plan, outcome.stats, outcome.g, outcome.e, needs)
@@ -316,7 +269,7 @@ def linear_loss(
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy: give ``loss_fn`` the entropy too; its gradient flows.
-        bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: as in ``linear_logps``.
+        bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: see ``linear_logps``.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -338,23 +291,35 @@ def linear_loss(
     if torch.compiler.is_compiling():
         return _composed(args, loss_fn, cu_seqlens, align, entropy)
     options = Options(temperature, softcap, float(logit_scale), args[8], memory, backend, batch_invariant)
-    head = make_head(hidden, weight, bias, labels, options, dispatch.kernels("linear_loss", backend, hidden.device))
+    kernels = dispatch.kernels("linear_loss", backend, hidden.device)
+    head = make_head(hidden, weight, bias, labels, options, kernels)
     units = make_units(labels, cu_seqlens, cu_groups, align)
-    lengths = None if units is None else units.lengths
-    coefficients = "token" if units is None else "unit"
-    plan = plan_for(head, weight, coefficients, trainable=True, entropy=entropy, units=lengths)
-    inputs = hidden, weight, bias
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    inputs, needs = (hidden, weight, bias), _needs(hidden, weight, bias)
+    plan = plan_for(
+        head,
+        weight,
+        "token" if units is None else "unit",
+        trainable=needs[1] or needs[2],
+        entropy=entropy,
+        units=None if units is None else units.lengths,
+    )
     outcome, grads = _run(head, plan, units, loss_fn, entropy, inputs, needs)
     stats = _all_rows(head, outcome, units, cu_seqlens)
     if grads is None:
         return outcome.loss, stats
 
-    def again(*saved: Tensor) -> Gradients:
-        return _made_again(make_head(*saved, labels, options, head_sweep), plan, outcome, saved, needs)
+    def again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+        head = make_head(hidden, weight, bias, labels, options, kernels)
+        return _made_again(head, plan, outcome, (hidden, weight, bias), needs)
 
-    head_sweep = head.sweep
-    return _Attach.apply(*inputs, outcome.loss, [grads], again), stats
+    loss: Any = _Attach.apply(hidden, weight, bias, outcome.loss, [grads], again)
+    return loss, stats
+
+
+def _needs(*inputs: Tensor | None) -> Needs:
+    """Which of hidden, weight and bias get a gradient; independent of it, the chunks are the same."""
+    hidden, weight, bias = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    return hidden, weight, bias
 
 
 def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Tensor | None) -> TokenStats:
@@ -380,13 +345,15 @@ def _composed(
     The number of scored rows is data, which a graph cannot depend on: every row must be scored.
     """
     labels = args[3]
-    torch._assert_async((labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first")
+    torch.ops.aten._assert_async.msg(
+        (labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first"
+    )
     logps, entropies, top1 = row_stats(args, entropy)
     sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)
     offsets = None if cu_seqlens is None else cu_seqlens.long()
     stats = TokenStats(logps, torch.arange(len(labels), device=labels.device), entropies, top1, sequences, offsets)
-    loss, metrics = _checked(loss_fn(stats))
+    loss, metrics = checked(loss_fn(stats))
     detached = replace(stats, logps=logps.detach(), metrics=metrics)
     return loss, detached if entropies is None else replace(detached, entropy=entropies.detach())

@@ -67,9 +67,10 @@ class Plan:
         return max((stop - start for start, stop in self.chunks), default=0)
 
     def __str__(self) -> str:
+        workspace, accumulator = self.workspace_bytes / 2**20, self.accumulator_bytes / 2**20
         return (
-            f"{self.mode} ({self.reason}): {len(self.chunks)} chunks of up to {self.chunk_rows} rows, {self.flops} NVD, "
-            f"workspace {self.workspace_bytes / 2**20:.1f} MiB + accumulator {self.accumulator_bytes / 2**20:.1f} MiB"
+            f"{self.mode} ({self.reason}): {len(self.chunks)} chunks, up to {self.chunk_rows} rows, {self.flops} NVD, "
+            f"workspace {workspace:.1f} MiB, accumulator {accumulator:.1f} MiB"
         )
 
 
@@ -183,7 +184,7 @@ def _unit_chunks(units: Sequence[int], spans: Sequence[tuple[int, int]]) -> tupl
 
 
 def _tile(num_rows: int, vocab: int, itemsize: int, budget: int, batch_invariant: bool) -> tuple[int, int]:
-    """Columns and rows of a recomputed tile of logits: all rows and wide slabs if they fit, else narrower, else blocks."""
+    """Columns and rows of a recomputed tile: all rows and wide slabs if they fit, else narrower, else blocks."""
     elements = max(1, budget // (2 * itemsize))
     widest = MIN_SLAB if batch_invariant else min(SLAB, elements // max(1, num_rows))
     slab = min(vocab, max(MIN_SLAB, widest))

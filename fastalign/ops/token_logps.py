@@ -361,7 +361,8 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
         return torch.stack([selective_log_softmax(logits, column) for column in index.unbind(-1)], -1)
     if index.shape != logits.shape[:-1]:
         raise ValueError(
-            f"index must be [...] or [..., K] for logits [..., V]; got index {list(index.shape)}, logits {list(logits.shape)}"
+            f"index must be [...] or [..., K] for logits [..., V]; "
+            f"got index {list(index.shape)}, logits {list(logits.shape)}"
         )
     logps = token_logps(logits.reshape(-1, logits.shape[-1]), index.reshape(-1))
     assert isinstance(logps, Tensor)
