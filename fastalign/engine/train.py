@@ -48,6 +48,7 @@ def train(config: Config) -> None:
         OSError: the run directory cannot be written.
     """
     objective = make_objective(config.method, config.loss)
+    config = replace(config, loss={"name": objective.name, **objective.options})  # defaults filled in
     check_settings(config)
     with world(config.parallel) as ranks:
         checkpoint = claim(config, ranks)

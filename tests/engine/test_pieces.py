@@ -1,0 +1,139 @@
+"""The small parts of the engine: objectives, schedules, metrics, report, console."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastalign.config import OptimConfig
+from fastalign.engine import console, metrics, report
+from fastalign.engine.methods import make_objective
+from fastalign.engine.optim import learning_rate, make_optimizer
+
+PLOTS = report.plots  # before a fixture makes runs skip them
+
+
+@pytest.mark.parametrize(
+    "method, loss, words",
+    [
+        ("dop", {}, r"unknown method 'dop': expected one of sft, dpo; did you mean 'dpo'\?"),
+        ("dpo", {"name": "simp"}, r"unknown loss.name 'simp': .* did you mean 'simpo'\?"),
+        ("dpo", {"bta": 1.0}, r"unknown keyword of loss 'dpo' 'bta': expected one of beta; did you mean 'beta'\?"),
+        ("sft", {"beta": 1.0}, r"unknown keyword of loss 'sft' 'beta': expected one of \(none\)"),
+    ],
+)
+def test_a_wrong_objective_is_answered_with_the_accepted_names(method, loss, words):
+    with pytest.raises(ValueError, match=words):
+        make_objective(method, loss)
+
+
+def test_objectives_know_their_reference_and_defaults():
+    assert make_objective("dpo", {}).options == {"beta": 0.1}
+    assert make_objective("dpo", {"name": "sigmoid", "beta": 0.5}).name == "dpo"
+    needs = {name: make_objective("dpo", {"name": name}).needs_reference for name in ("dpo", "ipo", "simpo")}
+    assert needs == {"dpo": True, "ipo": True, "simpo": False}
+    assert not make_objective("sft", {}).needs_reference
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, expected",
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0, [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]),
+        ("linear", 2, [0.5, 1, 1, 0.5]),
+        ("constant", 0.3, [0.5, 1, 1, 1]),  # a share, rounded up to 2 steps
+        ("cosine", 9, [1 / 9, 2 / 9, 3 / 9, 4 / 9]),  # warm-up longer than the run
+    ],
+)
+def test_schedules(schedule, warmup, expected):
+    config = OptimConfig(lr=1.0, schedule=schedule, warmup=warmup)
+    assert [learning_rate(step, 4, config) for step in (1, 2, 3, 4)] == pytest.approx(expected)
+
+
+def test_weight_decay_is_for_matrices():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_a_step_is_called_off_on_the_device():
+    layer = nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(layer, OptimConfig(lr=0.1))
+    layer(torch.ones(1, 2)).sum().backward()
+    layer.weight.grad[0, 0] = math.nan
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+
+
+def test_metrics_are_cut_back_and_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.truncate_metrics(path, 0)
+    assert path.read_text() == ""
+    path.write_text("".join(json.dumps({"step": n, "loss": 0.1 * n}) + "\n" for n in (1, 2, 3)) + '{"ste')
+    metrics.truncate_metrics(path, 2)
+    assert metrics.read_metrics(path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not JSON"):
+        metrics.read_metrics(path)
+
+
+def test_means_divide_sums_by_their_own_counts():
+    objective = make_objective("sft", {})
+    assert objective.metric_names == ("loss", "mean_token_accuracy")
+    sums = torch.tensor([[6.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    values = metrics.means(objective, sums)
+    assert values["loss"] == 1.5 and values["perplexity"] == math.exp(1.5)
+    assert math.isnan(values["mean_token_accuracy"]) and metrics.tidy(values)["mean_token_accuracy"] is None
+
+
+def test_a_report_is_written_from_whatever_is_there(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "plots", PLOTS)
+    with pytest.raises(ValueError, match=r"holds no run: expected config\.yaml and metrics\.jsonl"):
+        report.write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("method: dpo\nloss: {name: <b>}\n")
+    assert "no step finished yet" in report.write_report(tmp_path).read_text()
+    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "eval_loss": 0.75}, {"step": 3, "loss": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step"')
+    text = report.write_report(tmp_path).read_text()
+    assert text.count("<svg") == 1 and "<td>loss<td>0.5<td>0.25<td>0.25<td>0.5" in text and "3 steps" in text
+    assert "&lt;b&gt;" in text and "<b>" not in text
+    assert "src=" not in text and "href=" not in text.replace('xlink:href="#', "")
+
+
+def test_a_report_says_why_it_has_no_plots(monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert "pip install fastalign[report]" in PLOTS([{"step": 1, "loss": 1.0}])
+
+
+def test_trackers_that_are_absent_are_refused(monkeypatch):
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"asks for wandb, which is not installed: pip install wandb"):
+        console.check_trackers(["wandb"])
+    with pytest.raises(ValueError, match=r"unknown tracker 'wandbb' .* expected one of tensorboard, wandb, trackio"):
+        console.check_trackers(["wandbb"])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_console_shows_progress(capsys, monkeypatch, tmp_path, terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    with console.open_sinks([], tmp_path, {}, total=4, done=0, log_every=2) as sinks:
+        for step in (1, 2, 3, 4):
+            for sink in sinks:
+                sink({"step": step, "loss": 0.5, "lr": 1e-3, "tokens_per_second": 10.0})
+    text = capsys.readouterr().out
+    assert "loss 0.5" in text
+    if not terminal:
+        assert [line.split()[1] for line in text.splitlines()] == ["2/4", "4/4"]

@@ -1,0 +1,65 @@
+"""However the examples are packed, a step has the same loss and the same gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign.data.loader import Loader
+from fastalign.data.pack import pack
+from fastalign.engine.methods import make_objective
+from fastalign.engine.metrics import Stopwatch
+from fastalign.engine.reference import frozen_copy
+from fastalign.engine.setup import load_data
+from fastalign.engine.step import Models, accumulate_gradients, add_sums, measure_work
+from fastalign.models.load import load_policy
+from fastalign.parallel.mesh import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method, loss", [("sft", "sft"), ("dpo", "dpo"), ("dpo", "ipo"), ("dpo", "simpo")])
+def test_one_by_one_equals_packed(configure, method, loss):
+    config = configure(method, **{"loss.name": loss})
+    tokenizer, dataset, _ = load_data(config)
+    examples = dataset.fetch(list(range(10)))
+    models = drifted(config, tokenizer)
+    packed = [pack(examples, tokens, True) for tokens in (10_000, 400)]
+    alone = [batch for example in examples for batch in pack([example], 1, False)]
+    assert len(packed[0]) == 1 < len(packed[1]) < len(alone) == 10
+
+    loss_one, grads_one = step(models, alone, make_objective(method, config.loss))
+    for batches in packed:
+        loss_packed, grads_packed = step(models, batches, make_objective(method, config.loss))
+        torch.testing.assert_close(loss_packed, loss_one, rtol=1e-5, atol=1e-6)
+        largest = max(g.abs().max() for g in grads_one.values())
+        for name, gradient in grads_packed.items():  # fp32 reassociation, relative to the largest gradient
+            assert (gradient - grads_one[name]).abs().max() <= 1e-5 * largest, name
+
+
+def drifted(config, tokenizer) -> Models:
+    """A policy and a reference that differ, so that no gradient vanishes by symmetry."""
+    policy = load_policy(config.model, tokenizer=tokenizer)
+    reference = frozen_copy(policy)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return Models(policy, reference, autocast=False)
+
+
+def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Tensor]]:
+    models.policy.zero_grad()
+    work = measure_work(batches, objective, WORLD, 0)
+    sums = accumulate_gradients(models, batches, objective, work, WORLD, Stopwatch(WORLD.device))
+    total = add_sums(sums, objective.metric_names, WORLD.device)[objective.metric_names.index("loss")]
+    assert total[1] == work.units
+    return total[0] / total[1], {name: p.grad.clone() for name, p in models.policy.named_parameters()}
+
+
+def test_work_is_counted_in_logical_and_computed_tokens(configure):
+    config = configure("dpo")
+    _, dataset, _ = load_data(config)
+    batches = next(Loader(dataset, 6, 300, True))
+    work = measure_work(batches, make_objective("dpo", {}), WORLD, 0)
+    assert work.units == work.examples == 6
+    assert work.tokens == sum(b.logical_tokens for b in batches) > work.computed == sum(b.num_tokens for b in batches)

@@ -1,0 +1,71 @@
+"""Run under torchrun: sharded gradients, their norm and clipping equal those of one process, on every mesh."""
+
+import sys
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from fastalign.config import ParallelConfig
+from fastalign.parallel.clip import clip_gradients
+from fastalign.parallel.mesh import World, world
+from fastalign.parallel.shard import shard, synchronise_gradients
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x).tanh()
+
+
+class Model(nn.Module):
+    """Uneven sizes, a parameter of one element, blocks named as transformers names them."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x)).mul(self.scale).square().sum()
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    whole = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters())
+    return [gradient.clone() for gradient in whole]
+
+
+def check(ranks: World) -> None:
+    torch.manual_seed(1)
+    micro_batches = torch.randn(2, ranks.size, 5, 7)  # two micro-batches, a share of each for every rank
+    alone, sharded = Model(), shard(Model(), ranks)
+    alone(micro_batches.flatten(0, 2)).backward()
+    for i, shares in enumerate(micro_batches):
+        synchronise_gradients(sharded, i == 1)
+        (sharded(shares[ranks.rank]) * ranks.size).backward()
+    for mine, theirs in zip(gradients(sharded), gradients(alone), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    expected = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+    norm = clip_gradients(sharded.parameters(), 0.5)
+    torch.testing.assert_close(norm.float(), expected)
+    assert norm > 1
+    for mine, theirs in zip(gradients(sharded), gradients(alone), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    counts = ranks.gather([ranks.rank + 1.0, 2.0])
+    assert counts.tolist() == [[rank + 1.0, 2.0] for rank in range(ranks.size)]
+
+
+if __name__ == "__main__":
+    with world(ParallelConfig()) as ranks:
+        check(ranks)
+        replicas = init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
+        check(replace(ranks, mesh=replicas))
+    print("agreed", file=sys.stderr)
