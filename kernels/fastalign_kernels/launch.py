@@ -37,3 +37,8 @@ def alignment(itemsize: int, *sizes: int) -> int:
     while any(size % width for size in sizes):
         width //= 2
     return width
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """``x`` ``[N, V]``, or a copy when its columns are not adjacent in memory."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -272,16 +272,11 @@ def tile(vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows and log2 of the lanes of a tile: a function of vocabulary and dtype, because it fixes the bits."""
     widest = 9 if dtype == torch.float64 else 10
     log_cols = min(widest, max(7, (vocab_size - 1).bit_length()))
-    rows = 4 if vocab_size >= 4 << log_cols else 1
-    return rows, log_cols
+    return (4 if vocab_size >= 4 << log_cols else 1), log_cols
 
 
 def _arguments(
-    logits: Tensor,
-    strides: Sequence[int],
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    logits: Tensor, strides: Sequence[int], temperature: float | Tensor, softcap: float | None, logit_scale: float
 ) -> dict[str, Any]:
     """The arguments that both kernels take last."""
     num_rows, vocab_size = logits.shape
@@ -299,10 +294,6 @@ def _arguments(
         "STRIDE_ALIGN": launch.alignment(logits.itemsize, *strides),
         "VOCAB_ALIGN": launch.alignment(logits.itemsize, vocab_size),
     }
-
-
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def forward(
@@ -331,7 +322,7 @@ def forward(
     Returns:
         logps, entropy or None, max, logsum: ``[N]`` fp32, or fp64 for fp64 logits.
     """
-    logits = _unit_columns(logits)
+    logits = launch.unit_columns(logits)
     num_rows = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logps, top, logsum = (torch.empty(num_rows, dtype=dtype, device=logits.device) for _ in range(3))
@@ -384,8 +375,8 @@ def backward(
     """
     if grad_entropy is not None and entropy is None:
         raise ValueError("grad_entropy needs the entropy of the forward: call forward with entropy=True")
-    target = _unit_columns(out)
-    logits = _unit_columns(logits)
+    target = launch.unit_columns(out)
+    logits = launch.unit_columns(logits)
     num_rows = logits.shape[0]
     if num_rows:
         strides = [logits.stride(0), target.stride(0)]

@@ -39,7 +39,7 @@ CASES += [(9001, dtype, "all") for dtype in DTYPES]  # fills whole tiles
 @pytest.mark.skipif(INTERPRETED, reason="already interpreted")
 def test_interpreter():
     release = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-    if release[0] < (3, 9) and release[1] >= (2, 4):
+    if release[0] < (3, 7) and release[1] >= (2, 4):
         pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, found {numpy.__version__}")
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     quiet = ["-W", "ignore::RuntimeWarning"]  # NumPy warns of every NaN that a test puts in on purpose
@@ -51,10 +51,11 @@ def test_interpreter():
 
 
 def make_case(vocab_size, dtype, device, seed=0):
-    """Eight rows: masked, of another slab, at a high level, confident, with banned columns, and three plain ones."""
+    """Eight rows: far below 0, masked, of another slab, far above 0, confident, with banned columns, two plain ones."""
     generator = torch.Generator().manual_seed(seed + vocab_size)
     logits = 3 * torch.randn(8, vocab_size, generator=generator)
     labels = torch.randint(vocab_size, (8,), generator=generator)
+    logits[0] -= 200
     logits[1] = float("nan")
     labels[1] = -100
     labels[2] = -1
@@ -164,12 +165,16 @@ def test_in_place_and_any_strides(vocab_size, device):
     logits, labels, g, e = make_case(vocab_size, torch.float16, device)
     expected = run(logits, labels, g, e, softcap=9.0)
     columns = logits.T.contiguous().T
+    padded = torch.empty(8, vocab_size + 5, dtype=logits.dtype, device=device)[:, :vocab_size].copy_(logits)
     out = torch.empty_like(columns)
     assert out.stride() == columns.stride() == (1, 8)
     for actual in (
         run(logits.clone(), labels.int(), g, e, softcap=9.0),
+        run(padded, labels, g, e, torch.empty_like(logits), softcap=9.0),
+        run(logits, labels, g, e, torch.empty_like(logits.repeat(1, 2))[:, 1::2], softcap=9.0),
         run(columns, labels, g.repeat_interleave(2)[::2], e, out, softcap=9.0),
         run(buffer := logits.clone(), labels, g, e, buffer, softcap=9.0),
+        run(padded, labels, g, e, padded, softcap=9.0),
         run(buffer := columns.clone(), labels, g, e, buffer, softcap=9.0),
     ):
         for one, other in zip(actual, expected, strict=True):
