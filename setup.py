@@ -13,117 +13,159 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized"
-LEVELS = {"scalar": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+# No contraction: a * b + c is fused where the source says fma, and forward and backward round alike.
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off"
+# GCC 12 warns that its own AVX-512 headers use uninitialised values; without OpenMP its pragmas mean nothing.
+WARNINGS = "-Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-pragmas"
+LEVELS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+}
 CUDA_ARCHS = ("80", "90", "100")
-NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings"
+NVCC_FLAGS = "-std=c++17 -O3 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings"
 
 
 def demanded(name: str) -> bool | None:
     """The environment's word on an optional part: True, False, or None when it is silent."""
-    return {"1": True, "0": False, "": None}[os.environ.get(name, "")]
+    word = os.environ.get(name, "")
+    if word not in ("", "0", "1"):
+        sys.exit(f"fastalign: {name} must be 0, 1 or unset, not {word!r}")
+    return None if not word else word == "1"
+
+
+def say(message: str) -> None:
+    """One line for who reads the build's output (pip shows it with -v)."""
+    print(f"fastalign: {message}", file=sys.stderr)
+
+
+def accepts(command: str, code: str | None = None) -> bool:
+    """Whether a compiler takes the source given or named."""
+    return subprocess.run(shlex.split(command), input=code, text=True, capture_output=True).returncode == 0
 
 
 def find_cxx() -> str | None:
-    """A C++ compiler that can build Python extensions, or None."""
+    """A C++17 compiler that can build Python extensions, or None."""
+    include = shlex.quote(sysconfig.get_path("include"))
     for cxx in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if shutil.which(cxx.split()[0]) and compiles(cxx, "#include <Python.h>\n"):
+        check = f"{cxx} -std=c++17 -I{include} -x c++ -fsyntax-only -"
+        if shutil.which(cxx.split()[0]) and accepts(check, "#include <Python.h>\n"):
             return cxx
     return None
 
 
-def compiles(cxx: str, code: str, flags: str = "") -> bool:
-    """Whether ``cxx`` accepts the source ``code``."""
-    command = f"{cxx} -std=c++17 {flags} -I{sysconfig.get_path('include')} -x c++ -fsyntax-only -".split()
-    return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
-
-
 def find_nvcc() -> str | None:
-    """The CUDA compiler, unless FASTALIGN_CUDA=0."""
+    """The CUDA compiler if it is wanted, present and at peace with its C++ compiler, else None."""
     wanted = demanded("FASTALIGN_CUDA")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    if wanted and not nvcc:
-        sys.exit("fastalign: FASTALIGN_CUDA=1 demands the CUDA kernels, but no nvcc was found: set NVCC or CUDA_HOME")
-    return None if wanted is False else nvcc
+    if wanted is False or not (wanted or nvcc):
+        return None
+    check = ["-std=c++17", f"-I{ROOT}/csrc", "-E", *sources("cuda/*.cu")[:1]]
+    if nvcc and accepts(f"{nvcc} {shlex.join(check)}"):
+        return nvcc
+    reason = f"{nvcc} does not compile here" if nvcc else "no nvcc was found"
+    if wanted:
+        sys.exit(f"fastalign: FASTALIGN_CUDA=1 demands the CUDA kernels, but {reason}: set NVCC or CUDA_HOME")
+    return say(f"building without the CUDA kernels ({reason})")
+
+
+def sources(pattern: str) -> list[str]:
+    """Sources under csrc, in an order that does not change."""
+    return sorted(str(path) for path in (ROOT / "csrc").glob(pattern))
 
 
 def gencode(nvcc: str) -> str:
-    """One machine code per architecture this nvcc knows, and PTX of the last for what comes later."""
+    """Machine code for each architecture that this nvcc knows, and PTX of the last for what comes later."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
-def ninja_file(cxx: str | None, output: Path) -> str:
-    """The build as ninja text: one object per source and instruction set, one link."""
-    import pybind11  # a build requirement: absent when setup.py is only asked for metadata
-
-    openmp = "-fopenmp" if compiles(cxx, "#include <omp.h>\n", "-fopenmp") else ""
+def levels() -> dict[str, str]:
+    """The instruction sets to compile for, with their flags."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    levels = LEVELS if x86 else {"scalar": ""}
-    nvcc = find_nvcc()
-    # nvcc as linker knows where the static CUDA runtime lies; with it the extension imports without a driver.
-    linker = f"{nvcc} -shared -cudart static -Xcompiler=-s,{openmp}" if nvcc else f"{cxx} -shared -s {openmp}"
-    linker += " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    include = f"-I{ROOT}/csrc -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    defines = " ".join(f"-DFASTALIGN_{name.upper()}" for name in (*levels, *(["cuda"] if nvcc else [])))
-    lines = [
-        f"rule cxx\n  command = {cxx} {CXX_FLAGS} {openmp} {include} {defines} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {linker} $in -o $out",
-    ]
-    objects = ["bindings.o"]
-    lines.append(f"build bindings.o: cxx {ROOT}/csrc/bindings.cpp\n  flags = -O1")  # glue: compile time is its cost
-    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        for level, flags in levels.items():
-            objects.append(f"{source.stem}.{level}.o")
-            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags} -DLEVEL={level} -DLEVEL_{level}")
+    return LEVELS if x86 else {"scalar": ""}
+
+
+def rules(cxx: str, nvcc: str | None) -> Iterator[str]:
+    """How ninja compiles and links."""
+    import pybind11  # not needed, and perhaps not there, when only metadata is asked for
+
+    openmp = "-fopenmp" if accepts(f"{cxx} -fopenmp -x c++ -fsyntax-only -", "#include <omp.h>\n") else ""
+    folders = (f"{ROOT}/csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    include = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
+    defines = " ".join(f"-DFASTALIGN_{name.upper()}" for name in (*levels(), *(["cuda"] if nvcc else [])))
+    dependencies = "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+    yield f"rule cxx\n  command = {cxx} {CXX_FLAGS} {WARNINGS} {openmp} {include} {defines} $flags {dependencies}"
     if nvcc:
-        lines.append(f"rule nvcc\n  command = {nvcc} {NVCC_FLAGS} {gencode(nvcc)} -t 0 -I{ROOT}/csrc -MD -MF $out.d -c $in -o $out")
-        lines.append("  depfile = $out.d\n  deps = gcc")
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            objects.append(f"{source.stem}.cuda.o")
-            lines.append(f"build {objects[-1]}: nvcc {source}")
-    lines.append(f"build {output}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+        yield f"rule cu\n  command = {nvcc} {NVCC_FLAGS} {gencode(nvcc)} {include} {dependencies}"
+    # nvcc as linker knows where the static CUDA runtime lies; with that the extension imports without a driver.
+    linker = f"{nvcc} -shared -cudart static -Xcompiler={openmp or '-fPIC'}" if nvcc else f"{cxx} -shared {openmp}"
+    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    yield f"rule link\n  command = {linker} {undefined} $in -o $out"
+
+
+def objects(nvcc: str | None) -> Iterator[tuple[str, str, str, str]]:
+    """Each object file with its rule, its source and its own flags."""
+    yield "bindings.o", "cxx", f"{ROOT}/csrc/bindings.cpp", "-O1"  # glue: its cost is the compile time
+    for source in sources("cpu/*.cpp"):
+        for level, flags in levels().items():
+            yield f"{Path(source).stem}.{level}.o", "cxx", source, f"{flags} -DLEVEL={level} -DLEVEL_{level}"
+    for source in sources("cuda/*.cu") if nvcc else ():
+        yield f"{Path(source).stem}.cuda.o", "cu", source, ""
+
+
+def ninja_file(cxx: str, output: Path) -> str:
+    """The whole build: one object per source and instruction set, one link."""
+
+    def escaped(path: str | Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    nvcc = find_nvcc()
+    lines, names = list(rules(cxx, nvcc)), []
+    for name, rule, source, flags in objects(nvcc):
+        names.append(name)
+        lines.append(f"build {name}: {rule} {escaped(source)}\n  flags = {flags}")
+    return "\n".join([*lines, f"build {escaped(output)}: link {' '.join(names)}", ""])
 
 
 class NinjaBuild(build_ext):
-    """Hands the extension to ninja: parallel, incremental, different flags per file."""
+    """Hands the extension to ninja: parallel, incremental, its own flags for every file."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
+        output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(find_cxx(), output))
+        (folder / "build.ninja").write_text(ninja_file(find_cxx() or "c++", output))
         subprocess.run(["ninja", "-C", str(folder)], check=True)
 
 
 def extensions() -> list[Extension]:
     """The native extension, where it can be built and is not declined."""
     wanted = demanded("FASTALIGN_CPP")
-    cxx = None if wanted is False else find_cxx()
-    if cxx:
+    if wanted is not False and find_cxx():
         return [Extension("fastalign._C", sources=[])]
-    reason = "FASTALIGN_CPP=0" if wanted is False else "no C++17 compiler with the Python headers was found"
+    reason = "FASTALIGN_CPP=0" if wanted is False else "no C++17 compiler with the headers of Python was found"
     if wanted:
-        sys.exit(f"fastalign: FASTALIGN_CPP=1 demands the native extension, but {reason}: install g++, or set CXX")
-    print(f"fastalign: building without the native extension ({reason}); torch and Triton serve instead", file=sys.stderr)
+        sys.exit(f"fastalign: FASTALIGN_CPP=1 demands the native extension, but {reason}: install g++ or set CXX")
+    say(f"building without the native extension ({reason}): torch and Triton serve instead")
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -117,14 +117,11 @@ FORCE_INLINE const T* gather(const T* x, int64_t stride, int64_t n, T* neighbour
 template <class T, Form form, bool entropy>
 Partial sweep(const T* x, int64_t stride, int64_t n, const Transform<form>& transform) {
   Online<entropy> online;
-  if (stride == 1) {
-    fold_columns(online, x, n, transform);
-    return online.partial();
-  }
   T chunk[kChunk];
-  for (int64_t v = 0; v < n; v += kChunk) {
-    int64_t width = std::min(kChunk, n - v);
-    fold_columns(online, gather(x + v * stride, stride, width, chunk), width, transform);
+  int64_t step = stride == 1 ? n : kChunk;
+  for (int64_t v = 0; v < n; v += step) {
+    int64_t width = std::min(step, n - v);
+    fold_columns(online, stride == 1 ? x : gather(x + v * stride, stride, width, chunk), width, transform);
   }
   return online.partial();
 }
@@ -248,15 +245,14 @@ void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_
 
   bool labelled = label >= begin && label < begin + n;
   vec at_label = labelled ? load(x + (label - begin) * stride, 1) : set(0.0f);  // before `out` may overwrite it
-  if (stride == 1 && out_stride == 1) {
-    differentiate(gradient, x, out, n);
-  } else {
-    T chunk[kChunk];
-    for (int64_t v = 0; v < n; v += kChunk) {
-      int64_t width = std::min(kChunk, n - v);
-      differentiate(gradient, gather(x + v * stride, stride, width, chunk), chunk, width);
-      for (int64_t i = 0; i < width; ++i) out[(v + i) * out_stride] = chunk[i];
-    }
+  T chunk[kChunk];
+  bool neighbours = stride == 1 && out_stride == 1;
+  int64_t step = neighbours ? n : kChunk;
+  for (int64_t v = 0; v < n; v += step) {
+    int64_t width = std::min(step, n - v);
+    const T* from = neighbours ? x : gather(x + v * stride, stride, width, chunk);
+    differentiate(gradient, from, neighbours ? out : chunk, width);
+    for (int64_t i = 0; i < width && !neighbours; ++i) out[(v + i) * out_stride] = chunk[i];
   }
   if (labelled) store(out + (label - begin) * out_stride, set(gradient.at_label(at_label)), 1);
 }

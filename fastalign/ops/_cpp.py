@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
@@ -119,7 +120,9 @@ def _check(logits: Tensor, labels: Tensor) -> int:
             f"expected fp32, bf16, fp16 or fp64 logits and int32 or int64 labels, got {logits.dtype} and {labels.dtype}"
         )
     if logits.device.type != "cpu" or labels.device.type != "cpu":
-        raise ValueError(f"the cpp backend computes on the CPU, got logits on {logits.device}, labels on {labels.device}")
+        raise ValueError(
+            f"the cpp backend computes on the CPU, got logits on {logits.device}, labels on {labels.device}"
+        )
     return logits.shape[0]
 
 
@@ -141,7 +144,7 @@ def _run(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
-    vectors: dict[str, Tensor | None],
+    vectors: Mapping[str, Tensor | None],
     **matrices: tuple[int, int, int],
 ) -> None:
     """Hand the addresses over; every tensor stays alive in this frame until the kernel has returned."""

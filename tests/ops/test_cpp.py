@@ -76,7 +76,7 @@ def worst(x: Tensor, y: Tensor) -> float:
     return (x.double() - y).abs().max().item()
 
 
-@pytest.mark.parametrize("num_labels", [1, 7, 252, 507, 2049, 32001])
+@pytest.mark.parametrize("num_labels", [1, 7, 252, 507, 32001])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_float64(level, dtype, options, num_labels, nan_memory):
@@ -136,7 +136,7 @@ def test_zero_coefficients_are_not_multiplied(level):
     logits, labels, g, e = case(507, torch.float32)
     g[0], e[0] = -0.0, 0.0
     g[1] = torch.nan
-    logps, entropy, top, logsum = _cpp.forward(logits, labels, entropy=True)
+    _, entropy, top, logsum = _cpp.forward(logits, labels, entropy=True)
     logits[0] = torch.nan
     out = torch.full_like(logits, torch.nan)
     _cpp.backward(out, logits, labels, top, logsum, entropy, g, e)
@@ -230,7 +230,7 @@ def test_a_spoiled_row_spoils_no_other(level, dtype, poison):
 
 @pytest.mark.parametrize("options", ["plain", "rows", "capped"])
 def test_the_largest_logit_is_recognised_exactly(level, options):
-    logits, labels, *_ = case(507, torch.float32)
+    logits = case(507, torch.float32)[0]
     top = logits.argmax(-1)
     for chosen, is_top1 in ((top, True), ((top + 1) % 507, False)):
         logps, _, _, logsum = _cpp.forward(logits, chosen, **OPTIONS[options])
@@ -292,8 +292,8 @@ def test_wrong_arguments(logits, labels, message):
 
 def test_wrong_arguments_of_backward():
     logits, labels, g, e = case(7, torch.float32)
-    _, entropy, top, logsum = _cpp.forward(logits, labels, entropy=True)
-    with pytest.raises(ValueError, match="out must be torch.float32"):
+    top, logsum = _cpp.forward(logits, labels)[2:]
+    with pytest.raises(ValueError, match=r"out must be torch\.float32"):
         _cpp.backward(logits.double(), logits, labels, top, logsum, None, g, None)
     with pytest.raises(ValueError, match=r"grad_logps must be \[9\]"):
         _cpp.backward(logits, logits, labels, top, logsum, None, g[1:], None)
@@ -303,7 +303,13 @@ def test_wrong_arguments_of_backward():
 
 @pytest.mark.parametrize("wanted", ["scalar", "mmx"])
 def test_the_environment_forces_a_level(wanted):
-    code = "from fastalign.ops import _cpp; print(_cpp.cpu_level())"
+    # The extension alone: torch takes seconds to import and has no part in this.
+    code = f"""
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("fastalign._C", {_C.__file__!r})
+spec.loader.exec_module(module := module_from_spec(spec))
+print(module.cpu_level())
+"""
     env = os.environ | {"FASTALIGN_CPU": wanted}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     if wanted == "scalar":

@@ -1,0 +1,96 @@
+"""What is installed: two packages and the extension, from wheel and sdist, and no package called ``kernels``."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("csrc", "fastalign", "kernels", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged: building leaves files beside the sources."""
+    copy = tmp_path_factory.mktemp("with space")  # where people do put their repositories
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build(function: str, tree: Path, out: Path, **env: str) -> Path:
+    """Call the build backend as pip does without build isolation, and return what it built."""
+    code = f"import sys, setuptools.build_meta as b; print(b.{function}(sys.argv[1]))"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "FASTALIGN_CUDA": "0"} | env
+    command = [sys.executable, "-c", code, str(out)]
+    run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return out / run.stdout.split()[-1]
+
+
+def test_kernels_is_no_package_of_ours():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import kernels; print(getattr(kernels, '__file__', None))"
+    elsewhere = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert str(ROOT) not in elsewhere.stdout
+    at_root = importlib.util.find_spec("kernels")  # at most a namespace, which yields to any real package
+    assert at_root is None or at_root.origin is None or not Path(at_root.origin).is_relative_to(ROOT)
+    assert importlib.util.find_spec("fastalign_kernels") is not None
+
+
+def test_wheel_without_a_compiler_is_pure_python(tree, tmp_path):
+    names = zipfile.ZipFile(wheel := build("build_wheel", tree, tmp_path, FASTALIGN_CPP="0")).namelist()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert {"fastalign/config.py", "fastalign/ops/_cpp.py", "fastalign_kernels/__init__.py"} <= set(names)
+    assert {name.split("/")[0] for name in names} == {"fastalign", "fastalign_kernels", "fastalign-0.1.0.dist-info"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastalign").rglob("*.py")}
+    assert modules <= set(names), "a folder without __init__.py is not packaged"
+
+
+def test_sdist_holds_the_sources_of_the_kernels(tree, tmp_path):
+    with tarfile.open(build("build_sdist", tree, tmp_path)) as sdist:
+        names = sdist.getnames()
+    for path in (*(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels").rglob("*.py")):
+        assert f"fastalign-0.1.0/{path.relative_to(ROOT)}" in names
+    assert "fastalign-0.1.0/fastalign/config.py" in names and "fastalign-0.1.0/setup.py" in names
+
+
+def test_demands_are_not_ignored(tree):
+    for env, message in (
+        ({"FASTALIGN_CPP": "1", "CXX": "/nowhere", "PATH": "/nowhere"}, "FASTALIGN_CPP=1 demands"),
+        ({"FASTALIGN_CPP": "yes"}, "FASTALIGN_CPP must be 0, 1 or unset, not 'yes'"),
+    ):
+        command = [sys.executable, "setup.py", "--name"]
+        run = subprocess.run(command, cwd=tree, env=os.environ | env, capture_output=True, text=True, check=False)
+        assert run.returncode != 0 and message in run.stderr
+
+
+@pytest.mark.slow
+def test_wheel_has_a_working_extension(tree, tmp_path):
+    if importlib.util.find_spec("fastalign._C") is None:
+        pytest.skip("fastalign._C is not built here (no C++ compiler when fastalign was installed)")
+    wheel = build("build_wheel", tree, tmp_path, FASTALIGN_CPP="1")
+    name = f"fastalign/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension = zipfile.ZipFile(wheel).extract(name, tmp_path)
+    # Loaded alone, from a folder that knows nothing of the repository, in a process without torch.
+    code = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("fastalign._C", sys.argv[1])
+spec.loader.exec_module(module := module_from_spec(spec))
+print(module.cpu_level(), "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, extension]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[0] in ("avx512", "avx2", "scalar") and run.stdout.split()[1] == "False"
