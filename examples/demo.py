@@ -21,8 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.table import Table
+
+from fastalign.arguments import parse_config
+from fastalign.config import ModelConfig
+from fastalign.data.sources import load_rows
+from fastalign.engine.evaluate import evaluate_model
+from fastalign.engine.metrics import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent
 KINDS = {"other": "another object's docstring", "shuffled": "sentences out of order", "truncated": "broken off"}
@@ -40,8 +48,6 @@ class Run:
 
 def train(method: str, directory: Path, settings: Sequence[str]) -> Run:
     """Run ``fastalign METHOD --config examples/demo-METHOD.yaml`` into a fresh directory."""
-    from fastalign.engine.metrics import read_metrics
-
     shutil.rmtree(directory, ignore_errors=True)
     config = str(EXAMPLES / f"demo-{method}.yaml")
     command = ["fastalign", method, "--config", config, "--run.output_dir", str(directory), *settings]
@@ -55,8 +61,6 @@ def train(method: str, directory: Path, settings: Sequence[str]) -> Run:
 
 def write_held_out(directory: Path) -> Counter[str]:
     """Write the pairs of the held-out modules to ``all.jsonl`` and one file per kind; returns how many there are."""
-    from fastalign.data.sources import load_rows
-
     directory.mkdir(parents=True, exist_ok=True)
     rows = load_rows("builtin:docstrings", "test")
     rows.to_json(directory / "all.jsonl")
@@ -67,10 +71,6 @@ def write_held_out(directory: Path) -> Counter[str]:
 
 def judge(model: Path, reference: Path, pairs: Path) -> dict[str, float]:
     """Metrics of ``model`` on preference pairs, margins measured from ``reference``."""
-    from fastalign.arguments import parse_config
-    from fastalign.config import ModelConfig
-    from fastalign.engine.evaluate import evaluate_model
-
     settings = ["--model.path", str(model / "model"), "--data.path", str(pairs)]
     config = parse_config("dpo", ["--config", str(EXAMPLES / "demo-dpo.yaml"), *settings])
     return evaluate_model(config, ModelConfig(path=str(reference / "model")))
@@ -132,6 +132,8 @@ def main(arguments: Sequence[str], output: Path = Path("runs/demo")) -> dict[str
     dpo = train("dpo", output / "dpo", ["--model.path", str(sft.directory / "model"), *settings["dpo"]])
 
     print("\nJudging both models on held-out modules ...", flush=True)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     counts = write_held_out(output / "held-out")
     files = {kind: output / "held-out" / f"{kind}.jsonl" for kind in ("all", *KINDS)}
     judged = {kind: [judge(run.directory, sft.directory, file) for run in (sft, dpo)] for kind, file in files.items()}
