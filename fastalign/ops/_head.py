@@ -112,8 +112,9 @@ def scratch_bytes(hidden: Tensor, weight: Tensor, options: Options, sweep: Modul
     cast = weight.numel() * options.dtype.itemsize if weight.dtype != options.dtype else 0
     if sweep.__name__ != "fastalign.ops.token_logps":
         return cast
-    block = BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"])
-    return cast + 5 * max(block, weight.shape[0] * kernel_dtype(options.dtype).itemsize)
+    row = weight.shape[0] * kernel_dtype(options.dtype).itemsize
+    block = max(row, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"]))
+    return cast + 5 * min(block, row * hidden.shape[0])
 
 
 def hidden_rows(head: Head, start: int, stop: int) -> Tensor:

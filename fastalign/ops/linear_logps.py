@@ -238,13 +238,16 @@ def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
     if grad_logps is None and grad_entropy is None:
         grads = None, None, None
     elif ctx.frozen:
-        labels, directions = ctx.saved_tensors
-        skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
-        scaled = torch.where(skipped, 0.0, grad_logps[:, None] * directions)
-        grads = scaled.to(directions.dtype), None, None
+        grads = _scaled_directions(*ctx.saved_tensors, grad_logps), None, None
     else:
         grads = _recomputed(ctx, grad_logps, grad_entropy)
     return *grads, *(None,) * 12
+
+
+def _scaled_directions(labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
+    """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds."""
+    skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
+    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(directions.dtype)
 
 
 def _recomputed(ctx, grad_logps, grad_entropy):
