@@ -193,7 +193,7 @@ def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
     """The jsonargparse parser of a method with one loss; its help is the docstrings of both."""
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     accepted = ", ".join(known_losses(method)[0])
     parser = jsonargparse.ArgumentParser(
         prog=f"fastalign {method}",
