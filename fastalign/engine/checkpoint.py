@@ -134,9 +134,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def weights(policy: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, tied ones once; the live tensors, not copies."""
+    tied = tied_names(policy)
+    return {f"model.{name}": x for name, x in policy.state_dict().items() if name not in tied}
+
+
+def tied_names(policy: nn.Module) -> set[str]:
+    """Second and further names of shared parameters."""
     every = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-    first = {name for name, _ in policy.named_parameters()}
-    return {f"model.{name}": x for name, x in policy.state_dict().items() if name in first or name not in every}
+    return every - {name for name, _ in policy.named_parameters()}
 
 
 def moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -138,7 +138,8 @@ class MetricsLog:
         where = f"in the micro-batch of examples {sorted(guilty)}" if guilty else f"on examples {sorted(everyone)}"
         return (
             f"step {record['step']}: loss is {record['loss']} and grad_norm is {record['grad_norm']} {where}; "
-            "the step was not applied and checkpoints are intact: look at these examples, or lower optim.lr"
+            "the step was not applied and checkpoints are intact; "
+            "look at these examples, or start again with a lower optim.lr"
         )
 
     def write(self, record: dict[str, Any]) -> None:

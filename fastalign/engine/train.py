@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.loader import Loader, TokenDataset
-from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.methods import Objective, make_objective
@@ -184,6 +184,9 @@ def resume(job: Job, checkpoint: Path) -> int:
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
     job.loader.load_state_dict(state["loader"])
     log.info("resumed from %s", checkpoint)
+    if state["world_size"] != job.world.size:
+        was, now = state["world_size"], job.world.size
+        log.warning("resume: %d rank(s) before, %d now: numbers agree to rounding only", was, now)
     return state["step"]
 
 
@@ -197,9 +200,10 @@ def export(job: Job) -> None:
 
 
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
-    """Full tensors of a sharded policy, on the host of the main rank; all ranks must call it."""
+    """Full tensors of a sharded policy, tied ones once, on the host of the main rank; all ranks must call it."""
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tied = tied_names(policy)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in tied}
 
 
 def is_due(step: int, every: int, last: int) -> bool:

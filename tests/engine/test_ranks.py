@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import assert_close, finish, launch, numbers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.engine.train import train
+from runs import assert_close, finish, launch, numbers
 
 STEPS, MIDDLE = 20, 12
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from engine.conftest import LLAMA, finish, launch, numbers, records
 
 from fastalign.engine import checkpoint
 from fastalign.engine.train import train
+from runs import LLAMA, finish, launch, numbers, records
 
 DPO = {"run.steps": 14, "run.save_every": 3, "run.eval_every": 4}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.conftest import assert_close, numbers, records
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +17,7 @@ from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
 from fastalign.models.load import load_policy, save_pretrained
+from runs import assert_close, numbers, records
 
 
 def test_a_run_learns_and_leaves_a_whole_directory(configure, materials):

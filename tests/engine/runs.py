@@ -1,0 +1,76 @@
+"""Starting runs and reading what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LAYOUT = ("num_micro_batches", "share_ratio", "tokens_computed")
+"""Fields that tell how the work was split; everything else is about the run itself."""
+CLOCK = ("t_", "wall_time", "peak_memory", "tokens_per_second", "tokens_computed_per_second", "examples_per_second")
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if section == "loss":
+            config.loss[name] = value
+        else:
+            assert hasattr(getattr(config, section), name), key
+            setattr(getattr(config, section), name, value)
+    return config
+
+
+def launch(config: Config, ranks: int = 1, **options: Any) -> subprocess.Popen:
+    """The same run through the command line, under torchrun for more than one rank."""
+    Path(config.run.output_dir).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(config.run.output_dir + ".yaml")
+    settings = yaml.safe_load(json.dumps(asdict(config)))
+    path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v or k != "loss"}))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "fastalign", config.method, "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **{**pipes, **options})
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for a run to end well; its output."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def records(directory: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(directory: str | Path, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The records of a run, clocks left out."""
+    return [{k: v for k, v in r.items() if not k.startswith(CLOCK) and k not in without} for r in records(directory)]
+
+
+def assert_close(run: str | Path, other: str | Path, tolerance: float) -> None:
+    """Every metric of every step agrees, relative to the metric's magnitude or to 1."""
+    pairs = list(zip(numbers(run, LAYOUT), numbers(other, LAYOUT), strict=True))
+    assert pairs
+    for mine, theirs in pairs:
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert abs(value - theirs[key]) <= tolerance * max(1.0, abs(value)), (mine["step"], key, value, theirs[key])
