@@ -182,8 +182,9 @@ def cut(stats: Stats, start: int, stop: int) -> Stats:
 def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
     """The statistics of consecutive chunks as one."""
     if not parts:
-        empty = torch.empty(0, dtype=kernel_dtype(head.options.dtype), device=head.hidden.device)
-        return Stats(empty, empty if entropy else None, empty, empty)
+        new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
+        logps, entropies, maximum, logsum = (torch.empty(0, **new) for _ in range(4))
+        return Stats(logps, entropies if entropy else None, maximum, logsum)
     entropies = [part.entropy for part in parts if part.entropy is not None]
     return Stats(
         torch.cat([part.logps for part in parts]),

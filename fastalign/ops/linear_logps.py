@@ -157,6 +157,21 @@ def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) ->
         target.index_copy_(0, head.rows[start:stop], product)
 
 
+@torch.library.custom_op("fastalign::scale_directions", mutates_args=())
+def _scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
+    """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds.
+
+    ``hidden`` is not read: through it autograd knows that the result must not be differentiated again.
+    """
+    skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
+    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(directions.dtype)
+
+
+@_scale_directions.register_fake
+def _(hidden, labels, directions, grad_logps):
+    return torch.empty_like(directions)
+
+
 @torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=())
 def _backward_op(
     hidden: Tensor,
@@ -228,7 +243,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.options, ctx.frozen = options, gradient and not trainable and not entropy
     if ctx.frozen:
-        ctx.save_for_backward(labels, directions)
+        ctx.save_for_backward(hidden, labels, directions)
     else:
         saved = entropies if entropy else None
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, saved, maximum, logsum)
@@ -238,16 +253,10 @@ def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
     if grad_logps is None and grad_entropy is None:
         grads = None, None, None
     elif ctx.frozen:
-        grads = _scaled_directions(*ctx.saved_tensors, grad_logps), None, None
+        grads = _scale_directions(*ctx.saved_tensors, grad_logps), None, None
     else:
         grads = _recomputed(ctx, grad_logps, grad_entropy)
     return *grads, *(None,) * 12
-
-
-def _scaled_directions(labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
-    """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds."""
-    skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
-    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(directions.dtype)
 
 
 def _recomputed(ctx, grad_logps, grad_entropy):
@@ -266,6 +275,7 @@ def _no_double_backward(ctx, *_):
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(_no_double_backward)
+_scale_directions.register_autograd(_no_double_backward)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops import dispatch
 from fastalign.ops._head import (
@@ -139,10 +138,11 @@ def _like(stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | N
 
 
 def _total(losses: list[Tensor], head: Head) -> Tensor:
-    total = torch.zeros((), dtype=head.out_dtype, device=head.hidden.device)
+    """The sum over chunks, in fp64: it must not depend on their number."""
+    total = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
     for loss in losses:
-        total = total + loss.to(total.dtype)
-    return total
+        total += loss
+    return total.to(head.out_dtype)
 
 
 def _add_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
@@ -177,17 +177,36 @@ class _Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        inputs = ctx.saved_tensors if not ctx.grads else ()
-        grads = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
-        made = (grads.hidden, grads.weight, grads.bias)
+        inputs = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * 3
+        with torch.no_grad():
+            grads = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
+            made = (grads.hidden, grads.weight, grads.bias)
+            _scale(made, upstream[0])
         del grads
-        if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:
-            for grad in made:
-                if grad is not None:
-                    grad.mul_(upstream[0])
+        if torch.is_grad_enabled():
+            made = (None if g is None else _Final.apply(g, x) for g, x in zip(made, inputs, strict=True))
         return *made, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """Marks a gradient made under ``create_graph``: differentiating it again must raise, not give zero."""
+
+    @staticmethod
+    def forward(ctx, grad, source):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("linear_loss does not support double backward: its gradients are final")
+
+
+def _scale(grads: tuple[Tensor | None, ...], upstream: Tensor) -> None:
+    """Times the upstream scalar, in place; for nothing when that is 1 and reading it costs no sync."""
+    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(upstream)
 
 
 def _new_gradients(head: Head, plan: Plan, inputs: Inputs, needs: Needs) -> Gradients:

@@ -1,0 +1,99 @@
+"""Every custom op passes opcheck and traces into one graph, with the values and gradients of eager."""
+
+import pytest
+import torch
+
+from fastalign.ops import linear_logps, linear_loss, token_logps
+from fastalign.ops.linear_logps import _backward_op as linear_backward
+from fastalign.ops.linear_logps import _op as linear_op
+from fastalign.ops.linear_logps import _scale_directions
+from fastalign.ops.token_logps import _backward_op as token_backward
+from fastalign.ops.token_logps import _op as token_op
+
+N, D, V = 9, 17, 35
+LABELS = torch.tensor([3, -100, 34, 0, 7, 7, -100, 12, 30])
+ROWS = torch.linspace(0.5, 1.5, N)
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("temperatures", [None, ROWS])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_token_op(temperatures, entropy):
+    logits = torch.randn(N, V, requires_grad=True)
+    args = (logits, LABELS, temperatures, 1.5, 5.0, entropy, False, None)
+    torch.library.opcheck(token_op, args, test_utils=CHECKS)
+    _, entropies, maximum, logsum = token_op(*args)
+    saved = (maximum, logsum, entropies.detach() if entropy else None)
+    upstream = (torch.randn(N), torch.randn(N) if entropy else None)
+    backward = (logits.detach(), LABELS, temperatures, 1.5, 5.0, *saved, *upstream, None)
+    torch.library.opcheck(token_backward, backward, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_linear_op(trainable, entropy):
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
+    bias = torch.randn(V, requires_grad=trainable)
+    shared = (LABELS, ROWS, 1.0, None, 0.5, torch.float32, None, None, False)
+    args = (hidden, weight, bias, *shared, entropy, True, trainable)
+    torch.library.opcheck(linear_op, args, test_utils=CHECKS)
+    _, entropies, maximum, logsum, directions = linear_op(*args)
+    saved = (entropies.detach() if entropy else None, maximum, logsum)
+    inputs = (hidden.detach(), weight.detach(), bias.detach(), *shared, *saved)
+    upstream = (torch.randn(N), torch.randn(N) if entropy else None)
+    torch.library.opcheck(linear_backward, (*inputs, *upstream, True, trainable, trainable), test_utils=CHECKS)
+    if not trainable and not entropy:
+        torch.library.opcheck(_scale_directions, (hidden.detach(), LABELS, directions, upstream[0]), test_utils=CHECKS)
+
+
+def from_logits(hidden, weight, labels):
+    logps, entropy = token_logps(hidden @ weight.T, labels, temperature=0.7, softcap=5.0, entropy=True)
+    return (logps * ROWS).sum() + entropy.sum()
+
+
+def from_hidden(hidden, weight, labels):
+    logps, entropy = linear_logps(hidden, weight, labels, temperature=ROWS, entropy=True)
+    return (logps * ROWS).sum() + entropy.sum()
+
+
+def one_pass(hidden, weight, labels):
+    def loss_fn(stats):
+        sums = torch.stack([part.sum() for part in stats.logps.split([4, 5])])
+        return torch.nn.functional.softplus(sums[1] - sums[0]), {"top": stats.is_top1.sum()}
+
+    cu_seqlens = torch.tensor([0, 4, 9])
+    loss, stats = linear_loss(hidden, weight, labels, loss_fn, align="pair", cu_seqlens=cu_seqlens)
+    return loss + 0 * stats.metrics["top"]
+
+
+@pytest.mark.parametrize("function", [from_logits, from_hidden, one_pass])
+def test_one_graph(function):
+    labels = LABELS.clamp(min=0) if function is one_pass else LABELS
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (function, compiled):
+        loss = run(hidden, weight, labels)
+        results.append((loss, *torch.autograd.grad(loss, [hidden, weight])))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.allclose(eager, traced, rtol=1e-5, atol=1e-5) and traced.abs().max() > 0
+
+
+def test_a_compiled_loss_refuses_rows_it_cannot_leave_out():
+    compiled = torch.compile(one_pass, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="select the scored rows"):
+        compiled(torch.randn(N, D), torch.randn(V, D), LABELS)
+
+
+def test_autocast_and_varying_lengths_do_not_break_the_graph():
+    compiled = torch.compile(
+        lambda h, w, y: linear_logps(h, w, y).sum(), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    weight = torch.randn(V, D, requires_grad=True)
+    for rows in (5, 9, 7):
+        hidden = torch.randn(rows, D, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            traced, eager = compiled(hidden, weight, LABELS[:rows]), linear_logps(hidden, weight, LABELS[:rows]).sum()
+        assert torch.equal(traced, eager)
+        traced.backward()
+        assert hidden.grad.dtype == torch.float32
