@@ -72,12 +72,10 @@ struct Online {
     }
   }
   FORCE_INLINE void raise(float higher) {
-    if (max > -kInfinity) {
-      vec shift = clamp_low(set(max - higher)), factor = exp_in_range(shift);
-      for (int k = 0; k < kAccumulators; ++k) {
-        if (entropy) weighted[k] = factor * fma(sum[k], shift, weighted[k]);
-        sum[k] = factor * sum[k];
-      }
+    vec shift = clamp_low(set(max - higher)), factor = exp_in_range(shift);  // from -inf: 0 times sums that are 0
+    for (int k = 0; k < kAccumulators; ++k) {
+      if (entropy) weighted[k] = factor * fma(sum[k], shift, weighted[k]);
+      sum[k] = factor * sum[k];
     }
     max = higher;
     top = base = set(higher);
