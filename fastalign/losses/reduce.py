@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum of each segment, in a fixed order; an empty segment gives 0.
+    """Sum of each segment, in a fixed order, accumulated in fp64; an empty segment gives 0.
+
+    In fp32 the running sum of a long sequence's log-probs loses more digits than eager's pairwise sum does.
 
     Args:
         x: ``[n]`` values, differentiable.
@@ -23,7 +25,7 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2, 3]))
     tensor([3., 0., 4.])
     """
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.to(torch.int64), initial=0.0)
+    return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens.to(torch.int64), initial=0.0).to(x.dtype)
 
 
 def lengths(cu_seqlens: Tensor) -> Tensor:
