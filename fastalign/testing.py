@@ -131,7 +131,7 @@ def assert_matches(
         return
     ours, theirs = (actual.double() - oracle.double()), (eager.double() - oracle.double())
     unit = torch.finfo(actual.dtype).eps * oracle.abs().max().item() * (512 if actual.dtype == torch.float64 else 1)
-    for measure, slack in ((_maximum, 2 * unit), (_rms, unit / 2)):
+    for measure, slack in ((_maximum, 4 * unit), (_rms, unit / 2)):
         error, allowed = measure(ours), factor * measure(theirs) + slack
         assert error <= allowed, f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {allowed:.3g}"
     if budget is not None:

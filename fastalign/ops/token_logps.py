@@ -83,7 +83,7 @@ def forward(
     for rows in _blocks(logits):
         y = labels[rows]
         masked = y == IGNORE_INDEX
-        z = _scaled(logits[rows], masked, _rows_of(temperature, rows), softcap, logit_scale)
+        z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
         m = z.amax(-1)
         target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
         z.sub_(m[:, None])
@@ -118,7 +118,7 @@ def backward(
         tau, y, g = _rows_of(temperature, rows), labels[rows], grad_logps[rows]
         e = None if grad_entropy is None else grad_entropy[rows]
         skipped = (y == IGNORE_INDEX) | ((g == 0) if e is None else (g == 0) & (e == 0))
-        z = _scaled(logits[rows], skipped, tau, softcap, logit_scale)
+        z = _scaled(logits[rows], tau, softcap, logit_scale)
         slope = _slope(z, tau, softcap, logit_scale)
         log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=torch.finfo(z.dtype).min)
         p = log_p.exp()
@@ -142,9 +142,9 @@ def _rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
     return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
 
-def _scaled(logits: Tensor, skipped: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """A fresh ``z`` in the statistics' dtype; skipped rows are selected out, whatever bits they hold."""
-    z = logits.to(stats_dtype(logits), copy=True).masked_fill_(skipped[:, None], 0)
+def _scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """A fresh ``z`` in the statistics' dtype; skipped rows, which may hold NaN, are selected out by the caller."""
+    z = logits.to(stats_dtype(logits), copy=True)
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     if softcap is not None:

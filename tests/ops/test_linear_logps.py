@@ -8,7 +8,7 @@ import torch
 
 from fastalign.ops import dispatch, entropy_from_logits, linear_logps, linear_loss, selective_log_softmax, token_logps
 from fastalign.ops.linear_logps import reference
-from fastalign.testing import assert_matches, linear_example, logits_example
+from fastalign.testing import assert_matches, linear_example, logits_example, outputs_and_grads
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -35,6 +35,23 @@ def test_any_autograd_may_follow():
     oracle = grads(loss(*reference(**wide.tensors, labels=wide.labels, **wide.options)), wide)
     for name, *results in zip(x.tensors, ours, eager, oracle, strict=True):
         assert_matches(*results, name=name)
+
+
+@pytest.mark.parametrize("memory", [None, 200_000], ids=["one tile", "slabs and blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", dispatch.available("linear_logps"))
+def test_vocabulary_slabs(backend, dtype, memory):
+    """3001 columns are three slabs, the last one narrow; 61 rows are several blocks."""
+    if memory is not None and backend == "torch":
+        memory += 5 * 4 * 3001 * N  # its temporaries count
+    x = linear_example("everything", N, D, 3001, dtype)
+    wide = x.to(torch.float64)
+    results = []
+    for op, y in ((linear_logps, x), (reference, x), (reference, wide)):
+        options = {"memory": memory, "backend": backend} if op is linear_logps else {}
+        results.append(outputs_and_grads(op(**y.tensors, labels=y.labels, **y.options, **options), y))
+    for name in results[0]:
+        assert_matches(*(result[name] for result in results), name=name)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
