@@ -124,7 +124,7 @@ def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
 
 
 def workspace(head: Head, rows: int, columns: int) -> Tensor:
-    """``[rows, columns]`` of logits, used again for every tile."""
+    """Flat room for ``rows * columns`` logits, used again for every tile."""
     return torch.empty(rows * columns, dtype=head.options.dtype, device=head.hidden.device)
 
 
