@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from fastalign.config import Config
-from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap, step_of
+from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap
 from fastalign.engine.metrics import truncate_metrics
 from fastalign.parallel.mesh import World
 
@@ -47,16 +46,18 @@ def claim(config: Config, world: World) -> Path | None:
     directory = Path(config.run.output_dir)
     probe(directory, world.rank)
     checkpoint = find_checkpoint(config, directory)
-    settings = asdict(config)
-    if not config.run.resume:
+    settings, step = asdict(config), 0
+    if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
         refuse_occupied(directory)
-    elif checkpoint is not None:
-        check_same_run(read_state(checkpoint)["config"], settings, checkpoint)
-    elif (directory / "config.yaml").exists():
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_same_run(state["config"], settings, checkpoint)
+        step = state["step"]
+    elif config.run.resume and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
     world.barrier()
     if world.is_main:
-        prepare(directory, checkpoint, settings)
+        prepare(directory, step, settings)
     world.barrier()
     return checkpoint
 
@@ -79,6 +80,11 @@ def find_checkpoint(config: Config, directory: Path) -> Path | None:
     if isinstance(config.run.resume, str):
         return Path(config.run.resume)
     return newest_checkpoint(directory / "checkpoints") if config.run.resume else None
+
+
+def is_own(checkpoint: Path, directory: Path) -> bool:
+    """Whether a checkpoint was made by the run of this directory."""
+    return checkpoint.resolve().parent == (directory / "checkpoints").resolve()
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -125,11 +131,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def prepare(directory: Path, checkpoint: Path | None, settings: dict[str, Any]) -> None:
-    """Leave in the directory exactly what the run goes on from."""
-    step = step_of(checkpoint.resolve()) if checkpoint else 0
+def prepare(directory: Path, step: int, settings: dict[str, Any]) -> None:
+    """Leave in the directory exactly what a run goes on from after ``step`` steps."""
     reap(directory / "checkpoints", after=step)
-    shutil.rmtree(directory / "model.tmp", ignore_errors=True)
     truncate_metrics(directory / "metrics.jsonl", step)
     (directory / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False), encoding="utf-8")
 

@@ -62,6 +62,18 @@ def test_going_back_to_a_named_checkpoint_drops_what_came_after(configure, finis
     assert [p.name for p in checkpoint.whole_checkpoints(directory)] == ["step-3", "step-4"]
 
 
+def test_a_checkpoint_can_be_carried_into_a_new_directory_only(configure, finished, tmp_path):
+    expected, directory = numbers(finished.run.output_dir), Path(finished.run.output_dir)
+    carried = (directory / "checkpoints" / "step-2").rename(tmp_path / "carried")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(configure("sft", **{"run.steps": 4, "run.resume": str(carried)}))
+    branch = configure("sft", "branch", **{"run.steps": 4, "run.resume": str(carried)})
+    train(branch)
+    assert numbers(branch.run.output_dir) == expected[2:]
+    with pytest.raises(ValueError, match=r"absent is not a whole checkpoint"):
+        train(configure("sft", "other", **{"run.resume": str(tmp_path / "absent")}))
+
+
 def test_resume_without_a_checkpoint_starts_afresh(configure, finished):
     expected = numbers(finished.run.output_dir)
     shutil.rmtree(Path(finished.run.output_dir) / "checkpoints")
