@@ -80,18 +80,18 @@ def show_alignment(console: Console, counts: Counter[str], scores: dict[str, tup
     """Before and after DPO, all held-out pairs and each kind of rejected docstring apart."""
     table = Table(title="Held-out modules: SFT -> DPO", title_justify="left", caption_justify="left")
     table.caption = (
-        "prefers chosen: its log-prob is the higher one, a short broken-off text being likelier from the start; "
-        "reward: beta x log-ratio to the SFT model"
+        "accuracy and margin: of the implicit reward, beta x log-ratio to the SFT model, whose own are a tie; "
+        "by log-prob alone: the chosen text is the likelier one; a text broken off wins that by being short"
     )
-    for name in ("rejected is", "pairs", "prefers chosen", "reward accuracy", "reward margin", "perplexity of chosen"):
+    for name in ("rejected is", "pairs", "preference accuracy", "margin", "by log-prob alone", "perplexity of chosen"):
         table.add_column(name, justify="left" if name == "rejected is" else "right")
     for kind, (before, after) in scores.items():
         table.add_row(
             KINDS.get(kind, "all"),
             str(counts[kind]),
-            f"{before['logps/accuracies']:.1%} -> {after['logps/accuracies']:.1%}",
-            f"{after['rewards/accuracies']:.1%}",
+            f"tie -> {after['rewards/accuracies']:.1%}",
             f"{before['rewards/margins']:.2f} -> {after['rewards/margins']:.2f}",
+            f"{before['logps/accuracies']:.1%} -> {after['logps/accuracies']:.1%}",
             f"{before['perplexity/chosen']:.1f} -> {after['perplexity/chosen']:.1f}",
             end_section=kind == "all",
         )

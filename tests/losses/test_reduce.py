@@ -21,6 +21,13 @@ def test_segment_sum_and_its_gradient():
     torch.testing.assert_close(grad, weights.repeat_interleave(OFFSETS.diff()))
 
 
+def test_a_long_segment_loses_only_its_last_rounding():
+    x = -(torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 8 + 6)  # a running fp32 sum is 11 ulp off
+    total = reduce.segment_sum(x, torch.tensor([0, 4096]))
+    assert total.dtype == torch.float32
+    assert total.item() == x.double().sum().float().item()
+
+
 def test_segment_sum_of_nothing():
     assert reduce.segment_sum(torch.zeros(0), torch.tensor([0, 0])).tolist() == [0.0]
     assert reduce.segment_sum(torch.zeros(0), torch.tensor([0])).shape == (0,)
