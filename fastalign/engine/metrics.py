@@ -96,7 +96,7 @@ class MetricsLog:
         path: metrics.jsonl; lines are appended.
         objective: names the metrics.
         world: the ranks.
-        sinks: ``(record, step)`` functions beside the file: console and trackers.
+        sinks: functions of a record beside the file: console and trackers.
     """
 
     def __init__(self, path: Path, objective: Objective, world: World, sinks: Sequence[Callable[[dict], None]]) -> None:

@@ -9,8 +9,10 @@ from torch import nn
 
 from fastalign.config import OptimConfig
 from fastalign.engine import console, metrics, report
+from fastalign.engine.errors import RunError
 from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import learning_rate, make_optimizer
+from fastalign.parallel.mesh import World
 
 PLOTS = report.plots  # before a fixture makes runs skip them
 
@@ -87,6 +89,34 @@ def test_metrics_are_cut_back_and_a_broken_line_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not JSON"):
         metrics.read_metrics(path)
+
+
+def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
+    objective, seen = make_objective("sft", {}), []
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl", objective, World(0, 1, torch.device("cpu")), [seen.append])
+
+    def add(step, loss, grad_norm):
+        watch = metrics.Stopwatch(torch.device("cpu"))
+        watch.end = watch.start + 0.5
+        sums = torch.tensor([[loss, 1.0], [0.0, 1.0]], dtype=torch.float64)
+        work = {"step": step, "epoch": 0.0, "tokens": 5, "tokens_computed": 4, "examples": 1}
+        log.add(
+            metrics.StepResult(work, sums, torch.tensor(grad_norm), [(sums[0], (step,))], watch), {"eval_loss": 9.0}
+        )
+
+    add(1, 0.5, 1.0)
+    add(2, 0.25, 1.0)
+    assert not seen and not metrics.read_metrics(tmp_path / "metrics.jsonl")
+    log.sync()
+    lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == [record["loss"] for record in seen] == [0.5, 0.25]
+    assert lines[0]["tokens_per_second"] == pytest.approx(10) and lines[0]["eval_loss"] == 9
+    add(3, 0.5, math.inf)
+    add(4, math.nan, 1.0)
+    with pytest.raises(RunError, match=r"step 3: loss is 0.5 and grad_norm is inf on examples \[3\]"):
+        log.flush()
+    log.close()
+    assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_means_divide_sums_by_their_own_counts():
