@@ -68,6 +68,7 @@ def record(name: str, rows: Iterable[dict[str, Any]]) -> Path:
     """Append ``rows`` to ``bench/results/<name>.json``, one JSON object per line, each with the environment."""
     path = RESULTS / f"{name}.json"
     where = environment()
+    RESULTS.mkdir(exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **where}) + "\n" for row in rows)
     return path

@@ -101,15 +101,15 @@ def show_alignment(console: Console, counts: Counter[str], scores: dict[str, tup
 def show_runs(console: Console, runs: dict[str, Run]) -> None:
     """What each run cost, and where its report lies."""
     table = Table(title="Runs", title_justify="left")
-    for name in ("", "steps", "wall time", "tokens/s", "peak memory", "first -> last loss", "report"):
+    for name in ("", "steps", "wall time", "tokens/s", "peak memory", "loss, first -> mean of last 20", "report"):
         table.add_column(name, justify="left" if name in ("", "report") else "right", overflow="fold")
     for method, run in runs.items():
-        first, last = run.records[0], run.records[-1]
+        ending = [r["loss"] for r in run.records[-20:]]  # a single step's loss is noise
         speed = sum(r["tokens"] for r in run.records) / sum(r["t_step"] for r in run.records)
         memory = f"{max(r['peak_memory_rank_max'] for r in run.records) / MIB:.0f} MiB"
-        losses = f"{first['loss']:.3f} -> {last['loss']:.3f}"
+        losses = f"{run.records[0]['loss']:.3f} -> {sum(ending) / len(ending):.3f}"
         report = str(run.directory / "report.html")
-        table.add_row(method, str(last["step"]), f"{run.seconds:.0f} s", f"{speed:.0f}", memory, losses, report)
+        table.add_row(method, str(len(run.records)), f"{run.seconds:.0f} s", f"{speed:.0f}", memory, losses, report)
     console.print(table)
 
 
