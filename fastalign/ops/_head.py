@@ -1,19 +1,20 @@
-"""The LM head as the linear ops see it: scored rows, GEMM precision, logits in a reused workspace, two-phase gradients.
+"""The LM head as the linear ops see it: scored rows, GEMM precision, logits in a reused workspace, statistics.
 
 GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and autocast does not touch them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastalign.ops._checks import kernel_labels
-from fastalign.ops.plan import UPCAST_ROWS, Plan
-from fastalign.ops.token_logps import BLOCK_BYTES, ELSEWHERE, stats_dtype
+from fastalign.ops.plan import UPCAST_ROWS
+from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
+from fastalign.ops.vocab_parallel import Shard, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
 
 Needs = tuple[bool, bool, bool]
@@ -34,6 +35,7 @@ class Options:
     memory: int | None
     backend: str | None
     batch_invariant: bool
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Head:
     Attributes:
         hidden: ``[N, D]`` as given.
         rows: ``[n]`` positions of the scored rows; None when all N are scored.
-        labels: ``[n]``.
-        weight, bias: ``[V, D]`` and ``[V]`` in the GEMM dtype.
+        labels: ``[n]``; of a shard, counted from its first column, -1 for those of other shards.
+        weight, bias: ``[V, D]`` and ``[V]`` in the GEMM dtype; of a shard, its columns.
         temperature: a number or ``[n]``.
         sweep: the module with the kernels ``forward`` and ``backward``.
         weight_dtype: that of the weight as given, and of its gradient.
         out_dtype: of log-probs and loss: fp64 if an input is fp64, else fp32.
+        owners: ``[n]`` the rank that owns each label, None when the vocabulary is whole.
     """
 
     hidden: Tensor
@@ -61,6 +64,7 @@ class Head:
     sweep: ModuleType
     weight_dtype: torch.dtype
     out_dtype: torch.dtype
+    owners: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,44 @@ def make_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options, sweep: ModuleType
 ) -> Head:
     """Selects the scored rows (on CUDA one host sync, for their number) and casts the head once."""
-    labels = kernel_labels(labels, weight.shape[0])
+    shard, owners = options.shard, None
+    labels = kernel_labels(labels, vocabulary(weight, options))
     scored = labels != IGNORE_INDEX
     rows = None if bool(scored.all()) else scored.nonzero().squeeze(1)
     temperature = options.temperature
     if rows is not None:
         labels = labels[rows]
         temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    if shard is not None:
+        labels, owners = localise(shard, labels)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(kernel_dtype(options.dtype))
     bias = None if bias is None else bias.detach().to(options.dtype)
     cast = weight.detach().to(options.dtype)
     out = stats_dtype(hidden, weight)
-    return Head(hidden.detach(), rows, labels, cast, bias, temperature, options, sweep, weight.dtype, out)
+    return Head(hidden.detach(), rows, labels, cast, bias, temperature, options, sweep, weight.dtype, out, owners)
+
+
+def vocabulary(weight: Tensor, options: Options) -> int:
+    """V, over all ranks."""
+    return weight.shape[0] if options.shard is None else options.shard.vocab
+
+
+def planned_columns(weight: Tensor, options: Options) -> int:
+    """Columns that every rank plans with: V, or those of the largest shard."""
+    return weight.shape[0] if options.shard is None else options.shard.widest
+
+
+def select(head: Head, keep: Tensor) -> Head:
+    """The head with only the scored rows ``keep``, ``[k]`` ascending positions among the n."""
+    tau = head.temperature
+    return replace(
+        head,
+        rows=keep if head.rows is None else head.rows[keep],
+        labels=head.labels[keep],
+        temperature=tau[keep] if isinstance(tau, Tensor) else tau,
+        owners=None if head.owners is None else head.owners[keep],
+    )
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,10 +138,11 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scratch_bytes(hidden: Tensor, weight: Tensor, options: Options, sweep: ModuleType) -> int:
     """Temporaries that do not depend on the rows of a chunk: the cast weight, the torch sweep's blocks."""
-    cast = weight.numel() * options.dtype.itemsize if weight.dtype != options.dtype else 0
+    columns = planned_columns(weight, options)
+    cast = columns * weight.shape[1] * options.dtype.itemsize if weight.dtype != options.dtype else 0
     if sweep.__name__ != "fastalign.ops.token_logps":
         return cast
-    row = weight.shape[0] * kernel_dtype(options.dtype).itemsize
+    row = columns * kernel_dtype(options.dtype).itemsize
     block = max(row, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"]))
     return cast + 5 * min(block, row * hidden.shape[0])
 
@@ -150,14 +180,23 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, batch_invar
 
 
 def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
-    """Statistics of the scored rows ``start:stop`` from their logits."""
-    return Stats(*head.sweep.forward(logits, head.labels[start:stop], entropy=entropy, **_scaling(head, start, stop)))
+    """Statistics of the scored rows ``start:stop`` from their logits, over the vocabulary of all ranks."""
+    labels, shard = head.labels[start:stop], head.options.shard
+    if shard is None or head.owners is None:
+        return Stats(*head.sweep.forward(logits, labels, entropy=entropy, **_scaling(head, start, stop)))
+    if logits.shape[1]:
+        logps, entropies, *rest = head.sweep.forward(logits, labels, entropy=entropy, **_scaling(head, start, stop))
+    else:
+        logps, entropies, *rest = nothing(labels, kernel_dtype(logits.dtype))
+    return Stats(*combine(shard, head.owners[start:stop], logps, entropies if entropy else None, *rest))
 
 
 def differentiate(
     head: Head, start: int, stop: int, logits: Tensor, labels: Tensor, stats: Stats, g: Tensor, e: Tensor | None
 ) -> Tensor:
     """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
+    if not logits.numel():
+        return logits
     entropy = None if e is None else stats.entropy
     scaling = _scaling(head, start, stop)
     head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, entropy, g, e, **scaling)
@@ -173,10 +212,10 @@ def _scaling(head: Head, start: int, stop: int) -> dict:
     }
 
 
-def cut(stats: Stats, start: int, stop: int) -> Stats:
+def cut(stats: Stats, rows: slice | Tensor) -> Stats:
     """The statistics of some rows."""
-    entropy = None if stats.entropy is None else stats.entropy[start:stop]
-    return Stats(stats.logps[start:stop], entropy, stats.max[start:stop], stats.logsum[start:stop])
+    entropy = None if stats.entropy is None else stats.entropy[rows]
+    return Stats(stats.logps[rows], entropy, stats.max[rows], stats.logsum[rows])
 
 
 def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
@@ -216,68 +255,3 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             torch.mm(rows, b, out_dtype=acc.dtype, out=part)
         else:
             part.add_(torch.mm(rows, b, out_dtype=acc.dtype))
-
-
-def recomputed_gradients(
-    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Second phase: logits again, slab by slab, into the gradients of hidden ``[n, D]``, weight and bias.
-
-    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. The gradient of the
-    weight has the weight's dtype, the others the statistics'.
-    """
-    num_rows, (vocab, width), wide = len(head.labels), head.weight.shape, stats.max.dtype
-    new = {"dtype": wide, "device": head.hidden.device}
-    d_hidden = torch.zeros(num_rows, width, **new) if needs[0] else None
-    d_weight = torch.zeros(vocab, width, dtype=head.weight_dtype, device=head.hidden.device) if needs[1] else None
-    d_bias = torch.zeros(vocab, **new) if needs[2] else None
-    hidden, buffer = hidden_rows(head, 0, num_rows), workspace(head, plan.block, plan.slab)
-    for first in range(0, vocab if num_rows else 0, plan.slab):
-        last = min(vocab, first + plan.slab)
-        slab_sum = None if d_weight is None else _slab_accumulator(d_weight[first:last], wide)
-        for start in range(0, num_rows, plan.block):
-            rows = slice(start, min(num_rows, start + plan.block))
-            dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, g, e)
-            if d_hidden is not None:
-                _add_hidden_gradient(head, d_hidden[rows], dz, head.weight[first:last])
-            if slab_sum is not None:
-                add_product(slab_sum, dz.t(), hidden[rows], first=start == 0)
-            if d_bias is not None:
-                d_bias[first:last] += dz.sum(0, dtype=wide)
-        if d_weight is not None and slab_sum is not None and slab_sum.dtype != d_weight.dtype:
-            d_weight[first:last] = slab_sum
-    return d_hidden, d_weight, d_bias
-
-
-def _slab_accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The slab of the gradient itself when it is precise enough to add into."""
-    return target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
-
-
-def _add_hidden_gradient(head: Head, total: Tensor, dz: Tensor, weight: Tensor) -> None:
-    if not head.options.batch_invariant:
-        add_product(total, dz, weight, first=False)
-        return
-    out = torch.empty(total.shape, dtype=dz.dtype, device=dz.device)
-    total.add_(multiply(dz, weight, out, None, True))
-
-
-def _slab_gradient(
-    head: Head,
-    hidden: Tensor,
-    buffer: Tensor,
-    rows: slice,
-    columns: tuple[int, int],
-    stats: Stats,
-    g: Tensor,
-    e: Tensor | None,
-) -> Tensor:
-    """``d logits`` of a block of rows and a slab of columns; labels of other slabs have no target term."""
-    first, last = columns
-    labels = head.labels[rows]
-    local = torch.where((labels >= first) & (labels < last), labels - first, ELSEWHERE)
-    local = torch.where(labels >= head.weight.shape[0], last - first, local)  # invalid stays invalid
-    logits = project(head, hidden, buffer, first, last)
-    entropy_grad = None if e is None else e[rows]
-    part = cut(stats, rows.start, rows.stop)
-    return differentiate(head, rows.start, rows.stop, logits, local, part, g[rows], entropy_grad)

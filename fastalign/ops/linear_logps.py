@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastalign.ops import dispatch
 from fastalign.ops._checks import check_linear, check_memory, check_scaling
+from fastalign.ops._gradients import finish, needed, recomputed_gradients, write_rows
 from fastalign.ops._head import (
     Head,
     Options,
@@ -25,9 +26,8 @@ from fastalign.ops._head import (
     join,
     kernel_dtype,
     make_head,
-    multiply,
+    planned_columns,
     project,
-    recomputed_gradients,
     scratch_bytes,
     spread,
     sweep,
@@ -36,6 +36,7 @@ from fastalign.ops._head import (
 from fastalign.ops.plan import Coefficients, Plan, make_plan
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.ops.vocab_parallel import exchange, make_shard
 from fastalign.types import IGNORE_INDEX
 
 
@@ -67,7 +68,8 @@ def plan_for(
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return make_plan(
         len(head.labels),
-        *weight.shape,
+        planned_columns(weight, options),
+        weight.shape[1],
         itemsize=options.dtype.itemsize,
         coefficients=coefficients,
         units=units,
@@ -98,13 +100,16 @@ def _op(
     memory: int | None,
     backend: str | None,
     batch_invariant: bool,
+    group: str | None,
+    shards: list[int] | None,
     entropy: bool,
     gradient: bool,
     trainable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``; U ``[N, D]`` (``[0, D]`` when not needed)."""
     tau = temperature if temperatures is None else temperatures
-    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant)
+    shard = make_shard(group, shards)
+    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant, shard)
     kernels = dispatch.kernels("linear_logps", backend, hidden.device)
     head = make_head(hidden, weight, bias, labels, options, kernels)
     plan = plan_for(head, weight, "upstream" if gradient else "none", trainable=trainable, entropy=entropy)
@@ -140,21 +145,8 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
         if plan.mode == "frozen":
             ones = torch.ones_like(stats.logps)
             dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, ones, None)
-            write_rows(head, directions, start, stop, dz)
+            write_rows(head, directions, start, stop, dz)()
     return join(head, parts, entropy)
-
-
-def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> None:
-    """``target[rows] = dz @ weight`` for the scored rows ``start:stop``; in place where layouts allow."""
-    if head.rows is None and target.dtype == dz.dtype:
-        multiply(dz, head.weight, target[start:stop], None, head.options.batch_invariant)
-        return
-    product = torch.empty(stop - start, head.weight.shape[1], dtype=dz.dtype, device=dz.device)
-    product = multiply(dz, head.weight, product, None, head.options.batch_invariant).to(target.dtype)
-    if head.rows is None:
-        target[start:stop] = product
-    else:
-        target.index_copy_(0, head.rows[start:stop], product)
 
 
 @torch.library.custom_op("fastalign::scale_directions", mutates_args=())
@@ -186,6 +178,8 @@ def _backward_op(
     memory: int | None,
     backend: str | None,
     batch_invariant: bool,
+    group: str | None,
+    shards: list[int] | None,
     entropy: Tensor | None,
     maximum: Tensor,
     logsum: Tensor,
@@ -197,13 +191,15 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
     tau = temperature if temperatures is None else temperatures
-    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant)
+    shard = make_shard(group, shards)
+    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant, shard)
     kernels = dispatch.kernels("linear_logps", backend, hidden.device)
     head = make_head(hidden, weight, bias, labels, options, kernels)
-    plan = plan_for(head, weight, "upstream", trainable=True, entropy=True)
     g, e = _scored(head, grad_logps), None if grad_entropy is None else _scored(head, grad_entropy)
     saved = None if entropy is None else _scored(head, entropy)
     stats = Stats(g, saved, _scored(head, maximum), _scored(head, logsum))
+    head, stats, g, e = needed(head, stats, g, e)
+    plan = plan_for(head, weight, "upstream", trainable=True, entropy=True)
     needs = (needs_hidden, needs_weight, needs_bias)
     return finish(head, recomputed_gradients(head, plan, stats, g, e, needs), hidden, weight, bias)
 
@@ -212,18 +208,6 @@ def _scored(head: Head, values: Tensor) -> Tensor:
     """``[N]`` to the scored rows, as the kernels read them."""
     picked = values if head.rows is None else values[head.rows]
     return picked.to(kernel_dtype(head.options.dtype)).contiguous()
-
-
-def finish(
-    head: Head, grads: tuple, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Second-phase gradients over scored rows to gradients of the inputs, each in its dtype."""
-    d_hidden, d_weight, d_bias = grads
-    return (
-        hidden.new_empty(0) if d_hidden is None else spread(head, d_hidden, hidden.dtype),
-        weight.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
 
 
 @_backward_op.register_fake
@@ -256,7 +240,7 @@ def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
         grads = _scale_directions(*ctx.saved_tensors, grad_logps), None, None
     else:
         grads = _recomputed(ctx, grad_logps, grad_entropy)
-    return *grads, *(None,) * 12
+    return *grads, *(None,) * 14
 
 
 def _recomputed(ctx, grad_logps, grad_entropy):
@@ -310,7 +294,9 @@ def linear_logps(
         temperature: a positive number or ``[N]``; gets no gradient.
         softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
         entropy: also return the entropy in nats, differentiable.
-        process_group: vocabulary-parallel heads are not served; anything but None is refused.
+        process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
+            rank order, shards may be uneven or empty; hidden, labels (global) and options are the same on every rank.
+            Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton" or None for the best one here.
         batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
@@ -325,34 +311,33 @@ def linear_logps(
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
-    args = op_arguments(
+    args, trainable = op_arguments(
         hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
     )
-    logps, entropies, _ = row_stats(args, entropy)
+    logps, entropies, _ = row_stats(args, entropy, trainable)
     return logps if entropies is None else (logps, entropies)
 
 
-def row_stats(args: tuple, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def row_stats(args: tuple, entropy: bool, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """logps, entropy if asked for, and whether the label has the largest logit, from ``op_arguments``."""
-    hidden, weight, bias = args[:3]
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    gradient = torch.is_grad_enabled() and (trainable or hidden.requires_grad)
+    gradient = torch.is_grad_enabled() and (trainable or args[0].requires_grad)
     logps, entropies, _, logsum, _ = _op(*args, entropy, gradient, trainable)
     return logps, entropies if entropy else None, logps.detach().to(logsum.dtype) + logsum == 0
 
 
 def op_arguments(
     hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
-) -> tuple:
-    """Checked arguments in the order of the custom op's schema, up to its flags."""
-    if process_group is not None:
-        raise ValueError("process_group: vocabulary-parallel heads are not supported; gather the weight and pass None")
+) -> tuple[tuple, bool]:
+    """Checked arguments in the order of the custom op's schema, up to its flags; whether any rank trains the head."""
     check_linear(hidden, weight, bias, labels)
     check_scaling(temperature, softcap, labels)
     check_memory(memory)
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable)
     number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
     dtype = gemm_dtype(hidden, weight)
-    return (
+    args = (
         *(hidden, weight, bias, labels, rows, number, softcap, float(logit_scale)),
-        *(dtype, memory, backend, batch_invariant),
+        *(dtype, memory, backend, batch_invariant, group, shards),
     )
+    return args, trainable

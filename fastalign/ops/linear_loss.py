@@ -12,155 +12,24 @@ Backward hands these gradients over, times its upstream scalar.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._head import (
-    Head,
-    Needs,
-    Options,
-    Stats,
-    add_product,
-    differentiate,
-    hidden_rows,
-    join,
-    make_head,
-    project,
-    recomputed_gradients,
-    spread,
-    sweep,
-    workspace,
-)
-from fastalign.ops._loss_fn import LossFn, checked, evaluate
+from fastalign.ops._gradients import Gradients, finish, needed, recomputed_gradients
+from fastalign.ops._head import Head, Needs, Options, make_head, spread
+from fastalign.ops._loss_fn import LossFn, checked
+from fastalign.ops._passes import Outcome, is_top1, one_pass, two_phase
 from fastalign.ops._units import Align, Units, make_units
-from fastalign.ops.linear_logps import finish, op_arguments, plan_for, row_stats, write_rows
+from fastalign.ops.linear_logps import op_arguments, plan_for, row_stats
 from fastalign.ops.plan import Plan
+from fastalign.ops.vocab_parallel import make_shard
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 Inputs = tuple[Tensor, Tensor, "Tensor | None"]
-
-
-@dataclass
-class Gradients:
-    """What a pass has made so far: gradients of hidden ``[N, D]``, weight and bias; None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass
-class Outcome:
-    """A finished pass: the loss, sums of metrics, statistics and coefficients of the scored rows."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    stats: Stats
-    g: Tensor | None
-    e: Tensor | None
-
-
-# --- passes ----------------------------------------------------------------------------------------------------------
-
-
-def _one_pass(
-    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Gradients | None
-) -> Outcome:
-    """Every chunk from hidden states to gradients while its logits are hot."""
-    buffer = workspace(head, plan.chunk_rows, head.weight.shape[0])
-    losses, sums, parts, gs, es = [], {}, [], [], []
-    for index, (start, stop) in enumerate(plan.chunks):
-        hidden = hidden_rows(head, start, stop)
-        logits = project(head, hidden, buffer)
-        stats = sweep(head, start, stop, logits, entropy)
-        seen = _token_stats(head, stats, start, stop, units, plan.unit_spans[index] if plan.unit_spans else None)
-        loss, metrics, g, e = evaluate(loss_fn, seen, grads is not None)
-        if grads is not None and g is not None:
-            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, *_like(stats, g, e))
-            _add_gradients(head, grads, dz, hidden, start, stop, first=index == 0)
-        losses.append(loss)
-        parts.append(stats)
-        gs.append(g)
-        es.append(e)
-        _add_metrics(sums, metrics)
-    stats = join(head, parts, entropy)
-    return Outcome(_total(losses, head), sums, stats, *_coefficients(stats, gs, es))
-
-
-def _add_gradients(
-    head: Head, grads: Gradients, dz: Tensor, hidden: Tensor, start: int, stop: int, *, first: bool
-) -> None:
-    """The two GEMMs of a chunk: rows of ``d hidden`` are written, ``d weight`` accumulates."""
-    if grads.hidden is not None:
-        write_rows(head, grads.hidden, start, stop, dz)
-    if grads.weight is not None:
-        add_product(grads.weight, dz.t(), hidden, first=first)
-    if grads.bias is not None:
-        grads.bias += dz.sum(0, dtype=grads.bias.dtype)
-
-
-def _two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, gradient: bool) -> Outcome:
-    """Statistics of all chunks, then one call of ``loss_fn``; gradients are made from its coefficients afterwards."""
-    buffer, parts = workspace(head, plan.chunk_rows, head.weight.shape[0]), []
-    for start, stop in plan.chunks:
-        parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), entropy))
-    stats = join(head, parts, entropy)
-    everything = None if units is None else (0, len(units.lengths))
-    seen = _token_stats(head, stats, 0, len(head.labels), units, everything)
-    loss, metrics, g, e = evaluate(loss_fn, seen, gradient)
-    g, e = (None, None) if g is None else _like(stats, g, e)
-    return Outcome(_total([loss], head), metrics, stats, g, e)
-
-
-def _token_stats(
-    head: Head, stats: Stats, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
-) -> TokenStats:
-    """What ``loss_fn`` sees of the scored rows ``start:stop``."""
-    device = head.hidden.device
-    rows = torch.arange(start, stop, device=device) if head.rows is None else head.rows[start:stop]
-    sequences, cu_seqlens = units.sequences(*span, device) if units is not None and span is not None else (None, None)
-    entropy = None if stats.entropy is None else stats.entropy.to(head.out_dtype)
-    return TokenStats(stats.logps.to(head.out_dtype), rows, entropy, _is_top1(stats), sequences, cu_seqlens)
-
-
-def _is_top1(stats: Stats) -> Tensor:
-    return stats.logps + stats.logsum == 0
-
-
-def _like(stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Coefficients as the kernels read them."""
-    dtype = stats.logps.dtype
-    return g.to(dtype).contiguous(), None if e is None else e.to(dtype).contiguous()
-
-
-def _total(losses: list[Tensor], head: Head) -> Tensor:
-    """The sum over chunks, in fp64: it must not depend on their number."""
-    total = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
-    for loss in losses:
-        total += loss
-    return total.to(head.out_dtype)
-
-
-def _add_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
-    for name, value in metrics.items():
-        sums[name] = sums[name] + value if name in sums else value
-
-
-def _coefficients(stats: Stats, gs: list, es: list) -> tuple[Tensor | None, Tensor | None]:
-    """The chunks' coefficients as one vector each, kept for a second backward."""
-    dtype = stats.logps.dtype
-    if not gs:
-        return torch.empty_like(stats.logps), None
-    if gs[0] is None:
-        return None, None
-    e = None
-    if any(x is not None for x in es):
-        e = torch.cat([torch.zeros_like(g) if x is None else x for g, x in zip(gs, es, strict=True)]).to(dtype)
-    return torch.cat(gs).to(dtype), e
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -210,15 +79,14 @@ def _scale(grads: tuple[Tensor | None, ...], upstream: Tensor) -> None:
 
 
 def _new_gradients(head: Head, plan: Plan, inputs: Inputs, needs: Needs) -> Gradients:
-    """Buffers of a one-pass call: rows that are not scored stay 0, weight and bias are summed in fp32."""
+    """Buffers of a one-pass call: rows that need no gradient stay 0, weight and bias are summed in fp32."""
     hidden, weight, _ = inputs
     wide = torch.float64 if weight.dtype == torch.float64 and head.options.dtype == torch.float64 else torch.float32
     single = len(plan.chunks) == 1 and weight.dtype == head.options.dtype
-    empty = torch.empty if head.rows is None and plan.chunks else torch.zeros
     new = torch.empty if plan.chunks else torch.zeros
     device = hidden.device
     return Gradients(
-        empty(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None,
+        torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None,
         new(weight.shape, dtype=weight.dtype if single else wide, device=device) if needs[1] else None,
         torch.zeros(weight.shape[0], dtype=wide, device=device) if needs[2] else None,
     )
@@ -234,17 +102,18 @@ def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: 
     """The planned pass: its outcome and (None when nothing needs them) its gradients."""
     gradient = any(needs)
     if plan.mode == "slabs":
-        outcome = _two_phase(head, plan, units, loss_fn, entropy, gradient)
+        outcome = two_phase(head, plan, units, loss_fn, entropy, gradient)
         return outcome, _made_again(head, plan, outcome, inputs, needs) if gradient else None
     grads = _new_gradients(head, plan, inputs, needs) if gradient else None
-    outcome = _one_pass(head, plan, units, loss_fn, entropy, grads)
+    outcome = one_pass(head, plan, units, loss_fn, entropy, grads)
     return outcome, None if grads is None else _cast(grads, inputs)
 
 
 def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Inputs, needs: Needs) -> Gradients:
     """The gradients from the saved coefficients, through recomputed logits."""
     assert outcome.g is not None
-    made = recomputed_gradients(head, plan, outcome.stats, outcome.g, outcome.e, needs)
+    head, stats, g, e = needed(head, outcome.stats, outcome.g, outcome.e)
+    made = recomputed_gradients(head, plan, stats, g, e, needs)
     dense = finish(head, made, *inputs)
     return Gradients(*(grad if needed else None for grad, needed in zip(dense, needs, strict=True)))
 
@@ -304,12 +173,13 @@ def linear_loss(
     >>> linear_loss(hidden, weight, labels, lambda stats: -stats.logps.sum() / 2)[0]
     tensor(1.3863)
     """
-    args = op_arguments(
+    args, trainable = op_arguments(
         hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
     )
     if torch.compiler.is_compiling():
-        return _composed(args, loss_fn, cu_seqlens, align, entropy)
-    options = Options(temperature, softcap, float(logit_scale), args[8], memory, backend, batch_invariant)
+        return _composed(args, trainable, loss_fn, cu_seqlens, align, entropy)
+    shard = make_shard(*args[12:])
+    options = Options(temperature, softcap, float(logit_scale), args[8], memory, backend, batch_invariant, shard)
     kernels = dispatch.kernels("linear_loss", backend, hidden.device)
     head = make_head(hidden, weight, bias, labels, options, kernels)
     units = make_units(labels, cu_seqlens, cu_groups, align)
@@ -349,7 +219,7 @@ def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Ten
         spread(head, stats.logps, head.out_dtype),
         torch.arange(head.hidden.shape[0], device=device),
         None if stats.entropy is None else spread(head, stats.entropy, head.out_dtype),
-        spread(head, _is_top1(stats), torch.bool),
+        spread(head, is_top1(stats), torch.bool),
         sequences,
         None if cu_seqlens is None else cu_seqlens.long(),
         outcome.metrics,
@@ -357,7 +227,7 @@ def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Ten
 
 
 def _composed(
-    args: tuple, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
+    args: tuple, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
 ) -> tuple[Tensor, TokenStats]:
     """What ``torch.compile`` traces: a Python ``loss_fn`` cannot live inside a custom op, its log-probs can.
 
@@ -367,7 +237,7 @@ def _composed(
     torch.ops.aten._assert_async.msg(
         (labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first"
     )
-    logps, entropies, top1 = row_stats(args, entropy)
+    logps, entropies, top1 = row_stats(args, entropy, trainable)
     sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)

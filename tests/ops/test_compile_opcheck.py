@@ -34,7 +34,7 @@ def test_token_op(temperatures, entropy):
 def test_linear_op(trainable, entropy):
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
     bias = torch.randn(V, requires_grad=trainable)
-    shared = (LABELS, ROWS, 1.0, None, 0.5, torch.float32, None, None, False)
+    shared = (LABELS, ROWS, 1.0, None, 0.5, torch.float32, None, None, False, None, None)
     args = (hidden, weight, bias, *shared, entropy, True, trainable)
     torch.library.opcheck(linear_op, args, test_utils=CHECKS)
     _, entropies, maximum, logsum, directions = linear_op(*args)

@@ -1,0 +1,151 @@
+"""A head whose vocabulary is split over ranks: rank r owns consecutive columns, in rank order; shards may be empty.
+
+Hidden states and labels are the same on every rank. Per chunk one all-gather carries what the ranks know of each row:
+
+    M    = max_r m_r                                     a_r = (m_r - M) + logsum_r
+    logS = ln sum_r exp(a_r)                             w_r = exp(a_r - logS)
+    logp = ((logp_o + logsum_o) + (m_o - M)) - logS      o: the rank that owns the label
+    H    = sum_r w_r (H_r - ln w_r)
+
+The combination runs in rank order on each rank and gives the same bits everywhere. The gradient of the hidden states is
+a sum over ranks, that of the weight is local. The number and shapes of collectives depend on shared values alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's place in a split vocabulary.
+
+    Attributes:
+        group: name of the process group.
+        sizes: columns of each rank.
+        rank: this process's place in the group.
+    """
+
+    group: str
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def vocab(self) -> int:
+        """Columns of all ranks."""
+        return sum(self.sizes)
+
+    @property
+    def widest(self) -> int:
+        """Columns of the largest shard: what all ranks plan with."""
+        return max(self.sizes)
+
+    @property
+    def stops(self) -> list[int]:
+        """The first column after each rank's own."""
+        return list(accumulate(self.sizes))
+
+
+def exchange(
+    process_group: dist.ProcessGroup | None, weight: Tensor, num_rows: int, trainable: bool
+) -> tuple[str | None, list[int] | None, bool]:
+    """The group's name, the columns of each rank, and whether any rank trains its slice; one small collective.
+
+    Args:
+        process_group: the ranks that share the vocabulary; None, or a group of one, needs no collective.
+        weight: ``[V_r, D]``, the rank's slice.
+        num_rows: N, which must be the same on every rank.
+        trainable: the rank's slice of weight or bias wants a gradient.
+
+    Raises:
+        ValueError: not a process group; another number of rows, or another width, on another rank.
+    """
+    if process_group is None:
+        return None, None, trainable
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group must be a torch.distributed ProcessGroup or None, got {type(process_group).__name__}"
+        )
+    if process_group.size() == 1:
+        return None, None, trainable
+    mine = torch.tensor([weight.shape[0], int(trainable), num_rows, weight.shape[1]], device=weight.device)
+    sizes, flags, rows, widths = _gather(mine[None], process_group)[:, 0].t().tolist()
+    for name, values in (("rows of hidden", rows), ("columns of weight (D)", widths)):
+        if len(set(values)) > 1:
+            raise ValueError(f"process_group: every rank needs the same number of {name}, got {values} in rank order")
+    return process_group.group_name, sizes, any(flags)
+
+
+def make_shard(group: str | None, sizes: Sequence[int] | None) -> Shard | None:
+    """The shard of this process, None when the vocabulary is whole."""
+    if group is None or sizes is None:
+        return None
+    return Shard(group, tuple(sizes), dist.get_rank(_named(group)))
+
+
+def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels ``[n]`` of scored rows as this rank's kernels read them, and the rank that owns each.
+
+    A label in another shard becomes -1; one outside the vocabulary stays invalid on every rank.
+    """
+    stops = torch.tensor(shard.stops, dtype=labels.dtype, device=labels.device)
+    stop, size = shard.stops[shard.rank], shard.sizes[shard.rank]
+    here = (labels >= stop - size) & (labels < stop)
+    local = torch.where(here, labels - (stop - size), -1)
+    local = torch.where((labels < 0) | (labels >= shard.vocab), size, local)
+    owners = torch.bucketize(labels, stops, right=True).clamp(max=len(shard.sizes) - 1)
+    return local, owners
+
+
+def nothing(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy, max and logsum of a shard without columns."""
+    zeros = torch.zeros(len(labels), dtype=dtype, device=labels.device)
+    return zeros.masked_fill(labels >= 0, torch.nan), zeros, torch.full_like(zeros, -torch.inf), zeros
+
+
+def combine(
+    shard: Shard, owners: Tensor, logps: Tensor, entropy: Tensor | None, maximum: Tensor, logsum: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 4]``.
+
+    A shard whose maximum is -inf has weight 0; a row that is -inf everywhere is NaN, as it is on one rank.
+    """
+    table = torch.stack([maximum, logsum, torch.zeros_like(logps) if entropy is None else entropy, logps], 1)
+    maxima, logsums, entropies, targets = _gather(table, _named(shard.group)).unbind(2)
+    top = maxima.amax(0)
+    banned = maxima == -torch.inf
+    shares = torch.where(banned, -torch.inf, (maxima - top) + logsums)
+    total = shares.exp().sum(0).log()
+    targets = torch.where(banned, -torch.inf, (targets + logsums) + (maxima - top))
+    everywhere = targets.gather(0, owners[None].long()).squeeze(0) - total
+    if entropy is None:
+        return everywhere, None, top, total
+    log_w = shares - total
+    w = log_w.exp()
+    return everywhere, torch.where(w == 0, 0, w * (entropies - log_w)).sum(0), top, total
+
+
+def _named(group: str) -> dist.ProcessGroup:
+    """Operator schemas know strings, not groups."""
+    return distributed_c10d._resolve_process_group(group)  # pyright: ignore  # the name's type is private too
+
+
+def _gather(table: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[n, c]`` of every rank as ``[R, n, c]``."""
+    tables = table.new_empty(group.size(), *table.shape)
+    dist.all_gather(list(tables.unbind(0)), table, group=group)
+    return tables
+
+
+def begin_sum(shard: Shard, partial: Tensor) -> dist.Work:
+    """Starts the sum of ``partial`` over the ranks, in place; ``wait`` on what is returned before reading it."""
+    work = dist.all_reduce(partial, group=_named(shard.group), async_op=True)
+    assert work is not None
+    return work

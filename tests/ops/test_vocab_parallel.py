@@ -1,0 +1,33 @@
+"""A vocabulary split over real gloo ranks gives what one rank gives; the checks are in ``vocab_ranks.py``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastalign.ops.vocab_parallel import Shard, localise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_agree_with_one(size):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    script = [sys.executable, str(Path(__file__).with_name("vocab_ranks.py")), str(size)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("agreed\n"), done.stderr[-4000:]
+
+
+def test_a_label_belongs_to_one_shard_and_an_invalid_one_to_none():
+    labels = torch.tensor([0, 2, 3, 6, 7, -5])
+    seen = [localise(Shard("", (3, 0, 4), rank), labels) for rank in range(3)]
+    assert [local.tolist() for local, _ in seen] == [
+        [0, 2, -1, -1, 3, 3],
+        [-1, -1, -1, -1, 0, 0],  # no column is valid here, and 0 is outside: both stay invalid
+        [-1, -1, 0, 3, 4, 4],
+    ]
+    assert all(owners.tolist()[:4] == [0, 0, 2, 2] for _, owners in seen)

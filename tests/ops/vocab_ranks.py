@@ -1,0 +1,248 @@
+"""``vocab_ranks.py SIZE``: a head split over SIZE forked gloo ranks equals the head of one rank, in values, gradients
+and number of collectives."""
+
+import sys
+import tempfile
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
+
+from fastalign.ops import linear_logps, linear_loss
+from fastalign.ops.linear_logps import reference
+from fastalign.testing import assert_matches, linear_example, outputs_and_grads
+
+N, D, V = 61, 19, 53
+SHARDS = {
+    1: [(53,)],
+    2: [(30, 23), (53, 0)],
+    3: [(20, 0, 33), (0, 52, 1)],
+    4: [(13, 14, 13, 13), (0, 26, 0, 27)],
+}
+CU_PAIRS = torch.tensor([0, 9, 9, 20, 33, 50, 61])
+REFERENCE = torch.linspace(-30, 10, 6)
+COUNTS = Counter()
+
+
+def counted(name):
+    """Counts what the package asks of ``torch.distributed``; the checks below go around it."""
+    original = getattr(dist, name)
+
+    def collective(*args, **kwargs):
+        COUNTS[name] += 1
+        return original(*args, **kwargs)
+
+    setattr(dist, name, collective)
+
+
+def counts():
+    """Collectives since the last call, asserted to be the same on every rank."""
+    mine = COUNTS["all_gather"], COUNTS["all_reduce"]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    assert everyone == [mine] * len(everyone), everyone
+    COUNTS.clear()
+    return mine
+
+
+def own(sizes):
+    """The columns of this rank."""
+    start = sum(sizes[: dist.get_rank()])
+    return slice(start, start + sizes[dist.get_rank()])
+
+
+def sliced(tensors, columns, frozen=()):
+    """The rank's leaves: hidden whole, weight and bias its columns."""
+    parts = {name: x.detach() if name == "hidden" else x.detach()[columns].clone() for name, x in tensors.items()}
+    return {name: x.clone().requires_grad_(name not in frozen) for name, x in parts.items()}
+
+
+def same_bits_everywhere(*tensors):
+    for x in tensors:
+        everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        distributed_c10d.all_gather(everyone, x.detach().contiguous())
+        assert all(torch.equal(x.detach().nan_to_num(7), other.nan_to_num(7)) for other in everyone)
+
+
+def close(actual, expected, name):
+    assert (actual - expected).abs().max().item() <= 1e-12 * max(1, expected.abs().max().item()), name
+
+
+def check_logps(case, sizes, memory):
+    x = linear_example(case, N, D, V, torch.float64)
+    columns = own(sizes)
+    single = outputs_and_grads(linear_logps(**x.tensors, labels=x.labels, **x.options), x)
+    mine = sliced(x.tensors, columns)
+    run = {**x.options, "process_group": dist.group.WORLD, "memory": memory}
+    result = linear_logps(**mine, labels=x.labels, **run)
+    for name, found in outputs_and_grads(result, type(x)(mine, x.labels, {}, x.grad_logps, x.grad_entropy)).items():
+        whole = name not in ("d_weight", "d_bias")
+        if found.numel():
+            close(found, single[name] if whole else single[name][columns], f"{case} {sizes} {name}")
+        if whole:
+            same_bits_everywhere(found)
+    frozen = sliced(x.tensors, columns, frozen=("weight", "bias"))
+    logps = linear_logps(**frozen, labels=x.labels, **{**run, "entropy": False})
+    plain = linear_logps(
+        x.tensors["hidden"], x.tensors["weight"].detach(), x.labels, **{**bias(x), **x.options, "entropy": False}
+    )
+    grads = [
+        torch.autograd.grad((y * x.grad_logps).sum(), [h])[0]
+        for y, h in ((logps, frozen["hidden"]), (plain, x.tensors["hidden"]))
+    ]
+    close(grads[0], grads[1], f"frozen {case}")
+    counts()
+
+
+def bias(x):
+    return {"bias": x.tensors["bias"].detach()} if "bias" in x.tensors else {}
+
+
+def check_narrow(dtype, sizes):
+    """Errors within twice those of eager code on one rank, both against float64."""
+    x = linear_example("everything", N, D, V, dtype)
+    columns, wide, results = own(sizes), x.to(torch.float64), []
+    for y in (x, wide):
+        results.append(outputs_and_grads(reference(**y.tensors, labels=y.labels, **y.options), y))
+    mine = sliced(x.tensors, columns)
+    found = linear_logps(**mine, labels=x.labels, **x.options, process_group=dist.group.WORLD, memory=30_000)
+    for name, ours in outputs_and_grads(found, type(x)(mine, x.labels, {}, x.grad_logps, x.grad_entropy)).items():
+        eager, oracle = (r[name][columns] if name in ("d_weight", "d_bias") else r[name] for r in results)
+        assert_matches(ours, eager, oracle, name=name)
+
+
+def dpo(stats):
+    sums = torch.zeros(len(stats.sequences), dtype=stats.logps.dtype)
+    owner = torch.repeat_interleave(torch.arange(len(sums)), stats.cu_seqlens.diff())
+    scores = sums.index_add(0, owner, stats.logps) - REFERENCE[stats.sequences]
+    losses = -torch.nn.functional.logsigmoid(0.1 * (scores[::2] - scores[1::2]))
+    return losses.sum() / 3 - 0.01 * stats.entropy.sum(), {"top1": stats.is_top1.sum()}
+
+
+def check_loss(case, sizes, memory):
+    x = linear_example(case, N, D, V, torch.float64)
+    columns = own(sizes)
+    mine = sliced(x.tensors, columns)
+    options = {**x.options, "entropy": True, "align": "pair", "cu_seqlens": CU_PAIRS}
+    single, single_stats = linear_loss(**x.tensors, labels=x.labels, loss_fn=dpo, **options)
+    calls = []
+
+    def loss_fn(stats):
+        calls.append(len(stats.rows))
+        return dpo(stats)
+
+    options |= {"process_group": dist.group.WORLD, "memory": memory}
+    loss, stats = linear_loss(**mine, labels=x.labels, loss_fn=loss_fn, **options)
+    grads = torch.autograd.grad(loss, list(mine.values()), retain_graph=True)
+    seen, split = counts(), dist.get_world_size() > 1  # all ranks agree, however the chunks are cut
+    if memory is None:
+        assert seen == ((2, 1) if split else (0, 0)) and len(calls) == 1
+    again = torch.autograd.grad(loss, list(mine.values()))
+    expected = torch.autograd.grad(single, list(x.tensors.values()))
+    for name, g, second, oracle in zip(mine, grads, again, expected, strict=True):
+        part = oracle if name == "hidden" else oracle[columns]
+        if part.numel():
+            close(g, part, f"{case} {sizes} {name}")
+            close(second, part, f"second {case} {sizes} {name}")
+    close(loss.detach(), single.detach(), "loss")
+    close(stats.logps, single_stats.logps, "logps")
+    assert torch.equal(stats.is_top1, single_stats.is_top1)
+    assert stats.metrics["top1"] == single_stats.metrics["top1"]
+    same_bits_everywhere(loss, stats.logps, stats.entropy, grads[0])
+    counts()
+
+
+def check_banned(sizes):
+    """A shard that is -inf everywhere has weight 0 and makes no NaN."""
+    x = linear_example("bias", N, D, V, torch.float64)
+    x.tensors["bias"].data[: sizes[0]] = -torch.inf
+    labels = torch.where(x.labels < sizes[0], sizes[0], x.labels).clamp(max=V - 1)
+    mine, columns = sliced(x.tensors, own(sizes)), own(sizes)
+    result = linear_logps(**mine, labels=labels, entropy=True, process_group=dist.group.WORLD)
+    single = linear_logps(**x.tensors, labels=labels, entropy=True)
+    banned = torch.zeros_like(labels)
+    for ours, one in zip(result, single, strict=True):
+        close(ours, one, "banned shard")
+    grads = torch.autograd.grad(sum(r.sum() for r in result), list(mine.values()))
+    expected = torch.autograd.grad(sum(r.sum() for r in single), list(x.tensors.values()))
+    for name, g, oracle in zip(mine, grads, expected, strict=True):
+        part = oracle if name == "hidden" else oracle[columns]
+        if part.numel():
+            close(g, part, f"banned {name}")
+    with torch.no_grad():
+        assert (linear_logps(**mine, labels=banned, process_group=dist.group.WORLD) == -torch.inf).all()
+    counts()
+
+
+def check_counts(sizes):
+    """One exchange of sizes per call, one table per chunk, one sum of the hidden gradient."""
+    x = linear_example("masked", N, D, V, torch.float32)
+    group, split = dist.group.WORLD, dist.get_world_size() > 1
+    for frozen, first, second in (((), (2, 0), (0, 1)), (("weight",), (2, 1), (0, 0))):
+        mine = sliced(x.tensors, own(sizes), frozen)
+        logps = linear_logps(**mine, labels=x.labels, process_group=group)
+        assert counts() == (first if split else (0, 0))
+        logps.sum().backward()
+        assert counts() == (second if split else (0, 0))
+    mine = sliced(x.tensors, own(sizes), ("weight",) if dist.get_rank() == 0 else ())  # trained on some ranks only
+    linear_logps(**mine, labels=x.labels, process_group=group).sum().backward()
+    assert counts() == ((2, 1) if split else (0, 0)) and (mine["weight"].grad is None) == (dist.get_rank() == 0)
+    nothing = torch.full_like(x.labels, -100)
+    mine = sliced(x.tensors, own(sizes))
+    linear_logps(**mine, labels=nothing, process_group=group).sum().backward()
+    linear_loss(**mine, labels=nothing, loss_fn=lambda s: s.logps.sum(), process_group=group)[0].backward()
+    assert counts() == ((2, 0) if split else (0, 0)) and not mine["hidden"].grad.any()
+
+
+def check_refusals(sizes):
+    x = linear_example("plain", N, D, V, torch.float32)
+    mine = sliced(x.tensors, own(sizes))
+    for label in (V, -1):
+        labels = x.labels.clone()
+        labels[3] = label
+        for op in (linear_logps, lambda *args, **kwargs: linear_loss(*args, lambda s: s.logps.sum(), **kwargs)):
+            try:
+                op(mine["hidden"], mine["weight"], labels, process_group=dist.group.WORLD)
+                raise AssertionError("a label outside the vocabulary was taken")
+            except ValueError as error:
+                assert f"label {label} at row 3 is neither in [0, {V})" in str(error), error
+    if len(sizes) > 1:
+        rows = N - dist.get_rank() % 2
+        try:
+            linear_logps(mine["hidden"][:rows], mine["weight"], x.labels[:rows], process_group=dist.group.WORLD)
+            raise AssertionError("different numbers of rows were taken")
+        except ValueError as error:
+            assert "the same number of rows of hidden" in str(error), error
+    counts()
+
+
+def work(rank, size, store):
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    for name in ("all_gather", "all_reduce"):
+        counted(name)
+    for sizes in SHARDS[size]:
+        for case in ("plain", "softcap", "bias", "everything"):
+            for memory in (None, 12_000):
+                check_logps(case, sizes, memory)
+        for case in ("masked", "everything"):
+            for memory in (None, 12_000):
+                check_loss(case, sizes, memory)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_narrow(dtype, sizes)
+        counts()
+        check_counts(sizes)
+        check_refusals(sizes)
+        if size > 1 and 0 < sizes[0] < V:
+            check_banned(sizes)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(work, (size, f"{folder}/store"), nprocs=size, start_method="fork")
+    print("agreed")
