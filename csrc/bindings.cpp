@@ -3,6 +3,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
+#include "scan.h"
 #include "token_logps.h"
 
 namespace py = pybind11;
@@ -88,6 +89,26 @@ PYBIND11_MODULE(_C, m) {
       .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "segment_scan",
+      [](Address x, Address decays, double decay, Address out, bool float64, bool reverse, Address offsets,
+         int64_t segments, int threads) {
+        segment_scan({pointer(x), pointer(decays), decay, pointer(out), float64, reverse,
+                      {pointer<int64_t>(offsets), segments}}, threads);
+      },
+      py::kw_only(), py::arg("x"), py::arg("decays"), py::arg("decay"), py::arg("out"), py::arg("float64"),
+      py::arg("reverse"), py::arg("offsets"), py::arg("segments"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>(), "Discounted sums over the rest of each segment, or their adjoint.");
+  m.def(
+      "gae",
+      [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,
+         Address returns, bool float64, Address offsets, int64_t segments, int threads) {
+        gae({pointer(rewards), pointer(values), pointer(last_values), gamma, lam, pointer(advantages),
+             pointer(returns), float64, {pointer<int64_t>(offsets), segments}}, threads);
+      },
+      py::kw_only(), py::arg("rewards"), py::arg("values"), py::arg("last_values"), py::arg("gamma"), py::arg("lam"),
+      py::arg("advantages"), py::arg("returns"), py::arg("float64"), py::arg("offsets"), py::arg("segments"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "Advantages and returns of each segment.");
 #if defined(FASTALIGN_CUDA)
   op.def("forward_cuda", &forward_cuda, py::arg("stream"), "As forward, on addresses of the current device.");
   m.attr("has_cuda") = true;

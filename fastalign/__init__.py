@@ -4,11 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastalign.ops import entropy_from_logits, linear_logps, linear_loss, selective_log_softmax, token_logps
+    from fastalign.ops import (
+        entropy_from_logits,
+        gae,
+        linear_logps,
+        linear_loss,
+        segment_scan,
+        selective_log_softmax,
+        token_logps,
+        whiten,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["entropy_from_logits", "linear_logps", "linear_loss", "selective_log_softmax", "token_logps"]
+__all__ = [
+    "entropy_from_logits",
+    "gae",
+    "linear_logps",
+    "linear_loss",
+    "segment_scan",
+    "selective_log_softmax",
+    "token_logps",
+    "whiten",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,17 @@
 
 from fastalign.ops.linear_logps import linear_logps
 from fastalign.ops.linear_loss import linear_loss
+from fastalign.ops.scan import gae, segment_scan
 from fastalign.ops.token_logps import entropy_from_logits, selective_log_softmax, token_logps
+from fastalign.ops.whiten import whiten
 
-__all__ = ["entropy_from_logits", "linear_logps", "linear_loss", "selective_log_softmax", "token_logps"]
+__all__ = [
+    "entropy_from_logits",
+    "gae",
+    "linear_logps",
+    "linear_loss",
+    "segment_scan",
+    "selective_log_softmax",
+    "token_logps",
+    "whiten",
+]

@@ -21,7 +21,12 @@ log = logging.getLogger("fastalign")
 
 _SWEEP = {"torch": "fastalign.ops.token_logps", "cpp": "fastalign.ops._cpp", "triton": "fastalign_kernels.token_logps"}
 
-MODULES: dict[str, dict[str, str]] = {"token_logps": _SWEEP, "linear_logps": _SWEEP, "linear_loss": _SWEEP}
+_SCAN = {"torch": "fastalign.ops.scan", "cpp": "fastalign.ops._cpp_scan", "triton": "fastalign_kernels.scan"}
+
+MODULES: dict[str, dict[str, str]] = {
+    **{"token_logps": _SWEEP, "linear_logps": _SWEEP, "linear_loss": _SWEEP},
+    **{"segment_scan": _SCAN, "gae": _SCAN},
+}
 """op -> backend -> the module that holds its kernels; the linear ops are GEMMs around the sweep of ``token_logps``."""
 
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}

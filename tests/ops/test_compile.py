@@ -6,7 +6,7 @@ is what would be launched. Print the table of registers, shared memory and spill
 
 On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {soft-cap} are compiled; on sm_80 and sm_100 bf16 and fp32
 with nothing and with everything; the narrow variants (fp16, int32 labels, a temperature per row, an odd vocabulary, a
-small one) on sm_90 and gfx942, with everything.
+small one) on sm_90 and gfx942, with everything. The scans are compiled for every target.
 """
 
 import ast
@@ -26,7 +26,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
-from fastalign_kernels import launch, token_logps
+from fastalign_kernels import launch, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
@@ -50,6 +50,14 @@ def launch_token_logps(
     token_logps.backward(torch.zeros_like(logits), logits, labels, top, logsum, entropies, logps, e, **options)
 
 
+def launch_scan(dtype=torch.float32, offsets=torch.int32):
+    x, cu_seqlens = torch.zeros(4, dtype=dtype), torch.zeros(3, dtype=offsets)
+    scan.scan(x, cu_seqlens, 0.9, reverse=True)
+    scan.scan(x, cu_seqlens, x, reverse=False)
+    scan.advantages(x, x, cu_seqlens, None, 0.9, 0.8)
+    scan.advantages(x, x, cu_seqlens, x[:2], 0.9, 0.8)
+
+
 PLAIN = {"entropy": False, "softcap": None}
 FULL = [
     {"dtype": dtype, "entropy": entropy, "softcap": softcap}
@@ -60,7 +68,9 @@ FULL = [
 ENDS = [{"dtype": dtype, **options} for dtype in (torch.bfloat16, torch.float32) for options in (PLAIN, {})]
 NARROW = [{"dtype": torch.float16, "rows": True}, {"labels": torch.int32, "vocab_size": 8191}, {"vocab_size": 100}]
 WIDTHS = {"sm_80": ENDS, "sm_90": FULL + NARROW, "sm_100": ENDS, "gfx942": FULL + NARROW}
+SCANS = [{}, {"dtype": torch.float64, "offsets": torch.int64}]
 CASES = [(target, launch_token_logps, options) for target, cases in WIDTHS.items() for options in cases]
+CASES += [(target, launch_scan, options) for target in TARGETS for options in SCANS]
 """Target, a function that launches kernels, its arguments: a new kernel gets its entry here."""
 
 
@@ -124,7 +134,8 @@ def jit_functions():
 def test_every_kernel_has_a_case():
     functions = jit_functions()
     trees = (ast.walk(ast.parse(inspect.getsource(function.fn))) for function in functions.values())
-    called = {ast.unparse(node.func).split(".")[-1] for tree in trees for node in tree if isinstance(node, ast.Call)}
+    calls = [node for tree in trees for node in tree if isinstance(node, ast.Call)]
+    called = {ast.unparse(part).split(".")[-1] for call in calls for part in (call.func, *call.args)}
     launchers = {launcher for _, launcher, _ in CASES}
     compiled = {kernel.__name__ for launcher in launchers for kernel, _ in record(launcher, TARGETS["sm_90"])}
     assert functions.keys() - called == compiled
@@ -166,3 +177,18 @@ def test_nothing_compiles_again_for_another_size_or_setting(target):
     assert len(set(expected)) == 2
     assert keys(1, 8192, 8192, 1, 0.7, 50.0) == expected
     assert keys(7, 9008, 9032, 1, 2.0, 1.0) == expected
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_scan_compiles_again_for_another_size_or_setting(target):
+    def keys(num_tokens, start, decay):
+        def launcher():
+            x, cu_seqlens = torch.zeros(num_tokens + 1)[start:], torch.zeros(num_tokens + 1, dtype=torch.int32)[start:]
+            scan.scan(x, cu_seqlens, decay, reverse=True)
+            scan.advantages(x, x, cu_seqlens, x, decay, decay)
+
+        return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in record(launcher, TARGETS[target])]
+
+    expected = keys(16, 0, 1.0)
+    assert len(set(expected)) == 2
+    assert keys(1, 0, 0.5) == keys(3, 1, 0.99) == expected
