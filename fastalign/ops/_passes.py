@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._gradients import Gradients, add_chunk
-from fastalign.ops._head import Head, Stats, hidden_rows, join, project, sweep, workspace
+from fastalign.ops._head import Head, Stats, cut, hidden_rows, join, project, sweep, workspace
 from fastalign.ops._loss_fn import LossFn, evaluate
 from fastalign.ops._units import Units
-from fastalign.ops.plan import Plan
+from fastalign.ops.plan import Chunk, Plan
 from fastalign.types import TokenStats
 
 
@@ -29,16 +29,16 @@ class Outcome:
 def one_pass(
     head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Gradients | None
 ) -> Outcome:
-    """Every chunk from hidden states to gradients while its logits are hot."""
-    buffer = workspace(head, plan.chunk_rows, head.weight.shape[0])
+    """Every group of chunks from hidden states to gradients while its logits are hot."""
+    buffer = workspace(head, plan.held_rows, head.weight.shape[0])
     losses, sums, parts, gs, es = [], {}, [], [], []
-    for index, (start, stop) in enumerate(plan.chunks):
-        logits = project(head, hidden_rows(head, start, stop), buffer)
-        stats = sweep(head, start, stop, logits, entropy)
-        seen = _token_stats(head, stats, start, stop, units, plan.unit_spans[index] if plan.unit_spans else None)
+    for index, group in enumerate(plan.groups):
+        span = plan.unit_spans[index] if plan.unit_spans else None
+        logits, stats = _group_stats(head, plan, group, buffer, entropy)
+        seen = _token_stats(head, stats, group[0][0], group[-1][1], units, span)
         loss, metrics, g, e = evaluate(loss_fn, seen, grads is not None)
         if grads is not None and g is not None:
-            add_chunk(head, grads, logits, stats, *_like(stats, g, e), start, first=index == 0)
+            _add_group(head, plan, grads, group, logits, stats, *_like(stats, g, e), first=index == 0)
         losses.append(loss)
         parts.append(stats)
         gs.append(g)
@@ -46,6 +46,40 @@ def one_pass(
         _add_metrics(sums, metrics)
     stats = join(head, parts, entropy)
     return Outcome(_total(losses, head), sums, stats, *_coefficients(stats, gs, es))
+
+
+def _group_stats(
+    head: Head, plan: Plan, group: tuple[Chunk, ...], buffer: Tensor, entropy: bool
+) -> tuple[list[Tensor], Stats]:
+    """Logits and statistics of a group; each chunk has its slot of the buffer, those beyond share the last."""
+    logits, parts = [], []
+    size = max(stop - start for start, stop in group) * head.weight.shape[0]
+    for i, (start, stop) in enumerate(group):
+        slot = buffer[min(i, plan.slots - 1) * size :]
+        logits.append(project(head, hidden_rows(head, start, stop), slot))
+        parts.append(sweep(head, start, stop, logits[i], entropy))
+    return logits, join(head, parts, entropy)
+
+
+def _add_group(
+    head: Head,
+    plan: Plan,
+    grads: Gradients,
+    group: tuple[Chunk, ...],
+    logits: list[Tensor],
+    stats: Stats,
+    g: Tensor,
+    e: Tensor | None,
+    *,
+    first: bool,
+) -> None:
+    """Gradients chunk by chunk, from the last, whose logits are there; those that lost their slot are made again."""
+    for i, (start, stop) in reversed(list(enumerate(group))):
+        if plan.slots - 1 <= i < len(group) - 1:
+            project(head, hidden_rows(head, start, stop), logits[i].view(-1))
+        rows = slice(start - group[0][0], stop - group[0][0])
+        part = (cut(stats, rows), g[rows], None if e is None else e[rows])
+        add_chunk(head, grads, logits[i], *part, start, first=first and i == len(group) - 1)
 
 
 def two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, gradient: bool) -> Outcome:

@@ -4,6 +4,7 @@ Modes (N rows, V vocabulary, D hidden; one GEMM over the head costs 2NVD):
 
     stats     2NVD   no gradient is wanted: chunks of rows, statistics only
     one_pass  6NVD   coefficients are known while the chunk's logits are hot (4NVD when the head is frozen)
+    retained  6NVD + 2(1 - phi)NVD   units longer than a chunk: the logits of a share phi are kept, others made again
     frozen    4NVD   frozen head, any upstream gradient: the forward keeps one direction per row
     slabs     8NVD   everything else: statistics first, then logits again, one vocabulary slab after the other
 """
@@ -11,11 +12,12 @@ Modes (N rows, V vocabulary, D hidden; one GEMM over the head costs 2NVD):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from typing import Literal
 
-Mode = Literal["stats", "one_pass", "frozen", "slabs"]
+Mode = Literal["stats", "one_pass", "retained", "frozen", "slabs"]
+Chunk = tuple[int, int]
 Coefficients = Literal["none", "token", "unit", "upstream"]
 
 MIN_ROWS = 256
@@ -24,6 +26,8 @@ GPU_ROWS = 4096
 """Rows per chunk on a GPU: below, read-modify-write of the fp32 dW costs more than 6 % of the GEMMs."""
 CPU_ROWS = 512
 """Rows per chunk on a CPU: measured, the three GEMMs run within 5 % of their full-size speed from 342 rows on."""
+USEFUL_SHARE = 0.5
+"""Keeping a smaller share of the logits is not worth thinner chunks and an accumulator for the weight's gradient."""
 CPU_BYTES = 128 << 20
 """Default workspace on a CPU, unless 256 rows need more."""
 GPU_SHARE = 16
@@ -42,8 +46,10 @@ class Plan:
 
     Attributes:
         mode: see the module's docstring.
-        chunks: ``(start, stop)`` over the scored rows, in order, covering all of them.
-        unit_spans: for one-pass aligned calls ``(start, stop)`` over the units of each chunk, else None.
+        groups: the chunks that each call of the loss sees, ``(start, stop)`` over the scored rows; all rows, in order.
+        unit_spans: for aligned calls with whole groups ``(start, stop)`` over the units of each group, else None.
+        slots: chunks of a group whose logits are held at once; those beyond share the last slot.
+        phi: share of the rows whose logits are made once.
         slab, block: columns and rows at a time when a backward recomputes logits.
         workspace_bytes: bound on chunk logits and temporaries, GEMM library scratch excluded.
         accumulator_bytes: the fp32 weight gradient of a trainable head, reported beside the workspace.
@@ -52,25 +58,37 @@ class Plan:
     """
 
     mode: Mode
-    chunks: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[Chunk, ...], ...]
     unit_spans: tuple[tuple[int, int], ...] | None
+    slots: int
+    phi: float
     slab: int
     block: int
     workspace_bytes: int
     accumulator_bytes: int
-    flops: int
+    flops: float
     reason: str
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks, in order."""
+        return tuple(chain.from_iterable(self.groups))
 
     @property
     def chunk_rows(self) -> int:
         """Rows of the largest chunk."""
-        return max((stop - start for start, stop in self.chunks), default=0)
+        return _largest(self.chunks)
+
+    @property
+    def held_rows(self) -> int:
+        """Rows of logits that exist at once when gradients are made group by group."""
+        return max((min(self.slots, len(group)) * _largest(group) for group in self.groups), default=0)
 
     def __str__(self) -> str:
         workspace, accumulator = self.workspace_bytes / 2**20, self.accumulator_bytes / 2**20
         return (
-            f"{self.mode} ({self.reason}): {len(self.chunks)} chunks, up to {self.chunk_rows} rows, {self.flops} NVD, "
-            f"workspace {workspace:.1f} MiB, accumulator {accumulator:.1f} MiB"
+            f"{self.mode} ({self.reason}): {len(self.chunks)} chunks, up to {self.chunk_rows} rows, "
+            f"{self.flops:.3g} NVD, workspace {workspace:.1f} MiB, accumulator {accumulator:.1f} MiB"
         )
 
 
@@ -110,16 +128,23 @@ def make_plan(
     scratch += 64 * num_rows
     limit = _rows_that_fit(row_bytes, memory, scratch, device, total_memory)
     starved = device == "cuda" and memory is not None and limit < min(num_rows, GPU_ROWS)
-    mode, flops, reason = _mode(coefficients, units or (), limit, head_gradient, entropy, starved)
-    aligned = mode == "one_pass" and units is not None and coefficients == "unit"
-    spans = _unit_spans(units, limit) if aligned and units is not None else None
-    chunks = _unit_chunks(units, spans) if spans is not None and units is not None else _balanced(num_rows, limit)
     budget = max(0, (memory or _default_bytes(device, total_memory)) - scratch)
+    slots, piece = _slots(max(limit, budget // row_bytes), device)
+    spans = _unit_spans(units, limit) if coefficients == "unit" and units is not None else None
+    groups = () if units is None or spans is None else _unit_groups(units, spans, limit, piece)
+    phi = _share_made_once(groups, slots, piece, device)
+    mode, flops, reason = _mode(coefficients, units or (), limit, head_gradient, entropy, starved, phi)
+    whole, phi = mode in ("one_pass", "retained"), 0.0 if mode == "slabs" else phi
+    if not whole or spans is None:
+        chunks, spans = _balanced(0, num_rows, limit), None
+        groups = (chunks,) if mode == "slabs" else tuple((chunk,) for chunk in chunks)
     slab, block = _tile(num_rows, vocab, itemsize, budget, batch_invariant)
-    rows = max((stop - start for start, stop in chunks), default=0)
-    workspace = scratch + max(rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
-    accumulator = 4 * vocab * width if head_gradient and mode == "one_pass" else 0
-    return Plan(mode, chunks, spans, slab, block, workspace, accumulator, flops, reason)
+    accumulator = 4 * vocab * width if head_gradient and whole else 0
+    plan = Plan(
+        mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
+    )
+    workspace = scratch + max(plan.held_rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
+    return replace(plan, workspace_bytes=workspace)
 
 
 def _row_bytes(vocab: int, width: int, itemsize: int) -> int:
@@ -141,8 +166,14 @@ def _rows_that_fit(row_bytes: int, memory: int | None, scratch: int, device: str
 
 
 def _mode(
-    coefficients: Coefficients, units: Sequence[int], limit: int, head_gradient: bool, entropy: bool, starved: bool
-) -> tuple[Mode, int, str]:
+    coefficients: Coefficients,
+    units: Sequence[int],
+    limit: int,
+    head_gradient: bool,
+    entropy: bool,
+    starved: bool,
+    phi: float,
+) -> tuple[Mode, float, str]:
     if coefficients == "none":
         return "stats", 2, "no gradient is wanted"
     two_phase = 8 if head_gradient else 6
@@ -153,16 +184,42 @@ def _mode(
         return "slabs", two_phase, f"coefficients arrive in backward; {why}"
     if starved:
         return "slabs", two_phase, f"memory holds fewer than {GPU_ROWS} rows of logits"
+    known, hot = "per token" if coefficients == "token" else "per unit, and every unit fits", 6 if head_gradient else 4
     if coefficients == "unit" and max(units, default=0) > limit:
-        return "slabs", two_phase, f"the largest unit has {max(units)} rows, a chunk holds {limit}"
-    known = "per token" if coefficients == "token" else "per unit, and every unit fits"
-    return "one_pass", 6 if head_gradient else 4, f"coefficients are known {known}"
+        why = f"the largest unit has {max(units)} rows, a chunk holds {limit}"
+        if phi < USEFUL_SHARE:
+            return "slabs", two_phase, why
+        return "retained", hot + 2 * (1 - phi), f"{why}; {phi:.0%} of the logits are made once"
+    return "one_pass", hot, f"coefficients are known {known}"
 
 
-def _balanced(num_rows: int, limit: int) -> tuple[tuple[int, int], ...]:
+def _largest(chunks: Sequence[Chunk]) -> int:
+    return max((stop - start for start, stop in chunks), default=0)
+
+
+def _balanced(start: int, stop: int, limit: int) -> tuple[Chunk, ...]:
     """As few chunks as fit, equal to within one row, so that the last one is not a sliver."""
-    count = -(-num_rows // limit)
-    return tuple(pairwise(num_rows * i // count for i in range(count + 1))) if count else ()
+    rows = stop - start
+    count = -(-rows // limit)
+    return tuple(pairwise(start + rows * i // count for i in range(count + 1))) if count else ()
+
+
+def _slots(capacity: int, device: str) -> tuple[int, int]:
+    """How many chunks of a long unit the budget holds, and their rows: as thin as is still efficient."""
+    slots = max(1, capacity // _thinnest(device))
+    return slots, max(1, capacity // slots)
+
+
+def _thinnest(device: str) -> int:
+    return GPU_ROWS if device == "cuda" else MIN_ROWS
+
+
+def _share_made_once(groups: Sequence[Sequence[Chunk]], slots: int, piece: int, device: str) -> float:
+    """The rows whose logits are still there when their coefficients come; none where pieces are too thin."""
+    if piece < _thinnest(device) and any(len(group) > 1 for group in groups):
+        return 0.0
+    again = sum(stop - start for group in groups for start, stop in group[slots - 1 : -1])
+    return 1 - again / max(1, sum(stop - start for group in groups for start, stop in group))
 
 
 def _unit_spans(units: Sequence[int], limit: int) -> tuple[tuple[int, int], ...]:
@@ -178,9 +235,13 @@ def _unit_spans(units: Sequence[int], limit: int) -> tuple[tuple[int, int], ...]
     return (*spans, (start, len(units))) if units else ()
 
 
-def _unit_chunks(units: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _unit_groups(
+    units: Sequence[int], spans: Sequence[tuple[int, int]], limit: int, piece: int
+) -> tuple[tuple[Chunk, ...], ...]:
+    """The rows of each span as one chunk, or in pieces where a unit is too long for one."""
     offsets = list(accumulate(units, initial=0))
-    return tuple((offsets[start], offsets[stop]) for start, stop in spans)
+    rows = [(offsets[start], offsets[stop]) for start, stop in spans]
+    return tuple(_balanced(*span, piece) if span[1] - span[0] > limit else (span,) for span in rows)
 
 
 def _tile(num_rows: int, vocab: int, itemsize: int, budget: int, batch_invariant: bool) -> tuple[int, int]:

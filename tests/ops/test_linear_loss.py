@@ -3,11 +3,12 @@
 import math
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
-from fastalign.ops import linear_loss
+from fastalign.ops import _gradients, _head, _passes, linear_loss, plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 
@@ -89,6 +90,82 @@ def test_a_loss_equals_autograd(name, dtype, memory):
         assert_matches(ours, g, oracle, name=label)
     assert {k: v.item() for k, v in stats.metrics.items()} == {k: v.item() for k, v in exact[1].items()}
     assert (grads[0][x.labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slots", [3, 4])
+def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
+    """The middle one of three sequences is cut into five pieces, of which all but ``slots`` are projected twice."""
+    x = linear_example("everything", 1531, 9, 37, dtype)
+    cu_seqlens, projected, plans = torch.tensor([0, 90, 1400, 1531]), [], []
+    scored = (x.labels != -100).cumsum(0).tolist()
+
+    def make_plan(*args, **kwargs):
+        plans.append(plan.make_plan(*args, **{**kwargs, "scratch": 0}))
+        return plans[0]
+
+    def project(head, hidden, *rest):
+        projected.append(len(hidden))
+        return _head.project(head, hidden, *rest)
+
+    def loss_fn(stats):
+        sums = segment_sums(stats.logps, stats.cu_seqlens) / 1000
+        return (sums.exp() * torch.cos(stats.sequences.float())).sum() - 0.01 * stats.entropy.sum(), {}
+
+    piece = -(-(scored[1399] - scored[89]) // 5)
+    monkeypatch.setattr(plan, "MIN_ROWS", piece)
+    monkeypatch.setattr(import_module("fastalign.ops.linear_logps"), "make_plan", make_plan)
+    monkeypatch.setattr(_passes, "project", project)
+    memory = slots * piece * plan._row_bytes(37, 9, dtype.itemsize) + 64 * scored[-1]
+    options = {"align": "sequence", "cu_seqlens": cu_seqlens, "entropy": True}
+    loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **{**x.options, **options}, memory=memory)
+    grads = torch.autograd.grad(loss, list(x.tensors.values()))
+    assert plans[0].mode == "retained" and [len(group) for group in plans[0].groups] == [1, 5, 1]
+    assert sum(projected) == scored[-1] * (2 - plans[0].phi) and len(projected) == 7 + 5 - slots
+    theirs, exact = eager(loss_fn, options, x), eager(loss_fn, options, x.to(torch.float64))
+    assert_matches(loss.detach(), theirs[0].detach(), exact[0].detach(), name="loss")
+    for label, ours, g, oracle in zip(x.tensors, grads, theirs[2], exact[2], strict=True):
+        assert_matches(ours, g, oracle, name=label)
+
+
+@pytest.mark.parametrize("memory", [None, 60_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_without_a_coefficient_cost_no_gradient(dtype, memory, monkeypatch):
+    """Zero coefficients leave the two GEMMs of a chunk; a NaN coefficient is not zero."""
+    x, widths = inputs(dtype, case="everything"), []
+    weights = torch.where(torch.arange(N) % 5 < 2, 1.0, 0.0)
+
+    def loss_fn(stats):
+        return (stats.logps * weights[stats.rows]).sum(), {}
+
+    def differentiate(head, start, stop, logits, *rest):
+        widths.append(len(logits))
+        return _head.differentiate(head, start, stop, logits, *rest)
+
+    monkeypatch.setattr(_gradients, "differentiate", differentiate)
+    options = {**x.options, "entropy": False, "memory": memory}
+    loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **options)
+    again = torch.autograd.grad(loss, list(x.tensors.values()), retain_graph=True)
+    assert sum(widths) == (weights.bool() & (x.labels != -100)).sum()
+    seconds = torch.autograd.grad(loss, list(x.tensors.values()))
+    theirs, exact = eager(loss_fn, {}, x), eager(loss_fn, {}, x.to(torch.float64))
+    for label, *ours, g, oracle in zip(x.tensors, again, seconds, theirs[2], exact[2], strict=True):
+        for grad in ours:
+            assert_matches(grad, g, oracle, name=label)
+    assert not again[0][weights == 0].any() and not seconds[0][weights == 0].any()
+    row = int((x.labels != -100).nonzero()[7])
+    weights[row] = torch.nan
+    loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **options)
+    (spoiled,) = torch.autograd.grad(loss, [x.tensors["hidden"]])
+    assert spoiled.isnan().all(1).nonzero().tolist() == [[row]]
+
+
+def test_no_coefficient_at_all_costs_nothing_and_gives_zeros():
+    x = inputs(case="plain")
+    for memory in (None, 60_000):
+        loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=lambda s: 0 * s.logps.sum(), memory=memory)
+        assert not any(g.any() for g in torch.autograd.grad(loss, list(x.tensors.values()), retain_graph=True))
+        assert not any(g.any() for g in torch.autograd.grad(loss, list(x.tensors.values())))
 
 
 @pytest.mark.parametrize("memory", [None, 60_000, 1], ids=["ample", "chunks", "one row"])
@@ -263,7 +340,7 @@ def test_autocast_is_honoured():
 
 PEAK = """
 import re, torch
-from fastalign.ops import linear_loss
+from fastalign.ops import _gradients, _head, _passes, linear_loss, plan
 from fastalign.ops.plan import make_plan
 torch.set_num_threads(1)
 def peak_rss():   # VmHWM begins anew with exec; ru_maxrss would begin at the parent's

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastalign.ops.plan import CPU_ROWS, GPU_ROWS, MIN_ROWS, make_plan
+from fastalign.ops.plan import CPU_BYTES, CPU_ROWS, GPU_ROWS, MIN_ROWS, make_plan
 
 H200 = {"device": "cuda", "total_memory": 140 << 30, "itemsize": 2}
 
@@ -37,12 +37,13 @@ def test_chunks_cover_every_row_and_unit_once(units, vocab, width, memory, coeff
     assert [row for start, stop in plan.chunks for row in range(start, stop)] == list(range(rows))
     if plan.unit_spans is not None:
         assert [unit for start, stop in plan.unit_spans for unit in range(start, stop)] == list(range(len(units)))
-        for span, chunk in zip(plan.unit_spans, plan.chunks, strict=True):
-            assert sum(units[slice(*span)]) == chunk[1] - chunk[0]
+        for span, group in zip(plan.unit_spans, plan.groups, strict=True):
+            assert sum(units[slice(*span)]) == group[-1][1] - group[0][0]
+            assert len(group) == 1 or plan.mode == "retained"
     assert plan.slab >= 1 and plan.block >= 1
     # The workspace holds the logits of the largest chunk, and is within the bound unless one row is too much for it.
-    assert plan.workspace_bytes >= 4 * vocab * plan.chunk_rows
-    if memory is not None and plan.mode in ("stats", "one_pass", "frozen") and plan.chunk_rows > 1:
+    assert plan.workspace_bytes >= 4 * vocab * plan.held_rows >= 4 * vocab * plan.chunk_rows
+    if memory is not None and plan.mode in ("stats", "one_pass", "retained", "frozen") and plan.chunk_rows > 1:
         assert plan.workspace_bytes <= memory
 
 
@@ -65,8 +66,22 @@ def test_modes():
     assert make_plan(100, 1000, 64, coefficients="upstream", head_gradient=False, entropy=True).mode == "slabs"
     assert make_plan(100, 1000, 64, coefficients="upstream").mode == "slabs"
     assert [make_plan(100, 1000, 64, head_gradient=x).flops for x in (True, False)] == [6, 4]
-    assert make_plan(2000, 32000, 64, coefficients="unit", units=[900, 1100]).mode == "slabs"
+    assert make_plan(8000, 32000, 64, coefficients="unit", units=[3900, 4100]).mode == "slabs"
     assert make_plan(900, 32000, 64, coefficients="unit", units=[400, 0, 500]).mode == "one_pass"
+
+
+def test_long_units_keep_what_the_budget_holds():
+    """128 MiB hold 1032 rows of 32128 fp32 columns: four pieces of 258, of which a unit of 1500 rows needs six."""
+    plan = make_plan(2000, 32000, 64, coefficients="unit", units=[100, 1500, 400])
+    assert plan.mode == "retained" and [len(group) for group in plan.groups] == [1, 6, 1]
+    assert plan.slots == 4 and plan.held_rows == 4 * 250 and plan.workspace_bytes < CPU_BYTES + 64 * 2000
+    assert plan.phi == 1 - 2 * 250 / 2000 and plan.flops == 6 + 2 * (1 - plan.phi)
+    whole = make_plan(1000, 32000, 64, coefficients="unit", units=[1000])
+    assert whole.mode == "retained" and whole.phi == 1 and whole.flops == 6
+    assert make_plan(1000, 32000, 64, coefficients="unit", units=[1000], head_gradient=False).flops == 4
+    gpu = make_plan(20000, 151936, 4096, coefficients="unit", units=[20000], memory=4 << 30, **H200)
+    assert gpu.mode == "retained" and gpu.slots == 3 and gpu.chunk_rows == 4000 and "60% of the logits" in gpu.reason
+    assert make_plan(20000, 151936, 4096, coefficients="unit", units=[20000], memory=1 << 30, **H200).mode == "slabs"
 
 
 def test_a_gpu_takes_slabs_rather_than_thin_chunks():
