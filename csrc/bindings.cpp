@@ -3,6 +3,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
+#include "policy_loss.h"
 #include "scan.h"
 #include "token_logps.h"
 
@@ -13,15 +14,18 @@ namespace fastalign {
 #if defined(FASTALIGN_AVX512)
 namespace avx512 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
 namespace avx2 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 namespace scalar {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void policy_loss(const PolicyLoss& op, int threads);
 }
 }  // namespace fastalign
 
@@ -39,12 +43,34 @@ void token_logps(const TokenLogps& op, bool backward, int threads) {
   }
 }
 
+void policy_loss(const PolicyLoss& op, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::policy_loss(op, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::policy_loss(op, threads);
+#endif
+    default: return scalar::policy_loss(op, threads);
+  }
+}
+
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-void backward(const TokenLogps& op, int threads) {
+void advise_fresh_gradient(const TokenLogps& op) {
   bool in_place = op.grad.data == op.logits.data, contiguous = op.grad.row_stride == op.vocabulary;
-  if (!in_place && contiguous) advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
+  if (op.grad.data && !in_place && contiguous)
+    advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
+}
+
+void backward(const TokenLogps& op, int threads) {
+  advise_fresh_gradient(op);
   token_logps(op, true, threads);
+}
+
+void run_policy_loss(const PolicyLoss& op, int threads) {
+  advise_fresh_gradient(op.rows);
+  policy_loss(op, threads);
 }
 
 #if defined(FASTALIGN_CUDA)
@@ -69,6 +95,15 @@ TokenLogps describe(const MatrixArgument& logits, int dtype, int64_t rows, int64
   return {matrix(logits),    static_cast<Dtype>(dtype), rows,  vocabulary,  pointer(labels), labels_are_int64,
           pointer<double>(temperatures), temperature,   logit_scale, softcap, pointer(logps), pointer(entropy),
           pointer(max),      pointer(logsum), pointer(grad_logps), pointer(grad_entropy), matrix(grad)};
+}
+
+PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Address table, Address weights,
+                           Address advantages, Address old_logps, Address ref_logps, double ratio_low,
+                           double ratio_high, double ratio_cap, double tau_pos, double tau_neg, double kl_coef,
+                           double entropy_coef) {
+  return {rows,      static_cast<Surrogate>(surrogate), k2, pointer(table), pointer(weights), pointer(advantages),
+          pointer(old_logps), pointer(ref_logps), ratio_low, ratio_high, ratio_cap, tau_pos, tau_neg, kl_coef,
+          entropy_coef};
 }
 
 }  // namespace
@@ -109,6 +144,12 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("rewards"), py::arg("values"), py::arg("last_values"), py::arg("gamma"), py::arg("lam"),
       py::arg("advantages"), py::arg("returns"), py::arg("float64"), py::arg("offsets"), py::arg("segments"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "Advantages and returns of each segment.");
+  py::class_<PolicyLoss>(m, "PolicyLoss", "The arguments of policy_loss; surrogate 0..3: pg, ppo, cispo, sapo.")
+      .def(py::init(&describe_policy), py::kw_only(), py::arg("rows"), py::arg("surrogate"), py::arg("k2"),
+           py::arg("table"), py::arg("weights"), py::arg("advantages") = 0, py::arg("old_logps") = 0,
+           py::arg("ref_logps") = 0, py::arg("ratio_low"), py::arg("ratio_high"), py::arg("ratio_cap"),
+           py::arg("tau_pos"), py::arg("tau_neg"), py::arg("kl_coef"), py::arg("entropy_coef"))
+      .def("run", &run_policy_loss, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(FASTALIGN_CUDA)
   op.def("forward_cuda", &forward_cuda, py::arg("stream"), "As forward, on addresses of the current device.");
   m.attr("has_cuda") = true;

@@ -126,6 +126,8 @@ PUBLIC = [
     "gae",
     "linear_logps",
     "linear_loss",
+    "policy_loss",
+    "preference_loss",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",

@@ -1,172 +1,12 @@
-// Row statistics and their gradient for fp32, bf16 and fp16 logits: each row is read once, by groups of vectors that
-// stay in registers between the maximum and the exponentials. Compiled once per instruction set.
+// Row statistics and their gradient, rows and slabs of columns over threads. Compiled once per instruction set.
 #include "token_logps.h"
 
-#include <limits>
 #include <memory>
 
-#include "cpu/parallel.h"
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 
 namespace fastalign::LEVEL {
-
-void token_logps_float64(const TokenLogps& op, bool backward, int threads);
-
 namespace {
-
-constexpr int kGroup = 8;         // vectors folded together
-constexpr int kAccumulators = 4;  // enough independent sums to hide the latency of an addition
-constexpr int64_t kAhead = 4096;  // bytes prefetched ahead: the processor's own prefetcher stops at the end of a page
-constexpr int64_t kChunk = 2048;  // columns gathered at a time when they are not neighbours in memory
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-enum class Form { plain, scaled, capped };
-
-// From a logit a to z = softcap(logit_scale * a) / temperature, and dz/da.
-template <Form form>
-struct Transform {
-  vec inner, outer, chain;
-
-  Transform(const TokenLogps& op, int64_t row) {
-    double temperature = op.temperature_of(row);
-    chain = set(float(op.logit_scale / temperature));
-    inner = form == Form::capped ? set(float(op.logit_scale / op.softcap)) : chain;
-    outer = set(float(op.softcap / temperature));
-  }
-  FORCE_INLINE vec operator()(vec a) const {
-    if constexpr (form == Form::capped) return tanh_slope(a * inner).tanh * outer;
-    return form == Form::scaled ? a * inner : a;
-  }
-  FORCE_INLINE TanhSlope with_slope(vec a) const {
-    if constexpr (form == Form::capped) {
-      TanhSlope t = tanh_slope(a * inner);
-      return {t.tanh * outer, t.slope};
-    }
-    return {(*this)(a), set(1.0f)};
-  }
-};
-
-// Of one slab: max z, sum exp(z - max), sum exp(z - max) (z - max).
-struct Partial {
-  float max, sum, weighted;
-};
-
-// The same, while the slab is being read. `base` is the running maximum, 0 as long as only -inf was seen.
-template <bool entropy>
-struct Online {
-  float max = -kInfinity;
-  vec top = set(-kInfinity), base = set(0.0f), sum[kAccumulators], weighted[kAccumulators];
-
-  FORCE_INLINE Online() {
-    for (int k = 0; k < kAccumulators; ++k) sum[k] = weighted[k] = set(0.0f);
-  }
-  FORCE_INLINE void fold(const vec (&z)[kGroup]) {
-    vec largest = max_(max_(max_(z[0], z[1]), max_(z[2], z[3])), max_(max_(z[4], z[5]), max_(z[6], z[7])));
-    if (__builtin_expect(any_greater(largest, top), 0)) raise(max_lane(largest));
-#pragma GCC unroll 8
-    for (int j = 0; j < kGroup; ++j) {
-      vec x = clamp_low(z[j] - base), e = exp_in_range(x);
-      sum[j % kAccumulators] = sum[j % kAccumulators] + e;
-      if (entropy) weighted[j % kAccumulators] = fma(e, x, weighted[j % kAccumulators]);
-    }
-  }
-  FORCE_INLINE void raise(float higher) {
-    vec shift = clamp_low(set(max - higher)), factor = exp_in_range(shift);  // from -inf: 0 times sums that are 0
-    for (int k = 0; k < kAccumulators; ++k) {
-      if (entropy) weighted[k] = factor * fma(sum[k], shift, weighted[k]);
-      sum[k] = factor * sum[k];
-    }
-    max = higher;
-    top = base = set(higher);
-  }
-  FORCE_INLINE Partial partial() const {
-    static_assert(kAccumulators == 4);
-    return {max, sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])),
-            entropy ? sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) : 0.0f};
-  }
-};
-
-template <class T, Form form, bool entropy>
-FORCE_INLINE void fold_columns(Online<entropy>& online, const T* x, int64_t n, const Transform<form>& transform) {
-  vec z[kGroup];
-  int64_t v = 0;
-  for (; v + kGroup * kLanes <= n; v += kGroup * kLanes) {
-    const char* ahead = reinterpret_cast<const char*>(x + v) + kAhead;
-    for (size_t line = 0; line < kGroup * kLanes * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
-#pragma GCC unroll 8
-    for (int j = 0; j < kGroup; ++j) z[j] = transform(load(x + v + j * kLanes));
-    online.fold(z);
-  }
-  if (v == n) return;
-  for (int j = 0; j < kGroup; ++j, v += kLanes) {
-    int64_t left = std::clamp<int64_t>(n - v, 0, kLanes);
-    z[j] = left ? keep(transform(load(x + v, left)), left, -kInfinity) : set(-kInfinity);
-  }
-  online.fold(z);
-}
-
-template <class T>
-FORCE_INLINE const T* gather(const T* x, int64_t stride, int64_t n, T* neighbours) {
-  for (int64_t i = 0; i < n; ++i) neighbours[i] = x[i * stride];
-  return neighbours;
-}
-
-template <class T, Form form, bool entropy>
-Partial sweep(const T* x, int64_t stride, int64_t n, const Transform<form>& transform) {
-  Online<entropy> online;
-  T chunk[kChunk];
-  int64_t step = stride == 1 ? n : kChunk;
-  for (int64_t v = 0; v < n; v += step) {
-    int64_t width = std::min(step, n - v);
-    fold_columns(online, stride == 1 ? x : gather(x + v * stride, stride, width, chunk), width, transform);
-  }
-  return online.partial();
-}
-
-struct Statistics {
-  float max, logsum, entropy;
-};
-
-// Slabs in their order, in double: few numbers, and the row's precision depends on them.
-Statistics combine(const Partial* partials, int64_t slabs) {
-  float max = -kInfinity;
-  for (int64_t k = 0; k < slabs; ++k) max = partials[k].max > max ? partials[k].max : max;
-  double sum = 0, weighted = 0;
-  for (int64_t k = 0; k < slabs; ++k) {
-    double shift = double(partials[k].max) - max, factor = partials[k].sum == 0 ? 0 : ::exp(shift);
-    if (factor == 0) continue;  // nothing here but -inf, or all of it negligible
-    sum += factor * partials[k].sum;
-    weighted += factor * (partials[k].weighted + partials[k].sum * shift);
-  }
-  if (sum != sum && max < kInfinity) max = kNaN;
-  return {max, float(::log(sum)), float(::log(sum) - weighted / sum)};
-}
-
-template <class T>
-FORCE_INLINE T* at(const Matrix& matrix, int64_t row, int64_t column = 0) {
-  return static_cast<T*>(matrix.data) + row * matrix.row_stride + column * matrix.col_stride;
-}
-
-void write_row(const TokenLogps& op, int64_t row, float logps, Statistics s) {
-  static_cast<float*>(op.logps)[row] = logps;
-  static_cast<float*>(op.max)[row] = s.max;
-  static_cast<float*>(op.logsum)[row] = s.logsum;
-  if (op.entropy) static_cast<float*>(op.entropy)[row] = s.entropy;
-}
-
-template <class T, Form form>
-void finish_row(const TokenLogps& op, int64_t row, const Partial* partials, int64_t slabs) {
-  int64_t label = op.label(row);
-  if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0});
-  Statistics s = combine(partials, slabs);
-  float logps = label == kElsewhere ? 0 : kNaN;
-  if (label >= 0 && label < op.vocabulary) {
-    float z = first(Transform<form>(op, row)(load(at<const T>(op.logits, row, label), 1)));
-    logps = (z - s.max) - s.logsum;
-  }
-  write_row(op, row, logps, s);
-}
 
 template <class T, Form form, bool entropy>
 void forward_rows(const TokenLogps& op, int threads) {
@@ -175,84 +15,13 @@ void forward_rows(const TokenLogps& op, int threads) {
   parallel_for(items, op.rows * op.vocabulary, threads, [&](int64_t item) {
     int64_t row = item / slabs, begin = item % slabs * kSlab;
     if (op.label(row) == kIgnored) return;
-    partials[item] = sweep<T, form, entropy>(at<const T>(op.logits, row, begin), op.logits.col_stride,
-                                             std::min(kSlab, op.vocabulary - begin), Transform<form>(op, row));
+    Dropped exponentials;
+    partials[item] =
+        sweep<T, form, entropy>(at<const T>(op.logits, row, begin), op.logits.col_stride,
+                                std::min(kSlab, op.vocabulary - begin), Transform<form>(op, row), exponentials);
   });
   parallel_for(op.rows, items, threads,
                [&](int64_t row) { finish_row<T, form>(op, row, &partials[row * slabs], slabs); });
-}
-
-// d loss / d logit of a row from g = d loss / d logps and e = d loss / d entropy:
-// -(g + e (ln p + H)) p dz/da, and g dz/da more at the label.
-template <Form form, bool entropy>
-struct RowGradient {
-  Transform<form> transform;
-  float g, e, max, logsum, row_entropy;
-  vec minus_g, minus_e;
-
-  RowGradient(const TokenLogps& op, int64_t row)
-      : transform(op, row),
-        g(static_cast<const float*>(op.grad_logps)[row]),
-        e(entropy ? static_cast<const float*>(op.grad_entropy)[row] : 0.0f),
-        max(static_cast<const float*>(op.max)[row]),
-        logsum(static_cast<const float*>(op.logsum)[row]),
-        row_entropy(entropy ? static_cast<const float*>(op.entropy)[row] : 0.0f) {
-    minus_g = set(-g) * transform.chain;
-    minus_e = set(-e) * transform.chain;
-  }
-  bool zero() const { return g == 0.0f && e == 0.0f; }
-
-  FORCE_INLINE vec operator()(vec a) const {
-    TanhSlope z = transform.with_slope(a);
-    vec x = clamp_low((z.tanh - set(max)) - set(logsum)), p = exp_in_range(x);
-    vec d = p * (entropy ? fma(minus_e, x + set(row_entropy), minus_g) : minus_g);
-    return form == Form::capped ? d * z.slope : d;
-  }
-  // At the label 1 - p is taken as -expm1(ln p): a confident row keeps its digits.
-  float at_label(vec a) const {
-    TanhSlope z = transform.with_slope(a);
-    double x = (first(z.tanh) - max) - logsum, p = ::exp(x);
-    double d = -g * ::expm1(x) - (p == 0 ? 0 : e * p * (x + row_entropy));
-    return float(d * first(transform.chain) * first(z.slope));
-  }
-};
-
-template <class T, Form form, bool entropy>
-FORCE_INLINE void differentiate(const RowGradient<form, entropy>& gradient, const T* x, T* out, int64_t n) {
-  int64_t v = 0;
-#pragma GCC unroll 4
-  for (; v + kLanes <= n; v += kLanes) store(out + v, gradient(load(x + v)));
-  if (v < n) store(out + v, gradient(load(x + v, n - v)), n - v);
-}
-
-template <class T>
-void fill(T* out, int64_t stride, int64_t n, float value) {
-  T filler;
-  store(&filler, set(value), 1);
-  for (int64_t v = 0; v < n; ++v) out[v * stride] = filler;
-}
-
-template <class T, Form form, bool entropy>
-void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_t n) {
-  const T* x = at<const T>(op.logits, row, begin);
-  T* out = at<T>(op.grad, row, begin);
-  int64_t stride = op.logits.col_stride, out_stride = op.grad.col_stride, label = op.label(row);
-  RowGradient<form, entropy> gradient(op, row);
-  if (label == kIgnored || gradient.zero()) return fill(out, out_stride, n, 0);
-  if (label != kElsewhere && (label < 0 || label >= op.vocabulary)) return fill(out, out_stride, n, kNaN);
-
-  bool labelled = label >= begin && label < begin + n;
-  vec at_label = labelled ? load(x + (label - begin) * stride, 1) : set(0.0f);  // before `out` may overwrite it
-  T chunk[kChunk];
-  bool neighbours = stride == 1 && out_stride == 1;
-  int64_t step = neighbours ? n : kChunk;
-  for (int64_t v = 0; v < n; v += step) {
-    int64_t width = std::min(step, n - v);
-    const T* from = neighbours ? x : gather(x + v * stride, stride, width, chunk);
-    differentiate(gradient, from, neighbours ? out : chunk, width);
-    for (int64_t i = 0; i < width && !neighbours; ++i) out[(v + i) * out_stride] = chunk[i];
-  }
-  if (labelled) store(out + (label - begin) * out_stride, set(gradient.at_label(at_label)), 1);
 }
 
 template <class T, Form form, bool entropy>

@@ -2,6 +2,8 @@
 
 from fastalign.ops.linear_logps import linear_logps
 from fastalign.ops.linear_loss import linear_loss
+from fastalign.ops.policy_loss import policy_loss
+from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.scan import gae, segment_scan
 from fastalign.ops.token_logps import entropy_from_logits, selective_log_softmax, token_logps
 from fastalign.ops.whiten import whiten
@@ -11,6 +13,8 @@ __all__ = [
     "gae",
     "linear_logps",
     "linear_loss",
+    "policy_loss",
+    "preference_loss",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,10 +97,7 @@ def backward(
         ValueError: for a wrong shape, dtype or device.
     """
     rows = _check(logits, labels)
-    if out.shape != logits.shape or out.dtype != logits.dtype:
-        raise ValueError(
-            f"out must be {logits.dtype} {tuple(logits.shape)} like the logits, not {out.dtype} {tuple(out.shape)}"
-        )
+    _check_out(out, logits)
     if grad_entropy is not None and entropy is None:
         raise ValueError("grad_entropy needs the entropy of the forward: call forward with entropy=True")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -126,6 +124,13 @@ def _check(logits: Tensor, labels: Tensor) -> int:
     return logits.shape[0]
 
 
+def _check_out(out: Tensor, logits: Tensor) -> None:
+    if out.shape != logits.shape or out.dtype != logits.dtype:
+        raise ValueError(
+            f"out must be {logits.dtype} {tuple(logits.shape)} like the logits, not {out.dtype} {tuple(out.shape)}"
+        )
+
+
 def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """``x`` as a contiguous ``[N]`` of ``dtype`` on the CPU."""
     if x.shape != (rows,) or x.device.type != "cpu":
@@ -147,14 +152,27 @@ def _run(
     vectors: Mapping[str, Tensor | None],
     **matrices: tuple[int, int, int],
 ) -> None:
-    """Hand the addresses over; every tensor stays alive in this frame until the kernel has returned."""
+    op, _alive = _describe(logits, labels, temperature, softcap, logit_scale, vectors, **matrices)
+    getattr(op, direction)(torch.get_num_threads())
+
+
+def _describe(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    vectors: Mapping[str, Tensor | None],
+    **matrices: tuple[int, int, int],
+) -> tuple[Any, list[Tensor]]:
+    """The addresses, and the copies that must stay alive until the kernel has returned."""
     from fastalign import _C
 
     rows, vocabulary = logits.shape
-    labels = labels.contiguous()
+    alive = [labels.contiguous()]
     if isinstance(temperature, Tensor):
-        per_row = _vector("temperature", temperature.expand(rows), rows, torch.float64)
-        settings = {"temperatures": per_row.data_ptr()}
+        alive.append(_vector("temperature", temperature.expand(rows), rows, torch.float64))
+        settings = {"temperatures": alive[1].data_ptr()}
     else:
         settings = {"temperature": float(temperature)}
     op = _C.TokenLogps(
@@ -162,7 +180,7 @@ def _run(
         dtype=DTYPES[logits.dtype],
         rows=rows,
         vocabulary=vocabulary,
-        labels=labels.data_ptr(),
+        labels=alive[0].data_ptr(),
         labels_are_int64=labels.dtype == torch.int64,
         softcap=softcap or 0.0,
         logit_scale=logit_scale,
@@ -170,4 +188,4 @@ def _run(
         **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
         **matrices,
     )
-    getattr(op, direction)(torch.get_num_threads())
+    return op, alive

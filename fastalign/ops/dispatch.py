@@ -23,8 +23,14 @@ _SWEEP = {"torch": "fastalign.ops.token_logps", "cpp": "fastalign.ops._cpp", "tr
 
 _SCAN = {"torch": "fastalign.ops.scan", "cpp": "fastalign.ops._cpp_scan", "triton": "fastalign_kernels.scan"}
 
+_POLICY = {
+    **{"torch": "fastalign.ops.policy_loss", "cpp": "fastalign.ops._cpp_policy"},
+    "triton": "fastalign_kernels.policy_loss",
+}
+
 MODULES: dict[str, dict[str, str]] = {
     **{"token_logps": _SWEEP, "linear_logps": _SWEEP, "linear_loss": _SWEEP},
+    **{"policy_loss": _POLICY, "preference_loss": _SWEEP},
     **{"segment_scan": _SCAN, "gae": _SCAN},
 }
 """op -> backend -> the module that holds its kernels; the linear ops are GEMMs around the sweep of ``token_logps``."""

@@ -17,13 +17,13 @@ def warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def options(tensor: Tensor) -> dict[str, Any]:
-    """Launch options for kernels on ``tensor``: ``THREADS`` threads, and no contraction of ``a * b + c``.
+def options(tensor: Tensor, threads: int = THREADS) -> dict[str, Any]:
+    """Launch options for kernels on ``tensor``: ``threads`` threads, and no contraction of ``a * b + c``.
 
     Without contraction an expression has the same bits wherever it is compiled, so that the target's logit minus the
     row's maximum is exactly zero when the target is the maximum.
     """
-    return {"num_warps": THREADS // warp_size(tensor.device), "enable_fp_fusion": False}
+    return {"num_warps": threads // warp_size(tensor.device), "enable_fp_fusion": False}
 
 
 def device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -275,10 +275,10 @@ def tile(vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:
     return (4 if vocab_size >= 4 << log_cols else 1), log_cols
 
 
-def _arguments(
+def arguments(
     logits: Tensor, strides: Sequence[int], temperature: float | Tensor, softcap: float | None, logit_scale: float
 ) -> dict[str, Any]:
-    """The arguments that both kernels take last."""
+    """The arguments that every kernel over logits takes last."""
     num_rows, vocab_size = logits.shape
     rows, log_cols = tile(vocab_size, logits.dtype)
     per_row = temperature.expand(num_rows).contiguous() if isinstance(temperature, Tensor) else None
@@ -337,7 +337,7 @@ def forward(
                 max_ptr=top,
                 logsum_ptr=logsum,
                 row_stride=logits.stride(0),
-                **_arguments(logits, [logits.stride(0)], temperature, softcap, logit_scale),
+                **arguments(logits, [logits.stride(0)], temperature, softcap, logit_scale),
                 **launch.options(logits),
             )
     return logps, entropies, top, logsum
@@ -392,7 +392,7 @@ def backward(
                 grad_entropy_ptr=grad_entropy.contiguous() if grad_entropy is not None else None,
                 out_stride=target.stride(0),
                 row_stride=logits.stride(0),
-                **_arguments(logits, strides, temperature, softcap, logit_scale),
+                **arguments(logits, strides, temperature, softcap, logit_scale),
                 **launch.options(logits),
             )
     if target is not out:

@@ -6,12 +6,14 @@ is what would be launched. Print the table of registers, shared memory and spill
 
 On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {soft-cap} are compiled; on sm_80 and sm_100 bf16 and fp32
 with nothing and with everything; the narrow variants (fp16, int32 labels, a temperature per row, an odd vocabulary, a
-small one) on sm_90 and gfx942, with everything. The scans are compiled for every target.
+small one) on sm_90 and gfx942, with everything. The policy losses with nothing and with everything, and the scans, are
+compiled for every target.
 """
 
 import ast
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import subprocess
@@ -26,7 +28,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
-from fastalign_kernels import launch, scan, token_logps
+from fastalign.ops._functors import Knobs
+from fastalign_kernels import launch, policy_loss, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
@@ -58,6 +61,16 @@ def launch_scan(dtype=torch.float32, offsets=torch.int32):
     scan.advantages(x, x, cu_seqlens, x[:2], 0.9, 0.8)
 
 
+def launch_policy_loss(dtype=torch.bfloat16, loss="ppo", full=True, vocab_size=8192):
+    logits, labels = torch.zeros(2, vocab_size, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    x = torch.zeros(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    knobs = Knobs(0.8, 1.2, math.inf, 1.0, 1.05, 0.1 * full, 0.1 * full)
+    scaling = {"temperature": 0.7, "softcap": 30.0 if full else None}
+    rows = (x, x, x, x) if full else (x, x, x, None)
+    policy_loss.run(logits, logits, labels, *rows, loss=loss, kl_estimator="k3", knobs=knobs, entropy=full, **scaling)
+    policy_loss.scale(logits, x[0])
+
+
 PLAIN = {"entropy": False, "softcap": None}
 FULL = [
     {"dtype": dtype, "entropy": entropy, "softcap": softcap}
@@ -70,6 +83,11 @@ NARROW = [{"dtype": torch.float16, "rows": True}, {"labels": torch.int32, "vocab
 WIDTHS = {"sm_80": ENDS, "sm_90": FULL + NARROW, "sm_100": ENDS, "gfx942": FULL + NARROW}
 SCANS = [{}, {"dtype": torch.float64, "offsets": torch.int64}]
 CASES = [(target, launch_token_logps, options) for target, cases in WIDTHS.items() for options in cases]
+POLICIES = [{"dtype": dtype, "full": full} for dtype in (torch.bfloat16, torch.float32) for full in (False, True)]
+POLICIES_FULL = [{"dtype": torch.float64}, {"dtype": torch.float16, "vocab_size": 8191}]
+POLICIES_FULL += [{"loss": loss} for loss in ("pg", "cispo", "sapo")]
+CASES += [(target, launch_policy_loss, options) for target in TARGETS for options in POLICIES]
+CASES += [(target, launch_policy_loss, options) for target in ("sm_90", "gfx942") for options in POLICIES_FULL]
 CASES += [(target, launch_scan, options) for target in TARGETS for options in SCANS]
 """Target, a function that launches kernels, its arguments: a new kernel gets its entry here."""
 
@@ -192,3 +210,23 @@ def test_no_scan_compiles_again_for_another_size_or_setting(target):
     expected = keys(16, 0, 1.0)
     assert len(set(expected)) == 2
     assert keys(1, 0, 0.5) == keys(3, 1, 0.99) == expected
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_policy_loss_compiles_again_for_another_size_or_setting(target):
+    """Rows, vocabulary, strides, clips and coefficients are arguments; a slice of the rows changes nothing."""
+
+    def keys(num_rows, vocab_size, start, knob):
+        def launcher():
+            logits = torch.zeros(num_rows, vocab_size, dtype=torch.bfloat16)
+            labels = torch.zeros(num_rows + 1, dtype=torch.int64)[start : start + num_rows]
+            vectors = [torch.zeros(num_rows + 1)[start : start + num_rows] for _ in range(4)]
+            settings = {"loss": "ppo", "kl_estimator": "k3", "entropy": True, "temperature": knob, "softcap": knob}
+            policy_loss.run(logits, logits, labels, *vectors, knobs=Knobs(*[knob] * 7), **settings)
+            policy_loss.scale(logits, vectors[0][0])
+
+        return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in record(launcher, TARGETS[target])]
+
+    expected = keys(16, 8192, 0, 1.0)
+    assert len(set(expected)) == 2
+    assert keys(1, 8192, 0, 0.5) == keys(7, 9008, 1, 2.0) == expected

@@ -1,0 +1,381 @@
+"""Token losses of SFT and policy gradients straight from logits: loss and gradient in one read of the logits.
+
+    loss = sum_t w_t (-A_t value(l_t, r_t) + kl_coef kl_t - entropy_coef H_t),     l = logps,  r = exp(l - l_old)
+
+The row's coefficient is computed inside the kernel (``fastalign.ops._functors`` has its torch twins), so that the
+gradient is written while the row is still in cache, for an upstream gradient of 1; backward scales it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastalign.ops import _functors, dispatch
+from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
+from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
+from fastalign.ops.token_logps import backward, forward, split_temperature, stats_dtype
+from fastalign.ops.token_logps import reference as token_reference
+from fastalign.types import IGNORE_INDEX, TokenStats
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    loss: str,
+    kl_estimator: str,
+    knobs: Knobs,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The specification: log-probs, then each loss as its paper writes it, differentiated by autograd."""
+    rows = labels != IGNORE_INDEX
+    every, entropies = token_reference(logits, labels, temperature=temperature, softcap=softcap, entropy=True)
+    assert entropies is not None
+    logps, entropy, weights = every[rows], entropies[rows], weights[rows].to(every.dtype)
+    a = torch.ones_like(logps) if advantages is None else advantages[rows].to(logps.dtype)
+    old = logps.detach() if old_logps is None else old_logps[rows].to(logps.dtype)
+    ratio = (logps - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    losses = _losses(loss, logps, ratio, a, knobs) - knobs.entropy_coef * entropy
+    if ref_logps is not None and knobs.kl_coef != 0:
+        y = ref_logps[rows].to(logps.dtype) - logps
+        clamped = y.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        losses = losses + knobs.kl_coef * (y**2 / 2 if kl_estimator == "k2" else clamped.exp() - clamped - 1)
+    return (weights * losses).sum()
+
+
+def _losses(loss: str, logps: Tensor, ratio: Tensor, a: Tensor, knobs: Knobs) -> Tensor:
+    clipped = ratio.clamp(knobs.ratio_low, knobs.ratio_high)
+    if loss == "ppo":
+        pessimistic = torch.maximum(-a * ratio, -a * clipped)
+        return torch.where(a < 0, torch.minimum(pessimistic, -a * min(knobs.ratio_cap, 1e300)), pessimistic)
+    if loss == "cispo":
+        return -a * clipped.detach() * logps
+    if loss == "sapo":
+        tau = _functors.by_sign(a, knobs.tau_pos, knobs.tau_neg)
+        return -a * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    return -a * logps
+
+
+# --- torch backend ---------------------------------------------------------------------------------------------------
+
+
+def run(
+    out: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    loss: str,
+    kl_estimator: str,
+    knobs: Knobs,
+    entropy: bool,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``fastalign.ops._cpp_policy.run``."""
+    scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    wanted = entropy or knobs.entropy_coef != 0
+    logps, entropies, maximum, logsum = forward(logits, labels, **scaling, entropy=wanted)
+    table = logps.new_zeros(len(COLUMNS), len(labels))
+    column = columns(table)
+    for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum}.items():
+        if x is not None:
+            column[name].copy_(x)
+    rows = (weights, advantages, old_logps, ref_logps)
+    _functors.fill(table, labels == IGNORE_INDEX, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)
+    if out is not None:
+        write_gradient(out, logits, labels, column, knobs, backward, **scaling)
+    return table
+
+
+def write_gradient(out: Tensor, logits: Tensor, labels: Tensor, column: dict[str, Tensor], knobs, sweep, **scaling):
+    """The gradient of the summed losses from the logits and a table, by the backward sweep of ``token_logps``."""
+    g, e, h = column["grad_logps"], column["grad_entropy"], column["entropy"]
+    h, e = (None, None) if knobs.entropy_coef == 0 else (h, e)
+    sweep(out, logits, labels, column["max"], column["logsum"], h, g, e, **scaling)
+
+
+# --- custom op -------------------------------------------------------------------------------------------------------
+
+
+def _compute(
+    out: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    loss: str,
+    kl_estimator: str,
+    knobs: list[float],
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the table; the gradient goes into ``out``."""
+    kernels = dispatch.kernels("policy_loss", backend, logits.device)
+    table = kernels.run(
+        out,
+        logits,
+        kernel_labels(labels, logits.shape[1]),
+        weights,
+        advantages,
+        old_logps,
+        ref_logps,
+        loss=loss,
+        kl_estimator=kl_estimator,
+        knobs=Knobs(*knobs),
+        entropy=entropy,
+        temperature=temperature if temperatures is None else temperatures,
+        softcap=softcap,
+    )
+    return columns(table)["loss"].sum(dtype=torch.float64).to(table.dtype), table
+
+
+@torch.library.custom_op("fastalign::policy_loss", mutates_args=())
+def _op(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    loss: str,
+    kl_estimator: str,
+    knobs: list[float],
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    backend: str | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the table, and the gradient for an upstream of 1 (``[0]`` when it is not wanted)."""
+    grad = torch.empty(logits.shape if gradient else 0, dtype=logits.dtype, device=logits.device)
+    rows = (temperatures, weights, advantages, old_logps, ref_logps)
+    settings = (loss, kl_estimator, knobs, temperature, softcap, entropy, backend)
+    return *_compute(grad if gradient else None, logits, labels, *rows, *settings), grad
+
+
+@_op.register_fake
+def _(logits, labels, *rest):
+    row = torch.empty(len(COLUMNS), logits.shape[0], dtype=stats_dtype(logits), device=logits.device)
+    return row.new_empty(()), row, torch.empty(logits.shape if rest[-1] else 0, dtype=logits.dtype, device=row.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, table, grad = output
+    ctx.mark_non_differentiable(table, grad)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad)
+
+
+def _backward(ctx, upstream, *_):
+    (grad,) = ctx.saved_tensors
+    return None if upstream is None else grad * upstream, *(None,) * 14
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same outside of a trace, where the gradient is handed over, not copied, and may take the logits' place."""
+
+    @staticmethod
+    def forward(ctx, logits, inplace, *rest):
+        out = logits.detach() if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        loss, table = _compute(out, logits, *rest)
+        if inplace:  # whoever else saved these logits must fail, not read gradients
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(*(None, None, None, None) if inplace else (logits, rest[0], rest[1], table))
+        ctx.made, ctx.options = [out], (inplace, *rest[-5:-2], rest[-1])
+        ctx.mark_non_differentiable(table)
+        ctx.set_materialize_grads(False)
+        return loss, table
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        if ctx.options[0] and (torch.is_grad_enabled() or not ctx.made):
+            again = "double backward" if torch.is_grad_enabled() else "a second backward"
+            raise RuntimeError(f"policy_loss: {again} is not supported with inplace=True: the logits are gone")
+        if upstream is None:
+            return (None,) * 16
+        with torch.no_grad():
+            grad = _scaled(ctx.made.pop() if ctx.made else _again(ctx), upstream)
+        return _Final.apply(grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *(None,) * 15
+
+
+class _Final(torch.autograd.Function):
+    """Marks a gradient made under ``create_graph``: differentiating it again must raise, not give zero."""
+
+    @staticmethod
+    def forward(ctx, grad, logits):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("policy_loss does not support double backward: its gradient is final")
+
+
+def _again(ctx) -> Tensor:
+    """The gradient once more, from the saved table: what a second backward costs."""
+    logits, labels, temperatures, table = ctx.saved_tensors
+    _, knobs, temperature, softcap, backend = ctx.options
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    scaling: dict[str, Any] = {"temperature": temperature if temperatures is None else temperatures, "softcap": softcap}
+    sweep = dispatch.kernels("token_logps", backend, logits.device).backward
+    labels = kernel_labels(labels, logits.shape[1])
+    write_gradient(out, logits, labels, columns(table), Knobs(*knobs), sweep, **scaling)
+    return out
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """``grad * upstream`` in place, for nothing when that is 1; the device never waits for the host to find out."""
+    if grad.device.type != "cpu" and dispatch.missing("triton") is None:
+        dispatch.kernels("policy_loss", "triton", grad.device).scale(grad, upstream)
+    elif grad.device.type != "cpu" or upstream.item() != 1.0:
+        grad.mul_(upstream)
+    return grad
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    old_logps: Tensor | None = None,
+    advantages: Tensor | None = None,
+    *,
+    ref_logps: Tensor | None = None,
+    loss: str = "ppo",
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    dual_clip: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """A token loss of policy gradients, or SFT, with its gradient made in the same read of the logits.
+
+    With ``l`` the label's log-prob under ``softmax(softcap(logits) / temperature)`` and ``r = exp(l - old_logps)``, the
+    loss is ``sum_t w_t (l_t + kl_coef kl_t - entropy_coef H_t)``, where ``l_t`` is
+
+    - ``"sft"``: ``-l``;  ``"pg"``: ``-A l`` (REINFORCE, ReMax);
+    - ``"ppo"``: ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``, Schulman et al. 2017, eq. 7; with ``dual_clip``
+      c, for ``A < 0`` at most ``-A c``, Ye et al. 2020. A clip is inactive on its boundary;
+    - ``"cispo"``: ``-A sg(clip(r, 1 - clip_low, 1 + clip_high)) l``, MiniMax-M1 (arXiv 2506.13585), whose
+      ``clip_low`` is None: no lower bound;
+    - ``"sapo"``: ``-A (4 / tau) s(tau (r - 1))``, ``s`` the logistic function and tau ``tau_pos`` if ``A > 0``, else
+      ``tau_neg``, Soft Adaptive Policy Optimization (arXiv 2511.20347).
+
+    ``kl`` estimates KL(policy || reference): k2 ``(l - l_ref)^2 / 2`` or k3 ``exp(l_ref - l) - (l_ref - l) - 1``.
+    Log-ratios are clamped to +-20 before ``exp``, with no gradient outside.
+
+    Args:
+        logits: ``[N, V]`` fp32, bf16, fp16 or fp64, any strides.
+        labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: its gradient is exactly 0, and neither its
+            logits nor anything else of it is read.
+        old_logps: ``[N]`` log-probs under the policy that sampled; None when that is this one: the ratio is exactly 1.
+        advantages: ``[N]``; None for "sft" alone.
+        ref_logps: ``[N]`` log-probs under the reference, for the KL; with ``kl_coef=0`` it is a metric only.
+        loss: the name of the loss.
+        clip_low, clip_high: distance of the ratio's bounds from 1, None for no bound; "ppo" and "cispo".
+        dual_clip: c > 1 above, "ppo" only.
+        tau_pos, tau_neg: gates of "sapo".
+        kl_coef, kl_estimator: weight of the KL in the loss; "k2" or "k3" (k1 has no useful gradient).
+        entropy_coef: weight of the entropy bonus.
+        weights: ``[N]`` weight of each token; by default 1 / number of scored rows.
+        temperature: a positive number or ``[N]``; gets no gradient.
+        softcap: ``cap * tanh(logits / cap)`` before the temperature.
+        entropy: return the entropy also when it has no weight.
+        inplace: overwrite ``logits`` with their gradient, in this call, instead of allocating ``[N, V]``: nothing else
+            may use them. An earlier op that needs them in its backward raises. Ignored where no gradient is recorded,
+            and under ``torch.compile``, which plans memory.
+        backend: "torch", "cpp", "triton" or None for the best one here.
+
+    Returns:
+        loss ``[]`` in fp32 (fp64 for fp64 logits), connected to the graph, and the detached ``TokenStats`` of all rows.
+        Its metrics are fp64 ``[2]`` (sum, count) over scored rows: ``ratio``, ``kl`` if there is a reference, and for
+        losses that clip ``clip_ratio/low`` and ``clip_ratio/high``, the tokens on which a bound acts.
+
+    Raises:
+        ValueError: a wrong argument; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN).
+        RuntimeError: double backward; a second backward after ``inplace`` (otherwise it recomputes).
+
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss, stats = policy_loss(logits, torch.tensor([1, -100]), advantages=torch.tensor([2.0, 0.0]))
+    >>> loss.item(), stats.metrics["ratio"]
+    (-2.0, tensor([1., 1.], dtype=torch.float64))
+    """
+    knobs = make_knobs(clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef)
+    check_matrix("logits", logits, "[N, V]")
+    check_labels(labels, logits, "logits")
+    check_loss(loss, advantages, dual_clip, kl_coef, ref_logps, kl_estimator)
+    check_scaling(temperature, softcap, labels)
+    number, temperatures = split_temperature(temperature, stats_dtype(logits))
+    scored = labels != IGNORE_INDEX
+    if weights is None:
+        weights = (1 / scored.sum().clamp(min=1)).expand(labels.shape)
+    given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
+    rows = (temperatures, *(_row(name, x, logits) for name, x in given.items()))
+    settings = (loss, kl_estimator, knobs, number, softcap, entropy or entropy_coef != 0, backend)
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    traced = torch.compiler.is_compiling() or type(logits) not in (Tensor, Parameter)
+    if gradient and not traced:
+        total, table = _Eager.apply(logits, inplace, labels, *rows, *settings)
+    else:
+        total, table, _ = _op(logits, labels, *rows, *settings, gradient)
+    return total, _stats(table, scored, settings[5], loss, ref_logps is not None)
+
+
+def _row(name: str, x: Tensor | None, logits: Tensor) -> Tensor | None:
+    """``x`` as the kernels read it: ``[N]``, contiguous, of the statistics' dtype, without a graph."""
+    if x is None:
+        return None
+    if x.shape != logits.shape[:1]:
+        raise ValueError(f"{name} must be [N] with N = {logits.shape[0]} rows of logits, got shape {list(x.shape)}")
+    if x.requires_grad:
+        raise ValueError(f"{name} gets no gradient; pass {name}.detach()")
+    check_device(name, x, "logits", logits)
+    return x.to(stats_dtype(logits)).contiguous()
+
+
+def _stats(table: Tensor, scored: Tensor, entropy: bool, loss: str, has_reference: bool) -> TokenStats:
+    column, count = columns(table.detach()), scored.sum()
+    named = {"ratio": "ratio"} | ({"kl": "kl"} if has_reference else {})
+    if loss in ("ppo", "cispo"):
+        named |= {"clip_ratio/low": "clip_low", "clip_ratio/high": "clip_high"}
+    sums = {name: column[row].sum(dtype=torch.float64) for name, row in named.items()}
+    return TokenStats(
+        column["logps"],
+        torch.arange(len(scored), device=scored.device),
+        column["entropy"] if entropy else None,
+        scored & (column["logps"] + column["logsum"] == 0),
+        metrics={name: torch.stack([total, count.to(total.dtype)]) for name, total in sums.items()},
+    )
