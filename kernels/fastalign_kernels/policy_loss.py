@@ -256,7 +256,7 @@ def policy_loss_kernel(
         row += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "row_stride"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["upstream_ptr"])
 def scale_kernel(grad_ptr, upstream_ptr, vocab_size, row_stride, COLS: tl.constexpr):
     """One row times the upstream scalar; nothing where that is 1."""
     upstream = tl.load(upstream_ptr)
