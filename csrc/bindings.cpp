@@ -3,6 +3,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
+#include "divergence.h"
 #include "policy_loss.h"
 #include "scan.h"
 #include "token_logps.h"
@@ -14,17 +15,20 @@ namespace fastalign {
 #if defined(FASTALIGN_AVX512)
 namespace avx512 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void divergence(const Divergence& op, bool backward, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
 namespace avx2 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void divergence(const Divergence& op, bool backward, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 namespace scalar {
 void token_logps(const TokenLogps& op, bool backward, int threads);
+void divergence(const Divergence& op, bool backward, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 }  // namespace fastalign
@@ -52,6 +56,18 @@ void policy_loss(const PolicyLoss& op, int threads) {
     case Level::avx2: return avx2::policy_loss(op, threads);
 #endif
     default: return scalar::policy_loss(op, threads);
+  }
+}
+
+void divergence(const Divergence& op, bool backward, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::divergence(op, backward, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::divergence(op, backward, threads);
+#endif
+    default: return scalar::divergence(op, backward, threads);
   }
 }
 
@@ -106,6 +122,11 @@ PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Addre
           entropy_coef};
 }
 
+Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& reference, int kind, double mix,
+                               Address value, Address stats, Address grad_value) {
+  return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -150,6 +171,17 @@ PYBIND11_MODULE(_C, m) {
            py::arg("ref_logps") = 0, py::arg("ratio_low"), py::arg("ratio_high"), py::arg("ratio_cap"),
            py::arg("tau_pos"), py::arg("tau_neg"), py::arg("kl_coef"), py::arg("entropy_coef"))
       .def("run", &run_policy_loss, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
+      .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
+           py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0)
+      .def("forward", [](const Divergence& op, int threads) { divergence(op, false, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("backward",
+           [](const Divergence& op, int threads) {
+             advise_fresh_gradient(op.policy);
+             divergence(op, true, threads);
+           },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(FASTALIGN_CUDA)
   op.def("forward_cuda", &forward_cuda, py::arg("stream"), "As forward, on addresses of the current device.");
   m.attr("has_cuda") = true;

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastalign.ops import (
+        divergence,
         entropy_from_logits,
         gae,
+        linear_divergence,
         linear_logps,
         linear_loss,
         policy_loss,
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "divergence",
     "entropy_from_logits",
     "gae",
+    "linear_divergence",
     "linear_logps",
     "linear_loss",
     "policy_loss",

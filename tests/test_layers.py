@@ -122,8 +122,10 @@ def test_the_command_line_starts_without_heavy_imports():
 
 
 PUBLIC = [
+    "divergence",
     "entropy_from_logits",
     "gae",
+    "linear_divergence",
     "linear_logps",
     "linear_loss",
     "policy_loss",

@@ -1,5 +1,7 @@
 """Ops: the reference definitions, their backends and the choice among them."""
 
+from fastalign.ops.divergence import divergence
+from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logps import linear_logps
 from fastalign.ops.linear_loss import linear_loss
 from fastalign.ops.policy_loss import policy_loss
@@ -9,8 +11,10 @@ from fastalign.ops.token_logps import entropy_from_logits, selective_log_softmax
 from fastalign.ops.whiten import whiten
 
 __all__ = [
+    "divergence",
     "entropy_from_logits",
     "gae",
+    "linear_divergence",
     "linear_logps",
     "linear_loss",
     "policy_loss",

@@ -28,10 +28,16 @@ _POLICY = {
     "triton": "fastalign_kernels.policy_loss",
 }
 
+_DIVERGENCE = {
+    **{"torch": "fastalign.ops.divergence", "cpp": "fastalign.ops._cpp_divergence"},
+    "triton": "fastalign_kernels.divergence",
+}
+
 MODULES: dict[str, dict[str, str]] = {
     **{"token_logps": _SWEEP, "linear_logps": _SWEEP, "linear_loss": _SWEEP},
     **{"policy_loss": _POLICY, "preference_loss": _SWEEP},
     **{"segment_scan": _SCAN, "gae": _SCAN},
+    **{"divergence": _DIVERGENCE, "linear_divergence": _DIVERGENCE},
 }
 """op -> backend -> the module that holds its kernels; the linear ops are GEMMs around the sweep of ``token_logps``."""
 

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
 from fastalign.ops._functors import Knobs
-from fastalign_kernels import launch, policy_loss, scan, token_logps
+from fastalign_kernels import divergence, launch, policy_loss, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
@@ -71,6 +71,13 @@ def launch_policy_loss(dtype=torch.bfloat16, loss="ppo", full=True, vocab_size=8
     policy_loss.scale(logits, x[0])
 
 
+def launch_divergence(dtype=torch.bfloat16, ref_dtype=None, kind="jsd", softcap=30.0, vocab_size=8192):
+    logits, ref_logits = torch.zeros(2, vocab_size, dtype=dtype), torch.zeros(2, vocab_size, dtype=ref_dtype or dtype)
+    labels, options = torch.zeros(2, dtype=torch.int64), {"kind": kind, "softcap": softcap, "ref_softcap": softcap}
+    value, stats = divergence.forward(logits, ref_logits, labels, **options)
+    divergence.backward(torch.zeros_like(logits), logits, ref_logits, labels, stats, value, **options)
+
+
 PLAIN = {"entropy": False, "softcap": None}
 FULL = [
     {"dtype": dtype, "entropy": entropy, "softcap": softcap}
@@ -89,6 +96,9 @@ POLICIES_FULL += [{"loss": loss} for loss in ("pg", "cispo", "sapo")]
 CASES += [(target, launch_policy_loss, options) for target in TARGETS for options in POLICIES]
 CASES += [(target, launch_policy_loss, options) for target in ("sm_90", "gfx942") for options in POLICIES_FULL]
 CASES += [(target, launch_scan, options) for target in TARGETS for options in SCANS]
+DIVERGENCES = [{"kind": kind, "softcap": None} for kind in ("forward_kl", "reverse_kl", "jsd")]
+DIVERGENCES += [{"dtype": torch.float64}, {"ref_dtype": torch.float32, "vocab_size": 8191}]
+CASES += [(target, launch_divergence, options) for target in TARGETS for options in DIVERGENCES]
 """Target, a function that launches kernels, its arguments: a new kernel gets its entry here."""
 
 

@@ -1,0 +1,122 @@
+// The same in double, for gradient checks: plain loops over the library's exp, streams of any dtype.
+#include <cmath>
+#include <limits>
+
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+#include "divergence.h"
+
+namespace fastalign::LEVEL {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One row of one stream; max and logsum make z a log-probability.
+struct Stream {
+  const TokenLogps& op;
+  int64_t row;
+  double scale, outer, max = 0, logsum = 0;
+
+  Stream(const TokenLogps& op, int64_t row)
+      : op(op), row(row), scale(op.logit_scale / op.temperature_of(row)), outer(op.softcap / op.temperature_of(row)) {}
+  template <class T>
+  const T* at(int64_t v) const {
+    return static_cast<const T*>(op.logits.data) + row * op.logits.row_stride + v * op.logits.col_stride;
+  }
+  double logit(int64_t v) const {
+    switch (op.dtype) {
+      case Dtype::float32: return *at<float>(v);
+      case Dtype::bfloat16: return first(load(at<bfloat16>(v), 1));
+      case Dtype::float16: return first(load(at<float16>(v), 1));
+      default: return *at<double>(v);
+    }
+  }
+  double tanh(int64_t v) const { return ::tanh(op.logit_scale * logit(v) / op.softcap); }
+  double z(int64_t v) const { return op.softcap != 0 ? outer * tanh(v) : scale * logit(v); }
+  double slope(int64_t v) const { return op.softcap != 0 ? scale * (1 - tanh(v) * tanh(v)) : scale; }
+  double log_p(int64_t v) const { return (z(v) - max) - logsum; }
+  void measure() {
+    double top = -kInfinity, sum = 0;
+    for (int64_t v = 0; v < op.vocabulary; ++v) top = z(v) <= top ? top : z(v);
+    for (int64_t v = 0; v < op.vocabulary; ++v) sum += ::exp(z(v) - top);
+    max = top;
+    logsum = ::log(sum);
+  }
+};
+
+double* stat(const Divergence& op, Stat which, int64_t row) {
+  return static_cast<double*>(op.stats) + int(which) * op.rows() + row;
+}
+
+// exp(a) (a - b), and 0 where exp(a) is: a banned column has no share.
+double share(double a, double b) {
+  double weight = ::exp(a);
+  return weight == 0 ? 0 : weight * (a - b);
+}
+
+double log_mixture(double log_p, double log_q, double mix) {
+  double gap = log_q - log_p, far = gap > 0 ? 1 - mix : mix;
+  return std::fmax(log_p, log_q) + ::log1p(far * ::expm1(-std::fabs(gap)));
+}
+
+void forward_row(const Divergence& op, int64_t row) {
+  Stream p(op.policy, row), q(op.reference, row);
+  double to_p = 0, to_q = 0;  // KL(pi || other), KL(p || other)
+  if (!op.masked(row)) {
+    p.measure();
+    q.measure();
+    for (int64_t v = 0; v < op.vocabulary(); ++v) {
+      double a = p.log_p(v), b = q.log_p(v);
+      bool banned = a == -kInfinity && b == -kInfinity;
+      double m = op.kind != Kind::jsd || banned ? 0 : log_mixture(a, b, op.mix);
+      if (op.kind != Kind::forward_kl) to_q += share(a, op.kind == Kind::jsd ? m : b);
+      if (op.kind != Kind::reverse_kl) to_p += share(b, op.kind == Kind::jsd ? m : a);
+    }
+  }
+  double value = op.kind == Kind::jsd ? op.mix * to_p + (1 - op.mix) * to_q : to_p + to_q;
+  static_cast<double*>(op.value)[row] = value;
+  *stat(op, Stat::max, row) = p.max;
+  *stat(op, Stat::logsum, row) = p.logsum;
+  *stat(op, Stat::reference_max, row) = q.max;
+  *stat(op, Stat::reference_logsum, row) = q.logsum;
+  *stat(op, Stat::pull, row) = to_q;
+}
+
+double slope_of(const Divergence& op, double log_p, double log_q, double pull) {
+  double p = ::exp(log_p);
+  if (op.kind == Kind::forward_kl) return p - ::exp(log_q);
+  if (p == 0) return 0;
+  if (op.kind == Kind::reverse_kl) return p * (log_p - log_q - pull);
+  return (1 - op.mix) * p * (log_p - log_mixture(log_p, log_q, op.mix) - pull);
+}
+
+void put(const TokenLogps& op, int64_t row, int64_t v, double x) {
+  int64_t place = row * op.grad.row_stride + v * op.grad.col_stride;
+  switch (op.dtype) {
+    case Dtype::float32: static_cast<float*>(op.grad.data)[place] = float(x); break;
+    case Dtype::bfloat16: store(static_cast<bfloat16*>(op.grad.data) + place, set(float(x)), 1); break;
+    case Dtype::float16: store(static_cast<float16*>(op.grad.data) + place, set(float(x)), 1); break;
+    case Dtype::float64: static_cast<double*>(op.grad.data)[place] = x; break;
+  }
+}
+
+void backward_row(const Divergence& op, int64_t row) {
+  Stream p(op.policy, row), q(op.reference, row);
+  double g = static_cast<const double*>(op.grad_value)[row], pull = *stat(op, Stat::pull, row);
+  bool skip = op.masked(row) || g == 0;
+  p.max = *stat(op, Stat::max, row);
+  p.logsum = *stat(op, Stat::logsum, row);
+  q.max = *stat(op, Stat::reference_max, row);
+  q.logsum = *stat(op, Stat::reference_logsum, row);
+  for (int64_t v = 0; v < op.vocabulary(); ++v)
+    put(op.policy, row, v, skip ? 0 : g * slope_of(op, p.log_p(v), q.log_p(v), pull) * p.slope(v));
+}
+
+}  // namespace
+
+void divergence_float64(const Divergence& op, bool backward, int threads) {
+  parallel_for(op.rows(), op.rows() * op.vocabulary(), threads,
+               [&](int64_t row) { (backward ? backward_row : forward_row)(op, row); });
+}
+
+}  // namespace fastalign::LEVEL

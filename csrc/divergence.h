@@ -1,0 +1,30 @@
+// Divergence between p = softmax(z) of logits and pi = softmax(q) of reference logits: what the native kernel is given.
+//
+// forward_kl = KL(pi || p);  reverse_kl = KL(p || pi);  jsd = mix KL(pi || M) + (1 - mix) KL(p || M),
+// M = mix pi + (1 - mix) p.
+#pragma once
+
+#include "token_logps.h"
+
+namespace fastalign {
+
+enum class Kind : int { forward_kl, reverse_kl, jsd };
+
+// The rows of the statistics [5, rows]; `pull` is the mean that the gradient subtracts: KL(p || pi), or KL(p || M) for jsd.
+enum class Stat : int { max, logsum, reference_max, reference_logsum, pull };
+
+// value, stats and grad_value point to double when either stream is float64, else to float.
+struct Divergence {
+  TokenLogps policy, reference;  // the policy's labels say which rows are masked; its grad is what backward writes
+  Kind kind;
+  double mix;
+  void *value, *stats;     // forward writes them; backward reads stats
+  const void* grad_value;  // backward only
+
+  int64_t rows() const { return policy.rows; }
+  int64_t vocabulary() const { return policy.vocabulary; }
+  bool wide() const { return policy.dtype == Dtype::float64 || reference.dtype == Dtype::float64; }
+  bool masked(int64_t row) const { return policy.label(row) == kIgnored; }
+};
+
+}  // namespace fastalign

@@ -1,0 +1,92 @@
+"""The native kernels of ``divergence`` behind tensors: checks, memory, addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import _cpp
+
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+def forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    kind: str,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each pair of rows in one read of both (two for "jsd"); see the torch backend for the contract.
+
+    Args:
+        logits, ref_logits: ``[N, V]`` on the CPU, of any dtypes and strides.
+        labels: ``[N]``; -100: the row is never read.
+
+    Returns:
+        value ``[N]``, stats ``[5, N]`` in fp32 (fp64 if a stream is fp64).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    dtype = _check(logits, ref_logits, labels)
+    value, stats = torch.empty(len(labels), dtype=dtype), torch.empty(5, len(labels), dtype=dtype)
+    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {})
+    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    _describe(policy, reference, kind, mix, stats, value=value.data_ptr()).forward(torch.get_num_threads())
+    return value, stats
+
+
+def backward(
+    out: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    *,
+    kind: str,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> None:
+    """Write the gradient of the logits into ``out``, which may be the logits themselves; see the torch backend.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    dtype = _check(logits, ref_logits, labels)
+    _cpp._check_out(out, logits)
+    grad = _cpp._vector("grad", grad, len(labels), dtype)
+    stats = _cpp._vector("stats", stats.reshape(-1), 5 * len(labels), dtype)
+    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {}, grad=_cpp._matrix(out))
+    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    _describe(policy, reference, kind, mix, stats, grad_value=grad.data_ptr()).backward(torch.get_num_threads())
+
+
+def _check(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> torch.dtype:
+    """The dtype of the statistics, once shapes, dtypes and devices are right."""
+    _cpp._check(logits, labels)
+    _cpp._check(ref_logits, labels)
+    if logits.shape != ref_logits.shape:
+        raise ValueError(f"ref_logits must be {tuple(logits.shape)} like the logits, got {tuple(ref_logits.shape)}")
+    return torch.float64 if torch.float64 in (logits.dtype, ref_logits.dtype) else torch.float32
+
+
+def _describe(policy: Any, reference: Any, kind: str, mix: float, stats: Tensor, **vectors: int) -> Any:
+    from fastalign import _C
+
+    return _C.Divergence(
+        policy=policy, reference=reference, kind=KINDS[kind], mix=mix, stats=stats.data_ptr(), **vectors
+    )

@@ -1,0 +1,280 @@
+"""Divergence of a policy from a reference straight from both hidden states: no ``[N, V]`` tensor outlives a chunk.
+
+Chunks of rows, two GEMMs into two reused workspaces, one sweep over both. With a frozen head the forward keeps
+``U_i = d value_i / d hidden_i`` and backward is one scale per row. Else it keeps five numbers per row, and backward
+makes both logits again, slab by slab of the vocabulary, so that a slab of the weight's gradient is finished in fp32
+before the next begins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.ops._checks import check_device, check_linear, check_memory
+from fastalign.ops._head import gemm_dtype, spread
+from fastalign.ops._linear_divergence import accumulators, forward, make_streams, plan_for, recompute
+from fastalign.ops.divergence import Kind, check_choice, check_rows
+from fastalign.ops.divergence import reference as logits_reference
+from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.types import IGNORE_INDEX
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The specification: both logits of the scored rows in full, then the reference of ``divergence``."""
+    linear = torch.nn.functional.linear
+    everywhere = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device) if labels is None else labels
+    scored = (everywhere != IGNORE_INDEX).nonzero().squeeze(1)
+    tau = options.get("temperature", 1.0)
+    options["temperature"] = tau[scored] if isinstance(tau, Tensor) else tau
+    streams = linear(hidden[scored], weight, bias), linear(ref_hidden[scored], ref_weight, ref_bias).detach()
+    value = logits_reference(*streams, **options)
+    return value.new_zeros(len(hidden)).index_put((scored,), value)
+
+
+# --- custom op -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastalign::linear_divergence", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    labels: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    kind: str,
+    mix: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    logit_scale: float,
+    ref_logit_scale: float,
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    memory: int | None,
+    backend: str | None,
+    gradient: bool,
+    trainable: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """value ``[N]``, stats ``[N, 5]``, and U ``[N, D]`` (``[0, D]`` when it is not needed)."""
+    scaling = (softcap, ref_softcap, logit_scale, ref_logit_scale, dtype, ref_dtype)
+    tau = temperature if temperatures is None else temperatures
+    streams = make_streams(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, tau, kind, mix, scaling, backend
+    )
+    plan = plan_for(streams, memory, "upstream" if gradient else "none", trainable)
+    value, stats, directions = forward(streams, plan)
+    head, out = streams.policy, stats_dtype(hidden, weight, ref_hidden, ref_weight)
+    if plan.mode != "frozen":
+        directions = hidden.new_zeros(0, hidden.shape[1])
+    elif head.rows is not None or directions.dtype != hidden.dtype:
+        directions = spread(head, directions, hidden.dtype)
+    return spread(head, value, out), spread(head, stats.t(), stats.dtype).contiguous(), directions
+
+
+@_op.register_fake
+def _(hidden, weight, bias, ref_hidden, ref_weight, *rest):
+    *_, dtype, ref_dtype, _memory, _backend, gradient, trainable = rest
+    wide = torch.float64 if torch.float64 in (dtype, ref_dtype) else torch.float32
+    value = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight, ref_hidden, ref_weight))
+    kept = hidden.shape[0] if gradient and not trainable else 0
+    return value, hidden.new_empty(hidden.shape[0], 5, dtype=wide), hidden.new_empty(kept, hidden.shape[1])
+
+
+@torch.library.custom_op("fastalign::scale_rows", mutates_args=())
+def _scale_rows(hidden: Tensor, directions: Tensor, grad: Tensor) -> Tensor:
+    """``g_i U_i``; where ``g_i`` is 0 whatever the direction holds is selected out.
+
+    ``hidden`` is not read: through it autograd knows that the result must not be differentiated again.
+    """
+    return torch.where(grad[:, None] == 0, 0.0, grad[:, None] * directions).to(directions.dtype)
+
+
+@_scale_rows.register_fake
+def _(hidden, directions, grad):
+    return torch.empty_like(directions)
+
+
+@torch.library.custom_op("fastalign::linear_divergence_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    labels: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    kind: str,
+    mix: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    logit_scale: float,
+    ref_logit_scale: float,
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    memory: int | None,
+    backend: str | None,
+    stats: Tensor,
+    grad: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
+    scaling = (softcap, ref_softcap, logit_scale, ref_logit_scale, dtype, ref_dtype)
+    tau = temperature if temperatures is None else temperatures
+    streams = make_streams(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, tau, kind, mix, scaling, backend
+    )
+    rows, plan = streams.policy.rows, plan_for(streams, memory, "upstream", True)
+    if rows is not None:
+        stats, grad = stats[rows], grad[rows]
+    sums = accumulators(streams, needs_hidden, needs_bias)
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    recompute(streams, plan, stats.t().contiguous(), grad.to(stats.dtype).contiguous(), *sums, d_weight)
+    d_hidden, d_bias = sums
+    return (
+        hidden.new_empty(0) if d_hidden is None else spread(streams.policy, d_hidden, hidden.dtype),
+        weight.new_empty(0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+@_backward_op.register_fake
+def _(hidden, weight, bias, *rest):
+    needs_hidden, needs_weight, needs_bias = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        bias.new_empty(bias.shape) if needs_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *inputs, gradient, trainable = inputs
+    _, stats, directions = output
+    ctx.mark_non_differentiable(stats, directions)
+    ctx.set_materialize_grads(False)
+    ctx.frozen, ctx.options = gradient and not trainable, inputs[8:]
+    ctx.save_for_backward(*((inputs[0], directions) if ctx.frozen else (*inputs[:8], stats)))
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 21
+    if ctx.frozen:
+        return _scale_rows(*ctx.saved_tensors, grad), *(None,) * 20
+    *tensors, stats = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = _backward_op(*tensors, *ctx.options, stats, grad, *needs)
+    return *(x if needed else None for x, needed in zip(grads, needs, strict=True)), *(None,) * 18
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_no_double_backward)
+_scale_rows.register_autograd(_no_double_backward)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    kind: Kind = "forward_kl",
+    mix: float = 0.5,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence per row of a policy from a reference, straight from hidden states; ``divergence`` has the formulas.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, and the reference's likewise.
+
+    Args:
+        hidden, weight, bias: ``[N, D]``, ``[V, D]`` and ``[V]`` of the policy; each gets a gradient of its own dtype.
+        ref_hidden, ref_weight, ref_bias: ``[N, Dr]``, ``[V, Dr]`` and ``[V]`` of the reference; they get no gradient.
+        labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: value and gradients are exactly 0 and
+            neither hidden state is read. None: every row is scored.
+        kind, mix, temperature: as in ``divergence``.
+        softcap, ref_softcap, logit_scale, ref_logit_scale: of each stream.
+        process_group: vocabulary-parallel heads are not served; anything but None is refused.
+        memory: bound on the workspace in bytes: both streams' logits and temporaries, not outputs.
+        backend: "torch", "cpp", "triton" or None for the best one here.
+
+    Returns:
+        ``[N]`` in fp32 (fp64 if an input is fp64).
+
+    Raises:
+        ValueError: wrong rank, shape, dtype or device; unknown kind; mix 0 or 1; a CPU label outside ``[0, V)``.
+        RuntimeError: double backward.
+
+    >>> linear_divergence(torch.ones(1, 2), torch.zeros(4, 2), torch.ones(1, 1), torch.eye(4)[:, :1])
+    tensor([0.1180])
+    """
+    if process_group is not None:
+        raise ValueError("process_group: linear_divergence has no vocabulary-parallel form; gather both weights")
+    _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
+    check_choice(kind, mix)
+    check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
+    check_memory(memory)
+    number, rows = split_temperature(temperature, stats_dtype(hidden, weight, ref_hidden, ref_weight))
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    gradient = torch.is_grad_enabled() and (trainable or hidden.requires_grad)
+    ref = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    scaling = (softcap, ref_softcap, float(logit_scale), float(ref_logit_scale))
+    dtypes = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
+    options = (labels, rows, number, kind, float(mix), *scaling, *dtypes, memory, backend)
+    return _op(hidden, weight, bias, *ref, *options, gradient, trainable)[0]
+
+
+def _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels) -> None:
+    """Both heads fit their hidden states and each other."""
+    per_row = hidden.new_empty(hidden.shape[0], dtype=torch.int64) if labels is None else labels
+    check_linear(hidden, weight, bias, per_row)
+    if ref_hidden.dim() != 2 or ref_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"ref_hidden must be [N, Dr] with N = {hidden.shape[0]} rows of hidden, got shape {list(ref_hidden.shape)}"
+        )
+    check_device("ref_hidden", ref_hidden, "hidden", hidden)
+    try:
+        check_linear(ref_hidden, ref_weight, ref_bias, per_row)
+    except ValueError as error:
+        raise ValueError(f"of the reference: {error}") from None
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight must have the V = {weight.shape[0]} rows of weight, got {ref_weight.shape[0]}: "
+            "both models need one vocabulary"
+        )
