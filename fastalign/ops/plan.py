@@ -28,6 +28,8 @@ CPU_ROWS = 512
 """Rows per chunk on a CPU: measured, the three GEMMs run within 5 % of their full-size speed from 342 rows on."""
 USEFUL_SHARE = 0.5
 """Keeping a smaller share of the logits is not worth thinner chunks and an accumulator for the weight's gradient."""
+CPU_NARROW_ROWS = 2048
+"""The same for 16-bit logits, whose dW needs widened operands as soon as there are two chunks."""
 CPU_BYTES = 128 << 20
 """Default workspace on a CPU, unless 256 rows need more."""
 GPU_SHARE = 16
@@ -126,7 +128,7 @@ def make_plan(
     """
     row_bytes = _row_bytes(vocab, width, itemsize)
     scratch += 64 * num_rows
-    limit = _rows_that_fit(row_bytes, memory, scratch, device, total_memory)
+    limit = _rows_that_fit(row_bytes, itemsize, memory, scratch, device, total_memory)
     starved = device == "cuda" and memory is not None and limit < min(num_rows, GPU_ROWS)
     budget = max(0, (memory or _default_bytes(device, total_memory)) - scratch)
     slots, piece = _slots(max(limit, budget // row_bytes), device)
@@ -157,12 +159,16 @@ def _default_bytes(device: str, total_memory: int) -> int:
     return total_memory // GPU_SHARE if device == "cuda" else CPU_BYTES
 
 
-def _rows_that_fit(row_bytes: int, memory: int | None, scratch: int, device: str, total_memory: int) -> int:
+def _rows_that_fit(
+    row_bytes: int, itemsize: int, memory: int | None, scratch: int, device: str, total_memory: int
+) -> int:
     """The largest chunk. Defaults have a floor, where thinner chunks would be slow; an explicit bound has none."""
     if memory is not None:
         return max(1, (memory - scratch) // row_bytes)
     fit = _default_bytes(device, total_memory) // row_bytes
-    return max(GPU_ROWS, fit) if device == "cuda" else max(MIN_ROWS, min(CPU_ROWS, fit))
+    if device == "cuda":
+        return max(GPU_ROWS, fit)
+    return max(MIN_ROWS, min(fit, CPU_ROWS if itemsize >= 4 else CPU_NARROW_ROWS))
 
 
 def _mode(
