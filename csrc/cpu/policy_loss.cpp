@@ -108,7 +108,12 @@ struct Row {
 
   static FORCE_INLINE void scale_columns(const float* x, vec factor, T* out, int64_t n) {
     int64_t v = 0;
-#pragma GCC unroll 4
+    for (; v + kWidth <= n; v += kWidth) {
+      const char* ahead = reinterpret_cast<const char*>(out + v) + kAhead;
+      for (size_t line = 0; line < kWidth * sizeof(T); line += 64) __builtin_prefetch(ahead + line, 1);
+#pragma GCC unroll 8
+      for (int j = 0; j < kGroup; ++j) store(out + v + j * kLanes, load(x + v + j * kLanes) * factor);
+    }
     for (; v + kLanes <= n; v += kLanes) store(out + v, load(x + v) * factor);
     if (v < n) store(out + v, load(x + v, n - v) * factor, n - v);
   }
