@@ -116,9 +116,11 @@ def reap(directory: Path, after: int | None = None) -> None:
     """Remove what interrupted writes left, and the checkpoints after a step that a run goes back to."""
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
-    for path in whole_checkpoints(directory):
-        if after is not None and step_of(path) > after:
-            remove(path)
+    later = [path for path in whole_checkpoints(directory) if after is not None and step_of(path) > after]
+    if later:
+        point_to(directory, [path for path in whole_checkpoints(directory) if path not in later][-1:])
+    for path in reversed(later):
+        remove(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -222,12 +224,17 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
     if final.exists():
         remove(final)
     temporary.rename(final)
-    pointer = final.parent / "latest.tmp"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(final.parent / "latest")
+    point_to(final.parent, [final])
     flush_directory(final.parent)
     for old in whole_checkpoints(final.parent)[:-keep]:
         remove(old)
+
+
+def point_to(directory: Path, newest: list[Path]) -> None:
+    """Make ``latest`` name the one newest checkpoint, or nothing when there is none."""
+    pointer = directory / "latest.tmp"
+    pointer.write_text("".join(f"{path.name}\n" for path in newest), encoding="utf-8")
+    pointer.replace(directory / "latest") if newest else (directory / "latest").unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from fastalign.config import Config
 from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap
-from fastalign.engine.metrics import truncate_metrics
+from fastalign.engine.metrics import read_metrics, truncate_metrics
 from fastalign.parallel.mesh import World
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,7 @@ HORIZON = {"run.steps", "run.epochs"}
 
 
 def claim(config: Config, world: World) -> Path | None:
-    """Make the run directory ready, or refuse before any work.
-
-    Writes ``config.yaml``, removes what a crash left, and cuts ``metrics.jsonl`` back to the checkpoint.
+    """Find out whether the run directory can be used, or refuse before any work; nothing in it is changed.
 
     Returns:
         the checkpoint to resume from; None for a fresh start.
@@ -46,18 +44,14 @@ def claim(config: Config, world: World) -> Path | None:
     directory = Path(config.run.output_dir)
     probe(directory, world.rank)
     checkpoint = find_checkpoint(config, directory)
-    settings, step = asdict(config), 0
+    settings = asdict(config)
     if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
         refuse_occupied(directory)
     if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_same_run(state["config"], settings, checkpoint)
-        step = state["step"]
+        check_same_run(read_state(checkpoint)["config"], settings, checkpoint)
     elif config.run.resume and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
-    world.barrier()
-    if world.is_main:
-        prepare(directory, step, settings)
+    read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
     world.barrier()
     return checkpoint
 
@@ -131,11 +125,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def prepare(directory: Path, step: int, settings: dict[str, Any]) -> None:
-    """Leave in the directory exactly what a run goes on from after ``step`` steps."""
-    reap(directory / "checkpoints", after=step)
-    truncate_metrics(directory / "metrics.jsonl", step)
-    (directory / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False), encoding="utf-8")
+def prepare(config: Config, step: int, world: World) -> None:
+    """Leave in the directory exactly what a run goes on from after ``step`` steps.
+
+    Later checkpoints and lines of ``metrics.jsonl`` go, and ``config.yaml`` is written: call it when the checkpoint has
+    loaded and everything else is ready, for whatever fails before must find the directory as it was.
+    """
+    directory = Path(config.run.output_dir)
+    if world.is_main:
+        reap(directory / "checkpoints", after=step)
+        truncate_metrics(directory / "metrics.jsonl", step)
+        settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+        (directory / "config.yaml").write_text(settings, encoding="utf-8")
+    world.barrier()
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

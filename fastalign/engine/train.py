@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.loader import Loader, TokenDataset
-from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.methods import Objective, make_objective
@@ -24,7 +24,7 @@ from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_mem
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.report import write_report
-from fastalign.engine.rundir import claim
+from fastalign.engine.rundir import claim, prepare
 from fastalign.engine.setup import check_settings, load_data, seed_everything, verified, wants_autocast
 from fastalign.engine.step import Models, Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy, save_pretrained
@@ -55,6 +55,7 @@ def train(config: Config) -> None:
         seed_everything(config.run)
         job = set_up(config, objective, ranks)
         done = resume(job, checkpoint) if checkpoint else 0
+        prepare(config, done, ranks)  # the first change on the disk
         run(job, done)
 
 
@@ -181,8 +182,8 @@ def save(job: Job, step: int) -> None:
 
 def resume(job: Job, checkpoint: Path) -> int:
     """Go back to a checkpoint; returns its step. The reference is the initial policy, so it needs none."""
+    job.loader.load_state_dict(read_state(checkpoint)["loader"])
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
-    job.loader.load_state_dict(state["loader"])
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size

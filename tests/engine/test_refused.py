@@ -1,0 +1,48 @@
+"""A run that is refused leaves its directory as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from fastalign.engine.train import train
+from runs import numbers
+
+SHORT = {"run.steps": 4, "run.save_every": 1, "run.keep": 4}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def own_rows(materials, tmp_path) -> Path:
+    """A data file of this test alone."""
+    path = tmp_path / "own.jsonl"
+    path.write_text((materials / "rows.jsonl").read_text())
+    return path
+
+
+@pytest.fixture
+def finished(configure, own_rows) -> Path:
+    """The directory of a run with checkpoints at steps 1 to 4."""
+    config = configure("sft", **SHORT, **{"data.path": str(own_rows)})
+    train(config)
+    return Path(config.run.output_dir)
+
+
+def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_rows):
+    own_rows.write_text("".join(own_rows.read_text().splitlines(keepends=True)[:-4]))
+    before = contents(finished)
+    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2")}
+    with pytest.raises(ValueError, match="num_examples=96, this run has 92"):
+        train(configure("sft", **SHORT, **back))
+    assert contents(finished) == before
+
+
+def test_latest_names_the_checkpoint_that_a_run_went_back_to(configure, finished, own_rows, monkeypatch):
+    expected = numbers(finished)
+    monkeypatch.setattr("fastalign.engine.train.run", lambda job, done: None)
+    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2")}
+    train(configure("sft", **SHORT, **back))
+    assert (finished / "checkpoints" / "latest").read_text() == "step-2\n"
+    assert numbers(finished) == expected[:2]
