@@ -80,7 +80,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
         self.form, self.method, self.raw_dialogue = form, method, raw_dialogue
-        self.adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
@@ -141,10 +141,11 @@ class Encoder:
         return lookup
 
     def written(self, ids: list[int], standard: bool) -> list[int]:
-        """The ids without an EOS that the tokenizer adds by itself, nor its BOS before one written in the text."""
-        bos = self.tokenizer.bos_token_id
-        ids = ids[:-1] if standard and self.adds_eos else ids
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        """The ids without what the tokenizer appends by itself, nor its BOS before one written in the text."""
+        if not standard:
+            return ids
+        bos, ids = self.tokenizer.bos_token_id, ids[: len(ids) - len(self.appended)]
+        return ids[1:] if self.prepended == ids[:1] == ids[1:2] == [bos] else ids
 
     def tokens(self, rendered: chat.Rendered | chat.Marked, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
         """Ids and scored mask of a sequence, before it is cut."""
@@ -186,6 +187,24 @@ class Encoder:
     def drop(self, reason: str) -> None:
         """Counts a row that is left out, and why."""
         self.counts[reason] += 1
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special ids that the tokenizer puts before and after a text by itself, e.g. ([BOS], []).
+
+    Told by a text with and without them: where BOS and EOS are one token, its place alone says which it is.
+
+    Raises:
+        ValueError: no text of the vocabulary comes back between the added ids.
+    """
+    special = set(tokenizer.all_special_tokens)
+    for probe in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
+        bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(probe, add_special_tokens=True)["input_ids"]
+        for start in range(len(ids) - len(bare) + 1):
+            if bare and ids[start : start + len(bare)] == bare:
+                return ids[:start], ids[start + len(bare) :]
+    raise ValueError("the tokenizer gives no ids for any text: expected one that adds its special tokens around a text")
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

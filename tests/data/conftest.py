@@ -37,14 +37,14 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     )
     backend.train_from_iterator(TEXT * 4, trainer)
 
-    def make(adds: str = "", pad: str = "<pad>", **options: object) -> PreTrainedTokenizerFast:
+    def make(adds: str = "", pad: str = "<pad>", bos: str = "<s>", **options: object) -> PreTrainedTokenizerFast:
         copy = Tokenizer.from_str(backend.to_str())
         if adds:
-            template = " ".join([*(["<s>"] if "bos" in adds else []), "$A", *(["</s>"] if "eos" in adds else [])])
-            tokens = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+            template = " ".join([*([bos] if "bos" in adds else []), "$A", *(["</s>"] if "eos" in adds else [])])
+            tokens = [(token, backend.token_to_id(token)) for token in {bos, "</s>"}]
             copy.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
         return PreTrainedTokenizerFast(
-            tokenizer_object=copy, pad_token=pad, bos_token="<s>", eos_token="</s>", **options
+            tokenizer_object=copy, pad_token=pad, bos_token=bos, eos_token="</s>", **options
         )
 
     return make

@@ -68,6 +68,14 @@ def test_a_completion_is_scored_with_one_eos(make_tokenizer: Make, adds: str, gi
     assert encoded.counts == {"rows": 1, "prompt_not_a_prefix": 0, "kept": 1}
 
 
+@pytest.mark.parametrize("adds", ["", "bos", "eos", "bos eos"])
+def test_one_token_for_bos_and_eos(make_tokenizer: Make, adds: str) -> None:
+    tokenizer = make_tokenizer(adds, bos="</s>")
+    encoded = run([{"prompt": "Two and", "completion": " two is four."}], tokenizer)
+    given = ("</s>" if "bos" in adds else "") + "Two and"
+    assert parts(tokenizer, encoded[0]) == [(given, " two is four.</s>")]
+
+
 @pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
 def test_special_tokens_in_the_text_are_not_doubled(make_tokenizer: Make, adds: str) -> None:
     tokenizer = make_tokenizer(adds)
