@@ -311,6 +311,17 @@ def test_banned_columns_and_low_levels(backend):
     torch.testing.assert_close(grad[:, 17003:].double(), exact, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_programs_that_take_several_rows_change_no_bit(backend, monkeypatch):
+    from fastalign_kernels import policy_loss as kernels
+
+    logits, labels, rows, _ = make_case(252, torch.float32, "ppo")
+    expected = run(logits, labels, rows, "ppo", backend)
+    monkeypatch.setattr(kernels, "rows_in_flight", lambda *_: 3)
+    actual = run(logits, labels, rows, "ppo", backend)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", ["k3", "capped_rows", "k2_entropy"])
 @pytest.mark.parametrize("level", ["avx512", "avx2", "scalar"])
