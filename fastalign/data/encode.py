@@ -51,9 +51,11 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
         The examples in the rows' order; ``counts`` says how many rows were kept, cut and dropped, and why.
 
     Raises:
-        ValueError: columns that do not fit the method, a value of the wrong type (with its row), a conversation without
-            a scored token, or no row left.
+        ValueError: a ``max_length`` below 2, columns that do not fit the method, a value of the wrong type (with its
+            row), a conversation without a scored token, or no row left.
     """
+    if data.max_length < 2:
+        raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
     form = formats.recognise(rows.column_names, method, data.format)
     template = chat.read_template(data.chat_template)
     options = (form, method, template, data.max_length, data.truncation)

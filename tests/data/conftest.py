@@ -43,9 +43,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
             template = " ".join([*([bos] if "bos" in adds else []), "$A", *(["</s>"] if "eos" in adds else [])])
             tokens = [(token, backend.token_to_id(token)) for token in {bos, "</s>"}]
             copy.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=copy, pad_token=pad, bos_token=bos, eos_token="</s>", **options
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=copy, pad_token=pad, bos_token=bos, eos_token="</s>", **options)
 
     return make
 

@@ -218,6 +218,12 @@ def test_truncation_cuts_completions_and_drops_full_prompts(make_tokenizer: Make
     )
 
 
+@pytest.mark.parametrize("length", [-5, 0, 1])
+def test_a_length_without_room_for_a_scored_token_is_refused(make_tokenizer: Make, length: int) -> None:
+    with pytest.raises(ValueError, match=rf"data\.max_length: expected at least 2, .* got {length}$"):
+        run([PROMPTED], make_tokenizer(), max_length=length)
+
+
 def test_one_side_without_room_drops_the_pair(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     rows = [PROMPTED, {"prompt": "The cat sat on the mat", "chosen": " a", "rejected": " b"}]
