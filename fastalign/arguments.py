@@ -69,7 +69,10 @@ def parse_config(method: str, argv: list[str]) -> Config:
     name, loss = find_loss(method, asked_loss(flags, trees.values()))
     schema = schema_of(loss)
     for path, tree in trees.items():
-        check_keys(flatten(tree), schema, name, f" in {path}")
+        check_sections(path, tree, schema)
+        leaves = dict(flatten(tree))
+        check_keys(leaves, schema, name, f" in {path}")
+        check_nulls(path, leaves, schema)
     check_keys(flag_keys(flags), schema, name)
     words = [word for path in paths for word in ("--config", path)] + flags + ["--loss.name", name]
     settings = parse(build_parser(method, name, loss), words, schema)
@@ -156,13 +159,31 @@ def check_method(path: str, tree: dict[str, Any], method: str) -> None:
         )
 
 
-def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a nested mapping, down to its leaves."""
+def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
+    """Refuse a section that is not a mapping of settings."""
+    for section in ("loss", *sections()):
+        value = tree.get(section, ...)
+        if value is not ... and not (isinstance(value, dict) and value):
+            key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
+            raise UsageError(
+                f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {value!r}"
+            )
+
+
+def check_nulls(path: str, leaves: dict[str, Any], schema: dict[str, str]) -> None:
+    """Refuse a null for a setting that has none: the parser lets it pass in a file."""
+    for key, value in leaves.items():
+        if value is None and "None" not in schema.get(key, "None"):
+            raise UsageError(f"{key} in {path}: expected {schema[key]}, got null: leave the line out for the default")
+
+
+def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a nested mapping down to its leaves, each with its value."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def flag_keys(flags: list[str]) -> Iterator[str]:

@@ -115,6 +115,12 @@ def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys, engine, method, flag
         ("optim: {lr: fast}", "optim.lr: expected float, got fast"),
         ("optim: [lr: 1", "{path} is not valid YAML"),
         ("- optim", "{path}: expected a mapping"),
+        ("batch: {size: null}", "batch.size in {path}: expected int, got null"),
+        ("optim: {betas: null}", "optim.betas in {path}: expected tuple[float, float], got null"),
+        ("loss: {beta: null}", "loss.beta in {path}: expected float, got null"),
+        ("batch: 5", "batch in {path}: expected a mapping such as `batch: {{size: ...}}`, got 5"),
+        ("batch:", "batch in {path}: expected a mapping such as `batch: {{size: ...}}`, got None"),
+        ("loss: ipo", "loss in {path}: expected a mapping such as `loss: {{name: ...}}`, got 'ipo'"),
         ("method: sft", "{path} is for 'sft', not 'dpo': run fastalign sft"),
     ],
 )
@@ -123,6 +129,11 @@ def test_a_wrong_file_gets_one_line_and_exit_code_2(capsys, engine, write, text,
     assert cli.main(["dpo", "--config", path]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected.format(path=path) in error and not engine.seen
+
+
+def test_a_null_is_allowed_where_it_means_something(write):
+    config = parse_config("sft", ["--config", write("run: {steps: null}\nmodel: {config: {pad_token_id: null}}")])
+    assert config.run.steps is None and config.model.config == {"pad_token_id": None}
 
 
 def test_a_failing_run_gets_one_line_and_exit_code_1(capsys, engine, monkeypatch):
