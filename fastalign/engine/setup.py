@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -50,6 +53,17 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     rows, held_out = load_train_eval(config.data, config.run.seed)
     dataset = encode_dataset(rows, tokenizer, config.data, config.method)
     return tokenizer, dataset, encode_dataset(held_out, tokenizer, config.data, config.method) if held_out else None
+
+
+def hash_tokens(dataset: TokenDataset) -> str:
+    """A hash of the tokens of all examples in their order, and of nothing else: not of files, caches or versions."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in dataset.table.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "scored", "lengths"):
+            column = cast(pa.Table, batch)[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy().tobytes())
+            digest.update(column.flatten().to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:

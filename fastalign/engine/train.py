@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_lea
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
-from fastalign.engine.setup import check_settings, load_data, seed_everything, verified, wants_autocast
+from fastalign.engine.setup import check_settings, hash_tokens, load_data, seed_everything, verified, wants_autocast
 from fastalign.engine.step import Models, Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.models.policy import Policy
@@ -69,6 +70,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     models: Models
     optimizer: AdamW
+    dataset: TokenDataset
     loader: Loader
     held_out: TokenDataset | None
     total: int
@@ -77,6 +79,11 @@ class Job:
     def directory(self) -> Path:
         """Where it writes."""
         return Path(self.config.run.output_dir)
+
+    @cached_property
+    def data_content(self) -> str:
+        """What the checkpoints know the training data by."""
+        return hash_tokens(self.dataset)
 
 
 def set_up(config: Config, objective: Objective, ranks: World) -> Job:
@@ -92,7 +99,7 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
     total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
     optimizer = make_optimizer(policy, config.optim)
-    return Job(config, objective, ranks, tokenizer, models, optimizer, loader, held_out, total)
+    return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total)
 
 
 def run(job: Job, done: int) -> None:
@@ -175,14 +182,20 @@ def held_out_metrics(job: Job) -> dict[str, float]:
 
 def save(job: Job, step: int) -> None:
     """A checkpoint of everything that the next step depends on."""
-    state = {"loader": job.loader.state_dict(), "config": asdict(job.config)}
+    state = {"loader": job.loader.state_dict(), "data": job.data_content, "config": asdict(job.config)}
     directory = job.directory / "checkpoints"
     save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
     """Go back to a checkpoint; returns its step. The reference is the initial policy, so it needs none."""
-    job.loader.load_state_dict(read_state(checkpoint)["loader"])
+    state = read_state(checkpoint)
+    job.loader.load_state_dict(state["loader"])
+    if state["data"] != job.data_content:
+        raise ValueError(
+            f"{checkpoint} was trained on other data: as many examples, but other tokens or another order; "
+            "resume with the same rows and tokenizer, or choose another run.output_dir"
+        )
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:

@@ -46,3 +46,15 @@ def test_latest_names_the_checkpoint_that_a_run_went_back_to(configure, finished
     train(configure("sft", **SHORT, **back))
     assert (finished / "checkpoints" / "latest").read_text() == "step-2\n"
     assert numbers(finished) == expected[:2]
+
+
+def test_other_data_of_the_same_length_is_refused(configure, finished, own_rows):
+    text = own_rows.read_text()
+    own_rows.write_text("".join(reversed(text.splitlines(keepends=True))))
+    before = contents(finished)
+    again = {"data.path": str(own_rows), "run.resume": True}
+    with pytest.raises(ValueError, match=r"step-4 was trained on other data: .* resume with the same rows"):
+        train(configure("sft", **SHORT, **again))
+    assert contents(finished) == before
+    own_rows.write_text(text)
+    train(configure("sft", **SHORT, **again, **{"data.cache_dir": str(own_rows.parent / "cache")}))
