@@ -49,9 +49,9 @@ def claim(config: Config, world: World) -> Path | None:
         refuse_occupied(directory)
     if checkpoint is not None:
         check_same_run(read_state(checkpoint)["config"], settings, checkpoint)
-    elif config.run.resume and (directory / "config.yaml").exists():
+    lines = read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
+    if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
-    read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
     world.barrier()
     return checkpoint
 

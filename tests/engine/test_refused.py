@@ -58,3 +58,26 @@ def test_other_data_of_the_same_length_is_refused(configure, finished, own_rows)
     assert contents(finished) == before
     own_rows.write_text(text)
     train(configure("sft", **SHORT, **again, **{"data.cache_dir": str(own_rows.parent / "cache")}))
+
+
+@pytest.mark.parametrize(
+    "broken", [{"data.path": "absent.jsonl"}, {"model.config": {"hidden_size": 8}}, {"loss.no_such": 1}]
+)
+def test_a_set_up_that_fails_leaves_no_run_behind(configure, broken):
+    config = configure("sft", **{"run.steps": 1}, **broken)
+    with pytest.raises(ValueError):
+        train(config)
+    directory = Path(config.run.output_dir)
+    assert not directory.exists() or contents(directory) == {}
+    train(configure("sft", **{"run.steps": 1, "run.resume": True}))
+    assert len(numbers(directory)) == 1
+
+
+def test_a_directory_without_checkpoint_and_lines_is_fresh(configure):
+    config = configure("sft", **{"run.steps": 1, "run.resume": True})
+    directory = Path(config.run.output_dir)
+    directory.mkdir()
+    (directory / "config.yaml").write_text("method: dpo\n")  # of a run that died before its first step
+    (directory / "metrics.jsonl").touch()
+    train(config)
+    assert len(numbers(directory)) == 1
