@@ -122,7 +122,7 @@ class Chat:
     def _apply(self, turns: Turns, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options, **self.arguments)
-        except TemplateError as error:
+        except (TemplateError, TypeError, LookupError, ArithmeticError) as error:  # a template can raise what it likes
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
 
 

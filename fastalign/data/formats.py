@@ -96,21 +96,34 @@ def normalise(row: dict[str, Any], form: str, method: str, raw_dialogue: bool) -
     Raises:
         ValueError: a value of the wrong type.
     """
-    template = _template_arguments(row)
     if form == "text":
-        return Example(None, (_whole(row),), template)
+        return _example(row, None, _whole(row))
     if form == "prompt_completion":
-        return Example(*_same_kind(_text(row, "prompt"), _text(row, "completion")), template)
-    pair = preference.split_pair(row.get("prompt"), _text(row, "chosen"), _text(row, "rejected"), raw_dialogue)
+        return _example(row, *_same_kind(_text(row, "prompt"), _text(row, "completion")))
+    given = None if row.get("prompt") is None else _text(row, "prompt")
+    pair = preference.split_pair(given, _text(row, "chosen"), _text(row, "rejected"), raw_dialogue)
     if pair is None:
         return None
     prompt, chosen, rejected = pair
-    return Example(prompt, (chosen, rejected) if method == "dpo" else (chosen,), template)
+    return _example(row, prompt, chosen, rejected) if method == "dpo" else _example(row, prompt, chosen)
 
 
 def is_empty(text: Text) -> bool:
-    """Whether there is nothing to learn from: only white space, or no message."""
-    return not (text.strip() if isinstance(text, str) else text)
+    """Whether there is nothing to learn from: only white space, no message, or only empty assistant turns."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(map(_says_something, [turn for turn in text if turn["role"] == "assistant"] or text))
+
+
+def _says_something(turn: Message) -> bool:
+    values = [value for key, value in turn.items() if key not in ("role", "name")]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
+def _example(row: dict[str, Any], prompt: Text | None, *completions: Text) -> Example:
+    """An example; only a conversation is rendered with the row's template arguments."""
+    conversation = any(isinstance(text, list) for text in (prompt, *completions))
+    return Example(prompt, completions, _template_arguments(row) if conversation else {})
 
 
 def _whole(row: dict[str, Any]) -> Text:
@@ -119,39 +132,67 @@ def _whole(row: dict[str, Any]) -> Text:
     return _from_sharegpt(row["conversations"]) if row.get("conversations") is not None else _text(row, "text")
 
 
-def _from_sharegpt(turns: list[dict[str, str]]) -> Turns:
-    if turns and "role" in turns[0]:
-        return strip_none(turns)
-    unknown = {turn["from"] for turn in turns} - set(SHAREGPT_ROLES)
-    if unknown:
-        raise ValueError(f"'conversations' has a turn from {min(unknown)!r}: expected one of {sorted(SHAREGPT_ROLES)}")
-    return [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+def _from_sharegpt(turns: Any) -> Turns:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"column 'conversations': expected a list of {{from, value}}, got {_kind(turns)}")
+    return _messages(turns, "conversations") if turns and "role" in turns[0] else [_from_turn(turn) for turn in turns]
+
+
+def _from_turn(turn: dict[str, Any]) -> Message:
+    if missing := {"from", "value"} - set(turn):
+        found = f"without {min(missing)!r}, with {sorted(turn)}"
+        raise ValueError(f"'conversations' has a turn {found}: expected {{from, value}} or {{role, content}}")
+    speaker, value = turn["from"], turn["value"]
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise ValueError(f"'conversations' has a turn from {speaker!r}: expected one of {sorted(SHAREGPT_ROLES)}")
+    if not isinstance(value, str | None):
+        raise ValueError(f"'conversations' has a turn whose 'value' is {_kind(value)}: expected a string")
+    return {"role": SHAREGPT_ROLES[speaker], "content": value or ""}
 
 
 def _text(row: dict[str, Any], name: str) -> Text:
     value = row.get(name)
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        return [strip_none(value)]
-    if isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value):
-        return strip_none(value)
-    raise ValueError(f"column {name!r}: expected a string or a list of {{role, content}}, got {type(value).__name__}")
+    return value if isinstance(value, str) else _messages([value] if isinstance(value, dict) else value, name)
 
 
-def _same_kind(prompt: Text, completion: Text) -> tuple[Text, tuple[Text]]:
+def _messages(value: Any, name: str) -> Turns:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in value):
+        raise ValueError(f"column {name!r}: expected a string or a list of {{role, content}}, got {_kind(value)}")
+    return strip_none(value)
+
+
+def _kind(value: Any) -> str:
+    """The type of a value, and of what a list holds."""
+    inner = {type(item).__name__ for item in value} if isinstance(value, list) else set()
+    return type(value).__name__ + (f" of {' and '.join(sorted(inner))}" if inner else "")
+
+
+def _same_kind(prompt: Text, completion: Text) -> tuple[Text, Text]:
     if prompt and completion and type(prompt) is not type(completion):
         raise ValueError("'prompt' and 'completion' must both be strings or both be lists of {role, content}")
-    return prompt, (completion,)
+    return prompt, completion
 
 
 def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    options = strip_none(row.get("chat_template_kwargs") or {})
-    return {"tools": strip_none(tools), **options} if tools else options
+    options, tools = row.get("chat_template_kwargs") or {}, _tools(row.get("tools"))
+    if not isinstance(options, dict):
+        raise ValueError(f"column 'chat_template_kwargs': expected a mapping of names to values, got {_kind(options)}")
+    return {"tools": tools, **strip_none(options)} if tools else strip_none(options)
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools of a conversation, from a list or its JSON."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got a text ({error})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got {_kind(tools)}")
+    return strip_none(tools)
 
 
 def strip_none(value: Any) -> Any:

@@ -192,6 +192,31 @@ def test_raw_dialogues_split_at_the_last_answer_of_chosen(make_tokenizer: Make) 
     assert encoded.counts["dropped_prompt_mismatch"] == encoded.counts["dropped_empty_completion"] == 1
 
 
+SILENT = [assistant("")]
+
+
+@pytest.mark.parametrize(
+    ("row", "method"),
+    [
+        ({"prompt": [user("two?")], "completion": SILENT}, "sft"),
+        ({"prompt": [user("two?")], "completion": [{"role": "assistant", "content": None}]}, "sft"),
+        ({"messages": [user("two?"), assistant(" \n")]}, "sft"),
+        ({"conversations": [{"from": "human", "value": "two?"}, {"from": "gpt", "value": None}]}, "sft"),
+        ({**TALK, "chosen": SILENT}, "dpo"),
+        ({**TALK, "rejected": SILENT}, "dpo"),
+        ({**IMPLICIT_TALK, "rejected": TALK["prompt"] + SILENT}, "dpo"),
+    ],
+)
+def test_an_empty_turn_is_no_completion(make_tokenizer: Make, row: dict, method: str) -> None:
+    with pytest.raises(ValueError, match=r"no row is left to train on: rows 1, dropped empty completion 1 "):
+        run([row], make_tokenizer(chat_template=PLAIN), method)
+
+
+def test_a_turn_of_tool_calls_is_a_completion() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "adder"}}]}
+    assert not formats.is_empty([call]) and formats.is_empty([{**call, "tool_calls": []}])
+
+
 def test_the_kind_and_the_row_number_are_carried(make_tokenizer: Make) -> None:
     rows = [{**PROMPTED, "chosen": "", "kind": "a"}, {**PROMPTED, "kind": "b"}, {**PROMPTED, "kind": None}]
     assert [(e.example_id, e.kind) for e in run(rows, make_tokenizer(), "dpo")] == [(1, "b"), (2, None)]
@@ -248,13 +273,35 @@ def test_nothing_left_is_an_error_with_the_counts(make_tokenizer: Make) -> None:
         ({"prompt": "a", "completion": 3}, "sft", "row 0: column 'completion': expected a string or a list .* got int"),
         ({"prompt": "a", "completion": [assistant("b")]}, "sft", "row 0: 'prompt' and 'completion' must both be"),
         ({"chosen": "a", "rejected": [assistant("b")]}, "dpo", "row 0: 'chosen' and 'rejected' must both be"),
+        ({**PROMPTED, "prompt": 5}, "dpo", "row 0: column 'prompt': expected a string or a list .* got int"),
         ({"messages": [user("a")]}, "sft", "row 0: a conversation without a scored token"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "sft", "row 0: .*a turn from 'narrator'"),
+        ({"conversations": [{"value": "x"}]}, "sft", r"row 0: .*a turn without 'from', with \['value'\]: expected"),
+        ({"conversations": [{"from": "human"}]}, "sft", "row 0: .*a turn without 'value'"),
+        ({"conversations": [{"from": "human", "value": 1}]}, "sft", "row 0: .*'value' is int: expected a string"),
+        ({"conversations": "a"}, "sft", "row 0: column 'conversations': expected a list of {from, value}, got str"),
+        ({"conversations": ["a", "b"]}, "sft", "row 0: column 'conversations': .* got list of str"),
+        ({"prompt": [user("a")], "completion": {"content": "b"}}, "sft", "row 0: column 'completion': .* list of dict"),
+        ({**TALK, "tools": 5}, "dpo", "row 0: column 'tools': expected a list of tools or its JSON, got int"),
+        ({**TALK, "tools": "free text"}, "dpo", r"row 0: column 'tools': .*, got a text \(Expecting value"),
+        ({**TALK, "chat_template_kwargs": "x"}, "dpo", "row 0: column 'chat_template_kwargs': expected a mapping"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(make_tokenizer: Make, row: dict, method: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run([row], make_tokenizer(chat_template=PLAIN), method)
+
+
+@pytest.mark.parametrize("template", ["{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}"])
+def test_a_template_that_fails_is_named(make_tokenizer: Make, template: str) -> None:
+    with pytest.raises(ValueError, match="row 0: the chat template refuses a conversation: "):
+        run([{"messages": [user("a"), assistant("b")]}], make_tokenizer(chat_template=template))
+
+
+def test_plain_text_takes_no_template_arguments(make_tokenizer: Make) -> None:
+    row = {"prompt": "Two", "completion": " cats", "tools": "free text", "chat_template_kwargs": "free"}
+    tokenizer = make_tokenizer()
+    assert parts(tokenizer, run([row], tokenizer)[0]) == [("Two", " cats</s>")]
 
 
 def test_format_overrides_recognition() -> None:
