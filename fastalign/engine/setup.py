@@ -23,18 +23,31 @@ from fastalign.models.load import load_tokenizer
 from fastalign.models.verify import verify_packed
 from fastalign.types import PackedBatch
 
+LEAST = (
+    ("run", ("steps", "keep", "log_every"), 1),
+    ("run", ("save_every", "eval_every"), 0),
+    ("batch", ("size", "tokens"), 1),
+    ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
+)
+"""The smallest value of settings that have one."""
+
 
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot be meant, before any work."""
-    run = config.run
-    for name, value, least in (
-        ("run.steps", run.steps, 1),
-        ("run.keep", run.keep, 1),
-        ("run.log_every", run.log_every, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if run.steps is None and run.epochs <= 0:
+    for section, names, least in LEAST:
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and not value >= least:  # not < either: that lets NaN pass
+                raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
+    run, optim, beta = config.run, config.optim, config.loss.get("beta", 1)
+    for name, value in (("optim.eps", optim.eps), ("loss.beta", beta)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    if not all(0 <= value < 1 for value in optim.betas):
+        raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
+    if not 0 <= run.seed < 2**32:
+        raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
+    if run.steps is None and not run.epochs > 0:
         raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
     check_trackers(run.trackers)
 

@@ -1,9 +1,11 @@
 """A run that is refused leaves its directory as it was."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from fastalign.engine.setup import check_settings
 from fastalign.engine.train import train
 from runs import numbers
 
@@ -81,3 +83,37 @@ def test_a_directory_without_checkpoint_and_lines_is_fresh(configure):
     (directory / "metrics.jsonl").touch()
     train(config)
     assert len(numbers(directory)) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"optim.warmup": -1.0}, r"optim\.warmup must be at least 0, got -1\.0"),
+        ({"optim.clip_norm": -1.0}, r"optim\.clip_norm must be at least 0"),
+        ({"optim.weight_decay": -0.1}, r"optim\.weight_decay must be at least 0"),
+        ({"optim.lr": -1e-3}, r"optim\.lr must be at least 0"),
+        ({"optim.lr": math.nan}, r"optim\.lr must be at least 0, got nan"),
+        ({"optim.eps": 0.0}, r"optim\.eps must be above 0, got 0\.0"),
+        ({"optim.betas": (0.9, 1.0)}, r"optim\.betas must be in \[0, 1\), got \(0\.9, 1\.0\)"),
+        ({"optim.betas": (-0.1, 0.9)}, r"optim\.betas must be in"),
+        ({"run.save_every": -1}, r"run\.save_every must be at least 0"),
+        ({"run.eval_every": -1}, r"run\.eval_every must be at least 0"),
+        ({"batch.size": 0}, r"batch\.size must be at least 1, got 0"),
+        ({"batch.tokens": 0}, r"batch\.tokens must be at least 1, got 0"),
+        ({"run.seed": -1}, r"run\.seed must be at least 0 and below 2\*\*32, got -1"),
+        ({"run.seed": 2**32}, r"run\.seed must be"),
+        ({"run.steps": 0}, r"run\.steps must be at least 1"),
+        ({"loss.beta": 0.0}, r"loss\.beta must be above 0, got 0\.0"),
+        ({"loss.beta": -0.1, "loss.name": "simpo"}, r"loss\.beta must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_before_any_work(configure, change, words):
+    config = configure("dpo", **{"data.path": "absent.jsonl", **change})
+    with pytest.raises(ValueError, match=words):
+        train(config)
+    assert not Path(config.run.output_dir).exists()
+
+
+def test_settings_at_their_bounds_are_accepted(configure):
+    zero = {f"optim.{name}": 0.0 for name in ("lr", "warmup", "clip_norm", "weight_decay")}
+    check_settings(configure("sft", **zero, **{"optim.betas": (0.0, 0.0), "batch.size": 1, "run.seed": 2**32 - 1}))
