@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
@@ -20,6 +23,8 @@ from fastalign.data import builtin
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Which reader a file needs, by its suffix; each may be followed by ``.gz``, parquet excepted."""
+
+_UNREADABLE = (DatasetsError, ValueError, OSError, EOFError, zlib.error, StopIteration)  # the last: no rows
 
 _HELP = "give a hub name, a file (.jsonl .json .parquet .csv, or .gz of the text ones), a directory or builtin:NAME"
 
@@ -93,17 +98,19 @@ def _load_file(place: Path, split: str) -> Dataset:
     if reader is None:
         raise ValueError(f"data.path: {str(place)!r} is of no known kind: expected one of {', '.join(SUFFIXES)}")
     try:
-        with _silent("datasets.packaged_modules.json.json"):  # it logs what the error below says better
-            return datasets.load_dataset(reader, data_files={split.partition("[")[0]: str(place)}, split=split)
-    except (DatasetsError, ValueError, OSError, StopIteration) as error:  # StopIteration: the readers' word for no rows
-        reason = json_problem(place) if reader == "json" else None
-        raise ValueError(reason or f"data.path: cannot read {str(place)!r}: {_reason(error)}") from error
+        return _checked(_quietly(reader, split, data_files={split.partition("[")[0]: str(place)}))
+    except _UNREADABLE as error:
+        reason = file_problem(place) or f"data.path: cannot read {str(place)!r}: {_reason(error)}"
+        raise ValueError(reason) from error
 
 
 def _load_directory(place: Path, split: str) -> Dataset:
     if not any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        return _load_hub(str(place), split)
-    rows = datasets.load_from_disk(str(place))
+        return _load_files(place, split)
+    try:
+        rows = datasets.load_from_disk(str(place))
+    except _UNREADABLE as error:
+        raise ValueError(f"data.path: cannot read the saved dataset {str(place)!r}: {_reason(error)}") from error
     if not isinstance(rows, DatasetDict):
         return rows
     if split not in rows:
@@ -111,35 +118,107 @@ def _load_directory(place: Path, split: str) -> Dataset:
     return rows[split]
 
 
-def _load_hub(name: str, split: str) -> Dataset:
-    """A dataset by hub name, or a directory of files, which `datasets` treats alike."""
+def _load_files(place: Path, split: str) -> Dataset:
+    """A directory of files, which `datasets` treats like one of the hub."""
     try:
-        return datasets.load_dataset(name, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
-        looked_for = f"data.path: looked for the dataset {name!r}, split {split!r}"
-        raise ValueError(f"{looked_for}: {_reason(error)}; {_HELP}") from error
+        return _checked(_quietly(str(place), split))
+    except _UNREADABLE as error:
+        files = (
+            []
+            if str(error).startswith("Unknown split")
+            else sorted(file for file in place.rglob("*") if file.is_file())
+        )
+        reason = next((reason for file in files if (reason := file_problem(file))), None)
+        raise ValueError(reason or _not_found(str(place), split, error)) from error
 
 
-def json_problem(place: Path) -> str | None:
-    """What is wrong with a JSON or JSON lines file, as ``file, line n: reason``; None when every line is an object."""
+def _load_hub(name: str, split: str) -> Dataset:
+    try:
+        return _quietly(name, split)
+    except _UNREADABLE as error:
+        raise ValueError(_not_found(name, split, error)) from error
+
+
+def _not_found(name: str, split: str, error: BaseException) -> str:
+    return f"data.path: looked for the dataset {name!r}, split {split!r}: {_reason(error)}; {_HELP}"
+
+
+def _quietly(name: str, split: str, **options: Any) -> Dataset:
+    """`datasets.load_dataset` without what its libraries log on the way to an error, which says it better."""
+    with _level("datasets", logging.CRITICAL), _level("huggingface_hub", logging.ERROR):
+        return datasets.load_dataset(name, split=split, **options)
+
+
+def _checked(rows: Dataset) -> Dataset:
+    """The rows of files; text that is not UTF-8 is read without complaint and would fail where no line is known."""
+    rows.data.validate(full=True)
+    return rows
+
+
+def file_problem(place: Path) -> str | None:
+    """What is wrong with a file of a known kind, as ``file, line n: reason`` if it is a text; None if nothing is."""
+    kind = SUFFIXES.get(_suffix(place))
+    if kind is None:
+        return None
+    try:
+        if kind == "parquet":
+            pq.read_schema(place)
+            return None
+        content = _content(place)
+    except (pa.ArrowInvalid, EOFError, OSError, zlib.error) as error:
+        return f"data.path: cannot read {str(place)!r}: {_reason(error)}: expected a whole {place.suffix[1:]} file"
+    if kind == "csv":
+        return _bad_csv(place, content)
+    return _bad_array(place, content) if _is_array(place, content) else _bad_lines(place, content)
+
+
+def _content(place: Path) -> bytes:
     opener = gzip.open if place.suffix == ".gz" else open
     with opener(place, "rb") as file:
-        content: bytes = file.read()
-    if content.strip() in (b"", b"[]"):
-        return f"data.path: {str(place)!r} has no rows: expected at least one JSON object"
-    if _suffix(place) == ".json" and content.lstrip()[:1] == b"[":
-        return _bad_array(place, content)
+        return file.read()
+
+
+def _is_array(place: Path, content: bytes) -> bool:
+    return _suffix(place) == ".json" and content.lstrip()[:1] == b"["
+
+
+def _bad_csv(place: Path, content: bytes) -> str | None:
+    if len(content.split()) == 0 or len(content.strip().splitlines()) == 1:
+        return f"data.path: {str(place)!r} has no rows: expected a line of column names and at least one more"
+    return _bad_text(place, content)
+
+
+def _bad_array(place: Path, content: bytes) -> str | None:
+    if content.strip()[1:-1].strip() == b"":
+        return _no_objects(place)
+    if reason := _bad_text(place, content):
+        return reason
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        return f"{place}, line {error.lineno}: expected a JSON array of objects, got {error.msg}: mend the line"
+    return None
+
+
+def _bad_lines(place: Path, content: bytes) -> str | None:
+    if not content.strip():
+        return _no_objects(place)
     for number, line in enumerate(content.splitlines(), start=1):
         if line.strip() and (reason := _bad_object(line)):
             return f"{place}, line {number}: expected one JSON object, got {reason}: mend or remove the line"
     return None
 
 
-def _bad_array(place: Path, content: bytes) -> str | None:
+def _no_objects(place: Path) -> str:
+    return f"data.path: {str(place)!r} has no rows: expected at least one JSON object"
+
+
+def _bad_text(place: Path, content: bytes) -> str | None:
     try:
-        json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"{place}, line {error.lineno}: expected a JSON array of objects, got {error.msg}: mend the line"
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"{place}, line {line}: expected UTF-8, got other bytes ({error.reason}): save the file as UTF-8"
     return None
 
 
@@ -168,13 +247,15 @@ def _rename(rows: Dataset, columns: dict[str, str], path: str) -> Dataset:
 
 
 @contextmanager
-def _silent(name: str) -> Iterator[None]:
+def _level(name: str, level: int) -> Iterator[None]:
+    """A library's logger says only what is at least so grave."""
     logger = logging.getLogger(name)
-    was, logger.disabled = logger.disabled, True
+    was = logger.level
+    logger.setLevel(max(level, was))
     try:
         yield
     finally:
-        logger.disabled = was
+        logger.setLevel(was)
 
 
 def _suffix(place: Path) -> str:

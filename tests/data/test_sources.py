@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,38 @@ def test_a_malformed_line_of_a_compressed_file_is_named(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "a.jsonl.gz"))
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "directory"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:40], r"cannot read '.*a\.jsonl\.gz': .*expected a whole gz file"),
+        ("a.jsonl.gz", b"not gzip", r"cannot read '.*a\.jsonl\.gz': Not a gzipped file"),
+        ("a.jsonl", LINES.encode() + b'{"prompt": "caf\xe9"}\n', r"a\.jsonl, line 6: .*not UTF-8"),
+        ("a.json", b'[\n{"prompt": "caf\xe9"}]', r"a\.json, line 2: expected UTF-8"),
+        ("a.csv", b"prompt\na\ncaf\xe9\n", r"a\.csv, line 3: expected UTF-8"),
+        ("a.csv", b"", r"a\.csv' has no rows: expected a line of column names and at least one more"),
+        ("a.csv", b"prompt,completion\n", r"a\.csv' has no rows: expected a line of column names"),
+        ("a.parquet", b"not parquet at all", r"cannot read '.*a\.parquet': .*expected a whole parquet file"),
+        ("a.jsonl", LINES.encode() + b"{]\n", r"a\.jsonl, line 6: expected one JSON object, got malformed"),
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], inside: bool, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_rows(str(tmp_path / "rows" / (name if not inside else "")))
+    assert "\n" not in str(raised.value)
+    assert "error" not in capfd.readouterr().err, "what the libraries log would stand beside the one line"
+
+
+def test_a_broken_saved_dataset_is_named(write: Write) -> None:
+    place = Path(write("rows/dataset_info.json", "{")).parent
+    with pytest.raises(ValueError, match=r"cannot read the saved dataset '.*rows': "):
+        load_rows(str(place))
+
+
 @pytest.mark.parametrize("path", ["absent.jsonl", "/absent", "./absent", "~/absent"])
 def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ValueError, match=f"no file or directory at '{path}'.*builtin:NAME"):
@@ -111,6 +144,20 @@ def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
     ) as raised:
         load_rows("someone/some-pairs")
     assert "\n" not in str(raised.value)
+
+
+def test_retries_of_the_hub_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def retry(*_: object, **__: object) -> None:
+        told.append(logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", retry)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ValueError, match="looked for the dataset 'someone/some-pairs'.*no network"):
+        load_rows("someone/some-pairs")
+    assert told == [False] and logging.getLogger("huggingface_hub").level == before
 
 
 def test_missing_columns_and_splits_are_named(write: Write, tmp_path: Path) -> None:
