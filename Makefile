@@ -1,4 +1,4 @@
-# make demo   make test   make check   make clean
+# make demo   make test   make check   make sanitize   make clean
 # Each makes .venv when it is missing. VENV=PATH names an environment of your own: it keeps its torch and its versions.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
-.PHONY: demo test check clean
+.PHONY: demo test check sanitize clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,18 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own. Python itself is
+# not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.
+SANITIZED := build/sanitize
+SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+NATIVE_TESTS := test_cpp test_policy_loss test_divergence test_scan
+
+sanitize: $(VENV)/.installed-test
+	CXX="g++ $(SANITIZER)" FASTALIGN_CPP=1 FASTALIGN_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	  -k "not interpreter and not triton and not environment" $(NATIVE_TESTS:%=$(CURDIR)/tests/ops/%.py)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastalign/_C*.so

@@ -134,7 +134,7 @@ def test_one_graph():
         ({"ref_logps": torch.zeros(2, requires_grad=True)}, "ref_logps gets no gradient"),
         ({"loss_fn": lambda pair: pair.chosen.sum()}, "one loss per pair"),
     ],
-    ids=str,
+    ids=["cu_seqlens", "ref_logps", "ref_gradient", "loss_fn"],
 )
 def test_wrong_arguments_are_named(options, message):
     given = {"cu_seqlens": torch.tensor([0, 1, 2]), "ref_logps": None, "loss_fn": dpo, **options}
