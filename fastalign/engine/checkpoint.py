@@ -8,6 +8,7 @@ safetensors), ``state.json`` (step, data position, settings, versions) and ``rng
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -67,7 +69,8 @@ def save_checkpoint(
     (temporary / f"rng-{world.rank}.json").write_text(json.dumps(rng_state()), encoding="utf-8")
     if world.is_main:
         header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
-        full = {**header, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
+        files = sorted(file.name for file in temporary.glob("*.safetensors"))
+        full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
         (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
     flush_directory(temporary)
     world.barrier()
@@ -81,19 +84,38 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     """Restore weights, Adam moments and this rank's generators in place; returns the contents of ``state.json``.
 
     Raises:
-        ValueError: the checkpoint is of another model, with the first difference.
+        ValueError: the checkpoint is damaged, or of another model, with the first difference.
     """
     state = read_state(path)
+    check_files(path, state.get("files", []))
     make_moments(policy, optimizer, state["optimizer_steps"])
     tensors = {**weights(policy), **moments(policy, optimizer)}
     reader = HuggingFaceStorageReader(str(path))
-    check_shapes(path, tensors, saved_shapes(reader))
-    with alone_is_fine():
-        load(tensors, storage_reader=reader, no_dist=world.mesh is None)
-    generators = path / f"rng-{world.rank}.json"
-    if generators.exists():
-        set_rng_state(json.loads(generators.read_text(encoding="utf-8")))
+    try:
+        check_shapes(path, tensors, saved_shapes(reader))
+        with alone_is_fine():
+            load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    except (SafetensorError, CheckpointException) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
+    restore_generators(path / f"rng-{world.rank}.json")
     return state
+
+
+def check_files(path: Path, names: list[str]) -> None:
+    """Refuse a checkpoint that lost files of tensors."""
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{path} is incomplete: {', '.join(missing)} is missing; resume from another checkpoint")
+
+
+def restore_generators(file: Path) -> None:
+    """Set this process's generators from a file, if the rank had one."""
+    if not file.exists():
+        return
+    try:
+        set_rng_state(read_json(file))
+    except (KeyError, TypeError, AttributeError, RuntimeError, binascii.Error) as error:
+        raise ValueError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint") from error
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -123,15 +145,37 @@ def reap(directory: Path, after: int | None = None) -> None:
         remove(path)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint; ValueError when there is none or it is of another schema."""
+def read_state(path: Path, **parts: type) -> dict[str, Any]:
+    """``state.json`` of a checkpoint, its ``parts`` among the entries with these types.
+
+    Raises:
+        ValueError: there is none, it cannot be read, an entry is not there, or it is of another schema.
+    """
     file = path / "state.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a whole checkpoint: it has no state.json; name a checkpoints/step-N directory")
-    state = json.loads(file.read_text(encoding="utf-8"))
+    state = read_json(file)
+    if not isinstance(state, dict) or "schema" not in state:
+        raise ValueError(f"{file} is damaged: expected an object with a schema; resume from another checkpoint")
     if state["schema"] != SCHEMA:
         raise ValueError(f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+    for key, kind in {"step": int, "world_size": int, "optimizer_steps": dict, **parts}.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{file} is damaged: expected a {kind.__name__} {key!r}; resume from another checkpoint")
     return state
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file; ValueError with the file's name when there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON, or the encoding
+        raise ValueError(f"{file} is not JSON ({error}); resume from another checkpoint") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def weights(policy: nn.Module) -> dict[str, Tensor]:

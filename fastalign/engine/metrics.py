@@ -190,15 +190,23 @@ def peak_memory(device: torch.device) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+    """The records of a metrics.jsonl; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: another line is not JSON, or a line is not the object of a step.
+    """
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
+        records.append(record)
     return records
 
 

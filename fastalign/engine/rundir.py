@@ -27,6 +27,8 @@ LAYOUT = {
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing"),
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
+RUN_STATE = {"config": dict, "loader": dict, "data": str}
+"""What a run adds to the ``state.json`` of its checkpoints."""
 HORIZON = {"run.steps", "run.epochs"}
 """How long a run goes on: free when the learning rate does not depend on it."""
 
@@ -48,7 +50,7 @@ def claim(config: Config, world: World) -> Path | None:
     if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
         refuse_occupied(directory)
     if checkpoint is not None:
-        check_same_run(read_state(checkpoint)["config"], settings, checkpoint)
+        check_same_run(read_state(checkpoint, **RUN_STATE)["config"], settings, checkpoint)
     lines = read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
     if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
@@ -141,8 +143,16 @@ def prepare(config: Config, step: int, world: World) -> None:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The resolved settings of a run."""
-    return yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    """The resolved settings of a run; ValueError with the file's name when it holds none."""
+    file = directory / "config.yaml"
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not YAML ({reason}); mend it, or choose another run.output_dir") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings; mend it, or choose another run.output_dir")
+    return settings
 
 
 def plain(value: Any) -> Any:
