@@ -52,13 +52,16 @@ def read_template(path: str | None) -> str | None:
     """The text of a Jinja chat template file.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or not UTF-8.
     """
     if path is None:
         return None
     if not Path(path).is_file():
         raise ValueError(f"data.chat_template: expected the path of a Jinja file, there is none at {path!r}")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.chat_template: expected UTF-8 in {path!r}, got other bytes ({error.reason})") from error
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[Rendered | Marked]:

@@ -292,6 +292,12 @@ def test_rows_that_do_not_fit_are_named(make_tokenizer: Make, row: dict, method:
         run([row], make_tokenizer(chat_template=PLAIN), method)
 
 
+def test_a_template_file_that_is_no_text_is_named(make_tokenizer: Make, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"data\.chat_template: expected UTF-8 in '.*t\.jinja'"):
+        run([PROMPTED], make_tokenizer(), chat_template=str(tmp_path / "t.jinja"))
+
+
 @pytest.mark.parametrize("template", ["{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}"])
 def test_a_template_that_fails_is_named(make_tokenizer: Make, template: str) -> None:
     with pytest.raises(ValueError, match="row 0: the chat template refuses a conversation: "):
