@@ -75,7 +75,8 @@ def usage() -> str:
 def train(method: str, argv: list[str]) -> int:
     """Train with one method."""
     config = parse_config(method, argv)
-    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal; these are read at import
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
+    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal
         os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     from fastalign.engine.train import train as run  # brings transformers and datasets
 

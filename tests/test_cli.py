@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -149,6 +150,15 @@ def test_a_mistake_of_ours_keeps_its_traceback(engine):
     engine.error = TypeError("a bug")
     with pytest.raises(TypeError):
         cli.main(["sft"])
+
+
+@pytest.mark.parametrize("asked", [None, "debug"])
+def test_the_hubs_retries_are_not_told_unless_asked_for(engine, monkeypatch, asked):
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    if asked:
+        monkeypatch.setenv("HF_HUB_VERBOSITY", asked)
+    assert cli.main(["sft"]) == 0
+    assert os.environ.pop("HF_HUB_VERBOSITY") == (asked or "error")
 
 
 def test_an_interrupt_is_clean(capsys, engine):

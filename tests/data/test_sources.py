@@ -155,7 +155,7 @@ def test_retries_of_the_hub_are_not_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", retry)
     before = logging.getLogger("huggingface_hub").level
-    with pytest.raises(ValueError, match="looked for the dataset 'someone/some-pairs'.*no network"):
+    with pytest.raises(ValueError, match=r"looked for the dataset 'someone/some-pairs'.*no network"):
         load_rows("someone/some-pairs")
     assert told == [False] and logging.getLogger("huggingface_hub").level == before
 
