@@ -199,12 +199,14 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     Raises:
         ValueError: no text of the vocabulary comes back between the added ids.
     """
-    special = set(tokenizer.all_special_tokens)
-    for probe in ("a", *(token for token in tokenizer.get_vocab() if token not in special)):
+    special = set(tokenizer.all_special_ids)
+    for probe in ("a", *tokenizer.get_vocab()):
         bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if not bare or special.intersection(bare):
+            continue
         ids = tokenizer(probe, add_special_tokens=True)["input_ids"]
         for start in range(len(ids) - len(bare) + 1):
-            if bare and ids[start : start + len(bare)] == bare:
+            if ids[start : start + len(bare)] == bare:
                 return ids[:start], ids[start + len(bare) :]
     raise ValueError("the tokenizer gives no ids for any text: expected one that adds its special tokens around a text")
 

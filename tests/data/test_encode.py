@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.config import DataConfig
@@ -74,6 +75,13 @@ def test_one_token_for_bos_and_eos(make_tokenizer: Make, adds: str) -> None:
     encoded = run([{"prompt": "Two and", "completion": " two is four."}], tokenizer)
     given = ("</s>" if "bos" in adds else "") + "Two and"
     assert parts(tokenizer, encoded[0]) == [(given, " two is four.</s>")]
+
+
+def test_an_unknown_text_that_is_the_eos_token_tells_nothing() -> None:
+    words = Tokenizer(models.WordLevel({"</s>": 0, "two": 1}, unk_token="</s>"))
+    words.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **dict.fromkeys(["bos_token", "eos_token"], "</s>"))
+    assert encode.added_tokens(tokenizer) == ([0], [])
 
 
 @pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
