@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import ModelConfig
+from fastalign.models import inline
 from fastalign.models.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REFUSALS = (
+    *(SafetensorError, StrictDataclassError, ValueError, TypeError, LookupError),
+    *(AttributeError, ArithmeticError, RuntimeError),
+)
+"""What transformers raises on files that are damaged and on values that make no model."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -53,11 +62,31 @@ def load_policy(
 
 def _pretrained(model: ModelConfig) -> PreTrainedModel:
     assert model.path is not None
-    dtype = DTYPES.get(model.dtype, "auto")
-    try:
-        return AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, trust_remote_code=model.trust_remote_code)
-    except OSError as error:
-        raise ValueError(_not_found("model", model.path, "config.json and safetensors weights")) from error
+    with _readable("model", model.path, "config.json and safetensors weights"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=DTYPES.get(model.dtype, "auto"),
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+        )
+    check_loaded(model.path, info)
+    return loaded
+
+
+def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that left weights random; tied weights are not among the missing."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, there, here = mismatched[0]
+        raise ValueError(
+            f"{name!r} does not fit its config.json: {key} is {(*there,)} there and {(*here,)} by its config"
+        )
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} of the model's weights ({shown}), which would start random: "
+            "choose a complete checkpoint of a causal LM"
+        )
 
 
 def _from_scratch(model: ModelConfig, vocab_size: int | None, seed: int) -> PreTrainedModel:
@@ -65,15 +94,19 @@ def _from_scratch(model: ModelConfig, vocab_size: int | None, seed: int) -> PreT
     kind = options.pop("model_type", None)
     if kind is None:
         raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
+    inline.check_keys(kind, options)
     for name in SPECIAL_TOKENS:  # a config's default ids belong to some other tokenizer
         options.setdefault(name, None)
     if vocab_size is not None:
         options.setdefault("vocab_size", vocab_size)
-    config = AutoConfig.for_model(kind, **options)
-    dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = AutoConfig.for_model(kind, **options)
+        dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except REFUSALS as error:
+        raise ValueError(f"model.config makes no {kind}: {_one_line(error)}") from error
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,15 +136,30 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         if fallback is None:
             raise ValueError(f"no built-in tokenizers are available here: {name!r}")
         return fallback(name)
-    try:
+    with _readable("tokenizer", name, "tokenizer.json"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+
+
+@contextmanager
+def _readable(kind: str, name: str, files: str) -> Iterator[None]:
+    """Turns what transformers raises on absent and damaged files into one line that names them."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(_not_found("tokenizer", name, "tokenizer.json")) from error
+        raise ValueError(_not_found(kind, name, files, error)) from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, REFUSALS):  # tokenizers raises the bare class
+            raise
+        raise ValueError(f"the {kind} {name!r} cannot be loaded ({_one_line(error)}): check its files") from error
 
 
-def _not_found(kind: str, name: str, files: str) -> str:
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _not_found(kind: str, name: str, files: str, error: OSError) -> str:
     if Path(name).exists():
-        return f"no {kind} in {name!r}: expected a directory with {files}"
+        return f"no {kind} in {name!r}: expected a directory with {files} ({_one_line(error)})"
     offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
         f"{kind} {name!r} is neither a directory here nor to be had from the hub{offline}: check the name and network"
