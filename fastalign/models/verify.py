@@ -65,8 +65,8 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
         Whether they agree.
 
     Raises:
-        ValueError: on disagreement, with both numbers, when `on_mismatch` is `raise`; and when a label is not the token
-            that follows its row in any sequence of its group.
+        ValueError: on disagreement, with both numbers, when `on_mismatch` is `raise`; when the plain log-probs are not
+            finite; and when a label is not the token that follows its row in any sequence of its group.
     """
     if batch.num_scored == 0:
         return True
@@ -74,6 +74,12 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
     with torch.no_grad():
         packed = policy(batch, lambda *args, **options: _logps(*args, keep=sequences.scored, **options))
         plain, peak = _plain_logps(policy, sequences, batch.labels[sequences.scored])
+    if not plain.isfinite().all():
+        bad = int((~plain.isfinite()).sum())
+        raise ValueError(
+            f"the model's own log-probs are not finite on {bad} of {plain.numel()} tokens in a plain forward, without "
+            "any packing: its weights hold NaN or infinity, or overflow in model.dtype; load another checkpoint"
+        )
     difference = (packed.double() - plain.double()).abs()
     largest, mean = difference.max().item(), difference.mean().item()
     worst, average = (limit * max(1.0, peak / PEAK) for limit in TOLERANCES[_precision(policy, batch)])

@@ -107,12 +107,20 @@ def test_forgotten_logit_transform_is_caught(kind):
         verify_packed(policy, make_batch(*PAIRS)[0])
 
 
-def test_nan_is_a_mismatch():
+def test_nan_in_the_packed_forward_alone_is_a_mismatch(monkeypatch):
+    real = policy_module.gather_rows
+    monkeypatch.setattr(policy_module, "gather_rows", lambda *arguments: real(*arguments) * torch.nan)
+    with pytest.raises(ValueError, match="differ by nan"):
+        verify_packed(make_policy("llama", torch.float32), make_batch(*PAIRS)[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_is_not_finite_is_not_blamed_on_the_attention(value):
     policy = make_policy("llama", torch.float32)
     with torch.no_grad():
-        policy.head.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="differ by nan"):
-        verify_packed(policy, make_batch(*PAIRS)[0])
+        policy.head.weight[3, 3] = value
+    with pytest.raises(ValueError, match=r"the model's own log-probs are not finite on \d+ of \d+ tokens"):
+        verify_packed(policy, make_batch(*PAIRS)[0], on_mismatch="fallback")
 
 
 def test_implementation_is_restored_after_an_error():
