@@ -63,13 +63,14 @@ def load_policy(
 def _pretrained(model: ModelConfig) -> PreTrainedModel:
     assert model.path is not None
     with _readable("model", model.path, "config.json and safetensors weights"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=DTYPES.get(model.dtype, "auto"),
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the shapes
         )
+    loaded, info = both
     check_loaded(model.path, info)
     return loaded
 
