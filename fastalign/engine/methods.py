@@ -116,9 +116,8 @@ def empty_stats(method: Method) -> TokenStats:
     nothing = torch.zeros(0)
     rows = torch.zeros(0, dtype=torch.int64)
     offsets = None if method.align == "token" else torch.zeros(1, dtype=torch.int64)
-    return TokenStats(
-        nothing, rows, is_top1=nothing.bool(), sequences=None if offsets is None else rows, cu_seqlens=offsets
-    )
+    sequences = None if offsets is None else rows
+    return TokenStats(nothing, rows, nothing, nothing.bool(), sequences, offsets)
 
 
 def supervised_loss(objective: Objective, ref_logps: Tensor | None, scale: float) -> LossFn:

@@ -30,7 +30,8 @@ def reference_logps(reference: Policy, batch: PackedBatch, align: Align) -> Tens
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> TokenStats:
         offsets = None if align == "token" else batch.cu_seqlens
-        return linear_loss(hidden, weight, labels, sum_logps, cu_seqlens=offsets, align=align, **options)[1]
+        cut = {"cu_seqlens": offsets, "align": align, "entropy": True}
+        return linear_loss(hidden, weight, labels, sum_logps, **cut, **options)[1]
 
     return reference(batch, head).logps
 

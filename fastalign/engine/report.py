@@ -15,7 +15,7 @@ from fastalign.engine.rundir import read_settings
 
 PLOTTED = (
     *("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
-    *("logps/chosen", "logps/rejected", "mean_token_accuracy", "grad_norm", "lr", "tokens_per_second"),
+    *("logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "grad_norm", "lr", "tokens_per_second"),
 )
 """Metrics that get a plot, in this order, if a run has them; ``eval_`` twins share it."""
 

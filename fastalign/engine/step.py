@@ -104,7 +104,8 @@ def run_head(policy: Policy, batch: PackedBatch, loss_fn: LossFn, align: Align) 
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, TokenStats]:
         offsets = None if align == "token" else batch.cu_seqlens
-        return linear_loss(hidden, weight, labels, loss_fn, cu_seqlens=offsets, align=align, **options)
+        cut = {"cu_seqlens": offsets, "align": align, "entropy": True}
+        return linear_loss(hidden, weight, labels, loss_fn, **cut, **options)
 
     return policy(batch, head)
 

@@ -98,10 +98,10 @@ def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
     def add(step, loss, grad_norm):
         watch = metrics.Stopwatch(torch.device("cpu"))
         watch.end = watch.start + 0.5
-        sums = torch.tensor([[loss, 1.0], [0.0, 1.0]], dtype=torch.float64)
+        sums = torch.tensor([[0.0, 1.0], [loss, 1.0], [0.0, 1.0]], dtype=torch.float64)
         work = {"step": step, "epoch": 0.0, "tokens": 5, "tokens_computed": 4, "examples": 1}
         log.add(
-            metrics.StepResult(work, sums, torch.tensor(grad_norm), [(sums[0], (step,))], watch), {"eval_loss": 9.0}
+            metrics.StepResult(work, sums, torch.tensor(grad_norm), [(sums[1], (step,))], watch), {"eval_loss": 9.0}
         )
 
     add(1, 0.5, 1.0)
@@ -121,9 +121,10 @@ def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
 
 def test_means_divide_sums_by_their_own_counts():
     objective = make_objective("sft", {})
-    assert objective.metric_names == ("loss", "mean_token_accuracy")
-    sums = torch.tensor([[6.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    assert objective.metric_names == ("entropy", "loss", "mean_token_accuracy")
+    sums = torch.tensor([[2.0, 4.0], [6.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
     values = metrics.means(objective, sums)
+    assert values["entropy"] == 0.5
     assert values["loss"] == 1.5 and values["perplexity"] == math.exp(1.5)
     assert math.isnan(values["mean_token_accuracy"]) and metrics.tidy(values)["mean_token_accuracy"] is None
 
