@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def fastalign_dpo(work: Workload, log: StepLog) -> Callable[[], Any]:
         loss={"name": "dpo", "beta": work.beta},
         batch=BatchConfig(size=work.pairs),
         optim=OptimConfig(lr=work.lr, schedule="constant", clip_norm=1.0),
-        run=RunConfig(output_dir=str(work.path / "fastalign"), steps=work.steps, seed=work.seed),
+        run=RunConfig(output_dir=tempfile.mkdtemp(dir=work.path), steps=work.steps, seed=work.seed),
     )
 
     def train() -> None:
