@@ -128,6 +128,7 @@ PUBLIC = [
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "packed_attention",
     "policy_loss",
     "preference_loss",
     "segment_scan",

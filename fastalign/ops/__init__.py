@@ -1,5 +1,6 @@
 """Ops: the reference definitions, their backends and the choice among them."""
 
+from fastalign.ops.attention import packed_attention
 from fastalign.ops.divergence import divergence
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logps import linear_logps
@@ -17,6 +18,7 @@ __all__ = [
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "packed_attention",
     "policy_loss",
     "preference_loss",
     "segment_scan",
