@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalign.config import ParallelConfig
+
+LAST_WORK_SECONDS = 0.2
+"""How long a rank leaves the interpreter lock to gloo's threads before it may exit.
+
+They take it to drop the tensors of their last collective, and FSDP's caches keep them alive past
+``destroy_process_group``. One that asks for the lock while the interpreter shuts down aborts the process.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
         yield World(dist.get_rank(), size, device, mesh)
     finally:
         dist.destroy_process_group()
+        time.sleep(LAST_WORK_SECONDS)
 
 
 def local_device() -> torch.device:
