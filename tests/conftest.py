@@ -1,7 +1,10 @@
-"""What every test shares: no network, data that may be absent, fresh memory that is not kind."""
+"""What every test shares: no network, data that may be absent, fresh memory that is not kind, Triton without a GPU."""
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,27 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+
+def _interpreter() -> str:
+    """Without a GPU, sets Triton to interpret its kernels on the CPU, and says so; or says why it does not.
+
+    Triton settles this once, when it is imported: the tests of its compiler (``test_compile.py``) have processes of
+    their own.
+    """
+    if torch.cuda.is_available():
+        return "compiled for this GPU"
+    try:
+        release = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
+    except PackageNotFoundError as absent:
+        return f"not tested: {absent.name} is not installed"
+    if release["triton"] < (3, 7) and release["numpy"] >= (2, 4):
+        return f"not tested: the interpreter of Triton {version('triton')} needs NumPy < 2.4, found {version('numpy')}"
+    assert "triton" not in sys.modules, "triton was imported before it could be told to interpret"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    return "interpreted" if os.environ["TRITON_INTERPRET"] == "1" else "not run: TRITON_INTERPRET=0"
+
+
+TRITON = _interpreter()
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared"))
 
@@ -38,9 +62,31 @@ def nan_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = was[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def pytest_configure(config: pytest.Config) -> None:
+    """NumPy, with which Triton interprets, warns of every NaN that a test puts in on purpose."""
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+
+
+def pytest_report_header() -> str:
+    """How Triton's kernels are run."""
+    return f"triton kernels: {TRITON}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is no CUDA device, a test marked ``gpu`` is skipped, once for all of its cases."""
+    if torch.cuda.is_available():
+        return
+    cases = Counter(_function(item) for item in items if "gpu" in item.keywords)
+    kept, left_out, seen = [], [], set()
+    for item in items:
+        function = _function(item)
+        if function in cases:
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device ({cases[function]} cases)"))
+        (left_out if function in cases and function in seen else kept).append(item)
+        seen.add(function)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]

@@ -261,7 +261,6 @@ def test_trap_old_flash_attention_is_aligned_top_left(monkeypatch, installed, so
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("backend", ["sdpa", "varlen", "flash"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_on_cuda(name, backend):

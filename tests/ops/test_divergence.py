@@ -1,18 +1,9 @@
-"""Divergences on every backend against float64 autograd.
-
-Triton settles at import whether kernels are interpreted: `test_interpreter` runs this file once more, interpreted.
-"""
+"""Divergences on every backend against float64 autograd."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 
-import numpy
 import pytest
 import torch
-import triton
 
 from fastalign.ops import dispatch, divergence, linear_divergence, token_logps
 from fastalign.ops.divergence import _backward_op, _op
@@ -25,8 +16,8 @@ from fastalign.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [*dispatch.available("divergence")]
+INTERPRETED = not torch.cuda.is_available()
+BACKENDS = [*dispatch.available("divergence")]
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
 of_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -41,22 +32,14 @@ OPTIONS = {
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="already interpreted")
-def test_interpreter():
-    release = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-    if release[0] < (3, 7) and release[1] >= (2, 4):
-        pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, found {numpy.__version__}")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    quiet = ["-W", "ignore::RuntimeWarning", "-k", "triton"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([*command, *quiet], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert re.search(r"\d{2,} passed", run.stdout), run.stdout[-2000:]
-    print(run.stdout.splitlines()[-1])
-
-
 def place(backend):
     return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def affordable(backend, dtype=torch.float32, vocab=507, name="all"):
+    """The interpreter takes its time: each kind, dtype and width once there."""
+    narrow = dtype != torch.float16 and name == "all" and (vocab <= 507 or dtype != torch.float64)
+    return backend != "triton" or not INTERPRETED or narrow
 
 
 def make_case(vocab, dtype, ref_dtype=None, seed=0):
@@ -81,17 +64,13 @@ def run(op, logits, ref_logits, g, device="cpu", **options):
     return value.detach().cpu(), grad.cpu()
 
 
-@on_backends
+SIZES = [(507, name) for name in OPTIONS] + [(1, "all"), (35, "all"), (2500, "all")]
+CASES = [(backend, dtype, *size) for backend in BACKENDS for dtype in DTYPES for size in SIZES]
+
+
 @of_kinds
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("vocab", "name"), [(507, name) for name in OPTIONS] + [(1, "all"), (35, "all"), (2500, "all")]
-)
+@pytest.mark.parametrize(("backend", "dtype", "vocab", "name"), [x for x in CASES if affordable(*x)], ids=str)
 def test_matches_float64(backend, kind, dtype, vocab, name):
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter rounds to bfloat16 towards zero")
-    if INTERPRETED and (dtype == torch.float16 or name != "all" or (vocab > 507 and dtype == torch.float64)):
-        pytest.skip("slow in the interpreter")
     logits, ref_logits, g = make_case(vocab, dtype)
     options = {"kind": kind, **OPTIONS[name]}
     actual = run(divergence, logits, ref_logits, g, place(backend), backend=backend, **options)
@@ -100,7 +79,8 @@ def test_matches_float64(backend, kind, dtype, vocab, name):
     assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # In fp32 a KL is a difference of log-probs, whose last place is what eager may get right by luck.
     assert_matches(actual[0], value, exact[0], name="value", factor=3, budget=1e-4)
-    assert_matches(actual[1], grad, exact[1], name="gradient")
+    towards_zero = backend == "triton" and INTERPRETED and dtype == torch.bfloat16  # the interpreter's rounding
+    assert_matches(actual[1], grad, exact[1], name="gradient", factor=4 if towards_zero else 2)
     assert exact[1].abs().max() > 0 or vocab == 1
     assert not actual[0][LABELS == -100].any() and not actual[1][LABELS == -100].any()
     if vocab > 1:  # under a soft-cap -inf is the lowest logit, not a ban
@@ -129,12 +109,13 @@ def test_equal_streams_give_exact_zeros(backend, kind, dtype):
     assert not value.any() and not grad.any()
 
 
-@on_backends
+WIDTHS = [(backend, vocab) for backend in BACKENDS for vocab in (35, 2500, 40009)]
+WIDTHS = [(backend, vocab) for backend, vocab in WIDTHS if vocab == 2500 or backend != "triton" or not INTERPRETED]
+
+
 @of_kinds
-@pytest.mark.parametrize("vocab", [35, 2500, 40009])
+@pytest.mark.parametrize(("backend", "vocab"), WIDTHS)
 def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, kind, vocab):
-    if INTERPRETED and vocab != 2500:
-        pytest.skip("slow in the interpreter")
     if backend == "torch" and torch.get_num_threads() > 1:
         pytest.skip("torch cuts the sums of a lone row over its threads")
     logits, ref_logits, g = make_case(vocab, torch.float32)
@@ -289,7 +270,6 @@ def run_linear(op, ours, theirs, options, g, **more):
     return value.detach(), *torch.autograd.grad((value * g.to(value.dtype)).sum(), trained)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same kernels, slowly")
 @pytest.mark.parametrize("backend", dispatch.available("linear_divergence")[:2])
 @of_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -353,7 +333,6 @@ def test_the_reference_gets_no_gradient_and_nothing_is_differentiated_twice():
 
 
 @of_kinds
-@pytest.mark.skipif(INTERPRETED, reason="not about the kernels")
 def test_custom_ops(kind):
     logits, ref_logits = torch.randn(N, 35, requires_grad=True), torch.randn(N, 35)
     args = (logits, ref_logits, LABELS, torch.linspace(0.5, 1.5, N), 1.0, kind, 0.3, 5.0, None, None)
@@ -363,7 +342,6 @@ def test_custom_ops(kind):
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.skipif(INTERPRETED, reason="not about the kernels")
 def test_linear_custom_ops(trainable):
     hidden, weight = torch.randn(N, 5, requires_grad=True), torch.randn(35, 5, requires_grad=trainable)
     ref = (torch.randn(N, 3), torch.randn(35, 3), None)
@@ -378,7 +356,6 @@ def test_linear_custom_ops(trainable):
 
 
 @pytest.mark.parametrize("op", ["logits", "hidden"])
-@pytest.mark.skipif(INTERPRETED, reason="not about the kernels")
 def test_one_graph(op):
     ref_hidden, ref_weight = torch.randn(N, 3), torch.randn(35, 3)
 

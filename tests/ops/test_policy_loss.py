@@ -1,20 +1,10 @@
-"""One-pass token losses against the composed definition in float64, on every backend, and against the shared vectors.
-
-Triton settles at import whether kernels are compiled or interpreted: `test_interpreter` runs the Triton cases of this
-file in a process of their own, interpreted.
-"""
+"""One-pass token losses on every backend against the composed definition in float64 and against the shared vectors."""
 
 import json
 import math
-import os
-import re
-import subprocess
-import sys
 
-import numpy
 import pytest
 import torch
-import triton
 
 from fastalign.ops import _cpp, dispatch, policy_loss, token_logps
 from fastalign.ops._functors import Knobs, make_knobs
@@ -23,7 +13,6 @@ from fastalign.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LOSSES = ["ppo", "cispo", "sapo", "pg", "sft"]
 RATIOS = [0.5, 0.9, 1.1, 1.5, 4.0]
@@ -46,33 +35,6 @@ def backend(request):
     if why := dispatch.missing(request.param):
         pytest.skip(f"{request.param}: {why}")
     return request.param
-
-
-@pytest.mark.skipif(INTERPRETED, reason="already interpreted")
-def test_interpreter():
-    release = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-    if release[0] < (3, 7) and release[1] >= (2, 4):
-        pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, found {numpy.__version__}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-k",
-        "triton",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [*command, "-W", "ignore::RuntimeWarning"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert re.search(r"\d{2,} passed", run.stdout), run.stdout[-2000:]
-    print(run.stdout.splitlines()[-1])
 
 
 def make_case(vocab, dtype, loss, *, old=True, weights=True, dual=False, **options):
