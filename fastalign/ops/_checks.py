@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -9,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from fastalign.types import IGNORE_INDEX
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Lora = tuple[Tensor, Tensor, float]
+"""An adapter of the head: A ``[r, D]``, B ``[V, r]`` and the factor of their product."""
 
 
 def check_matrix(name: str, x: Tensor, shape: str) -> None:
@@ -90,6 +94,25 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
             )
         check_device("bias", bias, "hidden", hidden)
     check_labels(labels, hidden, "hidden")
+
+
+def check_lora(lora: Lora | None, hidden: Tensor, weight: Tensor) -> None:
+    """``lora`` is A ``[r, D]``, B ``[V, r]`` and a finite number, or None."""
+    if lora is None:
+        return
+    if not isinstance(lora, tuple) or len(lora) != 3 or not all(isinstance(x, Tensor) for x in lora[:2]):
+        raise ValueError(f"lora must be a tuple (A [r, D], B [V, r], scale) or None, got {type(lora).__name__}")
+    (down, up, scale), (vocab, width) = lora, weight.shape
+    fits = down.dim() == up.dim() == 2 and down.shape[1] == width and up.shape == (vocab, down.shape[0])
+    if not fits or not {down.dtype, up.dtype} <= {*FLOATS}:
+        raise ValueError(
+            f"lora must be floating (A [r, D], B [V, r], scale) with D = {width} and V = {vocab}, "
+            f"got A {down.dtype} {list(down.shape)} and B {up.dtype} {list(up.shape)}"
+        )
+    if isinstance(scale, Tensor) or not math.isfinite(scale):
+        raise ValueError(f"lora: the scale must be a finite number, got {scale}")
+    check_device("lora A", down, "hidden", hidden)
+    check_device("lora B", up, "hidden", hidden)
 
 
 def check_memory(memory: int | None) -> None:

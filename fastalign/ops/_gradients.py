@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastalign.ops._head import (
     Head,
+    Leaves,
     Needs,
     Stats,
     add_product,
     cut,
     differentiate,
     hidden_rows,
-    multiply,
+    multiply_back,
+    parts,
     project,
     select,
     spread,
@@ -28,15 +29,6 @@ from fastalign.ops.vocab_parallel import begin_sum
 
 WORTH_COMPACTING = 0.25
 """Share of rows without a coefficient from which moving the others together costs less than their GEMMs."""
-
-
-@dataclass
-class Gradients:
-    """What a pass has made so far: gradients of hidden ``[N, D]``, weight and bias; None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def kept_rows(g: Tensor, e: Tensor | None, least: float = 0.0) -> Tensor | None:
@@ -63,17 +55,17 @@ def needed(head: Head, stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Head,
 
 
 def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> Callable[[], None]:
-    """``target[rows] = dz @ weight`` for the scored rows ``start:stop``; in place where layouts allow.
+    """``target[rows] = dz @ [weight, up]`` for the scored rows ``start:stop``; in place where layouts allow.
 
     Of a shard the product is a partial sum: its exchange runs until the returned function is called.
     """
     if head.options.shard is not None:
         return _write_shared(head, target, start, stop, dz)
     if head.rows is None and target.dtype == dz.dtype:
-        multiply(dz, head.weight, target[start:stop], None, head.options.batch_invariant)
+        multiply_back(head, dz, target[start:stop])
     else:
-        product = torch.empty(stop - start, head.weight.shape[1], dtype=dz.dtype, device=dz.device)
-        _store(head, target, start, stop, multiply(dz, head.weight, product, None, head.options.batch_invariant))
+        product = torch.empty(stop - start, head.width, dtype=dz.dtype, device=dz.device)
+        _store(head, target, start, stop, multiply_back(head, dz, product))
     return _nothing_left
 
 
@@ -82,8 +74,8 @@ def _write_shared(head: Head, target: Tensor, start: int, stop: int, dz: Tensor)
     if head.options.shard is None or start == stop:
         return _nothing_left
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
-    partial = torch.zeros(stop - start, head.weight.shape[1], dtype=wide, device=dz.device)
-    _add_hidden_gradient(head, partial, dz, head.weight)
+    partial = torch.zeros(stop - start, head.width, dtype=wide, device=dz.device)
+    _add_hidden_gradient(head, partial, dz)
     work = begin_sum(head.options.shard, partial)
 
     def finish() -> None:
@@ -105,7 +97,7 @@ def _store(head: Head, target: Tensor, start: int, stop: int, rows: Tensor) -> N
 
 
 def add_chunk(
-    head: Head, grads: Gradients, logits: Tensor, stats: Stats, g: Tensor, e: Tensor | None, start: int, *, first: bool
+    head: Head, grads: Leaves, logits: Tensor, stats: Stats, g: Tensor, e: Tensor | None, start: int, *, first: bool
 ) -> None:
     """The logits of the scored rows from ``start`` on become their gradient; then the two GEMMs of the chunk."""
     stop, hidden = start + len(logits), hidden_rows(head, start, start + len(logits))
@@ -125,52 +117,70 @@ def _moved_up(logits: Tensor, keep: Tensor) -> Tensor:
     return logits[: len(keep)]
 
 
-def _add_products(head: Head, grads: Gradients, dz: Tensor, hidden: Tensor, start: int, stop: int, first: bool) -> None:
-    """Rows of ``d hidden`` are written, ``d weight`` and ``d bias`` accumulate."""
+def _add_products(head: Head, grads: Leaves, dz: Tensor, hidden: Tensor, start: int, stop: int, first: bool) -> None:
+    """Rows of ``d hidden`` are written, those of weight, adapter and bias accumulate."""
     finish = _nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz)
-    if grads.weight is not None:
-        add_product(grads.weight, dz.t(), hidden, first=first)
-    if grads.bias is not None:
-        grads.bias += dz.sum(0, dtype=grads.bias.dtype)
+    _add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, first=first)
     finish()
+
+
+def _add_weight_gradients(
+    head: Head, sums: Sequence[Tensor | None], bias: Tensor | None, dz: Tensor, hidden: Tensor, *, first: bool
+) -> None:
+    """``dz.T @ hidden``, in its parts, and the column sums of dz; ``first`` sets the products instead of adding."""
+    for (_, columns), total in zip(parts(head), sums, strict=False):
+        if total is not None:
+            add_product(total, dz.t(), hidden[:, columns], first=first)
+    if bias is not None:
+        bias += dz.sum(0, dtype=bias.dtype)
 
 
 # --- second phase ----------------------------------------------------------------------------------------------------
 
 
 def recomputed_gradients(
-    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Second phase: logits again, slab by slab, into the gradients of hidden ``[n, D]``, weight and bias.
+    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, inputs: Leaves, needs: Needs
+) -> Leaves:
+    """Second phase: logits again, slab by slab, into the gradients of the inputs, each in its input's dtype.
 
-    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. The gradient of the
-    weight has the weight's dtype, the others the statistics'.
+    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator.
     """
-    num_rows, (vocab, width), wide = len(head.labels), head.weight.shape, stats.max.dtype
+    num_rows, vocab, wide = len(head.labels), head.weight.shape[0], stats.max.dtype
     new = {"dtype": wide, "device": head.hidden.device}
-    d_hidden = torch.zeros(num_rows, width, **new) if needs[0] else None
-    d_weight = torch.zeros(vocab, width, dtype=head.weight_dtype, device=head.hidden.device) if needs[1] else None
-    d_bias = torch.zeros(vocab, **new) if needs[2] else None
+    d_hidden = torch.zeros(num_rows, head.width, **new) if needs.hidden else None
+    d_weights = _zeros(inputs.weight, needs.weight), _zeros(inputs.up, needs.up)
+    d_bias = torch.zeros(vocab, **new) if needs.bias else None
     hidden, buffer = hidden_rows(head, 0, num_rows), workspace(head, plan.block, plan.slab)
     finish = _summed(head, d_hidden) if not vocab else _nothing_left
     for first in range(0, vocab if num_rows else 0, plan.slab):
         last = min(vocab, first + plan.slab)
-        slab_sum = None if d_weight is None else _slab_accumulator(d_weight[first:last], wide)
+        slabs = [None if d is None else d[first:last] for d in d_weights]
+        sums = [None if slab is None else _accumulator(slab, wide) for slab in slabs]
+        d_slab = None if d_bias is None else d_bias[first:last]
         for start in range(0, num_rows, plan.block):
             rows = slice(start, min(num_rows, start + plan.block))
             dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, g, e)
             if d_hidden is not None:
-                _add_hidden_gradient(head, d_hidden[rows], dz, head.weight[first:last])
+                _add_hidden_gradient(head, d_hidden[rows], dz, first, last)
             if last == vocab and rows.stop == num_rows:
                 finish = _summed(head, d_hidden)
-            if slab_sum is not None:
-                add_product(slab_sum, dz.t(), hidden[rows], first=start == 0)
-            if d_bias is not None:
-                d_bias[first:last] += dz.sum(0, dtype=wide)
-        if d_weight is not None and slab_sum is not None and slab_sum.dtype != d_weight.dtype:
-            d_weight[first:last] = slab_sum
+            _add_weight_gradients(head, sums, d_slab, dz, hidden[rows], first=start == 0)
+        for slab, total in zip(slabs, sums, strict=True):
+            if slab is not None and total is not None and total is not slab:
+                slab.copy_(total)
     finish()
-    return d_hidden, d_weight, d_bias
+    return _dense(head, inputs, d_hidden, *d_weights, d_bias)
+
+
+def _zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else None
+
+
+def _dense(head: Head, inputs: Leaves, d_hidden: Tensor | None, d_weight, d_up, d_bias: Tensor | None) -> Leaves:
+    """``d hidden`` over all rows, and the sums in their inputs' dtypes."""
+    hidden = None if d_hidden is None or inputs.hidden is None else spread(head, d_hidden, inputs.hidden.dtype)
+    bias = None if d_bias is None or inputs.bias is None else d_bias.to(inputs.bias.dtype)
+    return Leaves(hidden, d_weight, d_up, bias)
 
 
 def _summed(head: Head, d_hidden: Tensor | None) -> Callable[[], object]:
@@ -180,29 +190,18 @@ def _summed(head: Head, d_hidden: Tensor | None) -> Callable[[], object]:
     return begin_sum(head.options.shard, d_hidden).wait
 
 
-def finish(
-    head: Head, grads: tuple, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Second-phase gradients over scored rows to gradients of the inputs, each in its dtype."""
-    d_hidden, d_weight, d_bias = grads
-    return (
-        hidden.new_empty(0) if d_hidden is None else spread(head, d_hidden, hidden.dtype),
-        weight.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
-
-
-def _slab_accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
+def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
     """The slab of the gradient itself when it is precise enough to add into."""
     return target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
 
 
-def _add_hidden_gradient(head: Head, total: Tensor, dz: Tensor, weight: Tensor) -> None:
-    if not head.options.batch_invariant:
-        add_product(total, dz, weight, first=False)
+def _add_hidden_gradient(head: Head, total: Tensor, dz: Tensor, first: int = 0, last: int | None = None) -> None:
+    """``total += dz @ [weight, up][first:last]``."""
+    if head.options.batch_invariant:
+        total.add_(multiply_back(head, dz, torch.empty(total.shape, dtype=dz.dtype, device=dz.device), first, last))
         return
-    out = torch.empty(total.shape, dtype=dz.dtype, device=dz.device)
-    total.add_(multiply(dz, weight, out, None, True))
+    for weight, columns in parts(head):
+        add_product(total[:, columns], dz, weight[first:last], first=False)
 
 
 def _slab_gradient(

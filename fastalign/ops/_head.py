@@ -5,8 +5,10 @@ GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and aut
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +19,26 @@ from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
 from fastalign.ops.vocab_parallel import Shard, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
 
-Needs = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias get a gradient."""
-
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
+
+
+class Leaves(NamedTuple):
+    """The differentiable inputs of a head, or their gradients: None for what is not there or not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which of the differentiable inputs get a gradient."""
+
+    hidden: bool
+    weight: bool
+    up: bool
+    bias: bool
 
 
 @dataclass(frozen=True)
@@ -43,10 +60,12 @@ class Head:
     """A call's n scored rows and its head, cast to the GEMM dtype.
 
     Attributes:
-        hidden: ``[N, D]`` as given.
+        hidden: ``[N, D]`` as given, with an adapter ``[N, D + r]``.
         rows: ``[n]`` positions of the scored rows; None when all N are scored.
         labels: ``[n]``; of a shard, counted from its first column, -1 for those of other shards.
         weight, bias: ``[V, D]`` and ``[V]`` in the GEMM dtype; of a shard, its columns.
+        up: ``[V, r]``, the matrix that the last r columns of hidden meet, in the GEMM dtype.
+        cast: columns of weight and up together that had another dtype.
         temperature: a number or ``[n]``.
         sweep: the module with the kernels ``forward`` and ``backward``.
         weight_dtype: that of the weight as given, and of its gradient.
@@ -65,6 +84,13 @@ class Head:
     weight_dtype: torch.dtype
     out_dtype: torch.dtype
     owners: Tensor | None = None
+    up: Tensor | None = None
+    cast: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of hidden."""
+        return self.hidden.shape[1]
 
 
 @dataclass(frozen=True)
@@ -88,11 +114,17 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def make_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options, sweep: ModuleType
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: Options,
+    sweep: ModuleType,
+    up: Tensor | None = None,
 ) -> Head:
     """Selects the scored rows (on CUDA one host sync, for their number) and casts the head once."""
     shard, owners = options.shard, None
-    labels = kernel_labels(labels, vocabulary(weight, options))
+    labels = kernel_labels(labels, weight.shape[0] if shard is None else shard.vocab)
     scored = labels != IGNORE_INDEX
     rows = None if bool(scored.all()) else scored.nonzero().squeeze(1)
     temperature = options.temperature
@@ -103,20 +135,26 @@ def make_head(
         labels, owners = localise(shard, labels)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(kernel_dtype(options.dtype))
-    bias = None if bias is None else bias.detach().to(options.dtype)
-    cast = weight.detach().to(options.dtype)
-    out = stats_dtype(hidden, weight)
-    return Head(hidden.detach(), rows, labels, cast, bias, temperature, options, sweep, weight.dtype, out, owners)
+    out, cast = (
+        stats_dtype(hidden, weight),
+        sum(x.shape[1] for x in (weight, up) if x is not None and x.dtype != options.dtype),
+    )
+    matrix, bias, up = (None if x is None else x.detach().to(options.dtype) for x in (weight, bias, up))
+    assert matrix is not None
+    head = Head(hidden.detach(), rows, labels, matrix, bias, temperature, options, sweep, weight.dtype, out, owners)
+    return replace(head, up=up, cast=cast)
 
 
-def vocabulary(weight: Tensor, options: Options) -> int:
-    """V, over all ranks."""
-    return weight.shape[0] if options.shard is None else options.shard.vocab
+def parts(head: Head) -> list[tuple[Tensor, slice]]:
+    """Weight and adapter, each with the columns of hidden that it multiplies; the logits are the sum of products."""
+    width = head.weight.shape[1]
+    base = (head.weight, slice(0, width))
+    return [base] if head.up is None else [base, (head.up, slice(width, None))]
 
 
-def planned_columns(weight: Tensor, options: Options) -> int:
+def planned_columns(head: Head) -> int:
     """Columns that every rank plans with: V, or those of the largest shard."""
-    return weight.shape[0] if options.shard is None else options.shard.widest
+    return head.weight.shape[0] if head.options.shard is None else head.options.shard.widest
 
 
 def select(head: Head, keep: Tensor) -> Head:
@@ -136,15 +174,15 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scratch_bytes(hidden: Tensor, weight: Tensor, options: Options, sweep: ModuleType) -> int:
+def scratch_bytes(head: Head) -> int:
     """Temporaries that do not depend on the rows of a chunk: the cast weight, the torch sweep's blocks."""
-    columns = planned_columns(weight, options)
-    cast = columns * weight.shape[1] * options.dtype.itemsize if weight.dtype != options.dtype else 0
-    if sweep.__name__ != "fastalign.ops.token_logps":
+    options, columns = head.options, planned_columns(head)
+    cast = columns * head.cast * options.dtype.itemsize
+    if head.sweep.__name__ != "fastalign.ops.token_logps":
         return cast
     row = columns * kernel_dtype(options.dtype).itemsize
-    block = max(row, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"]))
-    return cast + 5 * min(block, row * hidden.shape[0])
+    block = max(row, BLOCK_BYTES.get(head.hidden.device.type, BLOCK_BYTES["cuda"]))
+    return cast + 5 * min(block, row * head.hidden.shape[0])
 
 
 def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
@@ -159,24 +197,45 @@ def workspace(head: Head, rows: int, columns: int) -> Tensor:
 
 
 def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``."""
-    weight = head.weight[first:last]
-    out = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-    bias = None if head.bias is None else head.bias[first:last]
-    return multiply(hidden, weight.t(), out, bias, head.options.batch_invariant)
+    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``; the adapter's part, small, is rounded first."""
+    columns = len(head.weight[first:last])
+    out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
+    plus = None if head.bias is None else head.bias[first:last]
+    for weight, part in reversed(parts(head)):
+        multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
+        plus = out
+    return out
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, batch_invariant: bool) -> Tensor:
-    """``out = a @ b + bias``; batch-invariant: in products of one shape, whatever the number of rows."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
+    """``out = a @ b + plus``, where ``plus`` is a row, ``out`` itself or None.
+
+    Batch-invariant: in products of one shape, whatever the number of rows.
+    """
     if batch_invariant:
-        for start in range(0, a.shape[0], INVARIANT_ROWS):
-            part = a[start : start + INVARIANT_ROWS]
+        for rows, part in _padded(a):
             tile = out.new_empty(INVARIANT_ROWS, b.shape[1])
-            padded = a.new_zeros(INVARIANT_ROWS, a.shape[1])
-            padded[: len(part)] = part
-            out[start : start + INVARIANT_ROWS] = multiply(padded, b, tile, bias, False)[: len(part)]
+            tile[: rows.stop - rows.start] = out[rows]
+            multiply(part, b, tile, tile if plus is out else plus, False)
+            out[rows] = tile[: rows.stop - rows.start]
         return out
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
+
+
+def _padded(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, each with its rows followed by zeros."""
+    for start in range(0, a.shape[0], INVARIANT_ROWS):
+        rows = slice(start, min(a.shape[0], start + INVARIANT_ROWS))
+        part = a.new_zeros(INVARIANT_ROWS, a.shape[1])
+        part[: rows.stop - start] = a[rows]
+        yield rows, part
+
+
+def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """``out [n, D + r] = dz @ [weight, up][first:last]``."""
+    for weight, part in parts(head):
+        multiply(dz, weight[first:last], out[:, part], None, head.options.batch_invariant)
+    return out
 
 
 def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:

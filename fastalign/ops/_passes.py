@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.ops._gradients import Gradients, add_chunk
-from fastalign.ops._head import Head, Stats, cut, hidden_rows, join, project, sweep, workspace
+from fastalign.ops._gradients import add_chunk
+from fastalign.ops._head import Head, Leaves, Stats, cut, hidden_rows, join, project, sweep, workspace
 from fastalign.ops._loss_fn import LossFn, evaluate
 from fastalign.ops._units import Units
 from fastalign.ops.plan import Chunk, Plan
@@ -27,7 +27,7 @@ class Outcome:
 
 
 def one_pass(
-    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Gradients | None
+    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Leaves | None
 ) -> Outcome:
     """Every group of chunks from hidden states to gradients while its logits are hot."""
     buffer = workspace(head, plan.held_rows, head.weight.shape[0])
@@ -64,7 +64,7 @@ def _group_stats(
 def _add_group(
     head: Head,
     plan: Plan,
-    grads: Gradients,
+    grads: Leaves,
     group: tuple[Chunk, ...],
     logits: list[Tensor],
     stats: Stats,

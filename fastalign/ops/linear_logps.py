@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import dispatch
-from fastalign.ops._checks import check_linear, check_memory, check_scaling
-from fastalign.ops._gradients import finish, needed, recomputed_gradients, write_rows
+from fastalign.ops._call import SCHEMA, TENSORS, Call, head_of, make_call
+from fastalign.ops._checks import Lora
+from fastalign.ops._gradients import needed, recomputed_gradients, write_rows
 from fastalign.ops._head import (
     Head,
-    Options,
+    Leaves,
+    Needs,
     Stats,
     differentiate,
-    gemm_dtype,
     hidden_rows,
     join,
     kernel_dtype,
-    make_head,
     planned_columns,
     project,
     scratch_bytes,
@@ -35,8 +34,7 @@ from fastalign.ops._head import (
 )
 from fastalign.ops.plan import Coefficients, Plan, make_plan
 from fastalign.ops.token_logps import reference as token_reference
-from fastalign.ops.token_logps import split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import exchange, make_shard
+from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 
@@ -46,88 +44,82 @@ def reference(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The specification: the logits of the scored rows in full, then the reference of ``token_logps``."""
-    logits = torch.nn.functional.linear(hidden[labels != IGNORE_INDEX], weight, bias)
-    everywhere = logits.new_zeros(len(labels), weight.shape[0])
-    everywhere = everywhere.index_put(((labels != IGNORE_INDEX).nonzero().squeeze(1),), logits)
+    linear, scored = torch.nn.functional.linear, labels != IGNORE_INDEX
+    logits = linear(hidden[scored], weight, bias)
+    if lora is not None:
+        logits = logits + linear(linear(hidden[scored], lora[0]), lora[1]) * lora[2]
+    everywhere = logits.new_zeros(len(labels), weight.shape[0]).index_put((scored.nonzero().squeeze(1),), logits)
     return token_reference(
         everywhere, labels, temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy=entropy
     )
 
 
-def plan_for(
-    head: Head, weight: Tensor, coefficients: Coefficients, *, trainable: bool, entropy: bool, units=None
-) -> Plan:
-    """The plan of a call on this head."""
+def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, entropy: bool, units=None) -> Plan:
+    """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
     device, options = head.hidden.device, head.options
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return make_plan(
         len(head.labels),
-        planned_columns(weight, options),
-        weight.shape[1],
+        planned_columns(head),
+        head.width,
         itemsize=options.dtype.itemsize,
         coefficients=coefficients,
         units=units,
-        head_gradient=trainable,
+        head_gradient=trained is not None,
+        trained=trained,
         entropy=entropy,
         memory=options.memory,
         device=device.type,
         total_memory=total,
-        scratch=scratch_bytes(head.hidden, weight, options, head.sweep),
+        scratch=scratch_bytes(head),
         batch_invariant=options.batch_invariant,
     )
+
+
+def trained_columns(call: Call | Leaves, needs: Needs) -> int | None:
+    """Columns of weight and adapter that get a gradient; None when the head gets none at all."""
+    widths = (x.shape[1] for x, need in ((call.weight, needs.weight), (call.up, needs.up)) if need and x is not None)
+    return sum(widths) if needs.weight or needs.up or needs.bias else None
 
 
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastalign::linear_logps", mutates_args=())
-def _op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-    memory: int | None,
-    backend: str | None,
-    batch_invariant: bool,
-    group: str | None,
-    shards: list[int] | None,
-    entropy: bool,
-    gradient: bool,
-    trainable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fastalign::linear_logps",
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool entropy, bool gradient, bool trainable) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``; U ``[N, D]`` (``[0, D]`` when not needed)."""
-    tau = temperature if temperatures is None else temperatures
-    shard = make_shard(group, shards)
-    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant, shard)
-    kernels = dispatch.kernels("linear_logps", backend, hidden.device)
-    head = make_head(hidden, weight, bias, labels, options, kernels)
-    plan = plan_for(head, weight, "upstream" if gradient else "none", trainable=trainable, entropy=entropy)
-    directions = _new_directions(hidden, plan.mode == "frozen")
+    *given, entropy, gradient, trainable = args
+    call = Call(*given)
+    head = head_of("linear_logps", call)
+    trained = head.width if trainable else None
+    plan = plan_for(head, "upstream" if gradient else "none", trained=trained, entropy=entropy)
+    directions = _new_directions(call.hidden, plan.mode == "frozen")
     stats = _forward(head, plan, directions, entropy)
-    out = stats_dtype(hidden, weight)
+    out = head.out_dtype
     entropies = stats.logps.new_empty(0, dtype=out) if stats.entropy is None else spread(head, stats.entropy, out)
     maximum, logsum = (spread(head, x, x.dtype) for x in (stats.max, stats.logsum))
     return spread(head, stats.logps, out), entropies, maximum, logsum, directions
 
 
 @_op.register_fake
-def _(hidden, weight, bias, labels, temperatures, temperature, softcap, logit_scale, dtype, *flags):
-    *_, entropy, gradient, trainable = flags
-    row = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight))
-    saved = [hidden.new_empty(hidden.shape[0], dtype=kernel_dtype(dtype)) for _ in range(2)]
+def _(*args):
+    *given, entropy, gradient, trainable = args
+    call = Call(*given)
+    row = call.hidden.new_empty(call.hidden.shape[0], dtype=stats_dtype(call.hidden, call.weight))
+    saved = [row.new_empty(row.shape, dtype=kernel_dtype(call.dtype)) for _ in range(2)]
     entropies = torch.empty_like(row) if entropy else row.new_empty(0)
-    return row, entropies, *saved, _new_directions(hidden, gradient and not trainable and not entropy)
+    return row, entropies, *saved, _new_directions(call.hidden, gradient and not trainable and not entropy)
 
 
 def _new_directions(hidden: Tensor, wanted: bool) -> Tensor:
@@ -164,44 +156,24 @@ def _(hidden, labels, directions, grad_logps):
     return torch.empty_like(directions)
 
 
-@torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=())
-def _backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-    memory: int | None,
-    backend: str | None,
-    batch_invariant: bool,
-    group: str | None,
-    shards: list[int] | None,
-    entropy: Tensor | None,
-    maximum: Tensor,
-    logsum: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
-    tau = temperature if temperatures is None else temperatures
-    shard = make_shard(group, shards)
-    options = Options(tau, softcap, logit_scale, dtype, memory, backend, batch_invariant, shard)
-    kernels = dispatch.kernels("linear_logps", backend, hidden.device)
-    head = make_head(hidden, weight, bias, labels, options, kernels)
+@torch.library.custom_op(
+    "fastalign::linear_logps_backward",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor? entropy, Tensor maximum, Tensor logsum, Tensor grad_logps, Tensor? grad_entropy, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(*args):
+    """Gradients of hidden, weight, adapter and bias in their dtypes; ``[0]`` for those that are not needed."""
+    *given, entropy, maximum, logsum, grad_logps, grad_entropy, needs = args
+    call = Call(*given)
+    head, inputs, needs = head_of("linear_logps", call), Leaves(*call[:4]), Needs(*needs)
     g, e = _scored(head, grad_logps), None if grad_entropy is None else _scored(head, grad_entropy)
     saved = None if entropy is None else _scored(head, entropy)
     stats = Stats(g, saved, _scored(head, maximum), _scored(head, logsum))
     head, stats, g, e = needed(head, stats, g, e)
-    plan = plan_for(head, weight, "upstream", trainable=True, entropy=True)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    return finish(head, recomputed_gradients(head, plan, stats, g, e, needs), hidden, weight, bias)
+    plan = plan_for(head, "upstream", trained=trained_columns(call, needs) or 0, entropy=True)
+    made = recomputed_gradients(head, plan, stats, g, e, inputs, needs)
+    return tuple(call.hidden.new_empty(0) if grad is None else grad for grad in made)
 
 
 def _scored(head: Head, values: Tensor) -> Tensor:
@@ -211,45 +183,38 @@ def _scored(head: Head, values: Tensor) -> Tensor:
 
 
 @_backward_op.register_fake
-def _(hidden, weight, bias, *rest):
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        bias.new_empty(bias.shape) if needs_bias else hidden.new_empty(0),
-    )
+def _(*args):
+    inputs, needs = args[:4], args[-1]
+    return tuple(x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, temperatures, *options, entropy, gradient, trainable = inputs
-    _, entropies, maximum, logsum, directions = output
+    *given, entropy, gradient, trainable = inputs
+    call, (_, entropies, maximum, logsum, directions) = Call(*given), output
     ctx.mark_non_differentiable(maximum, logsum, directions, *(() if entropy else (entropies,)))
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.frozen = options, gradient and not trainable and not entropy
+    ctx.frozen, ctx.options = gradient and not trainable and not entropy, call[TENSORS:]
     if ctx.frozen:
-        ctx.save_for_backward(hidden, labels, directions)
+        ctx.save_for_backward(call.hidden, call.labels, directions)
     else:
-        saved = entropies if entropy else None
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, saved, maximum, logsum)
+        ctx.save_for_backward(*call[:TENSORS], entropies if entropy else None, maximum, logsum)
 
 
 def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
     if grad_logps is None and grad_entropy is None:
-        grads = None, None, None
+        grads = (None,) * 4
     elif ctx.frozen:
-        grads = _scale_directions(*ctx.saved_tensors, grad_logps), None, None
+        grads = _scale_directions(*ctx.saved_tensors, grad_logps), None, None, None
     else:
         grads = _recomputed(ctx, grad_logps, grad_entropy)
-    return *grads, *(None,) * 14
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 def _recomputed(ctx, grad_logps, grad_entropy):
-    hidden, weight, bias, labels, temperatures, entropy, maximum, logsum = ctx.saved_tensors
+    *tensors, entropy, maximum, logsum = ctx.saved_tensors
     g = torch.zeros_like(logsum) if grad_logps is None else grad_logps
-    needs = ctx.needs_input_grad[:3]
-    grads = _backward_op(
-        hidden, weight, bias, labels, temperatures, *ctx.options, entropy, maximum, logsum, g, grad_entropy, *needs
-    )
+    needs = list(ctx.needs_input_grad[:4])
+    grads = _backward_op(*tensors, *ctx.options, entropy, maximum, logsum, g, grad_entropy, needs)
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
@@ -271,6 +236,7 @@ def linear_logps(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -291,11 +257,14 @@ def linear_logps(
         labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: outputs and gradients are exactly 0 and its
             hidden state is never read.
         bias: ``[V]``.
+        lora: an adapter of the head, ``(A [r, D], B [V, r], scale)``: the logits gain ``scale * (hidden @ A.T) @ B.T``.
+            It is cast to the GEMMs' dtype. A frozen weight costs no gradient beside a trained adapter.
         temperature: a positive number or ``[N]``; gets no gradient.
         softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
         entropy: also return the entropy in nats, differentiable.
         process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
-            rank order, shards may be uneven or empty; hidden, labels (global) and options are the same on every rank.
+            rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
+            are the same on every rank.
             Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton" or None for the best one here.
@@ -311,33 +280,26 @@ def linear_logps(
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
-    args, trainable = op_arguments(
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
+    call, trainable = make_call(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        process_group=process_group,
+        memory=memory,
+        backend=backend,
+        batch_invariant=batch_invariant,
     )
-    logps, entropies, _ = row_stats(args, entropy, trainable)
+    logps, entropies, _ = row_stats(call, entropy, trainable)
     return logps if entropies is None else (logps, entropies)
 
 
-def row_stats(args: tuple, entropy: bool, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """logps, entropy if asked for, and whether the label has the largest logit, from ``op_arguments``."""
-    gradient = torch.is_grad_enabled() and (trainable or args[0].requires_grad)
-    logps, entropies, _, logsum, _ = _op(*args, entropy, gradient, trainable)
+def row_stats(call: Call, entropy: bool, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """logps, entropy if asked for, and whether the label has the largest logit."""
+    gradient = torch.is_grad_enabled() and (trainable or call.hidden.requires_grad)
+    logps, entropies, _, logsum, _ = _op(*call, entropy, gradient, trainable)
     return logps, entropies if entropy else None, logps.detach().to(logsum.dtype) + logsum == 0
-
-
-def op_arguments(
-    hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
-) -> tuple[tuple, bool]:
-    """Checked arguments in the order of the custom op's schema, up to its flags; whether any rank trains the head."""
-    check_linear(hidden, weight, bias, labels)
-    check_scaling(temperature, softcap, labels)
-    check_memory(memory)
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable)
-    number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
-    dtype = gemm_dtype(hidden, weight)
-    args = (
-        *(hidden, weight, bias, labels, rows, number, softcap, float(logit_scale)),
-        *(dtype, memory, backend, batch_invariant, group, shards),
-    )
-    return args, trainable

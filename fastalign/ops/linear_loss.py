@@ -18,19 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import dispatch
-from fastalign.ops._gradients import Gradients, finish, needed, recomputed_gradients
-from fastalign.ops._head import Head, Needs, Options, make_head, spread
+from fastalign.ops._call import Call, head_of, make_call
+from fastalign.ops._checks import Lora
+from fastalign.ops._gradients import needed, recomputed_gradients
+from fastalign.ops._head import Head, Leaves, Needs, kernel_dtype, spread
 from fastalign.ops._loss_fn import LossFn, checked
 from fastalign.ops._passes import Outcome, is_top1, one_pass, two_phase
 from fastalign.ops._units import Align, Units, make_units
-from fastalign.ops.linear_logps import op_arguments, plan_for, row_stats
+from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
 from fastalign.ops.plan import Plan
-from fastalign.ops.vocab_parallel import make_shard
 from fastalign.types import IGNORE_INDEX, TokenStats
-
-Inputs = tuple[Tensor, Tensor, "Tensor | None"]
-
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
@@ -40,19 +37,17 @@ class _Attach(torch.autograd.Function):
     ``again`` for them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, grads: list[Gradients], again):
-        ctx.save_for_backward(hidden, weight, bias)
+    def forward(ctx, hidden, weight, up, bias, loss, grads: list[Leaves], again):
+        ctx.save_for_backward(hidden, weight, up, bias)
         ctx.grads, ctx.again = grads, again
         return loss.clone()
 
     @staticmethod
     def backward(ctx, *upstream):
-        inputs = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * 3
+        inputs = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * 4
         with torch.no_grad():
-            grads = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
-            made = (grads.hidden, grads.weight, grads.bias)
+            made = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
             _scale(made, upstream[0])
-        del grads
         if torch.is_grad_enabled():
             made = (None if g is None else _Final.apply(g, x) for g, x in zip(made, inputs, strict=True))
         return *made, None, None, None
@@ -70,7 +65,7 @@ class _Final(torch.autograd.Function):
         raise RuntimeError("linear_loss does not support double backward: its gradients are final")
 
 
-def _scale(grads: tuple[Tensor | None, ...], upstream: Tensor) -> None:
+def _scale(grads: Leaves, upstream: Tensor) -> None:
     """Times the upstream scalar, in place; for nothing when that is 1 and reading it costs no sync."""
     if upstream.device.type != "cpu" or upstream.item() != 1.0:
         for grad in grads:
@@ -78,27 +73,28 @@ def _scale(grads: tuple[Tensor | None, ...], upstream: Tensor) -> None:
                 grad.mul_(upstream)
 
 
-def _new_gradients(head: Head, plan: Plan, inputs: Inputs, needs: Needs) -> Gradients:
-    """Buffers of a one-pass call: rows that need no gradient stay 0, weight and bias are summed in fp32."""
-    hidden, weight, _ = inputs
-    wide = torch.float64 if weight.dtype == torch.float64 and head.options.dtype == torch.float64 else torch.float32
-    single = len(plan.chunks) == 1 and weight.dtype == head.options.dtype
+def _new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leaves:
+    """Buffers of a one-pass call: rows that need no gradient stay 0, weight, adapter and bias are summed in fp32."""
+    wide, single = kernel_dtype(head.options.dtype), len(plan.chunks) == 1
     new = torch.empty if plan.chunks else torch.zeros
-    device = hidden.device
-    return Gradients(
-        torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None,
-        new(weight.shape, dtype=weight.dtype if single else wide, device=device) if needs[1] else None,
-        torch.zeros(weight.shape[0], dtype=wide, device=device) if needs[2] else None,
-    )
+
+    def total(like: Tensor | None, need: bool) -> Tensor | None:
+        if like is None or not need:
+            return None
+        dtype = like.dtype if single and like.dtype == head.options.dtype else wide
+        return new(like.shape, dtype=dtype, device=like.device)
+
+    hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    bias = torch.zeros(len(head.weight), dtype=wide, device=head.hidden.device) if needs.bias else None
+    return Leaves(hidden, total(inputs.weight, needs.weight), total(inputs.up, needs.up), bias)
 
 
-def _cast(grads: Gradients, inputs: Inputs) -> Gradients:
+def _cast(grads: Leaves, inputs: Leaves) -> Leaves:
     """Each gradient in its input's dtype."""
-    made = (grads.hidden, grads.weight, grads.bias)
-    return Gradients(*(None if g is None or x is None else g.to(x.dtype) for g, x in zip(made, inputs, strict=True)))
+    return Leaves(*(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)))
 
 
-def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: Inputs, needs: Needs):
+def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: Leaves, needs: Needs):
     """The planned pass: its outcome and (None when nothing needs them) its gradients."""
     gradient = any(needs)
     if plan.mode == "slabs":
@@ -109,13 +105,11 @@ def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: 
     return outcome, None if grads is None else _cast(grads, inputs)
 
 
-def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Inputs, needs: Needs) -> Gradients:
+def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Leaves, needs: Needs) -> Leaves:
     """The gradients from the saved coefficients, through recomputed logits."""
     assert outcome.g is not None
     head, stats, g, e = needed(head, outcome.stats, outcome.g, outcome.e)
-    made = recomputed_gradients(head, plan, stats, g, e, needs)
-    dense = finish(head, made, *inputs)
-    return Gradients(*(grad if needed else None for grad, needed in zip(dense, needs, strict=True)))
+    return recomputed_gradients(head, plan, stats, g, e, inputs, needs)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -132,6 +126,7 @@ def linear_loss(
     align: Align = "token",
     entropy: bool = False,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -143,7 +138,7 @@ def linear_loss(
     """``loss_fn`` of token log-probs, with the gradients of ``hidden``, ``weight`` and ``bias`` made in the same pass.
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z)``; three GEMMs per row
-    (two when the head is frozen, one under ``no_grad``, which runs the same chunks and still evaluates ``loss_fn``).
+    (two when the weight is frozen, one under ``no_grad``, which runs the same chunks and still evaluates ``loss_fn``).
 
     Args:
         hidden: ``[N, D]``; a row labelled -100 is never read.
@@ -157,7 +152,8 @@ def linear_loss(
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy: give ``loss_fn`` the entropy too; its gradient flows.
-        bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: see ``linear_logps``.
+        bias, lora, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: see
+            ``linear_logps``.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -173,42 +169,43 @@ def linear_loss(
     >>> linear_loss(hidden, weight, labels, lambda stats: -stats.logps.sum() / 2)[0]
     tensor(1.3863)
     """
-    args, trainable = op_arguments(
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant
+    call, trainable = make_call(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        process_group=process_group,
+        memory=memory,
+        backend=backend,
+        batch_invariant=batch_invariant,
     )
     if torch.compiler.is_compiling():
-        return _composed(args, trainable, loss_fn, cu_seqlens, align, entropy)
-    shard = make_shard(*args[12:])
-    options = Options(temperature, softcap, float(logit_scale), args[8], memory, backend, batch_invariant, shard)
-    kernels = dispatch.kernels("linear_loss", backend, hidden.device)
-    head = make_head(hidden, weight, bias, labels, options, kernels)
-    units = make_units(labels, cu_seqlens, cu_groups, align)
-    inputs, needs = (hidden, weight, bias), _needs(hidden, weight, bias)
-    plan = plan_for(
-        head,
-        weight,
-        "token" if units is None else "unit",
-        trainable=needs[1] or needs[2],
-        entropy=entropy,
-        units=None if units is None else units.lengths,
-    )
+        return _composed(call, trainable, loss_fn, cu_seqlens, align, entropy)
+    head, units = head_of("linear_loss", call), make_units(labels, cu_seqlens, cu_groups, align)
+    inputs = Leaves(*call[:4])
+    needs, lengths = _needs(inputs), None if units is None else units.lengths
+    trained, coefficients = trained_columns(inputs, needs), "token" if units is None else "unit"
+    plan = plan_for(head, coefficients, trained=trained, entropy=entropy, units=lengths)
     outcome, grads = _run(head, plan, units, loss_fn, entropy, inputs, needs)
     stats = _all_rows(head, outcome, units, cu_seqlens)
     if grads is None:
         return outcome.loss, stats
 
-    def again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
-        head = make_head(hidden, weight, bias, labels, options, kernels)
-        return _made_again(head, plan, outcome, (hidden, weight, bias), needs)
+    def again(*saved: Tensor) -> Leaves:
+        inputs = Leaves(*saved)
+        return _made_again(head_of("linear_loss", call._replace(**inputs._asdict())), plan, outcome, inputs, needs)
 
-    loss: Any = _Attach.apply(hidden, weight, bias, outcome.loss, [grads], again)
+    loss: Any = _Attach.apply(*inputs, outcome.loss, [grads], again)
     return loss, stats
 
 
-def _needs(*inputs: Tensor | None) -> Needs:
-    """Which of hidden, weight and bias get a gradient; independent of it, the chunks are the same."""
-    hidden, weight, bias = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    return hidden, weight, bias
+def _needs(inputs: Leaves) -> Needs:
+    """Which inputs get a gradient; independent of it, the chunks are the same."""
+    return Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
 
 
 def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Tensor | None) -> TokenStats:
@@ -227,17 +224,17 @@ def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Ten
 
 
 def _composed(
-    args: tuple, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
+    call: Call, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
 ) -> tuple[Tensor, TokenStats]:
     """What ``torch.compile`` traces: a Python ``loss_fn`` cannot live inside a custom op, its log-probs can.
 
     The number of scored rows is data, which a graph cannot depend on: every row must be scored.
     """
-    labels = args[3]
+    labels = call.labels
     torch.ops.aten._assert_async.msg(
         (labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first"
     )
-    logps, entropies, top1 = row_stats(args, entropy, trainable)
+    logps, entropies, top1 = row_stats(call, entropy, trainable)
     sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)

@@ -103,6 +103,7 @@ def make_plan(
     coefficients: Coefficients = "token",
     units: Sequence[int] | None = None,
     head_gradient: bool = True,
+    trained: int | None = None,
     entropy: bool = False,
     memory: int | None = None,
     device: str = "cpu",
@@ -114,12 +115,13 @@ def make_plan(
 
     Args:
         num_rows: scored rows n.
-        vocab, width: V and D.
+        vocab, width: V, and D (with an adapter of rank r: D + r).
         itemsize: bytes of a stored logit, the GEMM dtype's.
         coefficients: when the rows' coefficients are known: "none" (no gradient wanted), "token" or "unit" (inside the
             call), "upstream" (only in backward).
         units: scored rows of each coupling unit, in order, for "unit".
-        head_gradient: weight or bias is trainable.
+        head_gradient: weight, adapter or bias is trainable.
+        trained: of the width, the columns whose weight gets a gradient; None for all of a trainable head.
         entropy: an entropy gradient may come.
         memory: bound on the workspace in bytes; None for the device's default.
         device: "cpu" or "cuda"; ``total_memory`` is the GPU's.
@@ -135,13 +137,15 @@ def make_plan(
     spans = _unit_spans(units, limit) if coefficients == "unit" and units is not None else None
     groups = () if units is None or spans is None else _unit_groups(units, spans, limit, piece)
     phi = _share_made_once(groups, slots, piece, device)
-    mode, flops, reason = _mode(coefficients, units or (), limit, head_gradient, entropy, starved, phi)
+    trained = (width if head_gradient else 0) if trained is None else trained
+    share = trained / width if width else 0.0
+    mode, flops, reason = _mode(coefficients, units or (), limit, head_gradient, share, entropy, starved, phi)
     whole, phi = mode in ("one_pass", "retained"), 0.0 if mode == "slabs" else phi
     if not whole or spans is None:
         chunks, spans = _balanced(0, num_rows, limit), None
         groups = (chunks,) if mode == "slabs" else tuple((chunk,) for chunk in chunks)
     slab, block = _tile(num_rows, vocab, itemsize, budget, batch_invariant)
-    accumulator = 4 * vocab * width if head_gradient and whole else 0
+    accumulator = 4 * vocab * trained if whole else 0
     plan = Plan(
         mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
     )
@@ -176,13 +180,14 @@ def _mode(
     units: Sequence[int],
     limit: int,
     head_gradient: bool,
+    share: float,
     entropy: bool,
     starved: bool,
     phi: float,
 ) -> tuple[Mode, float, str]:
     if coefficients == "none":
         return "stats", 2, "no gradient is wanted"
-    two_phase = 8 if head_gradient else 6
+    two_phase = 6 + 2 * share
     if coefficients == "upstream":
         if not head_gradient and not entropy:
             return "frozen", 4, "frozen head: one direction per row serves any upstream gradient"
@@ -190,7 +195,7 @@ def _mode(
         return "slabs", two_phase, f"coefficients arrive in backward; {why}"
     if starved:
         return "slabs", two_phase, f"memory holds fewer than {GPU_ROWS} rows of logits"
-    known, hot = "per token" if coefficients == "token" else "per unit, and every unit fits", 6 if head_gradient else 4
+    known, hot = "per token" if coefficients == "token" else "per unit, and every unit fits", 4 + 2 * share
     if coefficients == "unit" and max(units, default=0) > limit:
         why = f"the largest unit has {max(units)} rows, a chunk holds {limit}"
         if phi < USEFUL_SHARE:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastalign.ops import linear_logps, linear_loss, token_logps
+from fastalign.ops._call import Call
 from fastalign.ops.linear_logps import _backward_op as linear_backward
 from fastalign.ops.linear_logps import _op as linear_op
 from fastalign.ops.linear_logps import _scale_directions
@@ -31,17 +32,23 @@ def test_token_op(temperatures, entropy):
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_linear_op(trainable, entropy):
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_linear_op(trainable, entropy, rank):
+    hidden, weight = torch.randn(N, D + rank, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
+    up = torch.randn(V, rank, requires_grad=trainable) if rank else None
     bias = torch.randn(V, requires_grad=trainable)
-    shared = (LABELS, ROWS, 1.0, None, 0.5, torch.float32, None, None, False, None, None)
-    args = (hidden, weight, bias, *shared, entropy, True, trainable)
+    tensors = (hidden, weight, up, bias, LABELS, ROWS)
+    call = Call(*tensors, 1.0, None, 0.5, torch.float32, None, None, False, None, None)
+    args = (*call, entropy, True, trainable)
     torch.library.opcheck(linear_op, args, test_utils=CHECKS)
     _, entropies, maximum, logsum, directions = linear_op(*args)
     saved = (entropies.detach() if entropy else None, maximum, logsum)
-    inputs = (hidden.detach(), weight.detach(), bias.detach(), *shared, *saved)
+    inputs = (None if x is None else x.detach() for x in tensors)
     upstream = (torch.randn(N), torch.randn(N) if entropy else None)
-    torch.library.opcheck(linear_backward, (*inputs, *upstream, True, trainable, trainable), test_utils=CHECKS)
+    needs = [True, trainable, trainable and rank > 0, trainable]
+    torch.library.opcheck(
+        linear_backward, (*inputs, *call[len(tensors) :], *saved, *upstream, needs), test_utils=CHECKS
+    )
     if not trainable and not entropy:
         torch.library.opcheck(_scale_directions, (hidden.detach(), LABELS, directions, upstream[0]), test_utils=CHECKS)
 

@@ -154,6 +154,32 @@ def check_loss(case, sizes, memory):
     counts()
 
 
+def check_adapter(sizes, frozen=()):
+    """B is cut like the weight, A is whole everywhere; its gradient costs no collective of its own."""
+    x, new = linear_example("everything", N, D, V, torch.float64), torch.Generator().manual_seed(2)
+    adapter = {"A": torch.randn(3, D, generator=new).double(), "B": torch.randn(V, 3, generator=new).double()}
+    columns, labels, results = own(sizes), x.labels, []
+    whole = {name: y.detach().requires_grad_(name not in frozen) for name, y in {**x.tensors, **adapter}.items()}
+    mine = {**sliced(x.tensors, columns, frozen), "A": whole["A"].detach().clone().requires_grad_()}
+    mine["B"] = whole["B"].detach()[columns].clone().requires_grad_("B" not in frozen)
+    for given, group in ((mine, dist.group.WORLD), (whole, None)):
+        run = {"labels": labels, "lora": (given["A"], given["B"], 0.7), "process_group": group, "memory": 12_000}
+        run |= {name: given[name] for name in x.tensors} | x.options
+        trained = [y for y in given.values() if y.requires_grad]
+        loss, _ = linear_loss(**run, loss_fn=dpo, align="pair", cu_seqlens=CU_PAIRS)
+        logps = linear_logps(**{**run, "entropy": False})
+        made = [torch.autograd.grad(y, trained) for y in (loss, (logps * x.grad_logps).sum())]
+        results.append([loss.detach(), logps.detach(), *made[0], *made[1]])
+    names = [name for name, y in mine.items() if y.requires_grad]
+    for name, ours, single in zip(["loss", "logps", *names, *names], *results, strict=True):
+        part = single[columns] if name in ("weight", "bias", "B") else single
+        if part.numel():
+            close(ours, part, f"adapter {sizes} {name}")
+        if name not in ("weight", "bias", "B"):
+            same_bits_everywhere(ours)
+    counts()
+
+
 def check_banned(sizes):
     """A shard that is -inf everywhere has weight 0 and makes no NaN."""
     x = linear_example("bias", N, D, V, torch.float64)
@@ -234,6 +260,9 @@ def work(rank, size, store):
         for dtype in (torch.float32, torch.bfloat16):
             check_narrow(dtype, sizes)
         counts()
+        check_adapter(sizes)
+        check_adapter(sizes, ("weight", "bias"))
+        check_adapter(sizes, ("weight", "bias", "B"))
         check_counts(sizes)
         check_refusals(sizes)
         if size > 1 and 0 < sizes[0] < V:

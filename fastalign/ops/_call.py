@@ -1,0 +1,116 @@
+"""What the linear ops are called with: checked, and in the order of their custom ops' schemas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import dispatch
+from fastalign.ops._checks import Lora, check_linear, check_lora, check_memory, check_scaling
+from fastalign.ops._head import INVARIANT_ROWS, Head, Options, gemm_dtype, make_head
+from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.ops.vocab_parallel import exchange, make_shard
+from fastalign.types import IGNORE_INDEX
+
+SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? up, Tensor? bias, Tensor labels, Tensor? temperatures, float temperature, "
+    "float? softcap, float logit_scale, ScalarType dtype, int? memory, str? backend, bool batch_invariant, "
+    "str? group, int[]? shards"
+)
+"""The fields of ``Call`` as operator schemas, which are flat, spell them."""
+TENSORS = 6
+"""So many fields are tensors, which autograd saves; the first four of them are differentiable."""
+
+
+class Call(NamedTuple):
+    """The arguments that the linear ops share; the tensors come first.
+
+    Attributes:
+        hidden: ``[N, D]``, with an adapter ``[N, D + r]``: beside each hidden state its image under the adapter's A.
+        weight: ``[V, D]``.
+        up: the adapter's B ``[V, r]``.
+        temperatures, temperature: ``[N]``, or the number.
+        dtype: of the GEMMs.
+        group, shards: the process group's name and the columns of each of its ranks.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    up: Tensor | None
+    bias: Tensor | None
+    labels: Tensor
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    dtype: torch.dtype
+    memory: int | None
+    backend: str | None
+    batch_invariant: bool
+    group: str | None
+    shards: list[int] | None
+
+
+def make_call(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    lora: Lora | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    process_group: torch.distributed.ProcessGroup | None,
+    memory: int | None,
+    backend: str | None,
+    batch_invariant: bool,
+) -> tuple[Call, bool]:
+    """The checked call, and whether any rank trains the head."""
+    check_linear(hidden, weight, bias, labels)
+    check_lora(lora, hidden, weight)
+    check_scaling(temperature, softcap, labels)
+    check_memory(memory)
+    up = None if lora is None else lora[1]
+    trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
+    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable)
+    number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
+    dtype = gemm_dtype(hidden, weight)
+    seen = _with_image(hidden, labels, lora, dtype, batch_invariant)
+    scaling = (rows, number, softcap, float(logit_scale), dtype)
+    return Call(seen, weight, up, bias, labels, *scaling, memory, backend, batch_invariant, group, shards), trainable
+
+
+def _with_image(hidden: Tensor, labels: Tensor, lora: Lora | None, dtype: torch.dtype, batch_invariant: bool) -> Tensor:
+    """``[h, scale * h @ A.T]`` per row: ordinary autograd carries its gradient on to A, and to the hidden states.
+
+    Rows that are not scored are selected out: there a product with their zero gradient could still be NaN.
+    """
+    if lora is None:
+        return hidden
+    down, _, scale = lora
+    rows = hidden.where((labels != IGNORE_INDEX)[:, None], 0.0).to(dtype)
+    image = _image(rows, down.to(dtype), float(scale), batch_invariant)
+    return torch.cat([hidden, image.to(hidden.dtype)], 1)
+
+
+def _image(rows: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
+    """``scale * rows @ down.T``, rounded once; batch-invariant: in products where a row's place is no matter."""
+    if batch_invariant:
+        tall, wide = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % INVARIANT_ROWS)) for x in (rows, down))
+        images = [_image(part, wide, scale, False) for part in tall.split(INVARIANT_ROWS)]
+        return torch.cat(images)[: len(rows), : len(down)]
+    return torch.addmm(rows.new_zeros(1), rows, down.t(), beta=0, alpha=scale)
+
+
+def head_of(op: str, call: Call) -> Head:
+    """The scored rows and their head, with the kernels that serve ``op`` there."""
+    options = Options(
+        call.temperature if call.temperatures is None else call.temperatures,
+        *(call.softcap, call.logit_scale, call.dtype, call.memory, call.backend, call.batch_invariant),
+        make_shard(call.group, call.shards),
+    )
+    kernels = dispatch.kernels(op, call.backend, call.hidden.device)
+    return make_head(call.hidden, call.weight, call.bias, call.labels, options, kernels, call.up)
