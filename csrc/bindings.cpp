@@ -5,6 +5,7 @@
 #include "cpu_level.h"
 #include "divergence.h"
 #include "policy_loss.h"
+#include "product.h"
 #include "scan.h"
 #include "token_logps.h"
 
@@ -155,6 +156,19 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("x"), py::arg("decays"), py::arg("decay"), py::arg("out"), py::arg("float64"),
       py::arg("reverse"), py::arg("offsets"), py::arg("segments"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>(), "Discounted sums over the rest of each segment, or their adjoint.");
+  m.def("has_bf16_product", [] { return cpu_level() == Level::avx512 && has_bf16_product(); },
+        "Whether add_product serves this processor at the instruction set in use.");
+  m.def(
+      "add_product",
+      [](Address out, Address a, Address b, int64_t m, int64_t n, int64_t k, int64_t out_stride, int64_t a_row_stride,
+         int64_t a_col_stride, int64_t b_stride, bool accumulate, int threads) {
+        add_product({pointer<float>(out), pointer<uint16_t>(a), pointer<uint16_t>(b), m, n, k, out_stride,
+                     a_row_stride, a_col_stride, b_stride, accumulate}, threads);
+      },
+      py::kw_only(), py::arg("out"), py::arg("a"), py::arg("b"), py::arg("m"), py::arg("n"), py::arg("k"),
+      py::arg("out_stride"), py::arg("a_row_stride"), py::arg("a_col_stride"), py::arg("b_stride"),
+      py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+      "A product of bf16 matrices into, or added to, an fp32 one.");
   m.def(
       "gae",
       [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,
