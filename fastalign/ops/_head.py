@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops import _cpp_product
 from fastalign.ops._checks import kernel_labels
 from fastalign.ops.plan import UPCAST_ROWS
 from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
@@ -304,6 +305,9 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision."""
     if a.dtype == acc.dtype:
         acc.addmm_(a, b, beta=0 if first else 1)
+        return
+    if _cpp_product.serves(acc, a, b):
+        _cpp_product.add_product(acc, a, b, first=first)
         return
     wide = b.to(acc.dtype) if acc.device.type == "cpu" else b
     for start in range(0, acc.shape[0], UPCAST_ROWS):
