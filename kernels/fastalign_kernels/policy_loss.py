@@ -105,7 +105,7 @@ def _kl(y, K2: tl.constexpr):
         x, inside = _clamp(y)
         change = _exp(x) - 1
         # Near 0, where the reference is near, 1 and x cancel: the Taylor series up to x^5 and x^6.
-        near = tl.abs(x) < 0.1
+        near = tl.abs(x) < (0.01 if x.dtype == tl.float64 else 0.1)
         series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720))))
         value = tl.where(near, series, change - x)
         slope = tl.where(inside, -tl.where(near, x + series, change), 0.0)
