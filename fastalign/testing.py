@@ -91,9 +91,11 @@ def logits_example(
 def two_stream_example(
     case: str, num_rows: int, vocab: int, dtype: torch.dtype, width: int = 0, seed: int = 0
 ) -> Example:
-    """The logits, or with a ``width`` the linear example, of a policy and of a reference of another width and cap."""
-    make = (case, num_rows, width, vocab) if width else (case, num_rows, vocab)
-    ours, theirs = ((linear_example if width else logits_example)(*make, dtype, seed=seed + i) for i in (0, 1))
+    """The logits, or with a ``width`` the linear example, of a policy and of a reference of another cap."""
+    if width:
+        ours, theirs = (linear_example(case, num_rows, width, vocab, dtype, seed=seed + i) for i in (0, 1))
+    else:
+        ours, theirs = (logits_example(case, num_rows, vocab, dtype, seed=seed + i) for i in (0, 1))
     masked = ours.labels == IGNORE_INDEX
     constants = {f"ref_{name}": x.detach().clone() for name, x in theirs.tensors.items()}
     rows = constants["ref_hidden" if width else "ref_logits"].nan_to_num_(0.5)
