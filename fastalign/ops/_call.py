@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import Lora, check_linear, check_lora, check_memory, check_scaling
+from fastalign.ops._checks import Lora, check_linear, check_lora, check_memory, check_scaling, unpack_lora
+from fastalign.ops._dtensor import vocabulary_slices, whole
 from fastalign.ops._head import INVARIANT_ROWS, Head, Options, gemm_dtype, make_head
 from fastalign.ops.token_logps import split_temperature, stats_dtype
 from fastalign.ops.vocab_parallel import exchange, make_shard
@@ -69,31 +70,33 @@ def make_call(
     batch_invariant: bool,
 ) -> tuple[Call, bool]:
     """The checked call, and whether any rank trains the head."""
+    down, up, scale = unpack_lora(lora)
+    local = {"hidden": hidden, "labels": labels, "temperature": temperature, "lora A": down}
+    hidden, labels, temperature, down = (whole(name, x) for name, x in local.items())
+    slices = {"weight": weight, "lora B": up, "bias": bias}
+    (weight, up, bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore  # weight stays one
     check_linear(hidden, weight, bias, labels)
-    check_lora(lora, hidden, weight)
     check_scaling(temperature, softcap, labels)
     check_memory(memory)
-    up = None if lora is None else lora[1]
     trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
-    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable)
     number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
     dtype = gemm_dtype(hidden, weight)
-    seen = _with_image(hidden, labels, lora, dtype, batch_invariant)
+    if down is not None and up is not None:
+        check_lora(down, up, hidden, weight)
+        hidden = _with_image(hidden, labels, down.to(dtype), scale, batch_invariant)
+    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable, labels)
     scaling = (rows, number, softcap, float(logit_scale), dtype)
-    return Call(seen, weight, up, bias, labels, *scaling, memory, backend, batch_invariant, group, shards), trainable
+    call = Call(hidden, weight, up, bias, labels, *scaling, memory, backend, batch_invariant, group, shards)
+    return call, trainable
 
 
-def _with_image(hidden: Tensor, labels: Tensor, lora: Lora | None, dtype: torch.dtype, batch_invariant: bool) -> Tensor:
+def _with_image(hidden: Tensor, labels: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
     """``[h, scale * h @ A.T]`` per row: ordinary autograd carries its gradient on to A, and to the hidden states.
 
     Rows that are not scored are selected out: there a product with their zero gradient could still be NaN.
     """
-    if lora is None:
-        return hidden
-    down, _, scale = lora
-    rows = hidden.where((labels != IGNORE_INDEX)[:, None], 0.0).to(dtype)
-    image = _image(rows, down.to(dtype), float(scale), batch_invariant)
-    return torch.cat([hidden, image.to(hidden.dtype)], 1)
+    rows = hidden.where((labels != IGNORE_INDEX)[:, None], 0.0).to(down.dtype)
+    return torch.cat([hidden, _image(rows, down, scale, batch_invariant).to(hidden.dtype)], 1)
 
 
 def _image(rows: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:

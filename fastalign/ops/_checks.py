@@ -96,21 +96,26 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     check_labels(labels, hidden, "hidden")
 
 
-def check_lora(lora: Lora | None, hidden: Tensor, weight: Tensor) -> None:
-    """``lora`` is A ``[r, D]``, B ``[V, r]`` and a finite number, or None."""
+def unpack_lora(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and the scale; None, None and 1 without an adapter."""
     if lora is None:
-        return
+        return None, None, 1.0
     if not isinstance(lora, tuple) or len(lora) != 3 or not all(isinstance(x, Tensor) for x in lora[:2]):
         raise ValueError(f"lora must be a tuple (A [r, D], B [V, r], scale) or None, got {type(lora).__name__}")
-    (down, up, scale), (vocab, width) = lora, weight.shape
+    if isinstance(lora[2], Tensor) or not math.isfinite(lora[2]):
+        raise ValueError(f"lora: the scale must be a finite number, got {lora[2]}")
+    return lora[0], lora[1], float(lora[2])
+
+
+def check_lora(down: Tensor, up: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """A ``[r, D]`` and B ``[V, r]`` fit the head."""
+    vocab, width = weight.shape
     fits = down.dim() == up.dim() == 2 and down.shape[1] == width and up.shape == (vocab, down.shape[0])
     if not fits or not {down.dtype, up.dtype} <= {*FLOATS}:
         raise ValueError(
             f"lora must be floating (A [r, D], B [V, r], scale) with D = {width} and V = {vocab}, "
             f"got A {down.dtype} {list(down.shape)} and B {up.dtype} {list(up.shape)}"
         )
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise ValueError(f"lora: the scale must be a finite number, got {scale}")
     check_device("lora A", down, "hidden", hidden)
     check_device("lora B", up, "hidden", hidden)
 

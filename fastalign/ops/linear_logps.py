@@ -265,7 +265,9 @@ def linear_logps(
         process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
             rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
             are the same on every rank.
-            Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank.
+            Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank. A DTensor weight
+            (bias, B) placed ``Shard(0)`` over one dimension of its mesh brings its group; replicated DTensors count as
+            their local tensors. Gradients are placed like their inputs.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton" or None for the best one here.
         batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.

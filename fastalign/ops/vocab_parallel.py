@@ -54,7 +54,11 @@ class Shard:
 
 
 def exchange(
-    process_group: dist.ProcessGroup | None, weight: Tensor, num_rows: int, trainable: bool
+    process_group: dist.ProcessGroup | None,
+    weight: Tensor,
+    num_rows: int,
+    trainable: bool,
+    labels: Tensor | None = None,
 ) -> tuple[str | None, list[int] | None, bool]:
     """The group's name, the columns of each rank, and whether any rank trains its slice; one small collective.
 
@@ -63,9 +67,10 @@ def exchange(
         weight: ``[V_r, D]``, the rank's slice.
         num_rows: N, which must be the same on every rank.
         trainable: the rank's slice of weight or bias wants a gradient.
+        labels: ``[N]``, which must be the same on every rank; they are compared by a checksum.
 
     Raises:
-        ValueError: not a process group; another number of rows, or another width, on another rank.
+        ValueError: not a process group; another number of rows, another width, or other labels, on another rank.
     """
     if process_group is None:
         return None, None, trainable
@@ -75,11 +80,18 @@ def exchange(
         )
     if process_group.size() == 1:
         return None, None, trainable
-    mine = torch.tensor([weight.shape[0], int(trainable), num_rows, weight.shape[1]], device=weight.device)
-    sizes, flags, rows, widths = _gather(mine[None], process_group)[:, 0].t().tolist()
+    mine = torch.tensor([weight.shape[0], int(trainable), num_rows, weight.shape[1], 0], device=weight.device)
+    if labels is not None:
+        mine[4] = (labels.long() * torch.arange(1, num_rows + 1, device=labels.device)).sum()
+    sizes, flags, rows, widths, checksums = _gather(mine[None], process_group)[:, 0].t().tolist()
     for name, values in (("rows of hidden", rows), ("columns of weight (D)", widths)):
         if len(set(values)) > 1:
             raise ValueError(f"process_group: every rank needs the same number of {name}, got {values} in rank order")
+    if len(set(checksums)) > 1:
+        raise ValueError(
+            "process_group: the ranks that share a vocabulary need the same rows, their labels differ; where each rank "
+            "has rows of its own (data parallelism, FSDP), gather the weight: weight.full_tensor()"
+        )
     return process_group.group_name, sizes, any(flags)
 
 

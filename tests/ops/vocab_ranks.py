@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastalign.ops import linear_logps, linear_loss
 from fastalign.ops.linear_logps import reference
@@ -202,6 +204,59 @@ def check_banned(sizes):
     counts()
 
 
+def check_dtensors(memory):
+    """A sharded weight brings its group, a replicated one is whole; gradients are placed like their inputs."""
+    size, x = dist.get_world_size(), linear_example("everything", N, D, V, torch.float64)
+    mesh = init_device_mesh("cpu", (size // 2, 2) if size == 4 else (size,))
+    others = (Replicate(),) * (mesh.ndim - 1)
+    adapter = {
+        "A": torch.ones(3, D).double(),
+        "B": torch.randn(V, 3, generator=torch.Generator().manual_seed(2)).double(),
+    }
+    whole = {name: y.detach().requires_grad_() for name, y in {**x.tensors, **adapter}.items()}
+    for head in ((*others, Shard(0)), (*others, Replicate())):
+        placed = {name: head if name in ("weight", "bias", "B") else (*others, Replicate()) for name in whole}
+        mine = {name: distribute_tensor(y.detach(), mesh, placed[name]).requires_grad_() for name, y in whole.items()}
+        counts()
+        results = []
+        for given in (mine, whole):
+            run = {name: given[name] for name in x.tensors} | x.options | {"labels": x.labels, "memory": memory}
+            loss, _ = linear_loss(
+                **run, lora=(given["A"], given["B"], 0.7), loss_fn=dpo, align="pair", cu_seqlens=CU_PAIRS
+            )
+            logps, entropy = linear_logps(**run)
+            made = torch.autograd.grad(loss + (logps * x.grad_logps).sum() + entropy.sum(), list(given.values()))
+            results.append([loss.detach(), logps.detach(), *made])
+        assert (counts() != (0, 0)) == (head[-1] == Shard(0) and size > 1)
+        for name, ours, single in zip(["loss", "logps", *mine], *results, strict=True):
+            if name in mine:
+                assert isinstance(ours, DTensor) and ours.placements == placed[name] and ours.shape == single.shape
+                ours = ours.full_tensor()
+            close(ours, single, f"dtensor {head} {name}")
+    counts()
+
+
+def check_dtensor_refusals():
+    x, mesh = linear_example("bias", N, D, V, torch.float32), init_device_mesh("cpu", (dist.get_world_size(),))
+    hidden, weight, bias = (y.detach() for y in x.tensors.values())
+    split, spread = distribute_tensor(weight, mesh, [Shard(0)]), distribute_tensor(weight, mesh, [Replicate()])
+    partial = DTensor.from_local(weight, mesh, [Partial()])
+    for message, given in {
+        "weight is a DTensor placed": {"weight": distribute_tensor(weight, mesh, [Shard(1)])},
+        "expected Shard(0)": {"weight": partial},
+        "hidden is a DTensor placed": {"hidden": distribute_tensor(hidden, mesh, [Shard(0)]), "weight": split},
+        "bias and weight disagree": {"weight": split, "bias": distribute_tensor(bias, mesh, [Replicate()])},
+        "weight and process_group disagree": {"weight": spread, "process_group": dist.group.WORLD},
+        "their labels differ": {"weight": split, "labels": x.labels.roll(dist.get_rank())},
+    }.items():
+        try:
+            linear_logps(**{"hidden": hidden, "labels": x.labels, **given})
+            raise AssertionError(f"taken: {message}")
+        except ValueError as error:
+            assert message in str(error), error
+    counts()
+
+
 def check_counts(sizes):
     """One exchange of sizes per call, one table per chunk, one sum of the hidden gradient."""
     x = linear_example("masked", N, D, V, torch.float32)
@@ -250,6 +305,10 @@ def work(rank, size, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for name in ("all_gather", "all_reduce"):
         counted(name)
+    for memory in (None, 12_000):
+        check_dtensors(memory)
+    if size > 1:
+        check_dtensor_refusals()
     for sizes in SHARDS[size]:
         for case in ("plain", "softcap", "bias", "everything"):
             for memory in (None, 12_000):
