@@ -1,0 +1,222 @@
+"""The table of public ops: examples by case, a call, a definition. A new op is one entry of OPS.
+
+Used by the matrix of backends (``test_backends.py``) and by ``test_determinism.py``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+
+from fastalign import ops
+from fastalign.losses.preference import LOSSES as PAIR_LOSSES
+from fastalign.ops import attention, dispatch
+from fastalign.ops._functors import FUNCTORS, Knobs
+from fastalign.ops.attention import reference as attention_reference
+from fastalign.ops.divergence import reference as divergence_reference
+from fastalign.ops.linear_divergence import reference as linear_divergence_reference
+from fastalign.ops.linear_logps import reference as linear_reference
+from fastalign.ops.policy_loss import reference as policy_reference
+from fastalign.ops.preference_loss import reference as preference_reference
+from fastalign.ops.scan import gae_reference
+from fastalign.ops.scan import reference as scan_reference
+from fastalign.ops.token_logps import reference as token_reference
+from fastalign.testing import (
+    Example,
+    attention_example,
+    linear_example,
+    logits_example,
+    pairs_example,
+    policy_example,
+    scan_example,
+    two_stream_example,
+)
+
+BACKENDS = ["torch", "cpp", "triton"]
+HERE = [name for name in BACKENDS if not dispatch.missing(name)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+
+
+def place(backend):
+    """CUDA kernels want CUDA tensors, native ones want them on the CPU."""
+    return "cpu" if backend == "cpp" else DEVICE
+
+
+@dataclass(frozen=True)
+class Op:
+    """A column of the matrix: examples by case for a number of rows and a dtype, the op, its definition.
+
+    Both return outputs by name; the op is told its backend. ``factor`` is what it may err more than eager: in fp32 more
+    than 2 where few differences of log-probs, or one large ratio, decide which of the two was lucky.
+    """
+
+    cases: dict[str, Callable[[int, torch.dtype], Example]]
+    run: Callable[[Example, str], dict]
+    define: Callable[[Example], dict]
+    backends: list[str]
+    factor: float = 2.0
+
+
+def given(x):
+    return {**x.tensors, **x.constants, **x.options}
+
+
+def chosen(cases, **choices):
+    """Example makers for every case and every choice of each option, named by them."""
+
+    def maker(make, picked, num_rows, dtype):
+        x = make(num_rows, dtype)
+        return replace(x, options={**x.options, **picked})
+
+    named = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    return {
+        "-".join([case, *(str(getattr(v, "__name__", v)) for v in picked.values())]): partial(maker, make, picked)
+        for case, make in cases.items()
+        for picked in named
+    }
+
+
+def plain_value(op):
+    return lambda x, backend: {"value": op(**given(x), backend=backend)}
+
+
+STREAMS = ("plain", "masked", "softcap", "row_temperature", "level", "everything")
+LOGITS_STREAMS = {case: lambda rows, dtype, case=case: two_stream_example(case, rows, 507, dtype) for case in STREAMS}
+HIDDEN_STREAMS = {
+    case: lambda rows, dtype, case=case: two_stream_example(case, rows, 252, dtype, width=37)
+    for case in ("plain", "everything")
+}
+KINDS = ["forward_kl", "reverse_kl", "jsd"]
+
+
+def run_policy_loss(x, backend):
+    loss, stats = ops.policy_loss(**given(x), backend=backend)
+    return {"loss": loss, "logps": stats.logps}
+
+
+def define_policy_loss(x):
+    rows = {name: x.options.get(name) for name in ("weights", "advantages", "old_logps", "ref_logps")}
+    scaling = {name: x.options[name] for name in ("temperature", "softcap") if name in x.options}
+    coefs = (x.options.get("kl_coef", 0.0), x.options.get("entropy_coef", 0.0))
+    knobs = Knobs(0.8, 1.2, float("inf"), 1.0, 1.05, *coefs)
+    settings = {"loss": x.options["loss"], "kl_estimator": x.options.get("kl_estimator", "k3"), "knobs": knobs}
+    loss = policy_reference(*x.tensors.values(), x.options["labels"], *rows.values(), **settings, **scaling)
+    logps, _ = token_reference(*x.tensors.values(), x.options["labels"], **scaling)
+    return {"loss": loss, "logps": logps.detach()}
+
+
+def policy_case(num_rows, dtype, case, loss, **coefs):
+    x = policy_example(case, num_rows, 252, dtype)
+    rows = {"advantages": None} if loss == "sft" else {}
+    return replace(x, options={**x.options, **rows, "loss": loss, **coefs})
+
+
+POLICIES = {f"{loss}-plain": partial(policy_case, case="plain", loss=loss) for loss in FUNCTORS}
+POLICIES |= {
+    f"{loss}-everything": partial(policy_case, case="everything", loss=loss, kl_coef=0.3, entropy_coef=0.1)
+    for loss in FUNCTORS
+}
+POLICIES["ppo-k2"] = partial(policy_case, case="masked", loss="ppo", kl_coef=0.3, kl_estimator="k2")
+PAIRS = {case: lambda _, dtype, case=case: pairs_example(case, 507, dtype) for case in ("plain", "everything")}
+SCANS = {
+    name: lambda _, dtype, decay=decay: scan_example(decay, dtype)
+    for name, decay in {"sums": 1.0, "discount": 0.93, "per_token": None}.items()
+}
+
+
+def gae_case(_, dtype, bootstrap):
+    x = scan_example(1.0, dtype, ("rewards", "values"))
+    last = torch.linspace(-1, 1, len(x.options["cu_seqlens"]) - 1) if bootstrap else None
+    return replace(x, options={"cu_seqlens": x.options["cu_seqlens"], "gamma": 0.99, "lam": 0.95, "last_values": last})
+
+
+def both(result):
+    return dict(zip(("advantages", "returns"), result, strict=True))
+
+
+def statistics(result):
+    return dict(zip(("logps", "entropy"), result, strict=True))
+
+
+def everything(make, *sizes):
+    """Examples of the case with every option, the labels among them."""
+
+    def maker(num_rows, dtype):
+        x = make("everything", num_rows, *sizes, dtype)
+        return replace(x, options={**x.options, "labels": x.labels})
+
+    return {"everything": maker}
+
+
+def surrogate(stats):
+    return (stats.logps.square() + stats.entropy.sin()).sum()
+
+
+def run_linear_loss(x, backend):
+    loss, stats = ops.linear_loss(**given(x), loss_fn=surrogate, backend=backend)
+    return {"loss": loss, "logps": stats.logps, "entropy": stats.entropy}
+
+
+def define_linear_loss(x):
+    logps, entropy = linear_reference(**given(x))
+    return {"loss": (logps.square() + entropy.sin()).sum(), "logps": logps.detach(), "entropy": entropy.detach()}
+
+
+HEADS = {"one_head": (1, 1, 3), "grouped": (6, 3, 16)}
+OPS = {
+    "token_logps": Op(
+        everything(logits_example, 507),
+        lambda x, backend: statistics(ops.token_logps(**given(x), backend=backend)),
+        lambda x: statistics(token_reference(**given(x))),
+        HERE,
+    ),
+    "linear_logps": Op(
+        everything(linear_example, 37, 252),
+        lambda x, backend: statistics(ops.linear_logps(**given(x), backend=backend)),
+        lambda x: statistics(linear_reference(**given(x))),
+        HERE,
+    ),
+    "linear_loss": Op(everything(linear_example, 37, 252), run_linear_loss, define_linear_loss, HERE),
+    "divergence": Op(
+        chosen(LOGITS_STREAMS, kind=KINDS),
+        plain_value(ops.divergence),
+        lambda x: {"value": divergence_reference(**given(x))},
+        HERE,
+        factor=3.0,
+    ),
+    "linear_divergence": Op(
+        chosen(HIDDEN_STREAMS, kind=KINDS),
+        plain_value(ops.linear_divergence),
+        lambda x: {"value": linear_divergence_reference(**given(x))},
+        HERE,
+        factor=3.0,
+    ),
+    "policy_loss": Op(POLICIES, run_policy_loss, define_policy_loss, HERE, factor=4.0),
+    "preference_loss": Op(
+        chosen(PAIRS, loss_fn=list(PAIR_LOSSES.values())),
+        lambda x, backend: {"loss": ops.preference_loss(**given(x), backend=backend)[0]},
+        lambda x: {"loss": preference_reference(**given(x))},
+        HERE,
+    ),
+    "segment_scan": Op(
+        SCANS,
+        lambda x, backend: {"y": ops.segment_scan(**given(x), backend=backend)},
+        lambda x: {"y": scan_reference(**given(x))},
+        HERE,
+    ),
+    "gae": Op(
+        {name: partial(gae_case, bootstrap=name == "bootstrap") for name in ("ended", "bootstrap")},
+        lambda x, backend: both(ops.gae(**given(x), backend=backend)),
+        lambda x: both(gae_reference(**given(x))),
+        HERE,
+    ),
+    "packed_attention": Op(
+        {name: lambda _, dtype, heads=heads: attention_example(*heads, dtype) for name, heads in HEADS.items()},
+        lambda x, backend: {"out": ops.packed_attention(**given(x), backend=backend)},
+        lambda x: {"out": attention_reference(**given(x))},
+        list(attention.BACKENDS),
+    ),
+}
