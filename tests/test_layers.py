@@ -31,7 +31,7 @@ TIERS = [
 COMMAND_LINE = {"cli", "arguments", "info", "__main__"}
 """The modules that form the room `cli`."""
 ALLOWED = {room: set().union(*TIERS[:i], {room}) for i, tier in enumerate(TIERS) for room in tier}
-ALLOWED["integrations"] = {"integrations", "ops", "losses", "models", "config", "types"}
+ALLOWED["integrations"] = {"integrations", "ops", "losses", "data", "models", "config", "types"}
 ALLOWED["testing"] = {"testing", "ops", "types"}
 ALLOWED["root"] = {"ops", "losses", "types"}  # fastalign/__init__.py: the public names
 ALLOWED["cli"] |= {"root"}  # for the version
