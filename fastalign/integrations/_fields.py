@@ -1,4 +1,4 @@
-"""The per-token fields of a language model's head, from the ops."""
+"""The per-token fields that TRL asks of a language model's head, from the ops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_logps import linear_logps, op_arguments, row_stats
+from fastalign.integrations._model import Head
+from fastalign.ops._call import make_call
+from fastalign.ops.linear_logps import linear_logps, row_stats
+
+SOFTCAP_ELEMENTS = 1 << 24
+"""Logits that exist at once where a softcap stands between projection and mean."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,13 @@ class Scaling:
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    def options(self, temperature: float) -> dict[str, Any]:
+        """Those of the linear ops, at a temperature."""
+        return {"temperature": temperature, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
 
 def head_fields(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scaling: Scaling, wanted: tuple[str, ...]
+    hidden: Tensor, head: Head, labels: Tensor, scaling: Scaling, wanted: tuple[str, ...]
 ) -> tuple[Tensor | None, ...]:
     """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1 of scored rows.
 
@@ -29,7 +38,8 @@ def head_fields(
 
     Args:
         hidden: ``[N, D]``; the GEMM runs in its dtype, or autocast's.
-        weight, bias, labels: ``[V, D]``, ``[V]`` or None, ``[N]``.
+        head: without an adapter, which TRL refuses.
+        labels: ``[N]``.
         scaling: of the logits.
         wanted: names of the fields; those not named are None, log_probs is always computed.
 
@@ -37,44 +47,35 @@ def head_fields(
         Five tensors ``[N]`` or None; fp32 (fp64 if an input is fp64), is_top1 bool. A label tied for the largest logit
         counts as top-1.
     """
+    assert head.lora is None
+    weight = head.weight
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
-    options = (scaling.softcap, scaling.logit_scale, None, None, None, False)
-    args, trainable = op_arguments(hidden, weight, labels, bias, scaling.temperature, *options)
-    logps, entropy, top1 = row_stats(args, "entropy" in wanted, trainable)
-    rest: dict[str, Any] = {"is_top1": top1}
+    defaults: dict[str, Any] = dict.fromkeys(("lora", "process_group", "memory", "backend"))
+    options = {"bias": head.bias, "batch_invariant": False, **defaults, **scaling.options(scaling.temperature)}
+    call, trainable = make_call(hidden, weight, labels, **options)
+    logps, entropy, top1 = row_stats(call, "entropy" in wanted, trainable)
+    sum_sq = mean = None
     with torch.no_grad():
         if "log_sum_sq_probs" in wanted:
-            rest["log_sum_sq_probs"] = 2 * logps - _sharpened(hidden, weight, bias, labels, scaling)
+            # at half the temperature ln p_y is 2 z_y - ln sum exp 2z
+            halved: Any = linear_logps(
+                hidden, weight, labels, bias=head.bias, **scaling.options(scaling.temperature / 2)
+            )
+            sum_sq = 2 * logps - halved
         if "mean_logits" in wanted:
-            rest["mean_logits"] = mean_logits(hidden, weight, bias, scaling)
-    return logps, entropy, *(rest[name] if name in wanted else None for name in _REST)
-
-
-_REST = ("log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-def _sharpened(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scaling: Scaling) -> Tensor:
-    """Log-probs at half the temperature: ``2 z_y - ln sum exp 2z``, so that ``2 ln p_y`` minus it is ``ln sum p^2``."""
-    options: dict[str, Any] = {"softcap": scaling.softcap, "logit_scale": scaling.logit_scale}
-    logps = linear_logps(hidden, weight, labels, bias=bias, temperature=scaling.temperature / 2, **options)
-    assert isinstance(logps, Tensor)
-    return logps
+            mean = mean_logits(hidden, weight, head.bias, scaling)
+    return logps, entropy, sum_sq, mean, top1 if "is_top1" in wanted else None
 
 
 def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
     """``mean_v z_v`` of each row ``[N]``; without a softcap the mean commutes with the projection: no GEMM."""
-    slope = scaling.logit_scale / scaling.temperature
-    if scaling.softcap is None:
+    slope, cap = scaling.logit_scale / scaling.temperature, scaling.softcap
+    if cap is None:
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
         return (mean if bias is None else mean + bias.float().mean()) * slope
-    rows = max(1, SOFTCAP_ELEMENTS // weight.shape[0])
-    cap, parts = scaling.softcap, [hidden.new_empty(0, dtype=torch.float32)]
-    for part in hidden.split(rows):
+    parts = [hidden.new_empty(0, dtype=torch.float32)]
+    for part in hidden.split(max(1, SOFTCAP_ELEMENTS // weight.shape[0])):
         z = torch.nn.functional.linear(part, weight, bias).float() * (scaling.logit_scale / cap)
         parts.append(z.tanh_().mean(-1) * (cap / scaling.temperature))
     return torch.cat(parts)
-
-
-SOFTCAP_ELEMENTS = 1 << 24
-"""Logits that exist at once where a softcap stands between projection and mean."""

@@ -1,16 +1,31 @@
-"""What the integrations ask of a Hugging Face causal LM: its parts, and its head's weight inside the head's hooks."""
+"""What the integrations ask of a Hugging Face causal LM: its parts, and its head inside the head's own hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 ON_HEAD = "_fastalign_on_head"
+
+
+class Head(NamedTuple):
+    """An LM head as the linear ops take it.
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]``.
+        lora: the active adapters ``(A [r, D], B [V, r], scale)``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -30,49 +45,54 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def on_head(model: PreTrainedModel, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-    """``function(hidden, weight, bias, *args)``, run as a forward of the LM head.
+    """``function(hidden, head, *args)``, run as a forward of the LM head.
 
-    An FSDP2 head of its own gathers its weight for the call and for its backward, as it does for its forward. Head and
-    weight are looked up at each call: FSDP and PEFT replace them.
+    An FSDP2 head of its own gathers its weight for the call and for its backward, as it does for its forward. The head
+    is looked up at each call: FSDP and PEFT replace it.
     """
-    head: Any = model.get_output_embeddings()
-    if not isinstance(head, FSDPModule):
-        return _call(head, function, hidden, *args)
-    module: Any = head
-    if ON_HEAD not in vars(module):
-        setattr(module, ON_HEAD, MethodType(_call, module))
-        register_fsdp_forward_method(module, ON_HEAD)
-    return getattr(module, ON_HEAD)(function, hidden, *args)
+    module: Any = model.get_output_embeddings()
+    if not isinstance(module, FSDPModule):
+        return _call(module, function, hidden, *args)
+    sharded: Any = module
+    if ON_HEAD not in vars(sharded):
+        setattr(sharded, ON_HEAD, MethodType(_call, sharded))
+        register_fsdp_forward_method(sharded, ON_HEAD)
+    return getattr(sharded, ON_HEAD)(function, hidden, *args)
 
 
-def _call(head: nn.Module, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-    return function(hidden, *head_parameters(head), *args)
+def _call(module: nn.Module, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+    return function(hidden, head_of(module), *args)
 
 
-def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the LM head, active PEFT adapters included.
-
-    Of a LoRA head the weight is ``W + scaling B A``, built at each call and differentiable.
+def head_of(module: Any) -> Head:
+    """The parameters of an LM head module, active LoRA adapters included.
 
     Raises:
-        ValueError: a head that is no linear map, and adapters that are no fixed addition to its weight.
+        ValueError: a head that is no linear map, and adapters that are no low-rank addition to its weight.
     """
-    if not hasattr(head, "base_layer"):
-        if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
-            raise ValueError(f"the LM head must be a linear layer with a weight [V, D], got {type(head).__name__}")
-        return head.weight, getattr(head, "bias", None)
-    weight, bias = head_parameters(head.get_base_layer())
-    if head.disable_adapters or head.merged:
-        return weight, bias
-    for name in head.active_adapters:
-        weight = weight + _added(head, name)
-    return weight, bias
+    if hasattr(module, "base_layer"):
+        head = head_of(module.get_base_layer())
+        if module.disable_adapters or module.merged:
+            return head
+        return head._replace(lora=_together([_adapter(module, name) for name in module.active_adapters]))
+    if not isinstance(getattr(module, "weight", None), Tensor) or module.weight.dim() != 2:
+        raise ValueError(f"the LM head must be a linear layer with a weight [V, D], got {type(module).__name__}")
+    return Head(module.weight, getattr(module, "bias", None))
 
 
-def _added(head: Any, name: str) -> Tensor:
-    """What one LoRA adapter adds to the weight."""
-    if name not in getattr(head, "lora_A", ()) or getattr(head, "lora_variant", {}).get(name) is not None:
+def _adapter(module: Any, name: str) -> tuple[Tensor, Tensor, float]:
+    """A, B and scale of one active adapter."""
+    known = name in getattr(module, "lora_A", ()) and getattr(module, "lora_variant", {}).get(name) is None
+    if not known or module.fan_in_fan_out or module.lora_B[name].bias is not None:
         raise ValueError(f"the adapter {name!r} of the LM head is not plain LoRA; leave the head out of target_modules")
-    if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
+    if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
         raise ValueError(f"the adapter {name!r} of the LM head has dropout, which is not served: set lora_dropout to 0")
-    return head.get_delta_weight(name)
+    return module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+
+
+def _together(adapters: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float] | None:
+    """Several adapters as one of the sum of their ranks."""
+    if len(adapters) < 2:
+        return adapters[0] if adapters else None
+    down = torch.cat([a for a, _, _ in adapters])
+    return down, torch.cat([b * scale for _, b, scale in adapters], 1), 1.0

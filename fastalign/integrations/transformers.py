@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastalign.integrations._model import causal_lm, head_parameters, on_head
+from fastalign.integrations._model import Head, causal_lm, head_of, on_head
 from fastalign.models.support import head_options
 from fastalign.models.verify import PEAK, TOLERANCES
 from fastalign.ops import linear_logps, linear_loss
@@ -85,7 +85,7 @@ def patch_model(model: nn.Module) -> nn.Module:
         )
     if base.base_model is base:
         raise ValueError(f"{type(base).__name__} has no backbone apart from its head")
-    head_parameters(base.get_output_embeddings())
+    head_of(base.get_output_embeddings())
     setattr(base, PATCH, _Patch(base.forward, "forward" in vars(base)))
     base.forward = MethodType(_forward_of(type(base)), base)
     return model
@@ -201,12 +201,7 @@ def _fused(
 
 
 def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    num_items: Tensor | int | None,
-    options: dict[str, Any],
+    hidden: Tensor, head: Head, targets: Tensor, num_items: Tensor | int | None, options: dict[str, Any]
 ) -> Tensor:
     """``-sum ln p / num_items`` of hidden states ``[B, S, D]`` and targets ``[B, S]``."""
     rows, labels = hidden.flatten(0, -2), targets.flatten()
@@ -214,14 +209,14 @@ def _loss(
         num_items = (labels != IGNORE_INDEX).sum().clamp(min=1)
     divisor = num_items.to(rows.device) if isinstance(num_items, Tensor) else num_items
     if torch.compiler.is_compiling():  # a graph cannot select rows by number; the custom op does
-        logps = linear_logps(rows, weight, labels, bias=bias, **options)
+        logps = linear_logps(rows, head.weight, labels, bias=head.bias, lora=head.lora, **options)
         assert isinstance(logps, Tensor)
         return -logps.sum() / divisor
 
     def nll(stats: TokenStats) -> Tensor:
         return -stats.logps.sum() / divisor
 
-    return linear_loss(rows, weight, labels, nll, bias=bias, **options)[0]
+    return linear_loss(rows, head.weight, labels, nll, bias=head.bias, lora=head.lora, **options)[0]
 
 
 # --- first use -------------------------------------------------------------------------------------------------------
@@ -251,8 +246,8 @@ def _verify(model: PreTrainedModel, plain: Callable[..., Any], inputs: dict[str,
         )
 
 
-def _logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: dict[str, Any]) -> Any:
-    return linear_logps(hidden, weight, labels, bias=bias, **options)
+def _logps(hidden: Tensor, head: Head, labels: Tensor, options: dict[str, Any]) -> Any:
+    return linear_logps(hidden, head.weight, labels, bias=head.bias, lora=head.lora, **options)
 
 
 @contextmanager

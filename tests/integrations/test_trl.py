@@ -11,6 +11,7 @@ from trl.trainer import utils  # noqa: E402
 
 from fastalign.integrations import trl as ours  # noqa: E402
 from fastalign.integrations._fields import SOFTCAP_ELEMENTS, Scaling, head_fields  # noqa: E402
+from fastalign.integrations._model import Head  # noqa: E402
 from fastalign.integrations.trl import head  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
@@ -107,7 +108,9 @@ def test_fields_are_those_of_the_logits(softcap, biased):
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.9
     labels[:3] = z[:3].argmax(-1)
     p = z.softmax(-1)
-    logps, entropy, sum_sq, mean, top1 = head_fields(hidden, weight, bias, labels, Scaling(0.9, softcap, 0.7), ALL)
+    logps, entropy, sum_sq, mean, top1 = head_fields(
+        hidden, Head(weight, bias), labels, Scaling(0.9, softcap, 0.7), ALL
+    )
     expected = {
         "logps": (logps, p.log().gather(1, labels[:, None])[:, 0]),
         "entropy": (entropy, -(p * p.log()).sum(-1)),
@@ -120,16 +123,16 @@ def test_fields_are_those_of_the_logits(softcap, biased):
 
 
 def test_fields_that_nobody_wants_are_none():
-    fields = head_fields(torch.ones(2, 3), torch.ones(4, 3), None, torch.zeros(2, dtype=torch.int64), Scaling(), ())
+    fields = head_fields(torch.ones(2, 3), Head(torch.ones(4, 3)), torch.zeros(2, dtype=torch.int64), Scaling(), ())
     assert [x is None for x in fields] == [False, True, True, True, True]
 
 
 def test_means_under_a_softcap_are_taken_block_by_block(monkeypatch):
     hidden, weight = torch.randn(9, 5), torch.randn(13, 5)
-    whole = head_fields(hidden, weight, None, torch.zeros(9, dtype=torch.int64), Scaling(1.0, 2.0), ALL)[3]
+    whole = head_fields(hidden, Head(weight), torch.zeros(9, dtype=torch.int64), Scaling(1.0, 2.0), ALL)[3]
     assert SOFTCAP_ELEMENTS > 26
     monkeypatch.setattr("fastalign.integrations._fields.SOFTCAP_ELEMENTS", 26)
-    blocks = head_fields(hidden, weight, None, torch.zeros(9, dtype=torch.int64), Scaling(1.0, 2.0), ALL)[3]
+    blocks = head_fields(hidden, Head(weight), torch.zeros(9, dtype=torch.int64), Scaling(1.0, 2.0), ALL)[3]
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
 
 
@@ -137,7 +140,7 @@ def test_a_wider_hidden_state_widens_the_head():
     # TRL's cast_lm_head_to_fp32 gives fp32 hidden states and a bf16 head, and wants products in fp32.
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 64, requires_grad=True), torch.randn(17, 64).bfloat16().requires_grad_()
-    logps, *_ = head_fields(hidden, weight, None, torch.arange(6), Scaling(), ())
+    logps, *_ = head_fields(hidden, Head(weight), torch.arange(6), Scaling(), ())
     logps.sum().backward()
     exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, torch.arange(6)[:, None])[:, 0]
     torch.testing.assert_close(logps.double(), exact, rtol=1e-6, atol=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.integrations._fields import Scaling, head_fields
+from fastalign.integrations._model import Head
 
 SUPPORTED = "1.16"
 UTILS = "trl.trainer.utils"
@@ -86,7 +87,7 @@ def fused_head(
     if hasattr(weight, "ds_id"):
         raise ValueError("a head partitioned by DeepSpeed ZeRO-3 is not served: undo the patch, or use FSDP2")
     scaling = Scaling(temperature, final_logit_softcapping, logit_scale)
-    return head_fields(hidden, weight, bias, targets, scaling, outputs)
+    return head_fields(hidden, Head(weight, bias), targets, scaling, outputs)
 
 
 def _enter() -> None:
