@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHea
 
 from fastalign.integrations.transformers import FusedTrainer, patch_model, plain_forward, unpatch_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # deprecated spellings of 5.23 are the only ones of 5.17
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 VOCAB, ROWS, LENGTH = 307, 3, 17
 SIZES = {
     "vocab_size": VOCAB,
