@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -37,6 +38,8 @@ TRL_NAMES = {
     "warmup_steps": "optim.warmup",
     "max_grad_norm": "optim.clip_norm",
     "loss_type": "loss.name",
+    "loss_weights": "loss.loss_weights",
+    "simpo_gamma": "loss.gamma_beta_ratio",
     "num_train_epochs": "run.epochs",
     "max_steps": "run.steps",
     "logging_steps": "run.log_every",
@@ -46,6 +49,10 @@ TRL_NAMES = {
     "report_to": "run.trackers",
 }
 """Names that users of TRL type, and what they are called here."""
+
+
+Losses = Mapping[str, Callable[..., Any]]
+"""The losses of a configuration by name; more than one for a weighted sum."""
 
 
 class UsageError(ValueError):
@@ -66,16 +73,18 @@ def parse_config(method: str, argv: list[str]) -> Config:
     trees = {path: read_yaml(path) for path in paths}
     for path, tree in trees.items():
         check_method(path, tree, method)
-    name, loss = find_loss(method, asked_loss(flags, trees.values()))
-    schema = schema_of(loss)
+    losses = find_losses(method, asked_loss(flags, trees.values()))
+    name = one_or_list(losses)
+    schema = schema_of(losses)
     for path, tree in trees.items():
         check_sections(path, tree, schema)
         leaves = dict(flatten(tree))
-        check_keys(leaves, schema, name, f" in {path}")
+        check_keys(leaves, schema, losses, f" in {path}")
         check_nulls(path, leaves, schema)
-    check_keys(flag_keys(flags), schema, name)
-    words = [word for path in paths for word in ("--config", path)] + flags + ["--loss.name", name]
-    settings = parse(build_parser(method, name, loss), words, schema)
+    check_keys(flag_keys(flags), schema, losses)
+    words = [word for path in paths for word in ("--config", path)] + flags
+    words += ["--loss.name", name if isinstance(name, str) else json.dumps(name)]
+    settings = parse(build_parser(method, losses), words, schema)
     return Config(
         method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
     )
@@ -108,23 +117,32 @@ def read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
-def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> str | None:
-    """The loss named by the last flag, or else by the last file that names one."""
+def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> list[str]:
+    """The losses named by the last flag (``dpo``, ``dpo,sft`` or ``[dpo, sft]``), or else by the last file with any."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     named = [section.get("name") for tree in trees if isinstance(section := tree.get("loss"), dict)]
     named += [value for flag, value in pairwise(words) if flag == "--loss.name"]
-    return next((str(name) for name in reversed(named) if name is not None), None)
+    last = next((name for name in reversed(named) if name is not None), [])
+    names = last if isinstance(last, list) else str(last).strip("[]").split(",")
+    return [str(name).strip(" \"'") for name in names]
 
 
-def find_loss(method: str, name: str | None) -> tuple[str, Callable[..., Any]]:
-    """The canonical name and the function of a loss; TRL's spellings are understood."""
+def find_losses(method: str, asked: list[str]) -> Losses:
+    """The losses by their canonical names, the method's default for none; TRL's spellings are understood."""
     losses, aliases = known_losses(method)
-    asked = name or next(iter(losses))
-    found = aliases.get(asked, asked)
-    if found not in losses:
-        known = [*losses, *aliases]
-        raise UsageError(f"loss.name: {method} has no loss {asked!r}{nearest(asked, known)} (all: {', '.join(known)})")
-    return found, losses[found]
+    found = [aliases.get(name, name) for name in asked or [next(iter(losses))]]
+    for name in found:
+        if name not in losses:
+            known = [*losses, *aliases]
+            raise UsageError(
+                f"loss.name: {method} has no loss {name!r}{nearest(name, known)} (all: {', '.join(known)})"
+            )
+    return {name: losses[name] for name in found}
+
+
+def one_or_list(losses: Losses) -> str | list[str]:
+    """``loss.name`` as it is written down."""
+    return next(iter(losses)) if len(losses) == 1 else list(losses)
 
 
 def known_losses(method: str) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, str]]:
@@ -140,13 +158,14 @@ def sections() -> dict[str, type]:
     return {name: cast(type, factory) for name, factory in factories.items() if is_dataclass(factory)}
 
 
-def schema_of(loss: Callable[..., Any]) -> dict[str, str]:
+def schema_of(losses: Losses) -> dict[str, str]:
     """Every accepted ``section.key`` with its type as the code spells it."""
-    keywords = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = [p for loss in losses.values() for p in inspect.signature(loss).parameters.values()]
     return {
         "method": "str",
-        "loss.name": "str",
-        **{f"loss.{p.name}": str(p.annotation) for p in keywords},
+        "loss.name": "list[str] | str",
+        **({"loss.loss_weights": "list[float] | None"} if len(losses) > 1 else {}),
+        **{f"loss.{p.name}": str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY},
         **{f"{name}.{field.name}": str(field.type) for name, cls in sections().items() for field in fields(cls)},
     }
 
@@ -192,13 +211,13 @@ def flag_keys(flags: list[str]) -> Iterator[str]:
     return (name for name in names if name not in ("help", "print_config"))
 
 
-def check_keys(keys: Iterable[str], schema: dict[str, str], loss: str, place: str = "") -> None:
+def check_keys(keys: Iterable[str], schema: dict[str, str], losses: Losses, place: str = "") -> None:
     """Refuse the first key that neither is in the schema nor lies inside a setting that is a mapping."""
     for key in keys:
         section, name, *_ = [*key.split("."), ""]
         if key in schema or schema.get(f"{section}.{name}", "").startswith("dict"):
             continue
-        owner = f" (the loss is {loss!r})" if section == "loss" else ""
+        owner = f" (the loss is {'+'.join(losses)!r})" if section == "loss" else ""
         raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}{owner}")
 
 
@@ -210,8 +229,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
-    """The jsonargparse parser of a method with one loss; its help is the docstrings of both."""
+def build_parser(method: str, losses: Losses) -> Any:
+    """The jsonargparse parser of a method with its losses; its help is the docstrings of all."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -226,15 +245,22 @@ def build_parser(method: str, name: str, loss: Callable[..., Any]) -> Any:
     parser.add_argument("--method", default=method, help=argparse.SUPPRESS)
     for section, cls in sections().items():
         parser.add_class_arguments(cls, section)
-    parser.add_argument("--loss.name", default=name, help=f"One of {accepted}; each has its own settings.")
-    parser.add_function_arguments(loss, "loss", skip=set(positionals(loss)))
+    one = f"One of {accepted}; each has its own settings. A list is a weighted sum."
+    parser.add_argument("--loss.name", type=list[str] | str, default=one_or_list(losses), help=one)
+    if len(losses) > 1:
+        weights = "One weight per loss; default: 1 each."
+        parser.add_argument("--loss.loss_weights", type=list[float] | None, default=None, help=weights)
+    seen: set[str | int] = set()
+    for loss in losses.values():
+        parser.add_function_arguments(loss, "loss", as_group=not seen, skip=seen | set(positionals(loss)))
+        seen |= set(inspect.signature(loss).parameters)
     for action in parser._actions:  # no public way to leave out --model FILE, --data FILE, ...
         if action.dest in {"loss", *sections()}:
             action.help = argparse.SUPPRESS
     return parser
 
 
-def positionals(loss: Callable[..., Any]) -> Iterator[str]:
+def positionals(loss: Callable[..., Any]) -> Iterator[str | int]:
     """Names of the loss's data arguments, which are not settings."""
     return (p.name for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY)
 

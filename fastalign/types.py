@@ -127,6 +127,15 @@ class PairLogps:
         chosen, rejected: under the policy.
         ref_chosen, ref_rejected: under the reference; zeros for reference-free losses.
         chosen_lengths, rejected_lengths: ``[P]`` number of scored tokens.
+        chosen_tails, rejected_tails, ref_chosen_tails, ref_rejected_tails: the part of the sums that comes from tokens
+            beyond the length of the pair's shorter completion; for losses that weigh it otherwise.
+        chosen_kls, rejected_kls: KL(reference || policy) over the vocabulary, summed over completion tokens; for losses
+            that read it.
+        mean_chosen_length: scored tokens per chosen completion over the whole optimizer step, the divisor that makes
+            an imitation term a mean over tokens; None when these pairs are the whole step.
+        step: the pairs of the whole optimizer step over all ranks, detached, for losses that compare pairs with each
+            other; None when these pairs are all of them.
+        places: ``[P]`` int64 positions of these pairs in ``step``.
     """
 
     chosen: Tensor
@@ -135,6 +144,46 @@ class PairLogps:
     ref_rejected: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    chosen_tails: Tensor | None = None
+    rejected_tails: Tensor | None = None
+    ref_chosen_tails: Tensor | None = None
+    ref_rejected_tails: Tensor | None = None
+    chosen_kls: Tensor | None = None
+    rejected_kls: Tensor | None = None
+    mean_chosen_length: float | Tensor | None = None
+    step: PairLogps | None = None
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LabelledLogps:
+    """Sequence log-probs of B completions that were each called good or bad: sums over completion tokens, ``[B]``.
+
+    Attributes:
+        logps, ref_logps: under the policy and under the reference.
+        desirable: ``[B]`` bool, the completion is good.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor
+    desirable: Tensor
+
+
+@dataclass(frozen=True)
+class RankedLogps:
+    """Sequence log-probs of the scored candidates of G prompts.
+
+    Attributes:
+        logps: ``[B]`` sums over completion tokens.
+        lengths: ``[B]`` number of scored tokens.
+        rewards: ``[B]`` scores of the candidates, by people or a model; larger is better.
+        cu_groups: ``[G+1]`` offsets of the prompts in the B candidates.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    rewards: Tensor
+    cu_groups: Tensor
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fastalign import arguments, cli
 from fastalign.arguments import UsageError, parse_config
 from fastalign.config import Config
 from fastalign.engine import methods
+from fastalign.losses.mixture import keywords
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -76,8 +77,8 @@ def test_mappings_and_unions_are_settable_from_flags():
 @pytest.mark.parametrize("name", ["ipo", "simpo", "sigmoid"])
 def test_the_losses_keywords_are_the_schema(name):
     canonical = methods.METHODS["dpo"].aliases.get(name, name)
-    keywords = methods.keywords(methods.METHODS["dpo"].losses[canonical])
-    assert parse_config("dpo", ["--loss.name", name]).loss == {"name": canonical, **keywords}
+    expected = keywords(methods.METHODS["dpo"].losses[canonical])
+    assert parse_config("dpo", ["--loss.name", name]).loss == {"name": canonical, **expected}
     assert parse_config("dpo", [f"--loss.name={name}"]).loss["name"] == canonical
 
 
@@ -199,7 +200,7 @@ def test_help_comes_from_the_docstrings(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--optim.lr LR Peak learning rate. (type: float, default: 1e-05)" in text
     assert "--loss.beta BETA weight of the KL penalty; larger stays closer to the reference." in text
-    assert "One of dpo, ipo, simpo" in text
+    assert "One of dpo, cdpo, robust, ipo" in text
 
 
 def test_commands_and_methods_are_listed(capsys):

@@ -6,11 +6,11 @@ import torch
 
 from fastalign.config import BatchConfig, Config, ModelConfig
 from fastalign.data.loader import TokenDataset, evaluation_steps
-from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.methods import Objective, StepFacts, make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.setup import load_data, verified, wants_autocast
-from fastalign.engine.step import Models, add_sums, run_head, score_reference
+from fastalign.engine.step import Models, add_sums, look_ahead, run_head, score_reference
 from fastalign.models.load import load_policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import reshard, shard
@@ -34,18 +34,32 @@ def evaluate(
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
     """
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
+    watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
     for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size):
-        sums = [evaluate_batch(models, micro.to(world.device), objective, world) for micro in batches]
+        known = look_ahead(models, batches, objective, per_unit, world, watch)
+        sums = [evaluate_batch(models, micro.to(world.device), objective, facts, world) for micro, facts in known]
         total += add_sums(sums, objective.metric_names, world.device)
     reshard(models.policy)
     return means(objective, world.sum(total))
 
 
-def evaluate_batch(models: Models, batch: PackedBatch, objective: Objective, world: World) -> dict[str, torch.Tensor]:
+def imitated_per_unit(dataset: TokenDataset, objective: Objective, batch: BatchConfig) -> float | None:
+    """Imitated tokens per unit over the whole dataset, counted without a model; None if the loss imitates nothing."""
+    if not objective.imitates:
+        return None
+    method, steps = objective.method, evaluation_steps(dataset, batch.tokens, batch.share_prefix)
+    counts = [(method.imitated(micro), method.count(micro)) for step in steps for micro in step]
+    tokens, units = map(sum, zip(*counts, strict=True))
+    return max(tokens, 1) / max(units, 1)
+
+
+def evaluate_batch(
+    models: Models, batch: PackedBatch, objective: Objective, facts: StepFacts, world: World
+) -> dict[str, torch.Tensor]:
     """``[2]`` (sum, count) of each metric of one micro-batch."""
     ref_logps = score_reference(models, batch, objective, world.device, Stopwatch(torch.device("cpu")))
     with models.precision(world.device):
-        _, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, 1.0), objective.method.align)
+        _, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, 1.0, facts), objective.method.align)
     return stats.metrics
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastalign.losses import preference, supervised
+from fastalign.losses.mixture import Losses, settings, weighted_sum
+from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import sum_and_count
 from fastalign.types import PackedBatch, PairLogps, TokenStats
 
@@ -29,19 +30,43 @@ class Method:
         align: what a chunk of the head may not split.
         count: how many units of a batch the loss is a mean over.
         losses: the losses it can name; the first is the default.
-        build: ``(objective, ref_logps [N] | None, scale) -> LossFn``.
+        build: ``(objective, ref_logps [N] | None, scale, facts) -> LossFn``.
         aliases: other spellings of the losses.
         reference_free: losses that read no reference.
+        imitated: how many tokens of a batch an imitation term is a mean over.
+        imitates: losses with an imitation term.
+        step_coupled: losses that need the log-probs of the whole step before any coefficient.
         perplexity: a mean negative log-likelihood among the metrics, and the name under which its exp is reported.
     """
 
     align: Align
     count: Callable[[PackedBatch], int]
     losses: Mapping[str, Callable[..., Tensor]]
-    build: Callable[[Objective, Tensor | None, float], LossFn]
+    build: Callable[[Objective, Tensor | None, float, StepFacts], LossFn]
     aliases: Mapping[str, str] = field(default_factory=dict)
     reference_free: frozenset[str] = frozenset()
+    imitated: Callable[[PackedBatch], int] = lambda batch: 0
+    imitates: frozenset[str] = frozenset()
+    step_coupled: frozenset[str] = frozenset()
     perplexity: tuple[str, str] = ("loss", "perplexity")
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a loss may know of the whole optimizer step, over all ranks, before its first coefficient.
+
+    Attributes:
+        imitated_per_unit: tokens of the imitation term per unit of the loss; None: of these units alone.
+        pairs: the log-probs of all pairs, for losses that are coupled over the step.
+        first_pair: position of the batch's first pair in them.
+    """
+
+    imitated_per_unit: float | None = None
+    pairs: PairLogps | None = None
+    first_pair: int = 0
+
+
+NO_FACTS = StepFacts()
 
 
 @dataclass(frozen=True)
@@ -50,28 +75,43 @@ class Objective:
 
     Attributes:
         method: how batches are read.
-        name: the loss.
-        options: its keyword arguments.
+        names: the loss, or the losses that are summed.
+        options: their keyword arguments.
         metric_names: the metrics that its loss function returns, sorted; the same on every rank.
     """
 
     method: Method
-    name: str
+    names: tuple[str, ...]
     options: dict[str, Any]
     metric_names: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str | list[str]:
+        """The loss as a configuration names it."""
+        return self.names[0] if len(self.names) == 1 else list(self.names)
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads reference log-probs."""
-        return self.name not in self.method.reference_free
+        """Whether a loss reads reference log-probs."""
+        return not self.method.reference_free.issuperset(self.names)
+
+    @property
+    def imitates(self) -> bool:
+        """Whether a loss has an imitation term."""
+        return not self.method.imitates.isdisjoint(self.names)
+
+    @property
+    def is_step_coupled(self) -> bool:
+        """Whether a loss needs the log-probs of the whole step first."""
+        return not self.method.step_coupled.isdisjoint(self.names)
 
     def losses(self, data: Any) -> Tensor:
-        """The loss function on its data, options bound."""
-        return self.method.losses[self.name](data, **self.options)
+        """The loss function, or the weighted sum of several, on its data with options bound."""
+        return weighted_sum({name: self.method.losses[name] for name in self.names}, data, self.options)
 
-    def loss_fn(self, ref_logps: Tensor | None, scale: float) -> LossFn:
+    def loss_fn(self, ref_logps: Tensor | None, scale: float, facts: StepFacts = NO_FACTS) -> LossFn:
         """The function that `linear_loss` differentiates; ``scale`` multiplies the sum of losses."""
-        return self.method.build(self, ref_logps, scale)
+        return self.method.build(self, ref_logps, scale, facts)
 
 
 def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
@@ -79,27 +119,27 @@ def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
 
     Args:
         method: a key of ``METHODS``.
-        loss: ``name`` (default: the method's own) and the keyword arguments of that loss.
+        loss: ``name`` (default: the method's own), or several and ``loss_weights``; and their keyword arguments.
 
     Raises:
         ValueError: an unknown method, loss or keyword, with the accepted ones.
     """
     chosen = pick(METHODS, method, "method")
-    name = loss.get("name") or next(iter(chosen.losses))
-    name = chosen.aliases.get(name, name)
+    losses = choose(chosen, loss.get("name"))
     options = {key: value for key, value in loss.items() if key != "name"}
-    accepted = keywords(pick(chosen.losses, name, "loss.name"))
+    accepted = settings(losses)
     for key in options:
-        pick(accepted, key, f"keyword of loss {name!r}")
-    bare = Objective(chosen, name, {**accepted, **options})
+        pick(accepted, key, f"keyword of loss {'+'.join(losses)!r}")
+    bare = Objective(chosen, tuple(losses), {**accepted, **options})
     _, metrics = bare.loss_fn(None, 1.0)(empty_stats(chosen))
-    return Objective(chosen, name, bare.options, tuple(sorted(metrics)))
+    return replace(bare, metric_names=tuple(sorted(metrics)))
 
 
-def keywords(loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """The keyword arguments of a loss with their defaults: its part of the configuration."""
-    parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def choose(method: Method, name: str | list[str] | None) -> Losses:
+    """The losses that a configuration names, by their canonical names; the method's default for None."""
+    asked = [name] if isinstance(name, str) else name or [next(iter(method.losses))]
+    names = [method.aliases.get(one, one) for one in asked]
+    return {name: pick(method.losses, name, "loss.name") for name in names}
 
 
 def pick(table: Mapping[str, Any], key: str, what: str) -> Any:
@@ -120,7 +160,7 @@ def empty_stats(method: Method) -> TokenStats:
     return TokenStats(nothing, rows, nothing, nothing.bool(), sequences, offsets)
 
 
-def supervised_loss(objective: Objective, ref_logps: Tensor | None, scale: float) -> LossFn:
+def supervised_loss(objective: Objective, ref_logps: Tensor | None, scale: float, facts: StepFacts) -> LossFn:
     """Token losses: ``scale * sum_t l_t``."""
 
     def loss_fn(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,15 +170,21 @@ def supervised_loss(objective: Objective, ref_logps: Tensor | None, scale: float
     return loss_fn
 
 
-def preference_loss(objective: Objective, ref_logps: Tensor | None, scale: float) -> LossFn:
+def preference_loss(objective: Objective, ref_logps: Tensor | None, scale: float, facts: StepFacts) -> LossFn:
     """Pair losses: ``scale * sum_p l_p``; the reference's log-probs are looked up by row."""
+    if not objective.options.get("beta", 1) > 0:
+        raise ValueError(f"loss.beta must be above 0, got {objective.options['beta']}")
+    tails = not preference.READS_TAILS.isdisjoint(objective.names)
+    known = {"tails": tails, "mean_chosen_length": facts.imitated_per_unit}
 
     def loss_fn(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        assert stats.cu_seqlens is not None
+        assert stats.cu_seqlens is not None and stats.sequences is not None
         reference = None if ref_logps is None else ref_logps[stats.rows]
-        pair = preference.pair_logps(stats.logps, stats.cu_seqlens, reference)
+        pair = pair_logps(stats.logps, stats.cu_seqlens, reference, **known)
+        if facts.pairs is not None:
+            pair = replace(pair, step=facts.pairs, places=facts.first_pair + stats.sequences[0::2] // 2)
         losses = objective.losses(pair)
-        metrics = preference.metrics(pair, losses, objective.name, objective.options["beta"])
+        metrics = preference.metrics(pair, losses, objective.names, objective.options)
         return losses.sum() * scale, {**metrics, **pair_metrics(pair), **supervised.token_metrics(stats)}
 
     return loss_fn
@@ -167,6 +213,9 @@ METHODS = {
         build=preference_loss,
         aliases=preference.ALIASES,
         reference_free=preference.REFERENCE_FREE,
+        imitated=lambda batch: int(batch.cu_seqlens.diff()[0::2].sum()),
+        imitates=preference.IMITATES,
+        step_coupled=preference.STEP_COUPLED,
         perplexity=("nll/chosen", "perplexity/chosen"),
     ),
 }

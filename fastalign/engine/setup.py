@@ -39,10 +39,9 @@ def check_settings(config: Config) -> None:
             value = getattr(getattr(config, section), name)
             if value is not None and not value >= least:  # not < either: that lets NaN pass
                 raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
-    run, optim, beta = config.run, config.optim, config.loss.get("beta", 1)
-    for name, value in (("optim.eps", optim.eps), ("loss.beta", beta)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    run, optim = config.run, config.optim
+    if not optim.eps > 0:
+        raise ValueError(f"optim.eps must be above 0, got {optim.eps}")
     if not all(0 <= value < 1 for value in optim.betas):
         raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
     if not 0 <= run.seed < 2**32:

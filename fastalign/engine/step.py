@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.engine.methods import Align, LossFn, Objective
+from fastalign.engine.methods import Align, LossFn, Objective, StepFacts
 from fastalign.engine.metrics import Stopwatch
 from fastalign.engine.reference import reference_logps
+from fastalign.losses.pairs import pair_logps
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import synchronise_gradients
-from fastalign.types import PackedBatch, TokenStats
+from fastalign.types import PackedBatch, PairLogps, TokenStats
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Work:
 
     Attributes:
         units: what the loss is a mean over: scored tokens or pairs.
+        imitated: tokens that an imitation term is a mean over.
         examples, tokens, computed: examples, logical tokens, tokens that the backbone computes.
         micro_batches: per rank.
         memory: peak bytes of the rank that has used most so far.
     """
 
     units: int
+    imitated: int
     examples: int
     tokens: int
     computed: int
@@ -55,12 +59,18 @@ class Work:
 def measure_work(batches: Sequence[PackedBatch], objective: Objective, world: World, memory: int) -> Work:
     """Count a step over all ranks and micro-batches, in one exchange on the host."""
     mine = [
-        [objective.method.count(b), len(b.example_ids), b.logical_tokens, b.num_tokens if b.example_ids else 0]
+        [
+            objective.method.count(b),
+            objective.method.imitated(b),
+            len(b.example_ids),
+            b.logical_tokens,
+            b.num_tokens if b.example_ids else 0,
+        ]
         for b in batches
     ]
     everyone = world.gather([*map(sum, zip(*mine, strict=True)), memory])
-    units, examples, tokens, computed, _ = (int(x) for x in everyone.sum(0))
-    return Work(units, examples, tokens, computed, len(batches), int(everyone[:, -1].max()))
+    units, imitated, examples, tokens, computed, _ = (int(x) for x in everyone.sum(0))
+    return Work(units, imitated, examples, tokens, computed, len(batches), int(everyone[:, -1].max()))
 
 
 def accumulate_gradients(
@@ -74,19 +84,61 @@ def accumulate_gradients(
     Returns:
         per micro-batch, this rank's ``[2]`` fp64 (sum, count) of each metric.
     """
-    scale = world.size / max(work.units, 1)
+    scale, per_unit = world.size / max(work.units, 1), max(work.imitated, 1) / max(work.units, 1)
     sums = []
-    for i, batch in enumerate(batches):
+    for i, (batch, facts) in enumerate(look_ahead(models, batches, objective, per_unit, world, watch)):
         synchronise_gradients(models.policy, i == len(batches) - 1)
         with watch("data"):
             batch = batch.to(world.device)
         ref_logps = score_reference(models, batch, objective, world.device, watch)
         with watch("forward"), models.precision(world.device):
-            loss, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, scale), objective.method.align)
+            loss, stats = run_head(
+                models.policy, batch, objective.loss_fn(ref_logps, scale, facts), objective.method.align
+            )
         with watch("backward"):
             loss.backward()
         sums.append(stats.metrics)
     return sums
+
+
+def look_ahead(
+    models: Models,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    imitated_per_unit: float | None,
+    world: World,
+    watch: Stopwatch,
+) -> list[tuple[PackedBatch, StepFacts]]:
+    """What each micro-batch's loss may know of the step; a step-coupled loss costs a forward pass of all of them.
+
+    That pass cuts the head into the chunks of the training pass, so that both see the same bits, and keeps the
+    reference's log-probs with the batches.
+    """
+    if not objective.is_step_coupled:
+        return [(batch, StepFacts(imitated_per_unit)) for batch in batches]
+    scored, mine = [], []
+    for batch in batches:
+        batch = batch.to(world.device)
+        ref_logps = score_reference(models, batch, objective, world.device, watch)
+        with watch("forward"), models.precision(world.device):
+            logps = reference_logps(models.policy, batch, objective.method.align)
+        scored.append(replace(batch, ref_logps=ref_logps))
+        mine.append(pair_logps(logps, batch.cu_seqlens, ref_logps))
+    pairs, first = gather_pairs(mine, world)
+    places = accumulate((len(pair.chosen) for pair in mine), initial=first)
+    return [(b, StepFacts(imitated_per_unit, pairs, place)) for b, place in zip(scored, places, strict=False)]
+
+
+def gather_pairs(mine: Sequence[PairLogps], world: World) -> tuple[PairLogps, int]:
+    """The pairs of all micro-batches and ranks, in the order of ranks, and the position of this rank's first."""
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
+    table = torch.cat([torch.stack([getattr(pair, name).double() for name in names], 1) for pair in mine]).cpu()
+    counts = world.gather([len(table)])[:, 0].long().tolist()
+    padded = torch.nn.functional.pad(table, (0, 0, 0, max(counts) - len(table)))
+    everyone = world.gather(padded.flatten().tolist()).view(world.size, -1, len(names))
+    rows = torch.cat([rank[:count] for rank, count in zip(everyone, counts, strict=True)])
+    columns = rows.to(mine[0].chosen.device, mine[0].chosen.dtype).unbind(1)
+    return PairLogps(**dict(zip(names, columns, strict=True))), sum(counts[: world.rank])
 
 
 def score_reference(

@@ -2,22 +2,34 @@
 
 Notation of the docstrings: ``a = chosen - ref_chosen`` and ``b = rejected - ref_rejected`` are log-ratios summed over
 the completion, ``n_w`` and ``n_x`` the completions' lengths in tokens, ``s`` the logistic function.
+
+Here are the losses of the margin ``a - b``; ``preference_sides`` holds those that look at each side by itself,
+``preference_free`` those without a reference, ``preference_wide`` those that read more than their pair's sums.
 """
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses import preference_free, preference_wide
+from fastalign.losses.pairs import check_smoothing, log_ratios, per_token, smoothed
+from fastalign.losses.preference_free import cpo, orpo, sft, simpo, slic
+from fastalign.losses.preference_sides import apo_down, apo_zero, bco_pair, nca, sppo
+from fastalign.losses.preference_wide import aot, aot_unpaired, ld_dpo, tdpo1, tdpo2
+from fastalign.losses.reduce import sum_and_count
 from fastalign.types import PairLogps
 
 
 def dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
     """DPO: classify preferences through the implicit reward ``beta ln(policy / reference)``.
 
-    ``l = -ln s(beta (a - b))``; ln 2 when the policy is the reference. Rafailov et al. 2023, eq. 7.
+    ``l = -ln s(beta (a - b))``; ln 2 when the policy is the reference.
+    Source: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7.
 
     Args:
         pair: sequence log-probs of P pairs.
@@ -30,11 +42,67 @@ def dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
     return -logsigmoid(beta * (chosen - rejected))
 
 
+def cdpo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """Conservative DPO: labels are wrong with a known probability, so the best margin is finite.
+
+    ``l = -(1 - e) ln s(u) - e ln s(-u)`` with ``u = beta (a - b)``; least at ``u = logit(1 - e)``.
+    Source: Mitchell 2023, "A note on DPO with noisy preferences", eq. 3.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: weight of the KL penalty; larger stays closer to the reference.
+        label_smoothing: share of flipped labels ``e``, at least 0 and below 1.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    check_smoothing("cdpo", label_smoothing, 0, 1)
+    chosen, rejected = log_ratios(pair)
+    return smoothed(beta * (chosen - rejected), label_smoothing)
+
+
+def robust(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """Robust DPO: an unbiased estimate of the DPO loss of the clean labels, from noisy ones.
+
+    ``l = (-(1 - e) ln s(u) + e ln s(-u)) / (1 - 2 e)`` with ``u = beta (a - b)``; unbounded below for large ``u``.
+    Source: Chowdhury et al. 2024 (arXiv:2403.00409).
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: weight of the KL penalty; larger stays closer to the reference.
+        label_smoothing: share of flipped labels ``e``, at least 0 and below 1/2.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    check_smoothing("robust", label_smoothing, 0, 0.5)
+    chosen, rejected = log_ratios(pair)
+    margin, flipped = beta * (chosen - rejected), label_smoothing
+    return (-(1 - flipped) * logsigmoid(margin) + flipped * logsigmoid(-margin)) / (1 - 2 * flipped)
+
+
 def ipo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
     """IPO: regress the margin of per-token log-ratios onto a finite target.
 
-    ``l = (a / n_w - b / n_x - 1 / (2 beta))^2``. Azar et al. 2023, eq. 17, with log-ratios averaged over tokens as its
-    authors advise.
+    ``l = (a / n_w - b / n_x - 1 / (2 beta))^2``, log-ratios averaged over tokens as the authors advise.
+    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: tau of the paper; the target margin is ``1 / (2 beta)``.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    chosen, rejected = per_token(pair, *log_ratios(pair))
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def ipo_sum(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+    """IPO on sums: regress the margin of log-ratios, summed over tokens, onto a finite target.
+
+    ``l = (a - b - 1 / (2 beta))^2``, as the paper prints it.
+    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17.
 
     Args:
         pair: sequence log-probs of P pairs.
@@ -44,73 +112,187 @@ def ipo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
         ``[P]`` losses.
     """
     chosen, rejected = log_ratios(pair)
-    margin = chosen / token_counts(pair.chosen_lengths) - rejected / token_counts(pair.rejected_lengths)
-    return (margin - 1 / (2 * beta)).square()
+    return (chosen - rejected - 1 / (2 * beta)).square()
 
 
-def simpo(pair: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> Tensor:
-    """SimPO: length-normalised log-probs with a target margin, and no reference.
+def hinge(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+    """Hinge: a pair is left alone once its reward margin reaches 1.
 
-    ``l = -ln s(beta (chosen / n_w - rejected / n_x) - gamma)`` with ``gamma = gamma_beta_ratio * beta``.
-    Meng et al. 2024, eq. 6.
+    ``l = max(0, 1 - beta (a - b))``.
+    Source: Liu et al. 2023, RSO (arXiv:2309.06657); Zhao et al. 2023, SLiC-HF, relative to a reference.
 
     Args:
-        pair: sequence log-probs of P pairs; the reference is not read.
-        beta: scale of the reward.
-        gamma_beta_ratio: target margin as a share of ``beta``.
+        pair: sequence log-probs of P pairs.
+        beta: reward per nat; the margin wanted is ``1 / beta`` nats.
 
     Returns:
         ``[P]`` losses.
     """
-    margin = pair.chosen / token_counts(pair.chosen_lengths) - pair.rejected / token_counts(pair.rejected_lengths)
-    return -logsigmoid(beta * (margin - gamma_beta_ratio))
+    chosen, rejected = log_ratios(pair)
+    return (1 - beta * (chosen - rejected)).relu()
 
 
-def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor]:
-    """``(a, b)``: the log-ratios to the reference of chosen and rejected, ``[P]`` each."""
-    return pair.chosen - pair.ref_chosen, pair.rejected - pair.ref_rejected
+def dpop(pair: PairLogps, *, beta: float = 0.3, lam: float = 50.0) -> Tensor:
+    """DPO-Positive: DPO that pays for letting the chosen answer fall below the reference.
 
-
-def token_counts(sequence_lengths: Tensor) -> Tensor:
-    """Lengths as divisors: an empty completion counts as one token, so that its mean is 0."""
-    return sequence_lengths.clamp(min=1)
-
-
-def pair_logps(logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None = None) -> PairLogps:
-    """Sum token log-probs into pairs; sequence 2p is chosen, 2p + 1 rejected.
+    ``l = -ln s(beta (a - b - lam max(0, -a)))``; the penalty sits inside ``beta`` and ``s``.
+    Source: Pal et al. 2024, Smaug (arXiv:2402.13228).
 
     Args:
-        logps: ``[n]`` policy log-probs of the scored tokens of 2P sequences.
-        cu_seqlens: ``[2P+1]`` offsets of the sequences in them.
-        ref_logps: ``[n]`` reference log-probs; None for reference-free losses.
-    """
-    sums, counts = segment_sum(logps, cu_seqlens), lengths(cu_seqlens)
-    ref = torch.zeros_like(sums) if ref_logps is None else segment_sum(ref_logps.to(logps.dtype), cu_seqlens)
-    return PairLogps(sums[0::2], sums[1::2], ref[0::2], ref[1::2], counts[0::2], counts[1::2])
+        pair: sequence log-probs of P pairs.
+        beta: weight of the KL penalty; larger stays closer to the reference.
+        lam: weight of the penalty; while ``a < 0`` the chosen side's gradient is ``1 + lam`` times the rejected side's.
 
-
-def metrics(pair: PairLogps, losses: Tensor, name: str, beta: float) -> dict[str, Tensor]:
-    """``[2]`` (sum, count) over pairs: ``loss``, ``rewards/*`` and ``logps/*`` under TRL's names.
-
-    The implicit reward is ``beta`` times the log-ratio, per token for losses in ``LENGTH_NORMALISED``.
+    Returns:
+        ``[P]`` losses.
     """
     chosen, rejected = log_ratios(pair)
-    if name in LENGTH_NORMALISED:
-        chosen, rejected = chosen / token_counts(pair.chosen_lengths), rejected / token_counts(pair.rejected_lengths)
+    return -logsigmoid(beta * (chosen - rejected - lam * (-chosen).relu()))
+
+
+def dpop_metrics(pair: PairLogps, **options: Any) -> dict[str, Tensor]:
+    """How many chosen answers lie below the reference, and by how many nats."""
+    shortfall = (-log_ratios(pair)[0]).relu()
+    return {"dpop/penalty_active": shortfall > 0, "dpop/penalty_mean": shortfall}
+
+
+def r_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
+    """R-DPO: DPO whose reward is charged for length.
+
+    ``l = -ln s(beta (a - b) + alpha (n_w - n_x))``: a longer chosen answer gets a smaller gradient.
+    Source: Park et al. 2024 (arXiv:2403.19159).
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: weight of the KL penalty; larger stays closer to the reference.
+        alpha: reward that a token costs; to be tuned, between 0.01 and 1.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    chosen, rejected = log_ratios(pair)
+    longer = (pair.chosen_lengths - pair.rejected_lengths).to(chosen.dtype)
+    return -logsigmoid(beta * (chosen - rejected) + alpha * longer)
+
+
+def ln_dpo(pair: PairLogps, *, beta: float = 5.0) -> Tensor:
+    """Length-normalised DPO: DPO on log-ratios per token.
+
+    ``l = -ln s(beta (a / n_w - b / n_x))``.
+    Source: Lambert et al. 2024, Tulu 3 (arXiv:2411.15124); TRL's ``sigmoid_norm``.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: reward per nat of the mean log-ratio.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    chosen, rejected = per_token(pair, *log_ratios(pair))
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def exo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+    """EXO: the reverse KL of the policy's preference from the smoothed label.
+
+    ``l = q (ln q - ln(1 - e)) + (1 - q)(ln(1 - q) - ln e)`` with ``q = s(beta (a - b))``. The gradient is bounded, and
+    vanishes at ``logit(1 - e)`` and for hopeless pairs.
+    Source: Ji et al. 2024 (arXiv:2402.00856), eq. 16.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        beta: weight of the KL penalty; larger stays closer to the reference.
+        label_smoothing: probability ``e`` of the other label, above 0 and below 1.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    check_smoothing("exo", label_smoothing, 1e-30, 1)
+    chosen, rejected = log_ratios(pair)
+    margin, flipped = beta * (chosen - rejected), label_smoothing
+    right = margin.sigmoid() * (logsigmoid(margin) - math.log1p(-flipped))
+    return right + (-margin).sigmoid() * (logsigmoid(-margin) - math.log(flipped))
+
+
+def metrics(pair: PairLogps, losses: Tensor, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``[2]`` (sum, count) over pairs: ``loss``, ``rewards/*`` and ``logps/*`` under TRL's names, and the losses' own.
+
+    The implicit reward is ``beta`` (1 for losses without) times the log-ratio, per token for ``LENGTH_NORMALISED``.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        losses: ``[P]``.
+        names: the losses; the first one's reward is told.
+        options: their keyword arguments.
+    """
+    chosen, rejected = log_ratios(pair)
+    if names[0] in LENGTH_NORMALISED:
+        chosen, rejected = per_token(pair, chosen, rejected)
+    beta = options.get("beta", 1.0)
+    rewards = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
+    own = {key: value for name in names if name in METRICS for key, value in METRICS[name](pair, **options).items()}
+    rewards |= {key: own.pop(key) for key in rewards if key in own}
     values = {
         "loss": losses,
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/margins": beta * (chosen - rejected),
-        "rewards/accuracies": chosen > rejected,
+        **rewards,
+        "rewards/margins": rewards["rewards/chosen"] - rewards["rewards/rejected"],
+        "rewards/accuracies": rewards["rewards/chosen"] > rewards["rewards/rejected"],
         "logps/chosen": pair.chosen,
         "logps/rejected": pair.rejected,
+        **own,
     }
     return {key: sum_and_count(value) for key, value in values.items()}
 
 
-LOSSES = {"dpo": dpo, "ipo": ipo, "simpo": simpo}
-ALIASES = {"sigmoid": "dpo"}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dpo": dpo,
+    "cdpo": cdpo,
+    "robust": robust,
+    "ipo": ipo,
+    "ipo_sum": ipo_sum,
+    "hinge": hinge,
+    "slic": slic,
+    "dpop": dpop,
+    "r_dpo": r_dpo,
+    "ln_dpo": ln_dpo,
+    "ld_dpo": ld_dpo,
+    "exo": exo,
+    "nca": nca,
+    "bco_pair": bco_pair,
+    "sppo": sppo,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
+    "tdpo1": tdpo1,
+    "tdpo2": tdpo2,
+    "sft": sft,
+}
+ALIASES = {
+    "sigmoid": "dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "sppo_hard": "sppo",
+    "sigmoid_norm": "ln_dpo",
+}
 """TRL's spellings."""
-REFERENCE_FREE = frozenset({"simpo"})
-LENGTH_NORMALISED = frozenset({"simpo"})
+METRICS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "dpop": dpop_metrics,
+    "cpo": preference_free.imitation_metrics,
+    "orpo": preference_free.orpo_metrics,
+    "sft": preference_free.imitation_metrics,
+    "tdpo1": preference_wide.tdpo_metrics,
+    "tdpo2": preference_wide.tdpo_metrics,
+}
+"""Metrics ``[P]`` of a loss's own; ``rewards/chosen`` and ``rewards/rejected`` among them replace the common ones."""
+REFERENCE_FREE = frozenset({"slic", "simpo", "cpo", "orpo", "sft"})
+LENGTH_NORMALISED = frozenset({"simpo", "orpo"})
+IMITATES = frozenset({"cpo", "orpo", "sft"})
+"""Losses that read ``PairLogps.mean_chosen_length``."""
+READS_TAILS = frozenset({"ld_dpo"})
+READS_KLS = frozenset({"tdpo1", "tdpo2"})
+STEP_COUPLED = frozenset({"aot", "aot_unpaired"})
+"""Losses that compare the pairs of the whole optimizer step, over all ranks: its forward statistics come first."""

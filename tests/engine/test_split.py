@@ -1,5 +1,8 @@
 """However the examples are packed, a step has the same loss and the same gradients."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +13,19 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.setup import load_data
-from fastalign.engine.step import Models, accumulate_gradients, add_sums, measure_work
+from fastalign.engine.step import Models, accumulate_gradients, add_sums, gather_pairs, measure_work
 from fastalign.models.load import load_policy
 from fastalign.parallel.mesh import World
+from fastalign.types import PairLogps
 
 WORLD = World(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("method, loss", [("sft", "sft"), ("dpo", "dpo"), ("dpo", "ipo"), ("dpo", "simpo")])
+PAIR_LOSSES = ["dpo", "ipo", "simpo", "cpo", "orpo", "ld_dpo", "aot", "aot_unpaired", ["dpo", "sft"]]
+"""One of each kind: summed, per token, without reference, with imitation, tails, coupled over the step, a sum."""
+
+
+@pytest.mark.parametrize("method, loss", [("sft", "sft"), *(("dpo", loss) for loss in PAIR_LOSSES)], ids=str)
 def test_one_by_one_equals_packed(configure, method, loss):
     config = configure(method, **{"loss.name": loss})
     tokenizer, dataset, _ = load_data(config)
@@ -63,3 +71,34 @@ def test_work_is_counted_in_logical_and_computed_tokens(configure):
     work = measure_work(batches, make_objective("dpo", {}), WORLD, 0)
     assert work.units == work.examples == 6
     assert work.tokens == sum(b.logical_tokens for b in batches) > work.computed == sum(b.num_tokens for b in batches)
+
+
+class TwoRanks(World):
+    """One of two ranks that live in threads."""
+
+    def gather(self, values):
+        barrier, slots = EXCHANGE
+        slots[self.rank] = torch.tensor(values, dtype=torch.float64)
+        barrier.wait()
+        everyone = torch.stack(slots)
+        barrier.wait()
+        return everyone
+
+
+EXCHANGE = threading.Barrier(2), [torch.empty(0)] * 2
+
+
+def test_pairs_of_all_ranks_come_in_the_order_of_ranks():
+    def pairs(*chosen):
+        x = torch.tensor(chosen)
+        return PairLogps(x, x + 1, x + 2, x + 3, torch.arange(len(x)), torch.arange(len(x)))
+
+    shares = [[pairs(1.0, 2.0), pairs()], [pairs(3.0, 4.0), pairs(5.0)]]  # unequal shares, a rank's last batch empty
+    worlds = [TwoRanks(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(gather_pairs, shares, worlds))
+    for everyone, _ in results:
+        assert everyone.chosen.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+        assert torch.equal(everyone.ref_rejected, everyone.chosen + 3)
+        assert everyone.chosen.dtype == torch.float32
+    assert [first for _, first in results] == [0, 2]

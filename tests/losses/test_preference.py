@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastalign.losses import preference
+from fastalign.losses.pairs import pair_logps
 from fastalign.types import PairLogps
 
 # One pair with a = -0.4, b = -0.9: L_w = -10.4, L_x = -12.9, references -10 and -12, lengths 5 and 6.
@@ -33,9 +34,9 @@ def test_value_and_coefficients_of_the_hand_pair(name, beta):
 def test_dpo_is_ln2_to_the_last_bit_when_policy_is_reference():
     logps = -torch.rand(23)
     cu_seqlens = torch.tensor([0, 5, 9, 9, 23])
-    pair = preference.pair_logps(logps, cu_seqlens, logps.clone())
+    pair = pair_logps(logps, cu_seqlens, logps.clone())
     loss = preference.dpo(pair)
-    sums = preference.metrics(pair, loss, "dpo", 0.1)
+    sums = preference.metrics(pair, loss, ["dpo"], {"beta": 0.1})
     assert loss.tolist() == [torch.tensor(math.log(2)).item()] * 2
     assert sums["rewards/margins"][0] == 0 and sums["rewards/chosen"][0] == 0
 
@@ -50,7 +51,7 @@ def test_extreme_margins_stay_finite_with_exact_coefficients():
 
 
 def test_pairs_are_neighbours_and_empty_completions_are_legal():
-    pair = preference.pair_logps(-torch.arange(1.0, 5.0), torch.tensor([0, 2, 2, 3, 4]))
+    pair = pair_logps(-torch.arange(1.0, 5.0), torch.tensor([0, 2, 2, 3, 4]))
     assert pair.chosen.tolist() == [-3.0, -3.0] and pair.rejected.tolist() == [0.0, -4.0]
     assert pair.chosen_lengths.tolist() == [2, 1] and pair.rejected_lengths.tolist() == [0, 1]
     assert torch.isfinite(preference.simpo(pair)).all()
@@ -59,17 +60,17 @@ def test_pairs_are_neighbours_and_empty_completions_are_legal():
 def test_metrics_are_sums_that_add_over_micro_batches():
     logps, ref = -torch.rand(12), -torch.rand(12)
     offsets = torch.tensor([0, 2, 5, 9, 12])
-    whole = preference.pair_logps(logps, offsets, ref)
+    whole = pair_logps(logps, offsets, ref)
     halves = [
-        preference.pair_logps(logps[:5], offsets[:3], ref[:5]),
-        preference.pair_logps(logps[5:], offsets[2:] - 5, ref[5:]),
+        pair_logps(logps[:5], offsets[:3], ref[:5]),
+        pair_logps(logps[5:], offsets[2:] - 5, ref[5:]),
     ]
-    sums = [preference.metrics(p, preference.dpo(p), "dpo", 0.1) for p in (whole, *halves)]
+    sums = [preference.metrics(p, preference.dpo(p), ["dpo"], {"beta": 0.1}) for p in (whole, *halves)]
     for key in sums[0]:
         torch.testing.assert_close(sums[1][key] + sums[2][key], sums[0][key])
 
 
 def test_simpo_reports_rewards_per_token():
     pair = hand_pair()
-    sums = preference.metrics(pair, preference.simpo(pair), "simpo", 2.0)
+    sums = preference.metrics(pair, preference.simpo(pair), ["simpo"], {"beta": 2.0})
     assert sums["rewards/chosen"][0].item() == pytest.approx(2.0 * (-10.4 + 10.0) / 5)
