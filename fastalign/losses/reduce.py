@@ -6,6 +6,9 @@ first backward. A reduction therefore returns this micro-batch's share of the lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -58,7 +61,53 @@ def constant(losses: Tensor, num_sequences: int | Tensor, budget: int) -> Tensor
     return losses.sum() / (num_sequences * budget)
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What reductions divide by: counts over all ranks and micro-batches of the optimizer step.
+
+    Attributes:
+        tokens: scored tokens.
+        sequences: sequences with at least one scored token.
+        budget: the length that stands for every sequence's in ``constant``.
+    """
+
+    tokens: int | Tensor = 1
+    sequences: int | Tensor = 1
+    budget: int | Tensor = 1
+
+
+def token_weights(reduction: str, cu_seqlens: Tensor, totals: Totals) -> Tensor:
+    """``[n]`` fp64 weight of each token's loss, so that a reduction is a weighted sum; also ``policy_loss``'s weights.
+
+    Args:
+        reduction: a key of ``WEIGHTS``.
+        cu_seqlens: ``[b+1]`` offsets of the sequences in the n tokens.
+        totals: the denominators.
+
+    Raises:
+        ValueError: an unknown reduction.
+
+    >>> token_weights("seq-mean-token-mean", torch.tensor([0, 1, 3]), Totals(tokens=3, sequences=2))
+    tensor([0.5000, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    if reduction not in WEIGHTS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(WEIGHTS)}")
+    counts = lengths(cu_seqlens).long()
+    weights = WEIGHTS[reduction](counts.double(), totals)
+    return weights.repeat_interleave(counts)
+
+
 def sum_and_count(values: Tensor, count: int | None = None) -> Tensor:
     """A metric's ``[2]`` fp64 (sum, count), detached: pairs add over chunks, micro-batches and ranks, then divide."""
     total = values.detach().sum(dtype=torch.float64)
     return torch.stack([total, total.new_tensor(values.numel() if count is None else count)])
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Totals], Tensor]] = {
+    "token-mean": lambda counts, totals: torch.ones_like(counts) / totals.tokens,
+    "seq-mean-token-mean": lambda counts, totals: 1 / counts.clamp(min=1) / totals.sequences,
+    "seq-mean-token-sum": lambda counts, totals: torch.ones_like(counts) / totals.sequences,
+    "constant": lambda counts, totals: torch.ones_like(counts) / (totals.sequences * totals.budget),
+    "sum": lambda counts, totals: torch.ones_like(counts),
+}
+"""The weight of a token in a sequence of ``counts`` tokens, by the reduction's name."""

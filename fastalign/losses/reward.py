@@ -1,0 +1,139 @@
+"""Losses of scalar heads that learn to score: reward models of pairs and rankings, and of single reasoning steps.
+
+``s`` is the logistic function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.types import IGNORE_INDEX
+
+
+def reward(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, center_coef: float = 0.0) -> Tensor:
+    """Bradley-Terry: the chosen answer's reward should be the larger, by the margin if one is given.
+
+    ``l = -ln s(r_w - r_x - m) + center_coef (r_w + r_x)^2``; the second term fixes the constant that rewards lack.
+    Source: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1; margin: Touvron et al. 2023 (arXiv:2307.09288), eq. 2;
+    centring: Eisenstein et al. 2023 (arXiv:2312.09244).
+
+    Args:
+        chosen, rejected: ``[P]`` rewards.
+        margins: ``[P]``, by how much the chosen is better, such as 1, 2/3, 1/3, 0; None for 0.
+        center_coef: weight of the centring term; 0.01 when used.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    difference = chosen - rejected if margins is None else chosen - rejected - margins
+    return -logsigmoid(difference) + center_coef * (chosen + rejected).square()
+
+
+def soft_label(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
+    """Soft-label Bradley-Terry: a feedback model gave the probability that the first answer is the better one.
+
+    ``l = -P ln s(r_a - r_b) - (1 - P) ln s(r_b - r_a)``.
+    Source: Bai et al. 2022, Constitutional AI (arXiv:2212.08073), section 4.
+
+    Args:
+        first, second: ``[P]`` rewards.
+        targets: ``[P]`` probabilities.
+
+    Returns:
+        ``[P]`` losses.
+    """
+    difference = first - second
+    return -targets * logsigmoid(difference) - (1 - targets) * logsigmoid(-difference)
+
+
+def k_wise(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
+    """K-wise Bradley-Terry: the mean over all ordered pairs of one prompt's ranked answers.
+
+    ``l_g = -mean_{i better than j} ln s(r_i - r_j)``.
+    Source: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1.
+
+    Args:
+        scores: ``[B]`` rewards.
+        ranks: ``[B]`` place of each answer in its prompt's ranking, smaller is better; equal ranks form no pair.
+        cu_groups: ``[G+1]`` offsets of the prompts in the B answers.
+
+    Returns:
+        ``[G]`` losses; 0 for a prompt without a pair.
+    """
+    counts = lengths(cu_groups).long()
+    group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(scores))
+    pairs = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])
+    losses = torch.where(pairs, -logsigmoid(scores[:, None] - scores[None, :]), 0.0).sum(1)
+    number = segment_sum(pairs.sum(1).to(losses.dtype), cu_groups).clamp(min=1)
+    return segment_sum(losses, cu_groups) / number
+
+
+def process(logits: Tensor, labels: Tensor) -> Tensor:
+    """Process reward: is each reasoning step right, as a binary classification at its last token.
+
+    ``l_t = softplus(x_t) - y_t x_t``, to be averaged over steps.
+    Source: Lightman et al. 2023 (arXiv:2305.20050), section 2.6; TRL's two-class form with ``x`` the difference.
+
+    Args:
+        logits: ``[n]`` outputs of the head.
+        labels: ``[n]`` 1 for a right step, 0 for a wrong one, -100 where no step ends.
+
+    Returns:
+        ``[n]`` losses, 0 where no step ends.
+    """
+    known = labels != IGNORE_INDEX
+    losses = binary_cross_entropy_with_logits(
+        torch.where(known, logits, 0.0), labels.clamp(min=0).to(logits.dtype), reduction="none"
+    )
+    return torch.where(known, losses, 0.0)
+
+
+def solution_scores(logits: Tensor, labels: Tensor, cu_seqlens: Tensor, how: str = "min") -> Tensor:
+    """Score of each solution from its steps' probabilities, ``min`` or ``prod``; 1 without steps, ``[B]``."""
+    if how not in ("min", "prod"):
+        raise ValueError(f"how must be min or prod, got {how!r}")
+    probabilities = torch.where(labels != IGNORE_INDEX, logits.detach().sigmoid(), 1.0)
+    return torch.segment_reduce(probabilities, how, offsets=cu_seqlens.to(torch.int64), initial=1.0)
+
+
+def metrics(chosen: Tensor, rejected: Tensor, losses: Tensor) -> dict[str, Tensor]:
+    """``[2]`` (sum, count) over pairs: ``loss``, ``accuracy``, ``margin``, calibration bins, and under TRL's names the
+    mean reward, and the least and largest of a call, averaged over calls.
+    """
+    rewards = torch.cat([chosen, rejected])
+    values = {"loss": losses, "accuracy": chosen > rejected, "margin": chosen - rejected, "mean_reward": rewards}
+    if len(rewards):
+        values |= {"min_reward": rewards.min()[None], "max_reward": rewards.max()[None]}
+    else:
+        values |= {"min_reward": rewards, "max_reward": rewards}
+    return {name: sum_and_count(value) for name, value in values.items()} | calibration_bins(chosen - rejected)
+
+
+def calibration_bins(margins: Tensor) -> dict[str, Tensor]:
+    """Sums from which `calibration_error` follows: per bin of confidence, (how often right - confidence, pairs).
+
+    The confidence of a pair is ``s(|margin|)``, in ``BINS`` bins from 1/2 to 1.
+    """
+    margins = margins.detach().double()
+    confidence = margins.abs().sigmoid()
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64, device=margins.device).index_add(
+        0, bins, (margins > 0).double() - confidence
+    )
+    counts = torch.bincount(bins, minlength=BINS).double()
+    return {f"calibration/{i}": torch.stack([gaps[i], counts[i]]) for i in range(BINS)}
+
+
+def calibration_error(bins: Tensor) -> Tensor:
+    """Expected calibration error ``sum_b |gap_b| / number of pairs`` from the ``[BINS, 2]`` sums of all pairs.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599).
+    """
+    return bins[:, 0].abs().sum() / bins[:, 1].sum().clamp(min=1)
+
+
+BINS = 10
+LOSSES = {"reward": reward, "soft_label": soft_label, "k_wise": k_wise, "process": process}

@@ -1,0 +1,1 @@
+"""Programs made of the other rooms: selecting data, labelling by AI feedback, filtering samples."""

@@ -1,0 +1,1 @@
+"""On-policy training: rewards, advantages, and what else surrounds a rollout."""
