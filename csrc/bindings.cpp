@@ -16,20 +16,20 @@ namespace fastalign {
 #if defined(FASTALIGN_AVX512)
 namespace avx512 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, bool backward, int threads);
+void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
 namespace avx2 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, bool backward, int threads);
+void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 #endif
 namespace scalar {
 void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, bool backward, int threads);
+void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 }
 }  // namespace fastalign
@@ -60,15 +60,15 @@ void policy_loss(const PolicyLoss& op, int threads) {
   }
 }
 
-void divergence(const Divergence& op, bool backward, int threads) {
+void divergence(const Divergence& op, Walk walk, int threads) {
   switch (cpu_level()) {
 #if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::divergence(op, backward, threads);
+    case Level::avx512: return avx512::divergence(op, walk, threads);
 #endif
 #if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::divergence(op, backward, threads);
+    case Level::avx2: return avx2::divergence(op, walk, threads);
 #endif
-    default: return scalar::divergence(op, backward, threads);
+    default: return scalar::divergence(op, walk, threads);
   }
 }
 
@@ -188,12 +188,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
       .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
            py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0)
-      .def("forward", [](const Divergence& op, int threads) { divergence(op, false, threads); },
+      .def("forward", [](const Divergence& op, int threads) { divergence(op, Walk::forward, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("mixture", [](const Divergence& op, int threads) { divergence(op, Walk::mixture, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("backward",
            [](const Divergence& op, int threads) {
              advise_fresh_gradient(op.policy);
-             divergence(op, true, threads);
+             divergence(op, Walk::backward, threads);
            },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(FASTALIGN_CUDA)

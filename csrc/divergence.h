@@ -13,18 +13,26 @@ enum class Kind : int { forward_kl, reverse_kl, jsd };
 // The rows of the statistics [5, rows]; `pull` is the mean that the gradient subtracts: KL(p || pi), or KL(p || M) for jsd.
 enum class Stat : int { max, logsum, reference_max, reference_logsum, pull };
 
+// The walks over both streams. `mixture` is the second one of jsd alone, for columns that are a slab of the vocabulary: from
+// the statistics of all columns it makes the sums of pi ln(pi / M) and of p ln(p / M), which it leaves in value [2, rows].
+enum class Walk : int { forward, mixture, backward };
+
 // value, stats and grad_value point to double when either stream is float64, else to float.
 struct Divergence {
-  TokenLogps policy, reference;  // the policy's labels say which rows are masked; its grad is what backward writes
+  TokenLogps policy, reference;  // the policy's labels say which rows are masked or invalid; backward writes its grad
   Kind kind;
   double mix;
-  void *value, *stats;     // forward writes them; backward reads stats
+  void *value, *stats;     // forward writes them; the others read stats
   const void* grad_value;  // backward only
 
   int64_t rows() const { return policy.rows; }
   int64_t vocabulary() const { return policy.vocabulary; }
   bool wide() const { return policy.dtype == Dtype::float64 || reference.dtype == Dtype::float64; }
   bool masked(int64_t row) const { return policy.label(row) == kIgnored; }
+  bool invalid(int64_t row) const {
+    int64_t label = policy.label(row);
+    return label != kIgnored && (label < kElsewhere || label >= vocabulary());
+  }
 };
 
 }  // namespace fastalign

@@ -10,7 +10,7 @@
 namespace fastalign::LEVEL {
 
 // The same in double, for gradient checks.
-void divergence_float64(const Divergence& op, bool backward, int threads);
+void divergence_float64(const Divergence& op, Walk walk, int threads);
 
 namespace {
 
@@ -152,7 +152,9 @@ struct Whole {
   double a_logsum, b_logsum, divergence;
 };
 
-double share_of(float max, float sum, float whole_max) { return sum == 0 ? 0 : ::exp(double(max) - whole_max); }
+double share_of(float max, float sum, float whole_max) {
+  return sum == 0 || sum != sum ? sum : ::exp(double(max) - whole_max);
+}
 
 // Slabs in their order, in double: few numbers, and the row's precision depends on them.
 Whole combine(const Pair* pairs, int64_t slabs) {
@@ -171,6 +173,8 @@ Whole combine(const Pair* pairs, int64_t slabs) {
     a_sum += a * s.a_sum;
     cross += a * (s.cross + s.a_sum * shift);
   }
+  if (a_sum != a_sum) a_max = kNaN;  // beside a NaN the largest may be -inf, which would say that all is banned
+  if (b_sum != b_sum) b_max = kNaN;
   double a_logsum = ::log(a_sum), b_logsum = ::log(b_sum);
   return {a_max, b_max, a_logsum, b_logsum, cross / a_sum + (b_logsum - a_logsum)};
 }
@@ -190,7 +194,7 @@ void finish_row(const Divergence& op, int64_t row, const Pair* pairs, int64_t sl
   stat(op, forward ? Stat::max : Stat::reference_max, row) = s.b_max;
   stat(op, forward ? Stat::logsum : Stat::reference_logsum, row) = float(s.b_logsum);
   stat(op, Stat::pull, row) = forward ? 0 : float(s.divergence);
-  value_of(op, row) = float(s.divergence);
+  value_of(op, row) = op.invalid(row) ? kNaN : float(s.divergence);
 }
 
 template <bool wants_cross>
@@ -266,7 +270,9 @@ MixturePartial mix_slab(const Divergence& op, int64_t row, int64_t begin, int64_
   return {Fold<false>::total(policy), Fold<false>::total(reference)};
 }
 
-void mix_rows(const Divergence& op, int threads) {
+// f(row, sum pi ln(pi / M), sum p ln(p / M)) for every row; 0 for masked ones.
+template <class F>
+void mix_rows(const Divergence& op, int threads, F f) {
   int64_t slabs = num_slabs(op.vocabulary()), items = op.rows() * slabs;
   std::unique_ptr<MixturePartial[]> partials(new MixturePartial[items]);
   parallel_for(items, op.rows() * op.vocabulary(), threads, [&](int64_t item) {
@@ -274,14 +280,27 @@ void mix_rows(const Divergence& op, int threads) {
     if (!op.masked(row)) partials[item] = mix_slab(op, row, begin, std::min(begin + kSlab, op.vocabulary()));
   });
   for (int64_t row = 0; row < op.rows(); ++row) {
-    double policy = 0, reference = 0;
+    double policy = 0, reference = op.invalid(row) ? double(kNaN) : 0;
     for (int64_t k = 0; k < slabs && !op.masked(row); ++k) {
       policy += partials[row * slabs + k].policy;
       reference += partials[row * slabs + k].reference;
     }
+    f(row, reference, policy);
+  }
+}
+
+void finish_mixture(const Divergence& op, int threads) {
+  mix_rows(op, threads, [&](int64_t row, double reference, double policy) {
     stat(op, Stat::pull, row) = float(policy);
     value_of(op, row) = float(op.mix * reference + (1 - op.mix) * policy);
-  }
+  });
+}
+
+void mixture_sums(const Divergence& op, int threads) {
+  mix_rows(op, threads, [&](int64_t row, double reference, double policy) {
+    value_of(op, row) = float(reference);
+    value_of(op, op.rows() + row) = float(policy);
+  });
 }
 
 // --- gradient ------------------------------------------------------------------------------------------------------------
@@ -328,6 +347,7 @@ void differentiate_slab(const Divergence& op, int64_t row, int64_t begin, int64_
   Write write_dz = writer(policy);
   float g = static_cast<const float*>(op.grad_value)[row];
   bool skip = op.masked(row) || g == 0, capped = policy.softcap != 0;
+  if (op.invalid(row)) g = kNaN;
   float coefficient = float(g * (policy.logit_scale / policy.temperature_of(row)));
   alignas(64) float slopes[kBlock];
   Block z, q;
@@ -354,12 +374,13 @@ void backward_rows(const Divergence& op, int threads) {
 
 }  // namespace
 
-void divergence(const Divergence& op, bool backward, int threads) {
-  if (op.wide()) return divergence_float64(op, backward, threads);
-  if (backward) return backward_rows(op, threads);
+void divergence(const Divergence& op, Walk walk, int threads) {
+  if (op.wide()) return divergence_float64(op, walk, threads);
+  if (walk == Walk::backward) return backward_rows(op, threads);
+  if (walk == Walk::mixture) return mixture_sums(op, threads);
   if (op.kind != Kind::jsd) return fold_rows<true>(op, threads);
   fold_rows<false>(op, threads);
-  mix_rows(op, threads);
+  finish_mixture(op, threads);
 }
 
 }  // namespace fastalign::LEVEL

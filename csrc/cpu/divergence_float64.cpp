@@ -1,6 +1,7 @@
 // The same in double, for gradient checks: plain loops over the library's exp, streams of any dtype.
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -10,6 +11,7 @@ namespace fastalign::LEVEL {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // One row of one stream; max and logsum make z a log-probability.
 struct Stream {
@@ -59,27 +61,57 @@ double log_mixture(double log_p, double log_q, double mix) {
   return std::fmax(log_p, log_q) + ::log1p(far * ::expm1(-std::fabs(gap)));
 }
 
+struct Sums {
+  double reference = 0, policy = 0;  // KL(pi || other), KL(p || other); the other is the mixture for jsd
+};
+
+Sums compare(const Divergence& op, const Stream& p, const Stream& q) {
+  Sums sums;
+  for (int64_t v = 0; v < op.vocabulary(); ++v) {
+    double a = p.log_p(v), b = q.log_p(v);
+    bool banned = a == -kInfinity && b == -kInfinity;
+    double m = op.kind != Kind::jsd || banned ? 0 : log_mixture(a, b, op.mix);
+    if (op.kind != Kind::forward_kl) sums.policy += share(a, op.kind == Kind::jsd ? m : b);
+    if (op.kind != Kind::reverse_kl) sums.reference += share(b, op.kind == Kind::jsd ? m : a);
+  }
+  return sums;
+}
+
+double* value_of(const Divergence& op, int64_t row) { return static_cast<double*>(op.value) + row; }
+
 void forward_row(const Divergence& op, int64_t row) {
   Stream p(op.policy, row), q(op.reference, row);
-  double to_p = 0, to_q = 0;  // KL(pi || other), KL(p || other)
+  Sums sums;
   if (!op.masked(row)) {
     p.measure();
     q.measure();
-    for (int64_t v = 0; v < op.vocabulary(); ++v) {
-      double a = p.log_p(v), b = q.log_p(v);
-      bool banned = a == -kInfinity && b == -kInfinity;
-      double m = op.kind != Kind::jsd || banned ? 0 : log_mixture(a, b, op.mix);
-      if (op.kind != Kind::forward_kl) to_q += share(a, op.kind == Kind::jsd ? m : b);
-      if (op.kind != Kind::reverse_kl) to_p += share(b, op.kind == Kind::jsd ? m : a);
-    }
+    sums = compare(op, p, q);
   }
-  double value = op.kind == Kind::jsd ? op.mix * to_p + (1 - op.mix) * to_q : to_p + to_q;
-  static_cast<double*>(op.value)[row] = value;
+  double value = op.kind == Kind::jsd ? op.mix * sums.reference + (1 - op.mix) * sums.policy
+                                      : sums.reference + sums.policy;
+  *value_of(op, row) = op.invalid(row) ? kNaN : value;
   *stat(op, Stat::max, row) = p.max;
   *stat(op, Stat::logsum, row) = p.logsum;
   *stat(op, Stat::reference_max, row) = q.max;
   *stat(op, Stat::reference_logsum, row) = q.logsum;
-  *stat(op, Stat::pull, row) = to_q;
+  *stat(op, Stat::pull, row) = sums.policy;
+}
+
+// Both streams with the normalisers of the saved statistics.
+std::pair<Stream, Stream> saved(const Divergence& op, int64_t row) {
+  Stream p(op.policy, row), q(op.reference, row);
+  p.max = *stat(op, Stat::max, row);
+  p.logsum = *stat(op, Stat::logsum, row);
+  q.max = *stat(op, Stat::reference_max, row);
+  q.logsum = *stat(op, Stat::reference_logsum, row);
+  return {p, q};
+}
+
+void mixture_row(const Divergence& op, int64_t row) {
+  auto [p, q] = saved(op, row);
+  Sums sums = op.masked(row) ? Sums{} : compare(op, p, q);
+  *value_of(op, row) = op.invalid(row) ? kNaN : sums.reference;
+  *value_of(op, op.rows() + row) = sums.policy;
 }
 
 double slope_of(const Divergence& op, double log_p, double log_q, double pull) {
@@ -101,22 +133,19 @@ void put(const TokenLogps& op, int64_t row, int64_t v, double x) {
 }
 
 void backward_row(const Divergence& op, int64_t row) {
-  Stream p(op.policy, row), q(op.reference, row);
+  auto [p, q] = saved(op, row);
   double g = static_cast<const double*>(op.grad_value)[row], pull = *stat(op, Stat::pull, row);
   bool skip = op.masked(row) || g == 0;
-  p.max = *stat(op, Stat::max, row);
-  p.logsum = *stat(op, Stat::logsum, row);
-  q.max = *stat(op, Stat::reference_max, row);
-  q.logsum = *stat(op, Stat::reference_logsum, row);
+  if (op.invalid(row)) g = kNaN;
   for (int64_t v = 0; v < op.vocabulary(); ++v)
     put(op.policy, row, v, skip ? 0 : g * slope_of(op, p.log_p(v), q.log_p(v), pull) * p.slope(v));
 }
 
 }  // namespace
 
-void divergence_float64(const Divergence& op, bool backward, int threads) {
-  parallel_for(op.rows(), op.rows() * op.vocabulary(), threads,
-               [&](int64_t row) { (backward ? backward_row : forward_row)(op, row); });
+void divergence_float64(const Divergence& op, Walk walk, int threads) {
+  auto* visit = walk == Walk::forward ? forward_row : walk == Walk::mixture ? mixture_row : backward_row;
+  parallel_for(op.rows(), op.rows() * op.vocabulary(), threads, [&](int64_t row) { visit(op, row); });
 }
 
 }  // namespace fastalign::LEVEL

@@ -45,6 +45,35 @@ def forward(
     return value, stats
 
 
+def mixture(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    *,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> Tensor:
+    """The second read of "jsd", over columns that may be a slab of the vocabulary; see the torch backend.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    dtype = _check(logits, ref_logits, labels)
+    stats, sums = (
+        _cpp._vector("stats", stats.reshape(-1), 5 * len(labels), dtype),
+        torch.empty(2, len(labels), dtype=dtype),
+    )
+    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {})
+    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    _describe(policy, reference, "jsd", mix, stats, value=sums.data_ptr()).mixture(torch.get_num_threads())
+    return sums
+
+
 def backward(
     out: Tensor,
     logits: Tensor,

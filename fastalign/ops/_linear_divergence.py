@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._head import Head, Options, add_product, hidden_rows, kernel_dtype, make_head, project, workspace
+from fastalign.ops._divergence_shards import measure
+from fastalign.ops._gradients import write_rows
+from fastalign.ops._head import (
+    Head,
+    Options,
+    add_product,
+    hidden_rows,
+    kernel_dtype,
+    make_head,
+    planned_columns,
+    project,
+    workspace,
+)
 from fastalign.ops.plan import Plan, make_plan
-from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
+from fastalign.ops.token_logps import BLOCK_BYTES, ELSEWHERE, stats_dtype
+from fastalign.ops.vocab_parallel import begin_sum, make_shard
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,12 @@ class Streams:
         """Room for a tile of both logits."""
         return workspace(self.policy, rows, columns), workspace(self.ref, rows, columns)
 
-    def logits(self, buffers: tuple[Tensor, Tensor], rows: slice, first: int = 0, last: int | None = None):
+    def logits(
+        self, buffers: tuple[Tensor, Tensor], rows: slice, first: int = 0, last: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Both logits of some rows and columns, in the buffers."""
-        heads = zip((self.policy, self.ref), buffers, strict=True)
-        return [project(head, hidden_rows(head, rows.start, rows.stop), room, first, last) for head, room in heads]
+        ours, theirs = (hidden_rows(head, rows.start, rows.stop) for head in (self.policy, self.ref))
+        return project(self.policy, ours, buffers[0], first, last), project(self.ref, theirs, buffers[1], first, last)
 
 
 def plan_for(streams: Streams, memory: int | None, coefficients: Any, trainable: bool) -> Plan:
@@ -55,7 +70,7 @@ def plan_for(streams: Streams, memory: int | None, coefficients: Any, trainable:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return make_plan(
         len(policy.labels),
-        policy.weight.shape[0],
+        planned_columns(policy),
         max(policy.weight.shape[1], ref.weight.shape[1]),
         itemsize=max(policy.options.dtype.itemsize, ref.options.dtype.itemsize),
         coefficients=coefficients,
@@ -69,45 +84,78 @@ def plan_for(streams: Streams, memory: int | None, coefficients: Any, trainable:
 
 def _scratch_bytes(streams: Streams) -> int:
     """Cast weights, and the temporaries of the torch sweep: about eight of one block each."""
-    heads = (streams.policy, streams.ref)
-    casts = sum(head.weight.nbytes for head in heads if head.weight_dtype != head.options.dtype)
-    if streams.policy.sweep.__name__ != "fastalign.ops.divergence":
+    heads, columns = (streams.policy, streams.ref), planned_columns(streams.policy)
+    casts = sum(columns * head.cast * head.options.dtype.itemsize for head in heads)
+    if streams.policy.sweep.__name__ != "fastalign.ops._torch_divergence":
         return casts
-    row, device = streams.policy.weight.shape[0] * streams.dtype.itemsize, streams.policy.hidden.device.type
+    row, device = columns * streams.dtype.itemsize, streams.policy.hidden.device.type
     block = max(row, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]))
     return casts + 8 * min(block, row * len(streams.policy.labels))
 
 
-def make_streams(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, tau, kind, mix, scaling, backend
-) -> Streams:
-    softcap, ref_softcap, logit_scale, ref_logit_scale, dtype, ref_dtype = scaling
-    kernels = dispatch.kernels("linear_divergence", backend, hidden.device)
+class Call(NamedTuple):
+    """The arguments that both custom ops begin with, in the order of their schemas."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    ref_bias: Tensor | None
+    labels: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    kind: str
+    mix: float
+    softcap: float | None
+    ref_softcap: float | None
+    logit_scale: float
+    ref_logit_scale: float
+    dtype: torch.dtype
+    ref_dtype: torch.dtype
+    memory: int | None
+    backend: str | None
+    group: str | None
+    shards: list[int] | None
+
+
+def make_streams(call: Call) -> Streams:
+    kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device)
+    tau = call.temperature if call.temperatures is None else call.temperatures
+    labels, shard = call.labels, make_shard(call.group, call.shards)
     if labels is None:
-        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    ours = Options(tau, softcap, logit_scale, dtype, None, backend, False)
-    theirs = Options(tau, ref_softcap, ref_logit_scale, ref_dtype, None, backend, False)
-    policy = make_head(hidden, weight, bias, labels, ours, kernels)
-    return Streams(policy, make_head(ref_hidden, ref_weight, ref_bias, labels, theirs, kernels), kind, mix)
+        labels = torch.zeros(call.hidden.shape[0], dtype=torch.int64, device=call.hidden.device)
+    ours = Options(tau, call.softcap, call.logit_scale, call.dtype, None, call.backend, False, shard)
+    theirs = Options(tau, call.ref_softcap, call.ref_logit_scale, call.ref_dtype, None, call.backend, False, shard)
+    policy = make_head(call.hidden, call.weight, call.bias, labels, ours, kernels)
+    ref = make_head(call.ref_hidden, call.ref_weight, call.ref_bias, labels, theirs, kernels)
+    return Streams(policy, ref, call.kind, call.mix)
 
 
-def forward(streams: Streams, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[n, D]``, while its logits are hot."""
-    head, width = streams.policy, streams.policy.weight.shape[1]
+def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too, while it is hot."""
+    head, shard = streams.policy, streams.policy.options.shard
     new = {"dtype": streams.dtype, "device": head.hidden.device}
     value, stats = torch.empty(len(head.labels), **new), torch.empty(5, len(head.labels), **new)
-    kept = len(head.labels) if plan.mode == "frozen" else 0
-    directions = torch.empty(kept, width, dtype=head.options.dtype, device=head.hidden.device)
     buffers = streams.buffers(plan.chunk_rows, head.weight.shape[0])
     for start, stop in plan.chunks:
         rows = slice(start, stop)
         pair, labels, scaling = streams.logits(buffers, rows), head.labels[rows], streams.scaling(rows)
-        value[rows], stats[:, rows] = head.sweep.forward(*pair, labels, **scaling)
+        value[rows], stats[:, rows] = measure(head.sweep, shard, *pair, labels, **scaling)
         if plan.mode == "frozen":
-            ones = torch.ones_like(value[rows])
-            head.sweep.backward(pair[0], *pair, labels, stats[:, rows].contiguous(), ones, **scaling)
-            torch.mm(pair[0], head.weight, out=directions[rows])
-    return value, stats, directions
+            part = stats[:, rows].contiguous()
+            dz = differentiate(streams, rows, pair, labels, part, torch.ones_like(value[rows]))
+            write_rows(head, directions, start, stop, dz)()
+    return value, stats
+
+
+def differentiate(
+    streams: Streams, rows: slice, pair: tuple[Tensor, Tensor], labels: Tensor, stats: Tensor, grad: Tensor
+) -> Tensor:
+    """Turns the policy's logits of some scored rows into their gradient, in place."""
+    if pair[0].numel():
+        streams.policy.sweep.backward(pair[0], *pair, labels, stats, grad, **streams.scaling(rows))
+    return pair[0]
 
 
 def accumulators(streams: Streams, needs_hidden: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -127,24 +175,44 @@ def recompute(
     d_bias: Tensor | None,
     d_weight: Tensor | None,
 ) -> None:
-    """Adds both logits' slabs, made again and differentiated in place, into the gradients."""
+    """Adds both logits' slabs, made again and differentiated in place, into the gradients.
+
+    Of a shard ``d_hidden`` is a partial sum: the ranks add it up while the last slab's other products are made.
+    """
     head, buffers = streams.policy, streams.buffers(plan.block, plan.slab)
-    wide = kernel_dtype(head.options.dtype)
-    for first, last in _spans(head.weight.shape[0] if len(head.labels) else 0, plan.slab):
+    wide, vocab, num_rows, work = kernel_dtype(head.options.dtype), head.weight.shape[0], len(head.labels), None
+    for first, last in _spans(vocab if num_rows else 0, plan.slab):
         slab_sum = None if d_weight is None else grad.new_empty(last - first, head.weight.shape[1], dtype=wide)
-        for start, stop in _spans(len(head.labels), plan.block):
-            rows = slice(start, stop)
+        for start, stop in _spans(num_rows, plan.block):
+            rows, labels = slice(start, stop), _slab_labels(head, start, stop, first, last)
             pair = streams.logits(buffers, rows, first, last)
-            part, scaling = stats[:, rows].contiguous(), streams.scaling(rows)
-            head.sweep.backward(pair[0], *pair, head.labels[rows], part, grad[rows], **scaling)
+            dz = differentiate(streams, rows, pair, labels, stats[:, rows].contiguous(), grad[rows])
             if d_hidden is not None:
-                add_product(d_hidden[rows], pair[0], head.weight[first:last], first=False)
+                add_product(d_hidden[rows], dz, head.weight[first:last], first=False)
+            if (last, stop) == (vocab, num_rows):
+                work = _begin_sum(head, d_hidden)
             if slab_sum is not None:
-                add_product(slab_sum, pair[0].t(), hidden_rows(head, start, stop), first=start == 0)
+                add_product(slab_sum, dz.t(), hidden_rows(head, start, stop), first=start == 0)
             if d_bias is not None:
-                d_bias[first:last] += pair[0].sum(0, dtype=wide)
+                d_bias[first:last] += dz.sum(0, dtype=wide)
         if d_weight is not None and slab_sum is not None:
             d_weight[first:last] = slab_sum
+    work = work if vocab else _begin_sum(head, d_hidden)
+    if work is not None:
+        work.wait()
+
+
+def _slab_labels(head: Head, start: int, stop: int, first: int, last: int) -> Tensor:
+    """Labels of some rows as a slab's kernel reads them: an invalid one stays invalid, any other is of no account."""
+    labels = head.labels[start:stop]
+    wrong = (labels >= head.weight.shape[0]) | (labels < ELSEWHERE)
+    return torch.where(wrong, last - first, ELSEWHERE)
+
+
+def _begin_sum(head: Head, d_hidden: Tensor | None) -> torch.distributed.Work | None:
+    """The exchange of ``d_hidden``, under way; None when there is nothing to exchange."""
+    shard = head.options.shard
+    return None if shard is None or d_hidden is None or not len(d_hidden) else begin_sum(shard, d_hidden)
 
 
 def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:

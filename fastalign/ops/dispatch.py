@@ -29,7 +29,7 @@ _POLICY = {
 }
 
 _DIVERGENCE = {
-    **{"torch": "fastalign.ops.divergence", "cpp": "fastalign.ops._cpp_divergence"},
+    **{"torch": "fastalign.ops._torch_divergence", "cpp": "fastalign.ops._cpp_divergence"},
     "triton": "fastalign_kernels.divergence",
 }
 

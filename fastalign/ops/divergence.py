@@ -13,14 +13,17 @@ one stream alone makes the KL over the other honestly infinite.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
 from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
-from fastalign.ops.token_logps import _blocks, _rows_of, _scaled, _slope, split_temperature, stats_dtype
+from fastalign.ops._divergence_shards import measure
+from fastalign.ops.token_logps import ELSEWHERE, split_temperature, stats_dtype
+from fastalign.ops.vocab_parallel import Shard, agree, localise, make_shard
 from fastalign.types import IGNORE_INDEX
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -70,150 +73,57 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a.masked_fill(banned, 0) - log_b.masked_fill(banned, 0))).sum(-1)
 
 
-# --- torch backend ---------------------------------------------------------------------------------------------------
-
-
-def forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    *,
-    kind: str,
-    mix: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ref_logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The divergence of each pair of rows, block of rows by block of rows.
-
-    Args:
-        logits, ref_logits: ``[N, V]`` of any float dtypes and strides.
-        labels: ``[N]``; -100 masks a row, no other label is looked at.
-        kind: "forward_kl", "reverse_kl" or "jsd"; ``mix`` is the weight of the reference in the mixture of "jsd".
-        temperature: a number or ``[N]``, for both streams; softcap and logit scale are each stream's own.
-
-    Returns:
-        value ``[N]`` and stats ``[5, N]`` in fp32 (fp64 if a stream is fp64), 0 in masked rows. The rows of stats: max
-        and logsum of z, the same of q, and the mean that backward subtracts: KL(p || pi), for "jsd" KL(p || M).
-    """
-    dtype = stats_dtype(logits, ref_logits)
-    value = torch.empty(len(labels), dtype=dtype, device=logits.device)
-    stats = torch.empty(5, len(labels), dtype=dtype, device=logits.device)
-    for rows in _blocks(logits):
-        tau, masked = _rows_of(temperature, rows), labels[rows] == IGNORE_INDEX
-        log_p, *p_stats = _normalised(_z(logits[rows], dtype, tau, softcap, logit_scale))
-        log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))
-        result, pull = _values(log_p, log_q, kind, mix)
-        stats[:, rows] = torch.stack([*p_stats, *q_stats, pull]).masked_fill_(masked, 0)
-        value[rows] = result.masked_fill(masked, 0)
-    return value, stats
-
-
-def backward(
-    out: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    stats: Tensor,
-    grad: Tensor,
-    *,
-    kind: str,
-    mix: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ref_logit_scale: float = 1.0,
-) -> None:
-    """Writes the gradient of ``grad . value`` in the logits into ``out`` ``[N, V]``, which may be ``logits``.
-
-    Masked rows and rows whose ``grad`` is 0 become zeros, unread. The columns may be any slab of the vocabulary that
-    the statistics were made of.
-    """
-    dtype = stats.dtype
-    for rows in _blocks(logits):
-        tau, g = _rows_of(temperature, rows), grad[rows]
-        p_max, p_logsum, q_max, q_logsum, pull = stats[:, rows, None]
-        z = _z(logits[rows], dtype, tau, softcap, logit_scale)
-        slope = _slope(z, tau, softcap, logit_scale)
-        q = _z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale)
-        dz = _slopes(z.sub_(p_max).sub_(p_logsum), q.sub_(q_max).sub_(q_logsum), pull, kind, mix)
-        skipped = (labels[rows] == IGNORE_INDEX) | (g == 0)
-        out[rows] = dz.mul_(g[:, None]).mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
-
-
-def _z(x: Tensor, dtype: torch.dtype, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    return _scaled(x.double() if dtype == torch.float64 else x, tau, softcap, logit_scale)
-
-
-def _normalised(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities in place of ``z``, max and logsum."""
-    maximum = z.amax(-1)
-    z.sub_(maximum[:, None])
-    logsum = z.exp().sum(-1).log_()
-    return z.sub_(logsum[:, None]), maximum, logsum
-
-
-def _values(log_p: Tensor, log_q: Tensor, kind: str, mix: float) -> tuple[Tensor, Tensor]:
-    """The divergence and the mean that backward subtracts."""
-    if kind == "forward_kl":
-        value = _mean(log_q, log_q - log_p)
-        return value, torch.zeros_like(value)
-    if kind == "reverse_kl":
-        value = _mean(log_p, log_p - log_q)
-        return value, value
-    p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
-    pull = _mean(log_p, p_over_m)
-    return mix * _mean(log_q, q_over_m) + (1 - mix) * pull, pull
-
-
-def _mean(log_a: Tensor, x: Tensor) -> Tensor:
-    """``sum_v a_v x_v`` over the columns with ``a_v > 0``."""
-    a = log_a.exp()
-    return torch.where(a == 0, 0, a * x).sum(-1)
-
-
-def _over_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    """``ln(p / M)`` and ``ln(pi / M)``, by way of the larger of the two: exactly 0 where p and pi agree."""
-    gap = log_q - log_p
-    far = torch.full_like(gap, mix).masked_fill_(gap > 0, 1 - mix)
-    log_m = gap.abs().neg_().expm1_().mul_(far).log1p_()  # ln(M / the larger one)
-    return gap.neg().clamp_(max=0).sub_(log_m), gap.clamp_(max=0).sub_(log_m)
-
-
-def _slopes(log_p: Tensor, log_q: Tensor, pull: Tensor, kind: str, mix: float) -> Tensor:
-    """``dz`` for an upstream gradient of 1."""
-    p = log_p.exp()
-    if kind == "forward_kl":
-        return p.sub_(log_q.exp_())
-    if kind == "reverse_kl":
-        return torch.where(p == 0, 0, (log_p - log_q).sub_(pull).mul_(p))
-    p_over_m, _ = _over_mixture(log_p, log_q, mix)
-    return torch.where(p == 0, 0, p_over_m.sub_(pull).mul_(p)).mul_(1 - mix)
-
-
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastalign::divergence", mutates_args=())
-def _op(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    kind: str,
-    mix: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+class _Call(NamedTuple):
+    """The arguments that both ops begin with, in the order of their schemas."""
+
+    logits: Tensor
+    ref_logits: Tensor
+    labels: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    kind: str
+    mix: float
+    softcap: float | None
+    ref_softcap: float | None
+    backend: str | None
+    group: str | None
+    shards: list[int] | None
+
+    @property
+    def kernels(self) -> ModuleType:
+        return dispatch.kernels("divergence", self.backend, self.logits.device)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The kernels' keyword arguments."""
+        tau = self.temperature if self.temperatures is None else self.temperatures
+        choice = {"kind": self.kind, "mix": self.mix, "temperature": tau}
+        return {**choice, "softcap": self.softcap, "ref_softcap": self.ref_softcap}
+
+    def rows(self) -> tuple[Shard | None, Tensor]:
+        """This rank's shard, and labels ``[N]`` as the kernels read them."""
+        shard, logits = make_shard(self.group, self.shards), self.logits
+        if self.labels is None:
+            return shard, torch.full(logits.shape[:1], ELSEWHERE, device=logits.device)
+        labels = kernel_labels(self.labels, logits.shape[1] if shard is None else shard.vocab)
+        return shard, labels if shard is None else localise(shard, labels)[0]
+
+
+SCHEMA = (
+    "Tensor logits, Tensor ref_logits, Tensor? labels, Tensor? temperatures, float temperature, str kind, float mix, "
+    "float? softcap, float? ref_softcap, str? backend, str? group, int[]? shards"
+)
+
+
+@torch.library.custom_op("fastalign::divergence", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
+def _op(*args) -> tuple[Tensor, Tensor]:
     """value ``[N]`` and stats ``[5, N]``."""
-    kernels = dispatch.kernels("divergence", backend, logits.device)
-    options = _options(temperatures, temperature, kind, mix, softcap, ref_softcap)
-    return kernels.forward(logits, ref_logits, _row_labels(logits, labels), **options)
+    call = _Call(*args)
+    shard, labels = call.rows()
+    return measure(call.kernels, shard, call.logits, call.ref_logits, labels, **call.options)
 
 
 @_op.register_fake
@@ -222,43 +132,23 @@ def _(logits, ref_logits, *_):
     return logits.new_empty(logits.shape[0], **new), logits.new_empty(5, logits.shape[0], **new)
 
 
-@torch.library.custom_op("fastalign::divergence_backward", mutates_args=())
-def _backward_op(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    kind: str,
-    mix: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    backend: str | None,
-    stats: Tensor,
-    grad: Tensor,
-) -> Tensor:
+@torch.library.custom_op(
+    "fastalign::divergence_backward", mutates_args=(), schema=f"({SCHEMA}, Tensor stats, Tensor grad) -> Tensor"
+)
+def _backward_op(*args) -> Tensor:
     """``d logits``, freshly allocated."""
-    kernels = dispatch.kernels("divergence", backend, logits.device)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    options = _options(temperatures, temperature, kind, mix, softcap, ref_softcap)
-    kernels.backward(out, logits, ref_logits, _row_labels(logits, labels), stats, grad.contiguous(), **options)
+    *args, stats, grad = args
+    call = _Call(*args)
+    out = torch.empty(call.logits.shape, dtype=call.logits.dtype, device=call.logits.device)
+    if out.numel():
+        streams = (call.logits, call.ref_logits, call.rows()[1])
+        call.kernels.backward(out, *streams, stats, grad.contiguous(), **call.options)
     return out
 
 
 @_backward_op.register_fake
 def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _options(temperatures, temperature, kind, mix, softcap, ref_softcap) -> dict:
-    tau = temperature if temperatures is None else temperatures
-    return {"temperature": tau, "kind": kind, "mix": mix, "softcap": softcap, "ref_softcap": ref_softcap}
-
-
-def _row_labels(logits: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is None:
-        return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
-    return kernel_labels(labels, logits.shape[1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -271,9 +161,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _stats):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 12
     *tensors, stats = ctx.saved_tensors
-    return _backward_op(*tensors, *ctx.options, stats, grad), *(None,) * 9
+    return _backward_op(*tensors, *ctx.options, stats, grad), *(None,) * 11
 
 
 def _no_double_backward(ctx, *_):
@@ -297,6 +187,7 @@ def divergence(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divergence per row of the policy's distribution from the reference's, over the whole vocabulary, in nats.
@@ -315,6 +206,9 @@ def divergence(
         mix: weight of the reference in the mixture, inside (0, 1); used by "jsd" alone.
         temperature: a positive number or ``[N]``, for both streams; gets no gradient.
         softcap, ref_softcap: ``cap * tanh(x / cap)`` of each stream before the temperature.
+        process_group: the ranks that share the vocabulary: both logits are then this rank's columns ``[N, V_r]``, in
+            rank order, with the same bounds in both; shards may be uneven, padded with -inf, or empty. Labels (global)
+            and options are the same on every rank, and so are the bits of the result.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:
@@ -335,7 +229,9 @@ def divergence(
     check_choice(kind, mix)
     check_rows(logits, "logits", labels, temperature, softcap, ref_softcap)
     number, rows = split_temperature(temperature, stats_dtype(logits, ref_logits))
-    options = (rows, number, kind, float(mix), softcap, ref_softcap, backend)
+    same = {"number of rows of logits": len(logits)}
+    group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
+    options = (rows, number, kind, float(mix), softcap, ref_softcap, backend, group, shards)
     return _op(logits, ref_logits.detach(), labels, *options)[0]
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._checks import check_device, check_linear, check_memory
+from fastalign.ops._dtensor import vocabulary_slices, whole
 from fastalign.ops._head import gemm_dtype, spread
-from fastalign.ops._linear_divergence import accumulators, forward, make_streams, plan_for, recompute
+from fastalign.ops._linear_divergence import Call, accumulators, forward, make_streams, plan_for, recompute
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
 from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.ops.vocab_parallel import agree
 from fastalign.types import IGNORE_INDEX
 
 
@@ -46,51 +48,36 @@ def reference(
 
 # --- custom op -------------------------------------------------------------------------------------------------------
 
+SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+    "Tensor? labels, Tensor? temperatures, float temperature, str kind, float mix, float? softcap, float? ref_softcap, "
+    "float logit_scale, float ref_logit_scale, ScalarType dtype, ScalarType ref_dtype, int? memory, str? backend, "
+    "str? group, int[]? shards"
+)
+"""The arguments that both ops begin with: the fields of ``_linear_divergence.Call``."""
 
-@torch.library.custom_op("fastalign::linear_divergence", mutates_args=())
-def _op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    kind: str,
-    mix: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    logit_scale: float,
-    ref_logit_scale: float,
-    dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    memory: int | None,
-    backend: str | None,
-    gradient: bool,
-    trainable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+
+@torch.library.custom_op(
+    "fastalign::linear_divergence",
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool gradient, bool trainable) -> (Tensor, Tensor, Tensor)",
+)
+def _op(*args) -> tuple[Tensor, Tensor, Tensor]:
     """value ``[N]``, stats ``[N, 5]``, and U ``[N, D]`` (``[0, D]`` when it is not needed)."""
-    scaling = (softcap, ref_softcap, logit_scale, ref_logit_scale, dtype, ref_dtype)
-    tau = temperature if temperatures is None else temperatures
-    streams = make_streams(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, tau, kind, mix, scaling, backend
-    )
-    plan = plan_for(streams, memory, "upstream" if gradient else "none", trainable)
-    value, stats, directions = forward(streams, plan)
-    head, out = streams.policy, stats_dtype(hidden, weight, ref_hidden, ref_weight)
-    if plan.mode != "frozen":
-        directions = hidden.new_zeros(0, hidden.shape[1])
-    elif head.rows is not None or directions.dtype != hidden.dtype:
-        directions = spread(head, directions, hidden.dtype)
+    *args, gradient, trainable = args
+    call = Call(*args)
+    streams = make_streams(call)
+    plan = plan_for(streams, call.memory, "upstream" if gradient else "none", trainable)
+    directions = call.hidden.new_zeros(len(call.hidden) if plan.mode == "frozen" else 0, call.hidden.shape[1])
+    value, stats = forward(streams, plan, directions)
+    head, out = streams.policy, stats_dtype(call.hidden, call.weight, call.ref_hidden, call.ref_weight)
     return spread(head, value, out), spread(head, stats.t(), stats.dtype).contiguous(), directions
 
 
 @_op.register_fake
 def _(hidden, weight, bias, ref_hidden, ref_weight, *rest):
-    *_, dtype, ref_dtype, _memory, _backend, gradient, trainable = rest
-    wide = torch.float64 if torch.float64 in (dtype, ref_dtype) else torch.float32
+    call, gradient, trainable = Call(hidden, weight, bias, ref_hidden, ref_weight, *rest[:-2]), *rest[-2:]
+    wide = torch.float64 if torch.float64 in (call.dtype, call.ref_dtype) else torch.float32
     value = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight, ref_hidden, ref_weight))
     kept = hidden.shape[0] if gradient and not trainable else 0
     return value, hidden.new_empty(hidden.shape[0], 5, dtype=wide), hidden.new_empty(kept, hidden.shape[1])
@@ -110,40 +97,18 @@ def _(hidden, directions, grad):
     return torch.empty_like(directions)
 
 
-@torch.library.custom_op("fastalign::linear_divergence_backward", mutates_args=())
-def _backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    kind: str,
-    mix: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    logit_scale: float,
-    ref_logit_scale: float,
-    dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    memory: int | None,
-    backend: str | None,
-    stats: Tensor,
-    grad: Tensor,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fastalign::linear_divergence_backward",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor stats, Tensor grad, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
-    scaling = (softcap, ref_softcap, logit_scale, ref_logit_scale, dtype, ref_dtype)
-    tau = temperature if temperatures is None else temperatures
-    streams = make_streams(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, tau, kind, mix, scaling, backend
-    )
-    rows, plan = streams.policy.rows, plan_for(streams, memory, "upstream", True)
+    *args, stats, grad, needs_hidden, needs_weight, needs_bias = args
+    call = Call(*args)
+    hidden, weight, bias, streams = call.hidden, call.weight, call.bias, make_streams(call)
+    rows, plan = streams.policy.rows, plan_for(streams, call.memory, "upstream", True)
     if rows is not None:
         stats, grad = stats[rows], grad[rows]
     sums = accumulators(streams, needs_hidden, needs_bias)
@@ -177,14 +142,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
+    arguments = len(Call._fields) + 2
     if grad is None:
-        return (None,) * 21
+        return (None,) * arguments
     if ctx.frozen:
-        return _scale_rows(*ctx.saved_tensors, grad), *(None,) * 20
+        return _scale_rows(*ctx.saved_tensors, grad), *(None,) * (arguments - 1)
     *tensors, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = _backward_op(*tensors, *ctx.options, stats, grad, *needs)
-    return *(x if needed else None for x, needed in zip(grads, needs, strict=True)), *(None,) * 18
+    return *(x if needed else None for x, needed in zip(grads, needs, strict=True)), *(None,) * (arguments - 3)
 
 
 def _no_double_backward(ctx, *_):
@@ -230,7 +196,10 @@ def linear_divergence(
             neither hidden state is read. None: every row is scored.
         kind, mix, temperature: as in ``divergence``.
         softcap, ref_softcap, logit_scale, ref_logit_scale: of each stream.
-        process_group: vocabulary-parallel heads are not served; anything but None is refused.
+        process_group: the ranks that share the vocabulary: both weights and biases are then this rank's columns, in
+            rank order, with the same bounds in both; shards may be uneven, padded (a bias of -inf) or empty. Hidden
+            states, labels (global) and options are the same on every rank, and so are the bits of the result; the
+            gradient of ``hidden`` is complete on every rank. DTensors are taken as in ``linear_logps``.
         memory: bound on the workspace in bytes: both streams' logits and temporaries, not outputs.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
@@ -244,19 +213,29 @@ def linear_divergence(
     >>> linear_divergence(torch.ones(1, 2), torch.zeros(4, 2), torch.ones(1, 1), torch.eye(4)[:, :1])
     tensor([0.1180])
     """
-    if process_group is not None:
-        raise ValueError("process_group: linear_divergence has no vocabulary-parallel form; gather both weights")
+    local = {"hidden": hidden, "ref_hidden": ref_hidden, "labels": labels, "temperature": temperature}
+    hidden, ref_hidden, labels, temperature = (whole(name, x) for name, x in local.items())
+    slices = {"weight": weight, "ref_weight": ref_weight, "bias": bias, "ref_bias": ref_bias}
+    (weight, ref_weight, bias, ref_bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore
     _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
     check_choice(kind, mix)
     check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
     check_memory(memory)
     number, rows = split_temperature(temperature, stats_dtype(hidden, weight, ref_hidden, ref_weight))
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    gradient = torch.is_grad_enabled() and (trainable or hidden.requires_grad)
+    enabled = torch.is_grad_enabled()
+    trainable = enabled and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    same = {
+        "number of rows of hidden": len(hidden),
+        "number of columns of weight (D)": weight.shape[1],
+        "number of columns of ref_weight (Dr)": ref_weight.shape[1],
+        "requires_grad of hidden (0 or 1)": int(enabled and hidden.requires_grad),
+    }
+    group, shards, trainable = agree(process_group, hidden, weight.shape[0], same, trainable, labels)
     ref = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
     scaling = (softcap, ref_softcap, float(logit_scale), float(ref_logit_scale))
     dtypes = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
-    options = (labels, rows, number, kind, float(mix), *scaling, *dtypes, memory, backend)
+    options = (labels, rows, number, kind, float(mix), *scaling, *dtypes, memory, backend, group, shards)
+    gradient = enabled and (trainable or hidden.requires_grad)
     return _op(hidden, weight, bias, *ref, *options, gradient, trainable)[0]
 
 

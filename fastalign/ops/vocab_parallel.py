@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from fastalign.types import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -60,33 +62,55 @@ def exchange(
     trainable: bool,
     labels: Tensor | None = None,
 ) -> tuple[str | None, list[int] | None, bool]:
-    """The group's name, the columns of each rank, and whether any rank trains its slice; one small collective.
+    """``agree`` about a head: the group's name, the columns of each rank, and whether any rank trains its slice.
 
     Args:
-        process_group: the ranks that share the vocabulary; None, or a group of one, needs no collective.
+        process_group: the ranks that share the vocabulary.
         weight: ``[V_r, D]``, the rank's slice.
         num_rows: N, which must be the same on every rank.
         trainable: the rank's slice of weight or bias wants a gradient.
+        labels: ``[N]``, which must be the same on every rank.
+    """
+    same = {"number of rows of hidden": num_rows, "number of columns of weight (D)": weight.shape[1]}
+    return agree(process_group, weight, weight.shape[0], same, trainable, labels)
+
+
+def agree(
+    process_group: dist.ProcessGroup | None,
+    local: Tensor,
+    columns: int,
+    same: dict[str, int],
+    flag: bool,
+    labels: Tensor | None,
+) -> tuple[str | None, list[int] | None, bool]:
+    """The group's name, the columns of each rank, and whether any rank has the flag; one small collective.
+
+    Args:
+        process_group: the ranks that share the vocabulary; None, or a group of one, needs no collective.
+        local: a tensor on the device that the ranks talk through.
+        columns: of this rank.
+        same: numbers by name that must be equal on every rank.
+        flag: whether this rank wants what all must do together.
         labels: ``[N]``, which must be the same on every rank; they are compared by a checksum.
 
     Raises:
-        ValueError: not a process group; another number of rows, another width, or other labels, on another rank.
+        ValueError: not a process group; a number differs, or the labels do.
     """
     if process_group is None:
-        return None, None, trainable
+        return None, None, flag
     if not isinstance(process_group, dist.ProcessGroup):
         raise ValueError(
             f"process_group must be a torch.distributed ProcessGroup or None, got {type(process_group).__name__}"
         )
     if process_group.size() == 1:
-        return None, None, trainable
-    mine = torch.tensor([weight.shape[0], int(trainable), num_rows, weight.shape[1], 0], device=weight.device)
+        return None, None, flag
+    mine = torch.tensor([0, columns, int(flag), *same.values()], device=local.device)
     if labels is not None:
-        mine[4] = (labels.long() * torch.arange(1, num_rows + 1, device=labels.device)).sum()
-    sizes, flags, rows, widths, checksums = _gather(mine[None], process_group)[:, 0].t().tolist()
-    for name, values in (("rows of hidden", rows), ("columns of weight (D)", widths)):
+        mine[0] = (labels.long() * torch.arange(1, len(labels) + 1, device=labels.device)).sum()
+    checksums, sizes, flags, *numbers = _gather(mine[None], process_group)[:, 0].t().tolist()
+    for name, values in zip(same, numbers, strict=True):
         if len(set(values)) > 1:
-            raise ValueError(f"process_group: every rank needs the same number of {name}, got {values} in rank order")
+            raise ValueError(f"process_group: every rank needs the same {name}, got {values} in rank order")
     if len(set(checksums)) > 1:
         raise ValueError(
             "process_group: the ranks that share a vocabulary need the same rows, their labels differ; where each rank "
@@ -103,15 +127,16 @@ def make_shard(group: str | None, sizes: Sequence[int] | None) -> Shard | None:
 
 
 def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels ``[n]`` of scored rows as this rank's kernels read them, and the rank that owns each.
+    """Labels ``[n]`` as this rank's kernels read them, and the rank that owns each.
 
-    A label in another shard becomes -1; one outside the vocabulary stays invalid on every rank.
+    A label in another shard becomes -1; one outside the vocabulary stays invalid on every rank, and -100 stays -100.
     """
     stops = torch.tensor(shard.stops, dtype=labels.dtype, device=labels.device)
     stop, size = shard.stops[shard.rank], shard.sizes[shard.rank]
     here = (labels >= stop - size) & (labels < stop)
     local = torch.where(here, labels - (stop - size), -1)
     local = torch.where((labels < 0) | (labels >= shard.vocab), size, local)
+    local = torch.where(labels == IGNORE_INDEX, labels, local)
     owners = torch.bucketize(labels, stops, right=True).clamp(max=len(shard.sizes) - 1)
     return local, owners
 
@@ -147,6 +172,11 @@ def combine(
 def _named(group: str) -> dist.ProcessGroup:
     """Operator schemas know strings, not groups."""
     return distributed_c10d._resolve_process_group(group)  # pyright: ignore  # the name's type is private too
+
+
+def gathered(shard: Shard, table: Tensor) -> Tensor:
+    """``[n, c]`` of every rank as ``[R, n, c]``."""
+    return _gather(table, _named(shard.group))
 
 
 def _gather(table: Tensor, group: dist.ProcessGroup) -> Tensor:

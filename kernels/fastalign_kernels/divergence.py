@@ -17,88 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign_kernels import launch
-from fastalign_kernels.token_logps import IGNORE, _exp, _factors, _scaled, _sum_lanes, tile
+from fastalign_kernels.divergence_tiles import (
+    FORWARD_KL,
+    JSD,
+    MIXTURE,
+    REVERSE_KL,
+    _divergence,
+    _gradient,
+    _mixture,
+    _pair,
+    _row_factors,
+)
+from fastalign_kernels.token_logps import ELSEWHERE, IGNORE, tile
 
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-FORWARD_KL: tl.constexpr = tl.constexpr(0)
-REVERSE_KL: tl.constexpr = tl.constexpr(1)
-JSD: tl.constexpr = tl.constexpr(2)
+KINDS = {"forward_kl": FORWARD_KL.value, "reverse_kl": REVERSE_KL.value, "jsd": JSD.value, "mixture": MIXTURE.value}
 
 # Neither another shape nor a slice of the rows compiles a kernel again.
 SIZES = ["num_rows", "vocab_size", "row_stride", "ref_row_stride"]
 ROW_VECTORS = ["labels_ptr", "row_temperature_ptr", "stats_ptr"]
-
-
-@triton.jit
-def _load_row(ptr, col, vocab_size, inner, outer, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of z and its slope; -inf beyond the vocabulary."""
-    if MASKED:
-        x = tl.load(ptr + col, mask=col < vocab_size, other=0.0, eviction_policy="evict_first")
-    else:
-        x = tl.load(ptr + col, eviction_policy="evict_first")
-    z, slope = _scaled(x, inner, outer, HAS_SOFTCAP)
-    if MASKED:
-        z = tl.where(col < vocab_size, z, float("-inf"))
-    return z, slope
-
-
-@triton.jit
-def _finite(m):
-    """A maximum as what is subtracted: 0 for a lane of banned columns only, where -inf - -inf would be NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _fold(m, s, n, t, w, a, b, CROSS: tl.constexpr):
-    """Fold a tile into the lanes: maxima m, n, sums s, t; with CROSS w = sum exp(a - m) ((a - m) - (b - n))."""
-    top = tl.maximum(m, tl.max(a, 0))
-    ref_top = tl.maximum(n, tl.max(b, 0))
-    decay = _exp(m - _finite(top))
-    offset = a - _finite(top)[None, :]
-    ref_offset = b - _finite(ref_top)[None, :]
-    weight = _exp(offset)
-    if CROSS:
-        shift = (_finite(m) - _finite(top)) - (_finite(n) - _finite(ref_top))
-        share = tl.where(weight > 0, weight * (offset - ref_offset), 0.0)
-        w = tl.where(decay > 0, (w + s * shift) * decay, 0.0) + tl.sum(share, 0)
-    s = s * decay + tl.sum(weight, 0)
-    t = t * _exp(n - _finite(ref_top)) + tl.sum(_exp(ref_offset), 0)
-    return top, s, ref_top, t, w
-
-
-@triton.jit
-def _combine(m, s, n, t, w, LOG_COLS: tl.constexpr):
-    """Both streams' maximum and logsum, and the divergence of the first from the second, from the lanes."""
-    top = tl.max(m, 0)
-    ref_top = tl.max(n, 0)
-    decay = _exp(m - _finite(top))
-    shift = (_finite(m) - _finite(top)) - (_finite(n) - _finite(ref_top))
-    total = _sum_lanes(s * decay, LOG_COLS)
-    ref_total = _sum_lanes(t * _exp(n - _finite(ref_top)), LOG_COLS)
-    cross = _sum_lanes(tl.where(decay > 0, (w + s * shift) * decay, 0.0), LOG_COLS)
-    logsum = tl.log(total)
-    ref_logsum = tl.log(ref_total)
-    return top, logsum, ref_top, ref_logsum, cross / total + (ref_logsum - logsum)
-
-
-@triton.jit
-def _over_mixture(log_p, log_q, mix):
-    """ln(p / M) and ln(pi / M), by way of the larger of the two: exactly 0 where p and pi agree."""
-    gap = log_q - log_p
-    far = tl.where(gap > 0, 1 - mix, mix)
-    log_m = tl.log(1 + far * (_exp(-tl.abs(gap)) - 1))
-    return tl.minimum(-gap, 0.0) - log_m, tl.minimum(gap, 0.0) - log_m
-
-
-@triton.jit
-def _fold_mixture(s, t, log_p, log_q, mix):
-    """Add a tile's p ln(p / M) to the lanes s and its pi ln(pi / M) to t."""
-    p = _exp(log_p)
-    q = _exp(log_q)
-    p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
-    s += tl.sum(tl.where(p == 0, 0.0, p * p_over_m), 0)
-    t += tl.sum(tl.where(q == 0, 0.0, q * q_over_m), 0)
-    return s, t
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*ROW_VECTORS, "value_ptr"])
@@ -120,94 +56,56 @@ def divergence_forward_kernel(
     logit_scale: tl.float64,
     ref_logit_scale: tl.float64,
     KIND: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_REF_SOFTCAP: tl.constexpr,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_COLS: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr,
     VOCAB_ALIGN: tl.constexpr,
 ):
-    """Value and statistics of one pair of rows: one read of both, two for JSD, none when the row is masked."""
+    """Value and statistics of one pair of rows: one read of both, two for JSD, none when the row is masked.
+
+    MIXTURE reads the statistics instead, and writes both of JSD's sums.
+    """
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    COLS: tl.constexpr = 1 << LOG_COLS
     vocab_size = vocab_size // VOCAB_ALIGN * VOCAB_ALIGN
     row_stride = row_stride // STRIDE_ALIGN * STRIDE_ALIGN
     ref_row_stride = ref_row_stride // STRIDE_ALIGN * STRIDE_ALIGN
     row = tl.program_id(0).to(tl.int64)
-    zero = tl.full((), 0.0, dtype)
-    top, logsum, ref_top, ref_logsum, value, pull = zero, zero, zero, zero, zero, zero
-    if tl.load(labels_ptr + row) != IGNORE:
-        z_ptr = logits_ptr + row * row_stride
-        q_ptr = ref_logits_ptr + row * ref_row_stride
-        inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
-        ref_inner, ref_outer = _factors(
-            row, row_temperature_ptr, temperature, ref_softcap, ref_logit_scale, HAS_REF_SOFTCAP, dtype
-        )
-        m = tl.full((COLS,), float("-inf"), dtype)
-        n = tl.full((COLS,), float("-inf"), dtype)
-        s = tl.zeros((COLS,), dtype)
-        t = tl.zeros((COLS,), dtype)
-        w = tl.zeros((COLS,), dtype)
-        lane = tl.arange(0, COLS)[None, :]
-        spot = tl.arange(0, ROWS)[:, None] * COLS + lane
-        whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
-        for start in range(0, whole, ROWS * COLS):
-            z, _ = _load_row(z_ptr, start + spot, vocab_size, inner, outer, HAS_SOFTCAP, False)
-            q, _ = _load_row(q_ptr, start + spot, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, False)
-            if KIND == FORWARD_KL:
-                m, s, n, t, w = _fold(m, s, n, t, w, q, z, True)
-            else:
-                m, s, n, t, w = _fold(m, s, n, t, w, z, q, KIND == REVERSE_KL)
-        for start in range(whole, vocab_size, COLS):
-            z, _ = _load_row(z_ptr, start + lane, vocab_size, inner, outer, HAS_SOFTCAP, True)
-            q, _ = _load_row(q_ptr, start + lane, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, True)
-            if KIND == FORWARD_KL:
-                m, s, n, t, w = _fold(m, s, n, t, w, q, z, True)
-            else:
-                m, s, n, t, w = _fold(m, s, n, t, w, z, q, KIND == REVERSE_KL)
-        if KIND == FORWARD_KL:
-            ref_top, ref_logsum, top, logsum, value = _combine(m, s, n, t, w, LOG_COLS)
-        else:
-            top, logsum, ref_top, ref_logsum, value = _combine(m, s, n, t, w, LOG_COLS)
-            pull = value
-        if KIND == JSD:
-            share = tl.full((), mix, dtype)
-            s = tl.zeros((COLS,), dtype)
-            t = tl.zeros((COLS,), dtype)
-            for start in range(0, whole, ROWS * COLS):
-                z, _ = _load_row(z_ptr, start + spot, vocab_size, inner, outer, HAS_SOFTCAP, False)
-                q, _ = _load_row(q_ptr, start + spot, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, False)
-                s, t = _fold_mixture(s, t, (z - top) - logsum, (q - ref_top) - ref_logsum, share)
-            for start in range(whole, vocab_size, COLS):
-                z, _ = _load_row(z_ptr, start + lane, vocab_size, inner, outer, HAS_SOFTCAP, True)
-                q, _ = _load_row(q_ptr, start + lane, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, True)
-                s, t = _fold_mixture(s, t, (z - top) - logsum, (q - ref_top) - ref_logsum, share)
-            pull = _sum_lanes(s, LOG_COLS)
-            value = share * _sum_lanes(t, LOG_COLS) + (1 - share) * pull
     place = stats_ptr + row
     pitch = tl.cast(num_rows, tl.int64)
-    tl.store(place, top)
-    tl.store(place + pitch, logsum)
-    tl.store(place + 2 * pitch, ref_top)
-    tl.store(place + 3 * pitch, ref_logsum)
-    tl.store(place + 4 * pitch, pull)
+    zero = tl.full((), 0.0, dtype)
+    top, logsum, ref_top, ref_logsum, value, pull = zero, zero, zero, zero, zero, zero
+    label = tl.load(labels_ptr + row)
+    if label != IGNORE:
+        z_ptr = logits_ptr + row * row_stride
+        q_ptr = ref_logits_ptr + row * ref_row_stride
+        scales = (temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
+        factors = _row_factors(row, row_temperature_ptr, scales, CAPPED, REF_CAPPED, dtype)
+        if KIND == MIXTURE:
+            top, logsum = tl.load(place), tl.load(place + pitch)
+            ref_top, ref_logsum = tl.load(place + 2 * pitch), tl.load(place + 3 * pitch)
+        else:
+            top, logsum, ref_top, ref_logsum, value = _divergence(
+                z_ptr, q_ptr, vocab_size, factors, KIND, CAPPED, REF_CAPPED, ROWS, LOG_COLS
+            )
+            pull = value
+        if (KIND == JSD) | (KIND == MIXTURE):
+            norms = (top, logsum, ref_top, ref_logsum)
+            share = tl.full((), mix, dtype)
+            pull, value = _mixture(z_ptr, q_ptr, vocab_size, factors, norms, share, CAPPED, REF_CAPPED, ROWS, LOG_COLS)
+            if KIND == JSD:
+                value = share * value + (1 - share) * pull
+        value = tl.where((label >= ELSEWHERE) & (label < vocab_size), value, float("nan"))
     tl.store(value_ptr + row, value)
-
-
-@triton.jit
-def _gradient(z, q, g, top, logsum, ref_top, ref_logsum, pull, mix, KIND: tl.constexpr):
-    """Gradient of g * value with respect to a tile of z."""
-    log_p = (z - top) - logsum
-    log_q = (q - ref_top) - ref_logsum
-    p = _exp(log_p)
-    if KIND == FORWARD_KL:
-        dz = p - _exp(log_q)
-    elif KIND == REVERSE_KL:
-        dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) - pull))
+    if KIND == MIXTURE:
+        tl.store(value_ptr + pitch + row, pull)
     else:
-        p_over_m, _ = _over_mixture(log_p, log_q, mix)
-        dz = tl.where(p == 0, 0.0, (1 - mix) * p * (p_over_m - pull))
-    return g * dz
+        tl.store(place, top)
+        tl.store(place + pitch, logsum)
+        tl.store(place + 2 * pitch, ref_top)
+        tl.store(place + 3 * pitch, ref_logsum)
+        tl.store(place + 4 * pitch, pull)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "out_stride"], do_not_specialize_on_alignment=[*ROW_VECTORS, "grad_ptr"])
@@ -231,8 +129,8 @@ def divergence_backward_kernel(
     logit_scale: tl.float64,
     ref_logit_scale: tl.float64,
     KIND: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_REF_SOFTCAP: tl.constexpr,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_COLS: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr,
@@ -251,8 +149,9 @@ def divergence_backward_kernel(
     lane = tl.arange(0, COLS)[None, :]
     spot = tl.arange(0, ROWS)[:, None] * COLS + lane
     whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
+    label = tl.load(labels_ptr + row)
     g = tl.load(grad_ptr + row).to(dtype)
-    if (tl.load(labels_ptr + row) == IGNORE) | (g == 0):
+    if (label == IGNORE) | (g == 0):
         for start in range(0, whole, ROWS * COLS):
             tl.store(out_row_ptr + start + spot, tl.zeros((ROWS, COLS), out_dtype))
         for start in range(whole, vocab_size, COLS):
@@ -261,10 +160,9 @@ def divergence_backward_kernel(
     else:
         z_ptr = logits_ptr + row * row_stride
         q_ptr = ref_logits_ptr + row * ref_row_stride
-        inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
-        ref_inner, ref_outer = _factors(
-            row, row_temperature_ptr, temperature, ref_softcap, ref_logit_scale, HAS_REF_SOFTCAP, dtype
-        )
+        scales = (temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
+        factors = _row_factors(row, row_temperature_ptr, scales, CAPPED, REF_CAPPED, dtype)
+        g = tl.where((label >= ELSEWHERE) & (label < vocab_size), g, float("nan"))
         place = stats_ptr + row
         pitch = tl.cast(num_rows, tl.int64)
         top = tl.load(place)
@@ -275,14 +173,12 @@ def divergence_backward_kernel(
         share = tl.full((), mix, dtype)
         for start in range(0, whole, ROWS * COLS):
             col = start + spot
-            z, slope = _load_row(z_ptr, col, vocab_size, inner, outer, HAS_SOFTCAP, False)
-            q, _ = _load_row(q_ptr, col, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, False)
+            z, slope, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, False)
             dz = _gradient(z, q, g, top, logsum, ref_top, ref_logsum, pull, share, KIND)
             tl.store(out_row_ptr + col, (dz * slope).to(out_dtype))
         for start in range(whole, vocab_size, COLS):
             col = start + lane
-            z, slope = _load_row(z_ptr, col, vocab_size, inner, outer, HAS_SOFTCAP, True)
-            q, _ = _load_row(q_ptr, col, vocab_size, ref_inner, ref_outer, HAS_REF_SOFTCAP, True)
+            z, slope, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, True)
             dz = _gradient(z, q, g, top, logsum, ref_top, ref_logsum, pull, share, KIND)
             tl.store(out_row_ptr + col, (dz * slope).to(out_dtype), mask=col < vocab_size)
 
@@ -316,6 +212,31 @@ def forward(
                 **launch.options(logits),
             )
     return value, stats
+
+
+def mixture(
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, stats: Tensor, *, mix: float = 0.5, **scaling: Any
+) -> Tensor:
+    """The sums that make the Jensen-Shannon divergence, over columns that may be a slab of the vocabulary.
+
+    Args:
+        logits, ref_logits, labels, mix, scaling: as given to `forward`.
+        stats: ``[5, N]``, max and logsum of both streams over the whole vocabulary; its last row is not read.
+
+    Returns:
+        ``[2, N]`` of the dtype of ``stats``: sum pi ln(pi / M) and sum p ln(p / M).
+    """
+    logits, ref_logits = launch.unit_columns(logits), launch.unit_columns(ref_logits)
+    sums = stats.new_empty(2, len(labels))
+    if len(labels):
+        with launch.device(logits):
+            divergence_forward_kernel[(len(labels),)](
+                stats_ptr=stats.contiguous(),
+                value_ptr=sums,
+                **_arguments(logits, ref_logits, labels, "mixture", mix, [], **scaling),
+                **launch.options(logits),
+            )
+    return sums
 
 
 def backward(
@@ -390,8 +311,8 @@ def _arguments(
         "logit_scale": float(logit_scale),
         "ref_logit_scale": float(ref_logit_scale),
         "KIND": KINDS[kind],
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_REF_SOFTCAP": ref_softcap is not None,
+        "CAPPED": softcap is not None,
+        "REF_CAPPED": ref_softcap is not None,
         "ROWS": rows,
         "LOG_COLS": log_cols,
         "STRIDE_ALIGN": launch.alignment(itemsize, logits.stride(0), ref_logits.stride(0), *strides),

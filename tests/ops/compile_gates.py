@@ -75,6 +75,9 @@ def launch_divergence(dtype=torch.bfloat16, ref_dtype=None, kind="jsd", softcap=
     logits, ref_logits = torch.zeros(2, vocab_size, dtype=dtype), torch.zeros(2, vocab_size, dtype=ref_dtype or dtype)
     labels, options = torch.zeros(2, dtype=torch.int64), {"kind": kind, "softcap": softcap, "ref_softcap": softcap}
     value, stats = divergence.forward(logits, ref_logits, labels, **options)
+    if options.pop("kind") == "jsd":
+        divergence.mixture(logits, ref_logits, labels, stats, **options)
+    options["kind"] = kind
     divergence.backward(torch.zeros_like(logits), logits, ref_logits, labels, stats, value, **options)
 
 

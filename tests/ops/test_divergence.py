@@ -166,6 +166,45 @@ def test_a_spoiled_row_spoils_no_other_and_zero_coefficients_read_nothing(backen
     assert torch.equal(value[others], clean[0][others]) and torch.equal(grad[others], clean[1][others])
 
 
+def kernel_case(backend, vocab, dtype):
+    device = torch.device(place(backend))
+    kernels = dispatch.kernels("divergence", backend, device)
+    return kernels, [x.to(device) for x in (*make_case(vocab, dtype), LABELS.clamp(max=vocab - 1))]
+
+
+@on_backends
+@of_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_invalid_label_makes_its_row_nan_and_an_elsewhere_one_does_not(backend, kind, dtype):
+    kernels, (logits, ref_logits, g, labels) = kernel_case(backend, 507, dtype)
+    expected, stats = kernels.forward(logits, ref_logits, labels, kind=kind)
+    right, out = torch.empty_like(logits), torch.empty_like(logits)
+    kernels.backward(right, logits, ref_logits, labels, stats, g.to(dtype), kind=kind)
+    wrong = labels.clone()
+    wrong[3], wrong[4], wrong[5], g[5] = 507, -1, -7, 0
+    value, stats = kernels.forward(logits, ref_logits, wrong, kind=kind)
+    kernels.backward(out, logits, ref_logits, wrong, stats, g.to(dtype), kind=kind)
+    others = [row for row in range(N) if row not in (3, 5)]
+    assert value[[3, 5]].isnan().all() and torch.equal(value[others], expected[others])
+    assert out[3].isnan().all() and not out[5].any() and torch.equal(out[others], right[others])
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_mixture_of_slabs_is_that_of_the_whole(backend, dtype):
+    kernels, (logits, ref_logits, _, labels) = kernel_case(backend, 2500, dtype)
+    options = {"mix": 0.3, "softcap": 5.0, "ref_softcap": 9.0, "temperature": 0.7}
+    value, stats = kernels.forward(logits, ref_logits, labels, kind="jsd", **options)
+    sums = 0
+    for first, last in ((0, 1), (1, 1700), (1700, 2500)):
+        sums += kernels.mixture(
+            logits[:, first:last], ref_logits[:, first:last], labels.clamp(max=-1), stats, **options
+        )
+    assert torch.allclose(sums[1], stats[4], atol=1e-6)
+    assert torch.allclose(0.3 * sums[0] + 0.7 * sums[1], value, atol=1e-6)
+    assert value[LABELS.to(value.device) != -100].all() and not value[LABELS.to(value.device) == -100].any()
+
+
 @on_backends
 def test_in_place_is_bitwise_the_same(backend):
     device = place(backend)
@@ -335,7 +374,7 @@ def test_the_reference_gets_no_gradient_and_nothing_is_differentiated_twice():
 @of_kinds
 def test_custom_ops(kind):
     logits, ref_logits = torch.randn(N, 35, requires_grad=True), torch.randn(N, 35)
-    args = (logits, ref_logits, LABELS, torch.linspace(0.5, 1.5, N), 1.0, kind, 0.3, 5.0, None, None)
+    args = (logits, ref_logits, LABELS, torch.linspace(0.5, 1.5, N), 1.0, kind, 0.3, 5.0, None, None, None, None)
     torch.library.opcheck(_op, args, test_utils=CHECKS)
     saved = (_op(*args)[1], torch.randn(N))
     torch.library.opcheck(_backward_op, (logits.detach(), *args[1:], *saved), test_utils=CHECKS)
@@ -345,7 +384,7 @@ def test_custom_ops(kind):
 def test_linear_custom_ops(trainable):
     hidden, weight = torch.randn(N, 5, requires_grad=True), torch.randn(35, 5, requires_grad=trainable)
     ref = (torch.randn(N, 3), torch.randn(35, 3), None)
-    options = (LABELS, None, 0.7, "jsd", 0.3, 5.0, None, 1.0, 1.0, torch.float32, torch.float32, None, None)
+    options = (LABELS, None, 0.7, "jsd", 0.3, 5.0, None, 1.0, 1.0, torch.float32, torch.float32, None, None, None, None)
     args = (hidden, weight, None, *ref, *options)
     torch.library.opcheck(linear_op, (*args, True, trainable), test_utils=CHECKS)
     _, stats, directions = linear_op(*args, True, trainable)

@@ -1,0 +1,164 @@
+"""The torch backend of ``divergence``: block of rows by block of rows, in the statistics' dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.token_logps import _blocks, _out_of_range, _rows_of, _scaled, _slope, stats_dtype
+from fastalign.types import IGNORE_INDEX
+
+
+def forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    kind: str,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each pair of rows, block of rows by block of rows.
+
+    Args:
+        logits, ref_logits: ``[N, V]`` of any float dtypes and strides.
+        labels: ``[N]``; -100 masks a row, another one outside ``[0, V)`` makes it NaN, -1 (elsewhere) excepted.
+        kind: "forward_kl", "reverse_kl" or "jsd"; ``mix`` is the weight of the reference in the mixture of "jsd".
+        temperature: a number or ``[N]``, for both streams; softcap and logit scale are each stream's own.
+
+    Returns:
+        value ``[N]`` and stats ``[5, N]`` in fp32 (fp64 if a stream is fp64), 0 in masked rows. The rows of stats: max
+        and logsum of z, the same of q, and the mean that backward subtracts: KL(p || pi), for "jsd" KL(p || M).
+    """
+    dtype = stats_dtype(logits, ref_logits)
+    value = torch.empty(len(labels), dtype=dtype, device=logits.device)
+    stats = torch.empty(5, len(labels), dtype=dtype, device=logits.device)
+    for rows in _blocks(logits):
+        tau, masked = _rows_of(temperature, rows), labels[rows] == IGNORE_INDEX
+        log_p, *p_stats = _normalised(_z(logits[rows], dtype, tau, softcap, logit_scale))
+        log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))
+        result, pull = _values(log_p, log_q, kind, mix)
+        stats[:, rows] = torch.stack([*p_stats, *q_stats, pull]).masked_fill_(masked, 0)
+        value[rows] = _marked(result.masked_fill(masked, 0), labels[rows], logits)
+    return value, stats
+
+
+def mixture(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    *,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> Tensor:
+    """The two sums of "jsd", ``[2, N]``: ``sum pi ln(pi / M)`` and ``sum p ln(p / M)``.
+
+    The columns may be any slab of the vocabulary that the maxima and logsums in ``stats`` were made of.
+    """
+    sums = stats.new_empty(2, len(labels))
+    for rows in _blocks(logits):
+        tau, (p_max, p_logsum, q_max, q_logsum, _) = _rows_of(temperature, rows), stats[:, rows, None]
+        log_p = _z(logits[rows], stats.dtype, tau, softcap, logit_scale).sub_(p_max).sub_(p_logsum)
+        log_q = _z(ref_logits[rows], stats.dtype, tau, ref_softcap, ref_logit_scale).sub_(q_max).sub_(q_logsum)
+        p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
+        both = torch.stack([_mean(log_q, q_over_m), _mean(log_p, p_over_m)])
+        sums[:, rows] = _marked(both.masked_fill_(labels[rows] == IGNORE_INDEX, 0), labels[rows], logits)
+    return sums
+
+
+def _marked(values: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+    """NaN where a label is out of range."""
+    return values.masked_fill_(_out_of_range(labels, logits.shape[1]), torch.nan)
+
+
+def backward(
+    out: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    *,
+    kind: str,
+    mix: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+) -> None:
+    """Writes the gradient of ``grad . value`` in the logits into ``out`` ``[N, V]``, which may be ``logits``.
+
+    Masked rows and rows whose ``grad`` is 0 become zeros, unread. The columns may be any slab of the vocabulary that
+    the statistics were made of.
+    """
+    dtype = stats.dtype
+    for rows in _blocks(logits):
+        tau, g = _rows_of(temperature, rows), grad[rows]
+        p_max, p_logsum, q_max, q_logsum, pull = stats[:, rows, None]
+        z = _z(logits[rows], dtype, tau, softcap, logit_scale)
+        slope = _slope(z, tau, softcap, logit_scale)
+        q = _z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale)
+        dz = _slopes(z.sub_(p_max).sub_(p_logsum), q.sub_(q_max).sub_(q_logsum), pull, kind, mix)
+        skipped = (labels[rows] == IGNORE_INDEX) | (g == 0)
+        g = _marked(g.clone(), labels[rows], logits)
+        out[rows] = dz.mul_(g[:, None]).mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
+
+
+def _z(x: Tensor, dtype: torch.dtype, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    return _scaled(x.double() if dtype == torch.float64 else x, tau, softcap, logit_scale)
+
+
+def _normalised(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities in place of ``z``, max and logsum."""
+    maximum = z.amax(-1)
+    z.sub_(maximum[:, None])
+    logsum = z.exp().sum(-1).log_()
+    return z.sub_(logsum[:, None]), maximum, logsum
+
+
+def _values(log_p: Tensor, log_q: Tensor, kind: str, mix: float) -> tuple[Tensor, Tensor]:
+    """The divergence and the mean that backward subtracts."""
+    if kind == "forward_kl":
+        value = _mean(log_q, log_q - log_p)
+        return value, torch.zeros_like(value)
+    if kind == "reverse_kl":
+        value = _mean(log_p, log_p - log_q)
+        return value, value
+    p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
+    pull = _mean(log_p, p_over_m)
+    return mix * _mean(log_q, q_over_m) + (1 - mix) * pull, pull
+
+
+def _mean(log_a: Tensor, x: Tensor) -> Tensor:
+    """``sum_v a_v x_v`` over the columns with ``a_v > 0``."""
+    a = log_a.exp()
+    return torch.where(a == 0, 0, a * x).sum(-1)
+
+
+def _over_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """``ln(p / M)`` and ``ln(pi / M)``, by way of the larger of the two: exactly 0 where p and pi agree."""
+    gap = log_q - log_p
+    far = torch.full_like(gap, mix).masked_fill_(gap > 0, 1 - mix)
+    log_m = gap.abs().neg_().expm1_().mul_(far).log1p_()  # ln(M / the larger one)
+    return gap.neg().clamp_(max=0).sub_(log_m), gap.clamp_(max=0).sub_(log_m)
+
+
+def _slopes(log_p: Tensor, log_q: Tensor, pull: Tensor, kind: str, mix: float) -> Tensor:
+    """``dz`` for an upstream gradient of 1."""
+    p = log_p.exp()
+    if kind == "forward_kl":
+        return p.sub_(log_q.exp_())
+    if kind == "reverse_kl":
+        return torch.where(p == 0, 0, (log_p - log_q).sub_(pull).mul_(p))
+    p_over_m, _ = _over_mixture(log_p, log_q, mix)
+    return torch.where(p == 0, 0, p_over_m.sub_(pull).mul_(p)).mul_(1 - mix)
