@@ -46,7 +46,7 @@ class PackedBatch:
         parents: ``[S]`` int32 prefix segment of each segment, -1 for a root; stays on the host.
         rows: ``[N]`` int64, the hidden row that predicts each scored token (the last prompt row once per response).
         labels: ``[N]`` int64, the predicted tokens.
-        cu_seqlens: ``[B+1]`` int32, offsets of each logical sequence in the N scored tokens.
+        cu_seqlens: ``[B+1]`` int32, offsets of each logical sequence in the N scored tokens; stays on the host.
         example_ids: dataset position of each example in the batch, in order; names the batch in error messages.
         logical_tokens: tokens before sharing, the prompt counted once per response.
         ref_logps: ``[N]`` fp32 log-probs under the reference, when known.
@@ -84,11 +84,12 @@ class PackedBatch:
         return self.cu_seqlens.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on ``device``, the layout excepted."""
+        """The same batch with its tensors on ``device``, layouts excepted."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if f.name not in ("cu_segments", "parents") and isinstance(value := getattr(self, f.name), Tensor)
+            if f.name not in ("cu_segments", "parents", "cu_seqlens")
+            and isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 

@@ -30,7 +30,7 @@ def reference_logps(reference: Policy, batch: PackedBatch, align: Align) -> Tens
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> TokenStats:
         offsets = None if align == "token" else batch.cu_seqlens
-        cut = {"cu_seqlens": offsets, "align": align, "entropy": True}
+        cut = {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored}
         return linear_loss(hidden, weight, labels, sum_logps, **cut, **options)[1]
 
     return reference(batch, head).logps

@@ -156,7 +156,7 @@ def run_head(policy: Policy, batch: PackedBatch, loss_fn: LossFn, align: Align) 
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, TokenStats]:
         offsets = None if align == "token" else batch.cu_seqlens
-        cut = {"cu_seqlens": offsets, "align": align, "entropy": True}
+        cut = {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored}
         return linear_loss(hidden, weight, labels, loss_fn, **cut, **options)
 
     return policy(batch, head)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import Lora, check_linear, check_lora, check_memory, check_scaling, unpack_lora
+from fastalign.ops._checks import (
+    Lora,
+    check_deterministic,
+    check_linear,
+    check_lora,
+    check_memory,
+    check_num_scored,
+    check_scaling,
+    unpack_lora,
+)
 from fastalign.ops._dtensor import vocabulary_slices, whole
 from fastalign.ops._head import INVARIANT_ROWS, Head, Options, gemm_dtype, make_head
 from fastalign.ops.token_logps import split_temperature, stats_dtype
@@ -18,7 +27,7 @@ from fastalign.types import IGNORE_INDEX
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? up, Tensor? bias, Tensor labels, Tensor? temperatures, float temperature, "
     "float? softcap, float logit_scale, ScalarType dtype, int? memory, str? backend, bool batch_invariant, "
-    "str? group, int[]? shards"
+    "SymInt? num_scored, str? group, int[]? shards"
 )
 """The fields of ``Call`` as operator schemas, which are flat, spell them."""
 TENSORS = 6
@@ -34,6 +43,7 @@ class Call(NamedTuple):
         up: the adapter's B ``[V, r]``.
         temperatures, temperature: ``[N]``, or the number.
         dtype: of the GEMMs.
+        num_scored: how many labels are not -100, where the caller knows.
         group, shards: the process group's name and the columns of each of its ranks.
     """
 
@@ -50,6 +60,7 @@ class Call(NamedTuple):
     memory: int | None
     backend: str | None
     batch_invariant: bool
+    num_scored: int | None
     group: str | None
     shards: list[int] | None
 
@@ -68,6 +79,8 @@ def make_call(
     memory: int | None,
     backend: str | None,
     batch_invariant: bool,
+    num_scored: int | None,
+    deterministic: bool,
 ) -> tuple[Call, bool]:
     """The checked call, and whether any rank trains the head."""
     down, up, scale = unpack_lora(lora)
@@ -78,24 +91,28 @@ def make_call(
     check_linear(hidden, weight, bias, labels)
     check_scaling(temperature, softcap, labels)
     check_memory(memory)
+    check_num_scored(num_scored, labels)
+    if deterministic:
+        check_deterministic(hidden.device, process_group)
     trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
     number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
     dtype = gemm_dtype(hidden, weight)
     if down is not None and up is not None:
         check_lora(down, up, hidden, weight)
-        hidden = _with_image(hidden, labels, down.to(dtype), scale, batch_invariant)
+        scored = None if num_scored == len(labels) else labels != IGNORE_INDEX
+        hidden = _with_image(hidden, scored, down.to(dtype), scale, batch_invariant)
     group, shards, trainable = exchange(process_group, weight, len(hidden), trainable, labels)
     scaling = (rows, number, softcap, float(logit_scale), dtype)
-    call = Call(hidden, weight, up, bias, labels, *scaling, memory, backend, batch_invariant, group, shards)
-    return call, trainable
+    run = (memory, backend, batch_invariant, num_scored, group, shards)
+    return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
 
 
-def _with_image(hidden: Tensor, labels: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
+def _with_image(hidden: Tensor, scored: Tensor | None, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
     """``[h, scale * h @ A.T]`` per row: ordinary autograd carries its gradient on to A, and to the hidden states.
 
     Rows that are not scored are selected out: there a product with their zero gradient could still be NaN.
     """
-    rows = hidden.where((labels != IGNORE_INDEX)[:, None], 0.0).to(down.dtype)
+    rows = (hidden if scored is None else hidden.where(scored[:, None], 0.0)).to(down.dtype)
     return torch.cat([hidden, _image(rows, down, scale, batch_invariant).to(hidden.dtype)], 1)
 
 
@@ -116,4 +133,5 @@ def head_of(op: str, call: Call) -> Head:
         make_shard(call.group, call.shards),
     )
     kernels = dispatch.kernels(op, call.backend, call.hidden.device)
-    return make_head(call.hidden, call.weight, call.bias, call.labels, options, kernels, call.up)
+    tensors = (call.hidden, call.weight, call.bias, call.labels)
+    return make_head(*tensors, options, kernels, call.up, call.num_scored)

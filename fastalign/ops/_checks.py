@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -124,3 +126,37 @@ def check_memory(memory: int | None) -> None:
     """``memory`` is a positive number of bytes."""
     if memory is not None and memory <= 0:
         raise ValueError(f"memory must be a positive number of bytes or None, got {memory}")
+
+
+def check_num_scored(num_scored: int | None, labels: Tensor) -> None:
+    """``num_scored`` is a number of rows, or None."""
+    if num_scored is not None and not 0 <= num_scored <= len(labels):
+        raise ValueError(f"num_scored must lie between 0 and N = {len(labels)}, or be None, got {num_scored}")
+
+
+def check_deterministic(device: torch.device, process_group: dist.ProcessGroup | None) -> None:
+    """Equal calls give equal bits from run to run here; what cannot promise it is refused.
+
+    On a CPU that holds as long as the number of threads stays (it matters to the GEMMs, not to our kernels). On CUDA
+    torch answers for GEMMs and for what ``loss_fn`` does, in its deterministic mode only.
+    """
+    if device.type == "cpu":
+        return
+    promise = "deterministic=True cannot be kept"
+    if device.type != "cuda":
+        raise ValueError(f"{promise} on {device.type}: move the tensors to the CPU or to CUDA")
+    if torch.get_deterministic_debug_mode() != 2:
+        raise ValueError(f"{promise} outside torch's deterministic mode: call torch.use_deterministic_algorithms(True)")
+    if torch.cuda.is_available() and torch.cuda.tunable.is_enabled():
+        raise ValueError(f"{promise} while TunableOp picks GEMMs by their time: call torch.cuda.tunable.enable(False)")
+    if process_group is not None and process_group.size() > 2 and not _sums_in_fixed_order(process_group):
+        raise ValueError(f"{promise} where NCCL may add in the switch: set NCCL_ALGO=^NVLS before the group is made")
+
+
+def _sums_in_fixed_order(group: dist.ProcessGroup) -> bool:
+    """Whether the sum over more than two ranks is the same in every run; in-network sums (NVLS) need not be."""
+    if "nccl" not in dist.get_backend(group):
+        return True
+    algorithms = os.environ.get("NCCL_ALGO", "")
+    excluded = algorithms.startswith("^") == ("NVLS" in algorithms.upper())
+    return os.environ.get("NCCL_NVLS_ENABLE") == "0" or (algorithms != "" and excluded)

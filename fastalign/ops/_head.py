@@ -122,12 +122,12 @@ def make_head(
     options: Options,
     sweep: ModuleType,
     up: Tensor | None = None,
+    num_scored: int | None = None,
 ) -> Head:
-    """Selects the scored rows (on CUDA one host sync, for their number) and casts the head once."""
+    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once."""
     shard, owners = options.shard, None
     labels = kernel_labels(labels, weight.shape[0] if shard is None else shard.vocab)
-    scored = labels != IGNORE_INDEX
-    rows = None if bool(scored.all()) else scored.nonzero().squeeze(1)
+    rows = scored_rows(labels, num_scored)
     temperature = options.temperature
     if rows is not None:
         labels = labels[rows]
@@ -144,6 +144,25 @@ def make_head(
     assert matrix is not None
     head = Head(hidden.detach(), rows, labels, matrix, bias, temperature, options, sweep, weight.dtype, out, owners)
     return replace(head, up=up, cast=cast)
+
+
+def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
+    """Positions of the labels that are not -100, None for all of them; no sync when their number is given.
+
+    Raises:
+        ValueError: it is another one. Where only the device knows, on CUDA, a device-side assertion.
+    """
+    scored = labels != IGNORE_INDEX
+    if num_scored is None:
+        return None if bool(scored.all()) else scored.nonzero().squeeze(1)
+    right = scored.sum() == num_scored
+    if labels.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(right, f"num_scored is {num_scored}, but not so many labels differ from -100")
+    elif not right:
+        raise ValueError(f"num_scored is {num_scored}, but {int(scored.sum())} labels are not {IGNORE_INDEX}")
+    if num_scored == len(labels):
+        return None
+    return torch.nonzero_static(scored, size=num_scored).squeeze(1)
 
 
 def parts(head: Head) -> list[tuple[Tensor, slice]]:

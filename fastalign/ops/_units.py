@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastalign.ops._transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
 Align = Literal["token", "sequence", "pair", "group"]
@@ -35,11 +36,13 @@ class Units:
         """Global ids of the sequences of units ``start:stop``, and their offsets from the first one's first row."""
         first, last = self.offsets[start], self.offsets[stop]
         offsets = [offset - self.cu_scored[first] for offset in self.cu_scored[first : last + 1]]
-        return torch.arange(first, last, device=device), torch.tensor(offsets, device=device)
+        return torch.arange(first, last, device=device), on_device(offsets, device)
 
 
-def make_units(labels: Tensor, cu_seqlens: Tensor | None, cu_groups: Tensor | None, align: Align) -> Units | None:
-    """The units of a call, None for ``align="token"``.
+def make_units(
+    labels: Tensor, cu_seqlens: Tensor | None, cu_groups: Tensor | None, align: Align, num_scored: int | None
+) -> Units | None:
+    """The units of a call, None for ``align="token"``; no sync when offsets are on the host and all rows are scored.
 
     Raises:
         ValueError: unknown ``align``, offsets that are missing or do not cover the rows, an odd number for pairs.
@@ -51,8 +54,11 @@ def make_units(labels: Tensor, cu_seqlens: Tensor | None, cu_groups: Tensor | No
     if cu_seqlens is None:
         raise ValueError(f"align={align!r} needs cu_seqlens, the [B+1] offsets of the sequences in the N rows")
     ends = checked_offsets("cu_seqlens", cu_seqlens, len(labels), "rows")
+    offsets = _unit_offsets(len(ends) - 1, cu_groups, align)
+    if num_scored == len(labels):
+        return Units(offsets, ends)
     scored = torch.nn.functional.pad((labels != IGNORE_INDEX).cumsum(0), (1, 0)).cpu()
-    return Units(_unit_offsets(len(ends) - 1, cu_groups, align), scored[torch.tensor(ends)].tolist())
+    return Units(offsets, scored[torch.tensor(ends)].tolist())
 
 
 def _unit_offsets(num_sequences: int, cu_groups: Tensor | None, align: Align) -> list[int]:

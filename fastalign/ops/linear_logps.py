@@ -245,6 +245,8 @@ def linear_logps(
     memory: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
+    num_scored: int | None = None,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
 
@@ -271,12 +273,16 @@ def linear_logps(
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton" or None for the best one here.
         batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
+        num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
+            the device, and can be captured in a CUDA graph. N when the rows are selected already.
+        deterministic: refuse what could change a bit from run to run (with equal threads, on the same hardware).
 
     Returns:
         logps ``[N]`` in fp32 (fp64 if an input is fp64), or (logps, entropy).
 
     Raises:
-        ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN).
+        ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
+            ``deterministic=True`` where that cannot be promised.
         RuntimeError: double backward.
 
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
@@ -295,6 +301,8 @@ def linear_logps(
         memory=memory,
         backend=backend,
         batch_invariant=batch_invariant,
+        num_scored=num_scored,
+        deterministic=deterministic,
     )
     logps, entropies, _ = row_stats(call, entropy, trainable)
     return logps if entropies is None else (logps, entropies)

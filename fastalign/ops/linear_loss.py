@@ -24,6 +24,7 @@ from fastalign.ops._gradients import needed, recomputed_gradients
 from fastalign.ops._head import Head, Leaves, Needs, kernel_dtype, spread
 from fastalign.ops._loss_fn import LossFn, checked
 from fastalign.ops._passes import Outcome, is_top1, one_pass, two_phase
+from fastalign.ops._transfer import on_device
 from fastalign.ops._units import Align, Units, make_units
 from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
 from fastalign.ops.plan import Plan
@@ -134,6 +135,8 @@ def linear_loss(
     memory: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
+    num_scored: int | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """``loss_fn`` of token log-probs, with the gradients of ``hidden``, ``weight`` and ``bias`` made in the same pass.
 
@@ -147,13 +150,15 @@ def linear_loss(
         loss_fn: gets a ``TokenStats`` of scored rows and returns the chunk's share of the loss, a scalar sum whose
             normalisers are fixed beforehand, or (scalar, dict of metric sums). It runs once per chunk, possibly never,
             and may index its own detached tensors by ``stats.rows`` and ``stats.sequences``.
-        cu_seqlens: ``[B+1]`` offsets of the sequences in the N rows; needed unless ``align="token"``.
+        cu_seqlens: ``[B+1]`` offsets of the sequences in the N rows; needed unless ``align="token"``. The host reads
+            them: next to CUDA tensors keep them on the CPU.
         cu_groups: ``[G+1]`` offsets of the groups in the B sequences, for ``align="group"``.
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy: give ``loss_fn`` the entropy too; its gradient flows.
-        bias, lora, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant: see
-            ``linear_logps``.
+        bias, lora, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant, deterministic:
+            see ``linear_logps``.
+        num_scored: see ``linear_logps``; an aligned call needs N, the rows selected already, to spare the host's wait.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -182,10 +187,12 @@ def linear_loss(
         memory=memory,
         backend=backend,
         batch_invariant=batch_invariant,
+        num_scored=num_scored,
+        deterministic=deterministic,
     )
     if torch.compiler.is_compiling():
         return _composed(call, trainable, loss_fn, cu_seqlens, align, entropy)
-    head, units = head_of("linear_loss", call), make_units(labels, cu_seqlens, cu_groups, align)
+    head, units = head_of("linear_loss", call), make_units(call.labels, cu_seqlens, cu_groups, align, num_scored)
     inputs = Leaves(*call[:4])
     needs, lengths = _needs(inputs), None if units is None else units.lengths
     trained, coefficients = trained_columns(inputs, needs), "token" if units is None else "unit"
@@ -218,7 +225,7 @@ def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Ten
         None if stats.entropy is None else spread(head, stats.entropy, head.out_dtype),
         spread(head, is_top1(stats), torch.bool),
         sequences,
-        None if cu_seqlens is None else cu_seqlens.long(),
+        None if cu_seqlens is None else on_device(cu_seqlens, device),
         outcome.metrics,
     )
 
@@ -238,7 +245,7 @@ def _composed(
     sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)
-    offsets = None if cu_seqlens is None else cu_seqlens.long()
+    offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device).long()
     stats = TokenStats(logps, torch.arange(len(labels), device=labels.device), entropies, top1, sequences, offsets)
     loss, metrics = checked(loss_fn(stats))
     detached = replace(stats, logps=logps.detach(), metrics=metrics)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from fastalign.ops._transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
 
@@ -131,7 +132,7 @@ def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     A label in another shard becomes -1; one outside the vocabulary stays invalid on every rank, and -100 stays -100.
     """
-    stops = torch.tensor(shard.stops, dtype=labels.dtype, device=labels.device)
+    stops = on_device(shard.stops, labels.device).to(labels.dtype)
     stop, size = shard.stops[shard.rank], shard.sizes[shard.rank]
     here = (labels >= stop - size) & (labels < stop)
     local = torch.where(here, labels - (stop - size), -1)

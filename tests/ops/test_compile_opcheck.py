@@ -38,7 +38,7 @@ def test_linear_op(trainable, entropy, rank):
     up = torch.randn(V, rank, requires_grad=trainable) if rank else None
     bias = torch.randn(V, requires_grad=trainable)
     tensors = (hidden, weight, up, bias, LABELS, ROWS)
-    call = Call(*tensors, 1.0, None, 0.5, torch.float32, None, None, False, None, None)
+    call = Call(*tensors, 1.0, None, 0.5, torch.float32, None, None, False, 7 if rank else None, None, None)
     args = (*call, entropy, True, trainable)
     torch.library.opcheck(linear_op, args, test_utils=CHECKS)
     _, entropies, maximum, logsum, directions = linear_op(*args)
