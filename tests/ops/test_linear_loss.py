@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastalign.ops import _gradients, _head, _passes, linear_loss, plan
+from fastalign.ops import _gradients, _head, _passes, linear_logps, linear_loss, plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 
@@ -336,6 +336,33 @@ def test_autocast_is_honoured():
     halves = {name: tensor.detach().bfloat16().requires_grad_() for name, tensor in x.tensors.items()}
     assert torch.equal(stats.logps, linear_loss(**halves, labels=x.labels, loss_fn=sft)[1].logps)
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, list(x.tensors.values())))
+
+
+@pytest.mark.parametrize("memory", [None, 60_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["linear_loss", "linear_logps"])
+def test_a_tied_weight_sums_both_of_its_gradients(op, dtype, memory):
+    """The same matrix embeds the tokens and projects to logits, as small language models do."""
+    x, ids = inputs(dtype), torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
+    blocks = torch.randn(D, D, generator=torch.Generator().manual_seed(4)) / D**0.5
+
+    def gradient(tied, head):
+        hidden = torch.tanh(torch.nn.functional.embedding(ids, tied) @ blocks.to(tied.dtype))
+        return torch.autograd.grad(head(hidden, tied), [tied])[0]
+
+    def ours(hidden, tied):
+        options = {"labels": x.labels, "memory": memory}
+        if op == "linear_logps":
+            return (linear_logps(hidden, tied, **options) * x.grad_logps).sum()
+        return linear_loss(hidden, tied, loss_fn=lambda s: (s.logps * x.grad_logps[s.rows]).sum(), **options)[0]
+
+    def eager(hidden, tied):
+        return (reference(hidden, tied, x.labels)[0] * x.grad_logps).sum()
+
+    tied = x.tensors["weight"]
+    wide = tied.detach().double().requires_grad_()
+    assert_matches(gradient(tied, ours), gradient(tied, eager), gradient(wide, eager), name="tied weight")
+    assert gradient(tied, eager).norm() > 1.05 * gradient(tied, lambda hidden, w: eager(hidden.detach(), w)).norm()
 
 
 PEAK = """
