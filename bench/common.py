@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -21,8 +22,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "datasets", "accelerate")
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "liger_kernel", "cut-cross-entropy", "quack-kernels", "verl"),
+    *("datasets", "accelerate"),
+)
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 MIB = 2**20
+STATUS = Path("/proc/self/status")
 
 
 def version(package: str) -> str | None:
@@ -48,11 +54,20 @@ def commit() -> str:
     return run.stdout.strip() if run.returncode == 0 else "unknown"
 
 
-def environment() -> dict[str, Any]:
+def _gpu_state() -> dict[str, str]:
+    """Driver, clocks, power and temperature, where nvidia-smi tells them."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    run = subprocess.run(query, capture_output=True, text=True) if which("nvidia-smi") else None
+    values = run.stdout.splitlines()[0].split(",") if run is not None and run.returncode == 0 else []
+    return {name: value.strip() for name, value in zip(GPU_FIELDS, values, strict=False)}
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Where a figure was measured: device, threads, versions, commit, time."""
-    cuda = torch.cuda.is_available()
+    gpu = {"gpu": _gpu_state(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        **gpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -64,14 +79,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def record(name: str, rows: Iterable[dict[str, Any]]) -> Path:
-    """Append ``rows`` to ``bench/results/<name>.json``, one JSON object per line, each with the environment."""
-    path = RESULTS / f"{name}.json"
-    where = environment()
-    RESULTS.mkdir(exist_ok=True)
+def record(name: str, rows: Iterable[dict[str, Any]], where: dict[str, Any], results: Path | None = None) -> Path:
+    """Append ``rows`` to ``<results>/<name>.json``, one JSON object per line, each with the environment ``where``."""
+    path = (results or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **where}) + "\n" for row in rows)
     return path
+
+
+def read_records(pattern: str, results: Path | None = None) -> list[dict[str, Any]]:
+    """All rows of the recorded files whose name matches, oldest first."""
+    files = sorted((results or RESULTS).glob(f"{pattern}.json"))
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines() if line.strip()]
+    return sorted(rows, key=lambda row: row["time"])
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -83,8 +104,14 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """``max |value - truth| / max |truth|`` in float64; infinite when ``value`` is not finite."""
-    difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-300)
+    """``max |value - truth| / max |truth|`` in float64; infinite when either is not finite or the shapes differ.
+
+    A scalar's error is absolute below 1: losses cancel, and nothing is small beside a loss that happens to be 0.
+    """
+    if value.shape != truth.shape:
+        return float("inf")
+    scale = truth.double().abs().max().clamp_min(1e-300 if truth.dim() else 1.0)
+    difference = value.double().sub_(truth.double()).abs_().max() / scale
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
@@ -93,11 +120,19 @@ def peak_mib() -> float:
 
     Linux's own count (VmHWM, in KiB) begins with the program; getrusage's would begin with what the parent had in use.
     """
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / MIB
+    return status_bytes("VmHWM") / MIB
+
+
+def status_bytes(name: str) -> int:
+    """A figure of this process as Linux counts it, "VmHWM" or "VmRSS", in bytes.
+
+    Raises:
+        OSError: this is not Linux.
+    """
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def shared_data(name: str) -> Path | None:

@@ -1,22 +1,29 @@
-"""Options and the closing table of ``python -m pytest bench/ops.py``."""
+"""Options and the closing table of ``python -m pytest bench/ops.py``: those of ``python -m bench ops``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench import common, report
+from bench import common, tables
+from bench.cases import cases
+from bench.field import Setting
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastalign benchmarks")
-    group.addoption("--rounds", type=int, default=15, help="samples of every candidate")
-    group.addoption(
-        "--threads", type=int, default=1, help="CPU threads; one is timed in CPU time, several in wall time"
-    )
-    group.addoption("--compile", action="store_true", help="add torch.compile as a rival (slow to start)")
-    group.addoption("--record", action="store_true", help="append the figures to bench/results")
-    group.addoption("--enforce", action="store_true", help="fail where a target ratio is missed")
+    new = parser.getgroup("fastalign benchmarks").addoption
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    new("--device", choices=["cpu", "cuda"], default=found, help="where to measure")
+    new("--rounds", type=int, help="samples of every candidate")
+    new("--threads", type=int, default=1, help="CPU threads; one is timed in CPU time, several in wall time")
+    new("--compile", action="store_true", help="add torch.compile as a rival (slow to start)")
+    new("--record", action="store_true", help="append the figures to bench/results")
+    new("--enforce", action="store_true", help="fail where a target ratio is missed")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", cases(Setting(metafunc.config.getoption("--device"))))
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +32,11 @@ def threads(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
-    if report.COLLECTED:
-        report.print_ops(report.COLLECTED, common.environment())
-    if report.COLLECTED and config.getoption("--record"):
-        print("recorded in", report.record_ops(report.COLLECTED))
+    device = config.getoption("--device")
+    if tables.COLLECTED:
+        where = common.environment(device)
+        for rows in tables.by_case(tables.COLLECTED).values():
+            tables.print_case(rows)
+        tables.print_summary(tables.COLLECTED, where)
+        if config.getoption("--record"):
+            print("recorded in", tables.record_ops(tables.COLLECTED, device, where))

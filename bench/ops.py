@@ -1,43 +1,36 @@
-"""Every op beside its rivals: ``python -m pytest bench/ops.py``.
+"""Every op beside its rivals under pytest: ``python -m pytest bench/ops.py -k linear_loss``.
 
-Options: ``--rounds 20``, ``--threads 1``, ``--compile`` (adds torch.compile), ``--record`` (append to
-``results/ops-<device>.json``), ``--enforce`` (fail where a target ratio is missed), ``-k NAME``.
-
-pytest-benchmark's own table holds fastalign's times; the summary at the end holds everyone's, interleaved in one run,
-with the error against float64 beside each time.
+The same as ``python -m bench ops``: `bench.measure.Contest` runs a case, `bench.tables` prints and records it.
+pytest-benchmark's own table holds fastalign's times; the table at the end holds everyone's.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from bench import cases, measure
-from bench.report import COLLECTED
+from bench import cases, measure, run, tables
+from bench.field import Setting
+from bench.timing import clock
 
 
-@pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.benchmark(timer=clock)
 def test_op(benchmark, name: str, request: pytest.FixtureRequest) -> None:
     """Time one case; wrong numbers from fastalign fail, a rival's wrong numbers are left out of the table."""
     option = request.config.getoption
-    case = cases.CASES[name](compiled=option("--compile"))
-    contest = measure.Contest(case)
+    setting = Setting(option("--device"), option("--compile"))
+    case = cases.cases(setting)[name]()
+    rounds = run.rounds_of(option("--rounds"), setting.device)
+    contest = measure.Contest(case, rounds)
     contest.warm_up()
+
+    def rivals() -> None:
+        contest.until(measure.OURS)
+
     benchmark.group = f"{case.name} {case.shape} {case.dtype}"
-    benchmark.pedantic(
-        lambda: contest.sample(measure.OURS), setup=lambda: contest.until(measure.OURS), rounds=option("--rounds")
-    )
-    contest.finish_round()
+    benchmark.pedantic(lambda: contest.sample(measure.OURS), setup=rivals, rounds=rounds)
+    rivals()  # those whose turn comes after ours in the last round
     figures = contest.figures()
-    COLLECTED.extend(measure.rows(case, figures))
+    tables.COLLECTED.extend(measure.rows(case, figures))
     assert figures[measure.OURS].failure is None, figures[measure.OURS].failure
-    if option("--enforce"):
-        missed = missed_targets(case, figures)
-        assert not missed, missed
-
-
-def missed_targets(case: measure.Case, figures: dict[str, measure.Figure]) -> dict[str, str]:
-    """The rivals that we do not beat by the wanted ratio."""
-    ours = figures[measure.OURS].median
-    ratios = {name: figures[name].median / ours for name in case.targets if not figures[name].failure}
-    return {name: f"{r:.2f}x, wanted {case.targets[name]}x" for name, r in ratios.items() if r < case.targets[name]}
+    missed = measure.missed_targets(case, figures)
+    assert not (option("--enforce") and missed), missed

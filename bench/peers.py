@@ -1,57 +1,123 @@
-"""The peers: what is installed, and how each is run as its own documentation recommends."""
+"""The peers of the ops: what is installed, and how each is run as its own documentation recommends.
+
+Every function has the same shape of arguments, whatever the peer calls them: hidden ``[N, D]``, weight ``[V, D]``,
+labels ``[N]``. Imports happen at the first call: an absent peer costs nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.common import version
-from bench.workload import StepLog, Workload
 
-WANTED = {"trl": "1.16", "liger_kernel": "0.8"}
+EXTRA = "pip install 'fastalign[peers]'"
+WANTED = {
+    "trl": ("1.16.", EXTRA),
+    "liger_kernel": ("0.8.", EXTRA),
+    "cut-cross-entropy": ("25.", EXTRA),
+    "quack-kernels": ("0.", "pip install quack-kernels"),
+    "verl": ("0.", "pip install --no-deps verl"),
+}
+"""Distribution -> the beginning of the versions that this benchmark was written for, and how to get it."""
 
 
 def missing(package: str) -> str | None:
     """Why ``package`` cannot be measured, or None when it can."""
-    found = version(package)
+    found, (wanted, how) = version(package), WANTED[package]
     if found is None:
-        return f"{package} is not installed (wanted {WANTED[package]}.x: pip install 'fastalign[peers]')"
-    if not found.startswith(WANTED[package] + "."):
-        return f"{package} {found} is installed, {WANTED[package]}.x is what this benchmark was written for"
+        return f"{package} is not installed (wanted {wanted}x: {how})"
+    if not found.startswith(wanted):
+        return f"{package} {found} is installed, {wanted}x is what this benchmark was written for"
     return None
 
 
-def add(candidates: dict[str, Callable[..., Any]], name: str, package: str, run: Callable[..., Any]) -> dict[str, str]:
-    """Enter a peer among the candidates if its package is here; else return ``{name: reason}``."""
-    reason = missing(package)
-    if reason is None:
-        candidates[name] = run
-        return {}
-    return {name: reason}
+# --- TRL -------------------------------------------------------------------------------------------------------------
 
 
-def trl_selective_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+def trl_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs ``[N]`` from logits ``[N, V]`` as TRL's trainers compute them."""
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax(logits, labels)
 
 
-def trl_fused_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs ``[N]`` by the fused head of TRL's trainers, with their tile width and no optional output."""
+def trl_logps_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy ``[N]`` by TRL's two functions, one after the other."""
+    from trl.trainer.utils import entropy_from_logits
+
+    return trl_logps(logits, labels), entropy_from_logits(logits)
+
+
+def trl_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy ``[N]`` by TRL's Triton kernel."""
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    logps, entropy = selective_log_softmax_and_entropy(logits[None], labels[None])[:2]
+    return logps[0], entropy[0]
+
+
+def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, select: bool | None = None) -> Tensor:
+    """Log-probs ``[N]`` by the fused head of TRL's trainers, with their tile width and no optional output.
+
+    Args:
+        select: project scored rows only. None: as TRL does, where it has Triton, but not on a CPU.
+    """
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())[
-        0
-    ]
+    options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+    mask = labels != -100
+    if hidden.is_cuda if select is None else select:
+        logps = ChunkedLogProbFunction.apply(hidden[mask], weight, None, labels[mask], *options)[0]
+        return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), *options)[0] * mask
 
 
-def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, length: int, beta: float, compiled: bool) -> Tensor:
-    """Liger's chunked DPO against a reference of zeros; it wants all chosen sequences before all rejected ones."""
+def trl_jsd(logits: Tensor, ref_logits: Tensor, mix: float) -> Tensor:
+    """The summed divergence by the trainer for generalised knowledge distillation; mix 0 is the forward KL."""
+    from trl.experimental.gkd import GKDTrainer
+
+    return GKDTrainer.generalized_jsd_loss(logits[None], ref_logits[None], beta=mix, reduction="sum")
+
+
+def trl_divergence_head(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, mix: float) -> Tensor:
+    """Divergence ``[N]`` from hidden states by TRL's distillation trainer; mix 0 is the forward, 1 the reverse KL."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(hidden, weight, None, ref_hidden, ref_weight, None, mix)[0]
+
+
+# --- Liger -----------------------------------------------------------------------------------------------------------
+
+
+def liger_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Log-probs ``[N]``: minus the unreduced loss, whose gradient takes the place of the logits."""
+    from liger_kernel.transformers.functional import liger_cross_entropy as loss
+
+    return -loss(logits, labels, reduction="none", softcap=softcap)
+
+
+def liger_head(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Mean cross-entropy from hidden states by the fused Triton head."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
+
+    return loss(hidden, weight, labels, softcap=softcap)
+
+
+def liger_token_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs ``[N]``: a native kernel on SM90, chunks of 512 rows derived from verl's head elsewhere."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as head
+
+    return -head.apply(hidden, weight, labels)
+
+
+def liger_dpo(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, length: int, beta: float, compiled: bool = False
+) -> Tensor:
+    """Chunked DPO against a reference of zeros; it wants all chosen sequences before all rejected ones."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     halves = torch.stack(hidden.view(-1, 2, length, hidden.shape[-1]).unbind(1)).flatten(0, 1)
@@ -60,66 +126,98 @@ def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, length: int, beta:
     return loss(weight, halves, targets)[0]
 
 
-def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], Any]:
-    """TRL's DPOTrainer on the workload: everything is built here, the returned function trains.
+def liger_grpo(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    length: int,
+    clip: float,
+    compiled: bool = False,
+) -> Tensor:
+    """Chunked clipped policy loss, the mean over tokens; advantages ``[B]``, sequences of equal length."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    settings = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "epsilon_low": clip, "epsilon_high": clip}
+    ids = labels.view(-1, length)
+    return LigerFusedLinearGRPOLoss(compiled=compiled, **settings)(
+        _input=hidden.view(*ids.shape, -1),
+        lin_weight=weight,
+        selected_token_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        advantages=advantages,
+        old_per_token_logps=old_logps.view_as(ids),
+    )[0]
+
+
+def liger_grpo_logits(
+    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, *, sequences: int, clip: float, inplace: bool
+) -> Tensor:
+    """Clipped policy loss from logits by the Triton kernel, which does not score each sequence's last row."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    rows = labels.view(sequences, -1)
+    return triton_grpo_loss(
+        logits.view(*rows.shape, -1),
+        old_logps.view_as(rows)[:, :-1],
+        None,
+        rows[:, :-1].contiguous(),
+        advantages.view_as(rows)[:, 0].contiguous(),
+        temperature=1.0,
+        beta=0.0,
+        eps_low=clip,
+        eps_high=clip,
+        inplace=inplace,
+        loss_type="bnpo",
+        reduce=True,
+    )[0]
+
+
+def liger_jsd(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, mix: float) -> Tensor:
+    """Chunked distillation loss, the mean divergence over rows; its mix counts as TRL's."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=mix, compiled=False)
+    return loss(hidden, weight, ref_hidden, ref_weight, labels)
+
+
+# --- others ----------------------------------------------------------------------------------------------------------
+
+
+def cut_cross_entropy(softcap: float | None = None, **options: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Mean cross-entropy from hidden states by Apple's cut-cross-entropy.
 
     Args:
-        select_rows: score completion rows only, as TRL does on a GPU. As installed it scores every padded row on a CPU.
+        options: ``impl="torch_compile"`` off the GPU; ``filter_eps=None`` for gradients without its approximation.
     """
-    import trl.trainer.utils
-    from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
 
-    if select_rows:
-        trl.trainer.utils._use_triton = lambda device: True
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            log.tick()
+        return linear_cross_entropy(hidden, weight, labels, softcap=softcap, **options)
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            log.tick()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                log.losses.append(logs["loss"])
-
-    trainer = DPOTrainer(
-        model=str(work.model),
-        args=_trl_config(DPOConfig, work),
-        train_dataset=load_dataset(
-            "json", data_files=str(work.ordered), split="train", cache_dir=str(work.path / "hf")
-        ),
-        processing_class=AutoTokenizer.from_pretrained(work.model),
-        callbacks=[Clock()],
-    )
-    return trainer.train
+    return loss
 
 
-def _trl_config(config: Callable[..., Any], work: Workload) -> Any:
-    """The settings that make both sides equal: no checkpointing, same optimizer, same order of pairs.
+def quack_cross_entropy(logits: Tensor, labels: Tensor, *, inplace: bool = False) -> Tensor:
+    """Log-probs ``[N]`` from logits by quack."""
+    from quack.cross_entropy import cross_entropy
 
-    TRL's own choices that differ are gradient checkpointing and bf16, both on by default, and AdamW's second decay.
-    """
-    return config(
-        output_dir=str(work.path / "trl"),
-        model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=work.pairs,
-        max_steps=work.steps,
-        max_length=work.max_length,
-        beta=work.beta,
-        learning_rate=work.lr,
-        adam_beta2=0.95,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        bf16=work.dtype == "bfloat16",
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=work.seed,
-    )
+    return -cross_entropy(logits, labels, reduction="none", inplace_backward=inplace)
+
+
+def quack_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy from hidden states by quack, in its own choice of pipeline."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, labels)
+
+
+def verl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs ``[N]`` by verl's chunked torch head."""
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    return FusedLinearForPPO().forward(hidden, weight, labels)[0]

@@ -1,65 +1,245 @@
-"""Tables from measured rows: those of the running session, or those on file (``python bench/report.py``)."""
+"""``fastalign bench report``: the newest recorded figures as plots (PNG and SVG) and one self-contained HTML page."""
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
+import html
+import importlib.util
+import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common, tables
 
-import torch
+Rows = list[dict[str, Any]]
 
-from bench import common
-
-COLLECTED: list[dict[str, Any]] = []
-"""What this session has measured."""
-
-COLUMNS = ("who", "median ms", "p20", "p80", "/ eager", "/ fastalign", "target", "max error")
-
-
-def _title(row: dict[str, Any]) -> str:
-    return f"{row['case']}, {row['shape']}, {row['dtype']}"
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    ratio, target = row["over_fastalign"], row["target"]
-    kept = "" if target is None or ratio is None else f">= {target:.3g} {'kept' if ratio >= target else 'MISSED'}"
-    error = f"{max(row['errors'].values()):.1e}" if row["errors"] else "roof"
-    times = (f"{row[key]:.2f}" for key in ("p50_ms", "p20_ms", "p80_ms"))
-    ratios = (f"{row['over_baseline']:.2f}", "-" if ratio is None else f"{ratio:.2f}")
-    return ("  " + row["who"], *times, *ratios, kept, error)
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #22262b }
+h1, h2, h3 { font-weight: 600 } h2 { margin-top: 2.2em; border-bottom: 2px solid #c9ced6; padding-bottom: .2em }
+table { border-collapse: collapse; font-size: 13.5px; margin: .4em 0 1.2em }
+th, td { padding: .18em .9em .18em 0; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #e8eaed }
+.ours { font-weight: 600; color: #2563a8 } .roof, .note { color: #6a6f78 } .lost { color: #c0601a; font-weight: 600 }
+details { margin: .3em 0 } summary { cursor: pointer } svg { width: 100%; height: auto }
+"""
+NO_PLOTS = "<p>No plots: matplotlib is not installed (pip install fastalign[report]).</p>"
 
 
-def print_ops(rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    """One line per candidate; ``/ fastalign`` above 1 means that fastalign is faster. Those without a number follow."""
-    titles = list(dict.fromkeys(map(_title, rows)))
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    new = parser.add_argument
+    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
+    new("--out", type=Path, help="where the report goes (default: report/ in the results)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write ``index.html`` and the plots; the exit code.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    sections = gather(options.results)
+    if not sections:
+        raise ValueError(f"no results in {options.results}: run `fastalign bench ops --record` first")
+    out = options.out or options.results / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "index.html"
+    page.write_text(document(sections, out), encoding="utf-8")
+    print(page)
+    return 0
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def gather(results: Path) -> list[tuple[str, Rows]]:
+    """The newest rows by kind and device, as (kind, rows): "ops", "memory" and "train"."""
+    found = []
+    for kind in ("ops", "memory", "train"):
+        rows = common.read_records(f"{kind}-*", results)
+        for device in dict.fromkeys(row["device"] for row in rows):
+            found.append((kind, newest([row for row in rows if row["device"] == device], kind)))
+    return found
+
+
+def newest(rows: Rows, kind: str) -> Rows:
+    """Of each case the rows of the last session that measured it, with the thread count of the very last."""
+    threads = rows[-1]["threads"]
+    rows = [row for row in rows if row["threads"] == threads]
+    last = {key(row, kind): row["time"] for row in rows}  # oldest first: the last one stays
+    return [row for row in rows if row["time"] == last[key(row, kind)]]
+
+
+def key(row: dict[str, Any], kind: str) -> str:
+    """What a row is compared within."""
+    return f"{row['task']}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
+
+
+def grouped(rows: Rows, kind: str) -> list[Rows]:
+    """The rows of each case."""
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(key(row, kind), []).append(row)
+    return list(found.values())
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def document(sections: list[tuple[str, Rows]], out: Path) -> str:
+    """The whole page; the plots are in it, and beside it as files."""
+    render = {"ops": ops_section, "memory": memory_section, "train": train_section}
+    body = "".join(render[kind](rows, Drawer(out, f"{kind}-{i}")) for i, (kind, rows) in enumerate(sections))
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>fastalign beside its peers</title>"
+        f"<style>{STYLE}</style><h1>fastalign beside its peers</h1>"
+        "<p>Every figure is measured, in one run with those beside it: interleaved, in random order, on fresh inputs, "
+        "with its largest error against float64. A candidate whose error exceeds twice eager's has no number. "
+        f"Ratios are between medians.</p>{body}</html>\n"
+    )
+
+
+class Drawer:
+    """Saves figures beside the page and returns them for it."""
+
+    def __init__(self, out: Path, stem: str) -> None:
+        self.out, self.stem = out, stem
+
+    def __call__(self, name: str, *arguments: Any) -> str:
+        """The plot of that name in `bench.plots`, as an svg element."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return NO_PLOTS
+        import matplotlib
+
+        from bench import plots
+
+        with matplotlib.rc_context(plots.STYLE):
+            figure, buffer = getattr(plots, name)(*arguments), io.StringIO()
+            figure.savefig(self.out / f"{self.stem}-{name}.png", dpi=130)
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        svg = buffer.getvalue()
+        (self.out / f"{self.stem}-{name}.svg").write_text(svg, encoding="utf-8")
+        return svg[svg.index("<svg") :]
+
+
+def table(columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """A table of (class, cells)."""
+    head = "".join(f"<th>{html.escape(column)}" for column in columns)
+    lines = (f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) for kind, cells in rows)
+    return f"<table><tr>{head}{''.join(lines)}</table>"
+
+
+def short_machine(row: dict[str, Any]) -> str:
+    """The line under a plot."""
+    return f"{row['device']}, {row['threads']} thread(s), torch {row['versions']['torch']}, commit {row['commit']}"
+
+
+def heading(text: str, rows: Rows) -> str:
+    """A section's title and the machine and versions behind it."""
+    last = rows[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
+    return (
+        f"<h2>{html.escape(text)}: {html.escape(last['device'])}</h2>"
+        f"<p class=note>{html.escape(tables.machine(last))}<br>{html.escape(versions)}; load {last['load']:.1f}</p>"
+    )
+
+
+def ops_section(rows: Rows, draw: Drawer) -> str:
+    """Plots, the cases that lose, and a table for every case."""
+    groups, where = grouped(rows, "ops"), short_machine(rows[-1])
+    plots = draw("speed", groups, where)
+    if any(row.get("of_roof") for row in rows):
+        plots += draw("roofs", groups, where)
+    details = "".join(case_details(group) for group in groups)
+    return f"{heading('Ops', rows)}{plots}{losses(groups)}<h3>Every case</h3>{details}"
+
+
+def losses(groups: list[Rows]) -> str:
+    """The cases in which a peer is faster."""
+    lines = []
+    for group in groups:
+        ours, best = tables.our_row(group), tables.best_peer(group)
+        if ours and best and best["p50_ms"] < ours["p50_ms"]:
+            times = f"{ours['p50_ms']:.2f}", best["who"], f"{best['p50_ms']:.2f}"
+            lines.append(("lost", (tables.title(ours), *times, f"{best['p50_ms'] / ours['p50_ms']:.2f}")))
+    if not lines:
+        return "<p>No case of this run is lost.</p>"
+    return "<h3>Where a peer is faster</h3>" + table(("case", "fastalign ms", "peer", "ms", "ratio"), lines)
+
+
+OPS_COLUMNS = (
+    "who",
+    "median ms",
+    "p20",
+    "p80",
+    "/ eager",
+    "/ fastalign",
+    "of bound",
+    "target",
+    "max error",
+    "first ms",
+    "n",
+)
+
+
+def case_details(rows: Rows) -> str:
+    """A case's table, folded."""
     timed = [row for row in rows if not row.get("failure")]
-    lines = [line for title in titles for line in [(title,), *(_cells(row) for row in timed if _title(row) == title)]]
-    caption = (
-        f"{where['device']}, {where['threads']} thread(s), torch {where['versions']['torch']}, commit {where['commit']}"
+    absent = "; ".join(f"{row['who']}: {row['failure']}" for row in rows if row.get("failure"))
+    note = f"<p class=note>No number: {html.escape(absent)}</p>" if absent else ""
+    plans = {plan for row in timed if row["who"] == tables.OURS for plan in row.get("plans", ())}
+    note += "".join(f"<p class=note>Plan: {html.escape(plan)}</p>" for plan in plans)
+    stamp = f"commit {rows[0]['commit']}, {rows[0]['time'][:16]}"
+    body = table(OPS_COLUMNS, ((kind_of(row["who"]), ops_cells(row)) for row in timed))
+    summary = f"{html.escape(tables.title(rows[0]))} <span class=note>{stamp}</span>"
+    return f"<details><summary>{summary}</summary>{body}{note}</details>"
+
+
+def kind_of(who: str) -> str:
+    """The class of a candidate's row."""
+    return "ours" if who == tables.OURS else "roof" if who.startswith(tables.ROOF) else ""
+
+
+def ops_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A candidate's cells; older records lack some."""
+    return (*tables.cells({"of_roof": None, "first_ms": 0.0, **row}), str(row["rounds"]))
+
+
+def memory_section(rows: Rows, draw: Drawer) -> str:
+    """The plot and a table for every case."""
+    groups = grouped(rows, "memory")
+    return f"{heading('Memory', rows)}{draw('memory', groups, short_machine(rows[-1]))}" + "".join(
+        map(memory_details, groups)
     )
-    common.print_table("Interleaved, random order, fresh inputs; error against float64", COLUMNS, lines, caption)
-    silent = {(row["who"], row["failure"]) for row in rows if row.get("failure")}
-    for who, reason in sorted(silent):
-        print(f"no number: {who}: {reason}")
 
 
-def record_ops(rows: list[dict[str, Any]]) -> Path:
-    """Append rows to ``results/ops-cpu.json`` or ``ops-cuda.json``."""
-    return common.record(
-        "ops-cuda" if torch.cuda.is_available() else "ops-cpu", ({"bench": "ops", **row} for row in rows)
-    )
+def memory_details(rows: Rows) -> str:
+    """Every mode's peak in MiB over the inputs, folded."""
+    timed = [row for row in rows if not row.get("failure")]
+    number: Callable[[Any], str] = lambda value: "" if value is None else f"{value:.1f}"  # noqa: E731
+    names = ("peak_mib", "reserved_mib", "outputs_mib", "predicted_mib")
+    lines = ((kind_of(row["who"]), (row["who"], row["mode"], *(number(row[name]) for name in names))) for row in timed)
+    body = table(("who", "mode", "peak MiB", "reserved", "gradients", "planned"), lines)
+    return f"<details><summary>{html.escape(tables.title(rows[0]))}</summary>{body}</details>"
 
 
-def main() -> None:
-    """Print the newest recorded session of each device."""
-    for path in sorted(common.RESULTS.glob("ops-*.json")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        last = max(rows, key=lambda row: row["time"])
-        print_ops([row for row in rows if row["time"] == last["time"]], last)
+def train_section(rows: Rows, draw: Drawer) -> str:
+    """Curves over each other, speed and memory of every side."""
+    parts = [heading("Training", rows)]
+    for index, group in enumerate(grouped(rows, "train")):
+        draw.stem = f"{draw.stem}-{index}"
+        parts.append(draw("training", group, short_machine(group[-1])) + train_table(group))
+    return "".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def train_table(rows: Rows) -> str:
+    """A run's sides."""
+    columns = ("side", "pairs/s", "s/step p20", "p50", "p80", "peak MiB", "over start", "last loss")
+    steps = ("step_seconds_p20", "step_seconds_p50", "step_seconds_p80")
+    lines = (
+        (kind_of(row["side"]), (row["side"], f"{row['pairs_per_second']:.2f}", *(f"{row[name]:.3f}" for name in steps),
+         f"{row['peak_mib']:.0f}", f"{row['peak_mib'] - row['ready_mib']:.0f}", f"{row['losses'][-1]:.5f}"))
+        for row in rows
+    )  # fmt: skip
+    return table(columns, lines)

@@ -1,4 +1,4 @@
-"""Whole training steps beside a peer: ``python bench/train.py --peer trl``.
+"""``fastalign bench train``: whole training steps beside a peer.
 
 Every side trains the same model on the same pairs in the same order, in a process of its own. The first steps are not
 timed. Beside the speed stand the losses of every side: a faster step that learns something else is no result.
@@ -19,42 +19,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench import common, peers, sides, workload
+from bench import common, peers, run, sides, workload
 from bench.workload import Workload
 
 SIDES = {"fastalign": "fastalign", "trl": "TRL as installed", "trl-fair": "TRL, rows selected as on a GPU"}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", choices=["trl", "none"], default="trl", help="whom to measure beside fastalign")
-    parser.add_argument("--task", choices=["dpo"], default="dpo", help="what is trained")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, the untimed ones included")
-    parser.add_argument("--pairs", type=int, default=8, help="preference pairs per step")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast on both sides"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, in random order")
-    parser.add_argument("--only", choices=list(SIDES), action="append", help="measure these sides only")
-    parser.add_argument("--profile", action="store_true", help="print where the time of fastalign's steps goes")
-    parser.add_argument("--record", action="store_true", help="append the figures to bench/results/train-dpo.json")
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
-    parser.add_argument("--workload", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+SIZES = {
+    "9m": {"hidden_size": 256, "layers": 6, "vocab_size": 8192},
+    "0.5b": {"hidden_size": 896, "layers": 24, "vocab_size": 151936},
+}
+"""Llamas of about that many parameters."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    new = parser.add_argument
+    run.device_argument(parser)
+    new("--peer", choices=["trl", "none"], default="trl", help="whom to measure beside fastalign")
+    new("--task", choices=["dpo"], default="dpo", help="what is trained")
+    new("--model", choices=list(SIZES), default="9m", help="parameters of the Llama that is trained (default 9m)")
+    new("--steps", type=run.positive, default=12, help="optimizer steps, the untimed ones included")
+    new("--pairs", type=run.positive, default=8, help="preference pairs per step")
+    new("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast on both sides")
+    new("--threads", type=run.positive, default=2, help="CPU threads of each side")
+    new("--repeats", type=run.positive, default=1, help="runs of each side, in random order")
+    new("--only", choices=list(SIDES), action="append", help="measure these sides only")
+    new("--profile", action="store_true", help="print where the time of fastalign's steps goes")
+    new("--record", action="store_true", help="append the figures to the results")
+    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
+    new("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    new("--workload", help=argparse.SUPPRESS)
 
 
 def run_side(side: str, work: Workload, profile: bool) -> dict[str, Any]:
     """Train one side in a process of its own and return its log."""
-    command = [sys.executable, __file__, "--side", side, "--workload", str(work.save())]
+    command = [sys.executable, "-m", "bench", "train", "--side", side, "--workload", str(work.save())]
     threads = {"OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    threads |= {"CUDA_VISIBLE_DEVICES": ""} if work.device == "cpu" else {}
     log = work.path / f"{side}.log"
     with log.open("w") as file:
-        run = subprocess.run(command + ["--profile"] * profile, env={**os.environ, **threads}, stdout=file, stderr=file)
-    if run.returncode:
+        command += ["--profile"] * profile
+        done = subprocess.run(command, cwd=common.ROOT, env={**os.environ, **threads}, stdout=file, stderr=file)
+    if done.returncode:
         raise SystemExit(f"{SIDES[side]} failed:\n{log.read_text()[-3000:]}")
     if profile:
         print(log.read_text())
@@ -92,9 +99,10 @@ def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work:
         speed, cpu = f"{row['pairs_per_second']:.2f}", f"{row['cpu_seconds_per_step']:.2f}"
         rows.append((SIDES[side], speed, ratios[0], steps, cpu, ratios[1], *memory))
     model = f"{facts['parameters'] / 1e6:.1f}M-parameter Llama"
+    where = f"{work.threads} threads" if work.device == "cpu" else work.device
     timed = f"{work.steps - work.warmup} timed steps after {work.warmup}"
     common.print_table(
-        f"DPO, {model}, {work.dtype}, {work.pairs} pairs a step, {work.threads} threads",
+        f"DPO on {facts['data']}, {model}, {work.dtype}, {work.pairs} pairs a step, {where}",
         ("", "pairs/s", "we are", "s/step p20/50/80", "CPU s/step", "CPU we are", "peak MiB", "over start"),
         rows,
         caption=f"{timed}; online reference; no gradient checkpointing",
@@ -117,7 +125,8 @@ def loss_table(figures: dict[str, dict[str, Any]]) -> None:
 
 def chosen_sides(options: argparse.Namespace) -> list[str]:
     """The sides to run; an absent peer is left out with its reason."""
-    names = options.only or (["fastalign"] if options.peer == "none" else list(SIDES))
+    every = [name for name in SIDES if name != "trl-fair" or options.device == "cpu"]  # on a GPU both are one
+    names = options.only or (["fastalign"] if options.peer == "none" else every)
     reason = peers.missing("trl")
     if reason and any(name.startswith("trl") for name in names):
         print(f"skipped: {reason}")
@@ -136,25 +145,22 @@ def measure(options: argparse.Namespace, work: Workload) -> dict[str, dict[str, 
     return {name: summarise(runs[name], work) for name in names}
 
 
-def main(arguments: Sequence[str] | None = None, work: Workload | None = None) -> dict[str, dict[str, Any]]:
-    """Prepare the data once, run the sides, print the tables; returns the figures."""
-    options = parse(arguments)
+def main(options: argparse.Namespace, work: Workload | None = None) -> int:
+    """Prepare the data once, run the sides, print the tables, record; the exit code."""
     if options.side:
         sides.run(options.side, Workload.load(options.workload), options.profile)
-        return {}
+        return 0
+    device = run.setting_of(options).device
     with tempfile.TemporaryDirectory(prefix="fastalign-bench-") as directory:
-        wanted = {name: getattr(options, name) for name in ("steps", "pairs", "dtype", "threads")}
-        work = replace(work or Workload(directory), directory=directory, **wanted)
+        wanted = {name: getattr(options, name) for name in ("steps", "pairs", "dtype", "threads", "device")}
+        work = replace(work or Workload(directory, **SIZES[options.model]), directory=directory, **wanted)
         facts = workload.prepare(work)
         figures = measure(options, work)
     speed_table(figures, facts, work)
     loss_table(figures)
     if options.record:
-        rows = [{"bench": "train", "task": options.task, "side": side, "dtype": work.dtype, "pairs": work.pairs,
-                 "steps": work.steps, **facts, **row} for side, row in figures.items()]  # fmt: skip
-        print("recorded in", common.record("train-dpo", rows))
-    return figures
-
-
-if __name__ == "__main__":
-    main()
+        what = {"bench": "train", "task": options.task, "dtype": work.dtype, "steps": work.steps, **facts}
+        rows = [{**what, "side": side, "pairs": work.pairs, **row} for side, row in figures.items()]
+        where = {**common.environment(device), "threads": work.threads}
+        print("recorded in", common.record(f"train-{options.task}", rows, where, options.results))
+    return 0

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bench.common import peak_mib, shared_data
+from bench import common
+from bench.timing import synchronize
+from fastalign.data import builtin
 from fastalign.data.loader import Loader, TokenExample
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -28,6 +30,7 @@ class Workload:
         directory: where the model, the pairs and the results lie.
         steps: optimizer steps, ``pairs`` preference pairs each.
         warmup: first steps left out of the timing.
+        tokens: entries of the tokenizer that is trained; the model's vocabulary may be larger.
     """
 
     directory: str
@@ -35,9 +38,11 @@ class Workload:
     warmup: int = 2
     pairs: int = 8
     max_length: int = 512
+    tokens: int = 8192
     vocab_size: int = 8192
     hidden_size: int = 256
     layers: int = 6
+    device: str = "cpu"
     dtype: str = "float32"
     threads: int = 2
     beta: float = 0.1
@@ -80,7 +85,7 @@ class StepLog:
     Attributes:
         wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
         losses: one per step.
-        ready_mib: peak resident memory before the first step.
+        ready_mib: peak memory before the first step.
         profiler: started after ``profile_after`` steps, when there is one.
     """
 
@@ -88,16 +93,23 @@ class StepLog:
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     ready_mib: float = 0.0
+    device: str = "cpu"
     profiler: torch.profiler.profile | None = None
     profile_after: int = 0
 
     def tick(self) -> None:
-        """Read both clocks."""
-        self.ready_mib = self.ready_mib or peak_mib()
+        """Read both clocks, once the device is done."""
+        synchronize(self.device)
+        self.ready_mib = self.ready_mib or peak_mib(self.device)
         if self.profiler is not None and len(self.wall) == self.profile_after:
             self.profiler.start()
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
+
+
+def peak_mib(device: str) -> float:
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.max_memory_allocated() / common.MIB if device == "cuda" else common.peak_mib()
 
 
 def split_turns(row: dict[str, str]) -> dict[str, str] | None:
@@ -110,18 +122,18 @@ def split_turns(row: dict[str, str]) -> dict[str, str] | None:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def read_pairs() -> list[dict[str, str]]:
-    """All hh-rlhf pairs with a common prompt and two answers.
-
-    Raises:
-        FileNotFoundError: without the shared data.
-    """
-    folder = shared_data("hh-rlhf")
+def read_pairs() -> tuple[str, list[dict[str, str]]]:
+    """The data's name and its pairs with a common prompt and two answers: hh-rlhf where it is, else built-in text."""
+    folder = common.shared_data("hh-rlhf")
     if folder is None:
-        raise FileNotFoundError("hh-rlhf is not here: put its files under ../shared/data, or set FASTALIGN_SHARED")
+        print(
+            "hh-rlhf is not here (put its files under ../shared/data, or set FASTALIGN_SHARED): built-in pairs instead"
+        )
+        rows = builtin.load("docstrings").select_columns(["prompt", "chosen", "rejected"])
+        return "builtin", [dict(row) for row in rows]
     with gzip.open(folder / "harmless-base-test.jsonl.gz", "rt") as file:
         pairs = [split_turns(json.loads(line)) for line in file]
-    return [pair for pair in pairs if pair is not None]
+    return "hh-rlhf", [pair for pair in pairs if pair is not None]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -190,8 +202,9 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Write tokenizer, initial weights and pairs; returns what the data is like."""
-    pairs = read_pairs() if pairs is None else list(pairs)
-    tokenizer = train_tokenizer([text for pair in pairs for text in pair.values()], work.vocab_size)
+    name, pairs = read_pairs() if pairs is None else ("given", list(pairs))
+    texts = [text for pair in pairs for text in pair.values()]
+    tokenizer = train_tokenizer(texts, min(work.tokens, work.vocab_size))
     torch.manual_seed(work.seed)
     model = LlamaForCausalLM(llama_config(work, tokenizer))
     tokenizer.save_pretrained(work.model)
@@ -199,4 +212,4 @@ def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[s
     chosen = _choose(pairs, tokenizer, work)
     _write(work.data, chosen)
     _write(work.ordered, [chosen[i] for i in visiting_order(len(chosen), work)])
-    return {"pairs": len(chosen), "parameters": model.num_parameters()}
+    return {"data": name, "pairs": len(chosen), "parameters": model.num_parameters()}

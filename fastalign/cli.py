@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from fastalign.arguments import METHODS, UsageError, nearest, parse_config
 
@@ -119,4 +121,18 @@ def version(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"info": info, "report": report, "version": version}
+def bench(argv: list[str]) -> int:
+    """Measure fastalign beside its peers: ops, training, memory; see bench --help."""
+    root = Path(__file__).resolve().parents[1]  # the package never imports bench, which is no part of it
+    if not (root / "bench" / "__main__.py").exists():
+        raise UsageError(
+            f"no bench/ beside the package in {root}: the benchmarks come with the repository; "
+            "clone it, install it with `pip install -e .` and run this again"
+        )
+    path = os.pathsep.join([str(root), str(root / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The folder that the command is given in stays out of the search: it may hold a `bench` of its own.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return subprocess.run([sys.executable, "-m", "bench", *argv], env=environment).returncode
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"info": info, "report": report, "bench": bench, "version": version}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,64 +17,117 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import cases, common, measure, peers, sides, train, workload
+from bench import common, measure, memory, peers, report, run, sides, tables, train, workload
+from bench.__main__ import main as bench
+from bench.cases import cases
+from bench.field import Field, Setting
 from bench.workload import Workload
+from fastalign import cli
 
+ROOT = common.ROOT
 FP32 = torch.float32
-TOYS = {
-    "forward": lambda: cases.token_logps(5, 37, FP32, False, {}, False),
-    "forward bf16": lambda: cases.token_logps(5, 37, torch.bfloat16, False, {}, False),
-    "backward": lambda: cases.token_logps(5, 37, FP32, True, {}, False),
-    "linear_loss": lambda: cases.linear_loss(7, 8, 61, FP32, {}, False),
-    "preference_head": lambda: cases.preference_head(3, 5, 8, 61, FP32, False),
-}
+TOY = Setting(toy=True)
+GATED = sorted({build().name: name for name, build in cases(TOY).items()}.values())
+"""One case of each kind, by name: at toy size the others differ in their dtype alone."""
 
 
-@pytest.mark.parametrize("name", TOYS)
+def failures(figures: dict[str, measure.Figure]) -> dict[str, str]:
+    return {who: figure.failure for who, figure in figures.items() if figure.failure}
+
+
+@pytest.mark.parametrize("name", GATED)
 def test_every_candidate_is_timed_and_right(name):
-    case = TOYS[name]()
+    case = cases(TOY)[name]()
     figures = measure.run(case, rounds=2)
-    assert {who: figure.failure for who, figure in figures.items() if figure.failure} == case.skipped
-    assert all(len(figures[who].samples) == 2 for who in case.candidates)
+    assert failures(figures) == case.field.skipped
+    assert all(len(figures[who].samples) == 2 and figures[who].first > 0 for who in case.candidates)
     assert figures[measure.OURS].error is not None
+    assert all((figure.error is None) == who.startswith("roof: ") for who, figure in figures.items() if figure.samples)
 
 
-def test_all_cases_can_be_built():
-    for name, build in cases.CASES.items():
-        case = build(compiled=False)
+@pytest.mark.parametrize("name", [name for name in cases(TOY) if "bf16" in name])
+def test_ours_is_right_in_16_bits(name):
+    assert measure.run(cases(TOY)[name](), rounds=1)[measure.OURS].failure is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", cases(Setting("cuda", toy=True)))
+def test_ours_is_right_on_the_gpu(name):
+    figures = measure.run(cases(Setting("cuda", toy=True))[name](), rounds=2)
+    assert figures[measure.OURS].failure is None and figures[measure.OURS].median > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_cases_can_be_built(device):
+    for name, build in cases(Setting(device, compiled=True)).items():
+        case = build()
+        everyone = {*case.candidates, *case.field.skipped}
         assert measure.OURS in case.candidates and case.baseline in case.candidates, name
-        assert set(case.targets) <= set(case.candidates) | set(case.skipped), name
+        # Liger's per-token op has the name of its native kernel only where that runs.
+        assert {*case.targets} - {"Liger SM90 per-token op"} <= everyone, name
+        assert {*case.field.losses} <= {*case.candidates}, name
+        assert case.roof is None or case.roof in case.candidates, name
 
 
-def toy_case(**candidates) -> measure.Case:
+def toy_case(targets=(), **candidates) -> measure.Case:
     def make(generator):
         return {"x": torch.randn(9, generator=generator)}
 
     def right(x):
         return {"y": x["x"] * 2}
 
-    return measure.Case("double", "9", FP32, make, right, {"eager": right, measure.OURS: right, **candidates})
+    field = Field(TOY)
+    field.runs = {"eager": right, measure.OURS: right, **candidates}
+    return measure.Case("double", "9", FP32, make, right, field, targets=dict(targets))
 
 
 def test_a_wrong_or_failing_rival_gets_no_number():
-    def wrong(x):
-        return {"y": x["x"] * 2.001}
-
     def failing(x):
         raise RuntimeError("no kernel for this device")
 
-    figures = measure.run(toy_case(wrong=wrong, failing=failing), rounds=2)
-    assert "over" in figures["wrong"].failure
-    assert figures["failing"].failure == "RuntimeError: no kernel for this device"
-    rows = measure.rows(toy_case(), figures)
+    bad = {
+        "wrong": lambda x: {"y": x["x"] * 2.001},
+        "zeros": lambda x: {"y": torch.zeros(9)},
+        "nan": lambda x: {"y": x["x"] * torch.nan},
+        "misshapen": lambda x: {"y": (x["x"] * 2)[:1]},
+        "failing": failing,
+    }
+    case = toy_case(**bad)
+    figures = measure.run(case, rounds=2)
+    assert all("over" in figures[who].failure for who in ("wrong", "zeros", "nan", "misshapen"))
+    assert "RuntimeError" in figures["failing"].failure and "no kernel for this device" in figures["failing"].failure
+    rows = measure.rows(case, figures)
     assert {row["who"] for row in rows if "p50_ms" in row} == {"eager", measure.OURS}
 
 
-def test_our_own_failure_is_not_hidden():
+def test_a_wrong_baseline_grants_no_budget():
+    case = toy_case(wrong=lambda x: {"y": x["x"] * 2.001})
+    case.candidates["eager"] = lambda x: {"y": x["x"] * torch.nan}
+    figures = measure.run(case, rounds=1)
+    assert {*failures(figures)} == {"eager", "wrong"}
+
+
+def test_our_own_failure_is_not_hidden(monkeypatch, capsys):
+    def broken(x):
+        raise IndexError("row 3")
+
     case = toy_case()
-    case.candidates[measure.OURS] = lambda x: torch.ones(0)[3]
+    case.candidates[measure.OURS] = broken
     with pytest.raises(IndexError):
         measure.run(case, rounds=1)
+    monkeypatch.setattr(run.cases, "cases", lambda setting: {"double": lambda: case})
+    assert bench(["ops", "--device", "cpu", "--rounds", "1", "--no-compile"]) == 1
+    assert "FAILED: double: IndexError: row 3" in capsys.readouterr().out
+
+
+def test_missed_targets_count_when_enforced(monkeypatch, capsys):
+    slow = {"slow": lambda x: time.sleep(0.02) or {"y": x["x"] * 2}}
+    for wanted, code in ((1.5, 0), (1e6, 1)):
+        case = toy_case({"slow": wanted}, **slow)
+        monkeypatch.setattr(run.cases, "cases", lambda setting, case=case: {"double": lambda: case})
+        torch.set_num_threads(2)  # one thread is timed in CPU time, and sleeping costs none
+        assert bench(["ops", "--device", "cpu", "--rounds", "3", "--enforce", "--threads", "2"]) == code
+        assert ("target missed: double: slow" in capsys.readouterr().out) == bool(code)
 
 
 def test_rounds_are_shuffled_and_inputs_are_fresh():
@@ -89,10 +146,21 @@ def test_rounds_are_shuffled_and_inputs_are_fresh():
     assert len(ours.unique(dim=0)) == 13
 
 
-def test_records_say_where_they_were_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+def test_time_is_bounded_but_not_below_five_rounds():
+    assert len(measure.run(toy_case(), rounds=50, seconds=0)[measure.OURS].samples) == measure.LEAST_ROUNDS
+    assert len(measure.run(toy_case(), rounds=7)[measure.OURS].samples) == 7
+
+
+def test_plans_are_recorded_beside_the_times():
+    figures = measure.run(cases(TOY)["linear_loss-frozen-fp32"](), rounds=1)
+    assert "one_pass" in figures[measure.OURS].plans[0]
+    assert "frozen" in figures["fastalign linear_logps"].plans[0]
+    assert figures["eager"].plans == ()
+
+
+def test_records_say_where_they_were_measured(tmp_path):
     for value in (1, 2):
-        path = common.record("toy", [{"value": value}])
+        path = common.record("toy", [{"value": value}], common.environment(), tmp_path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["value"] for row in rows] == [1, 2]
     assert rows[0]["device"] and rows[0]["commit"] and rows[0]["versions"]["torch"] == common.version("torch")
@@ -100,11 +168,134 @@ def test_records_say_where_they_were_measured(tmp_path, monkeypatch):
 
 def test_an_absent_peer_is_left_out_with_its_reason(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda package: None)
-    case = cases.linear_loss(7, 8, 61, FP32, {}, False)
-    assert "TRL fused head" not in case.candidates
-    assert "trl is not installed" in case.skipped["TRL fused head"]
+    field = cases(TOY)["linear_loss-fp32"]().field
+    assert "TRL fused head" not in field.runs
+    assert "trl is not installed" in field.skipped["TRL fused head"]
+    assert "needs a GPU" in field.skipped["Liger fused linear CE"]
     monkeypatch.setattr(peers, "version", lambda package: "1.2.0")
     assert "trl 1.2.0 is installed, 1.16.x" in peers.missing("trl")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_counts_what_a_call_adds():
+    block = 64 << 20
+
+    def greedy(x):
+        kept = torch.ones(block // 4)
+        return (x["x"] * 2).sum() * kept[0]
+
+    case = toy_case()
+    case.field.losses["greedy"] = greedy
+    figures = memory.child(case, "greedy", ["no grad"])["no grad"]
+    assert 0.9 < figures["peak_mib"] * common.MIB / block < 1.2
+    assert figures["predicted_mib"] is None
+
+
+def test_memory_of_ours_stands_beside_the_plan():
+    figures = memory.child(cases(TOY)["linear_loss-fp32"](), measure.OURS, ["full"])["full"]
+    size = {"hidden": 12 * 16, "weight": 61 * 16}
+    assert figures["outputs_mib"] * common.MIB == 4 * sum(size.values())
+    assert "one_pass" in figures["plans"][0] and figures["predicted_mib"] > figures["outputs_mib"]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Two sessions of ops, one of memory and one of training, as the commands record them."""
+    fast = {"fast": lambda x: {"y": x["x"] * 2}}
+    case = toy_case(**fast)
+    case.field.skipped["absent"] = "not <installed>"
+    rows = measure.rows(case, measure.run(case, rounds=2))
+    where = common.environment()
+    for stamp, factor in (("2026-01-01", 5.0), ("2026-01-02", 1.0)):
+        slower = [{**row, "p50_ms": row["p50_ms"] * factor} if "p50_ms" in row else row for row in rows]
+        common.record("ops-cpu", slower, {**where, "time": stamp}, tmp_path)
+    what = {"case": "double", "shape": "9", "dtype": "float32", "mode": "full"}
+    peak = {"peak_mib": 3.0, "reserved_mib": 3.0, "outputs_mib": 1.0, "predicted_mib": 2.9}
+    common.record("memory-cpu", [{**what, **peak, "who": "fastalign"}], where, tmp_path)
+    run = {"wall": [0, 1, 2, 3, 4], "cpu": [0, 1, 2, 3, 4], "losses": [0.7, 0.6], "peak_mib": 5, "ready_mib": 2}
+    side = train.summarise([run], Workload("", steps=4, warmup=2))
+    facts = {"task": "dpo", "dtype": "float32", "parameters": 9, "pairs": 8}
+    common.record("train-dpo", [{**facts, **side, "side": name} for name in ("fastalign", "trl")], where, tmp_path)
+    return tmp_path
+
+
+def test_the_report_renders(results, capsys):
+    assert bench(["report", "--results", str(results)]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    text = page.read_text()
+    assert page == results / "report" / "index.html"
+    assert "double, 9, float32" in text and "not &lt;installed&gt;" in text and "2026-01-02" in text
+    assert "2026-01-01" not in text  # the older session of the same case
+    assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")  # names of formats; nothing is fetched
+    if importlib.util.find_spec("matplotlib"):
+        names = ("ops-0-speed", "memory-1-memory", "train-2-0-training")
+        assert all((page.parent / f"{name}.{kind}").stat().st_size > 5000 for name in names for kind in ("png", "svg"))
+        assert text.count("<svg") == 3
+
+
+def test_a_lost_case_is_shown(results):
+    times = {measure.OURS: 2.0, "peer": 1.0, "roof: copy": 0.5, "fastalign, in place": 0.4}
+    what = {"case": "c", "shape": "s", "dtype": "d", "errors": {"y": 0.0}}
+    rows = [{**what, "who": who, "p50_ms": ms} for who, ms in times.items()]
+    assert tables.best_peer(rows)["who"] == "peer"
+    assert "<td>peer<td>1.00<td>0.50" in report.losses([rows])
+    assert "No case of this run is lost" in report.losses([rows[:1] + rows[2:]])
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "the following arguments are required"),
+        (["opps"], "invalid choice: 'opps'"),
+        (["ops", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["ops", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["ops", "--device", "cpu", "--only", "nothing"], "no case matches 'nothing'"),
+        (["memory", "--mode", "half"], "invalid choice: 'half'"),
+        (["report", "--results", "/nowhere"], "no results in /nowhere"),
+    ],
+)
+def test_wrong_input_is_answered_in_one_line(words, message, capsys):
+    try:
+        code = bench(words)
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code and message in error and error.count("\n") == 1 and error.startswith("fastalign bench")
+
+
+def test_the_command_runs_the_checkouts_bench(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise ImportError('the wrong bench')")
+    command = [sys.executable, "-m", "fastalign", "bench", "ops", "--device", "cpu", "--list", "--only", "gae"]
+    if sys.version_info < (3, 11):  # there the folder of the command cannot be left out of the search
+        (tmp_path / "bench" / "__init__.py").unlink()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["gae", "gae-one-segment"], done.stderr
+
+
+def test_a_package_without_bench_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastalign" / "cli.py"))
+    assert cli.main(["bench", "ops"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no bench/ beside the package" in error and "clone it" in error
+
+
+def test_the_gpu_script_is_valid_and_keeps_to_its_time():
+    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"]).returncode == 0
+
+
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def toy_pairs(count: int) -> list[dict[str, str]]:

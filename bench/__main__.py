@@ -1,0 +1,49 @@
+"""``python -m bench COMMAND``, which is also ``fastalign bench COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+COMMANDS = {
+    "ops": ("bench.run", "time every op beside its peers"),
+    "train": ("bench.train", "time whole training steps beside TRL's"),
+    "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
+    "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),
+    "report": ("bench.report", "draw the recorded results: plots and one HTML page"),
+}
+"""Command -> the module with its ``arguments`` and ``main``, and its line of help."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and how to learn more."""
+        self.exit(2, f"{self.prog}: error: {message} (all options: {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = Parser(prog="fastalign bench", description="How fastalign stands against its peers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    modules = {}
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in argv[:1]:  # the others bring torch and more for nothing
+            modules[name] = import_module(module)
+            modules[name].arguments(command)
+    options = parser.parse_args(argv)
+    try:
+        return modules[options.command].main(options)
+    except (ValueError, OSError) as error:
+        print(f"fastalign bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

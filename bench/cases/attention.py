@@ -1,0 +1,137 @@
+"""``packed_attention`` beside a padded batch through PyTorch's own attention: ragged sequences, a shared prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.field import BF16, FP32, OURS, Field, Inputs, Setting, draw, in64
+from bench.measure import Case
+
+LEAVES = ("q", "k", "v")
+RAGGED = (1.0, 0.12, 0.4, 0.2, 0.75, 0.08, 0.3, 0.15)
+"""Sequence lengths in units of the longest: what chat data looks like, a third of it the longest's."""
+
+
+def inputs(generator: torch.Generator, *, tokens: int, heads: int, d: int, dtype: torch.dtype) -> Inputs:
+    """Queries, keys and values of packed rows, and an upstream gradient."""
+    shape = (tokens, heads, d)
+    x = {name: draw(generator, *shape, dtype=dtype).requires_grad_() for name in LEAVES}
+    return {**x, "upstream": draw(generator, *shape)}
+
+
+def our_attention(x: Inputs, *, segments, **options) -> Tensor:
+    from fastalign.ops.attention import packed_attention
+
+    out = packed_attention(x["q"], x["k"], x["v"], segments, **options)
+    return (out * x["upstream"]).mean()
+
+
+def dense_attention(x: Inputs, *, segments) -> Tensor:
+    """The definition, with a ``[T, T]`` mask."""
+    from fastalign.ops.attention import reference
+
+    return (reference(x["q"], x["k"], x["v"], segments) * x["upstream"]).mean()
+
+
+def padded_attention(x: Inputs, *, places: Tensor, inside: Tensor) -> Tensor:
+    """Rows gathered to ``[B, longest]``, a shared prompt once per response; causal attention; the mean of what counts.
+
+    Args:
+        places: ``[B, longest]`` packed row of each place.
+        inside: ``[B, longest]`` places that count; a prompt's copies after the first do not.
+    """
+    places, inside = places.to(x["q"].device), inside.to(x["q"].device)
+    q, k, v = (x[name][places].transpose(1, 2) for name in LEAVES)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return (out[inside] * x["upstream"][places[inside]]).mean()
+
+
+def ragged(longest: int) -> tuple[list[int], list[int], list[list[int]]]:
+    """Offsets and parents of independent sequences, and the packed rows of each."""
+    lengths = [max(1, round(longest * share)) for share in RAGGED]
+    offsets = [0, *accumulate(lengths)]
+    return offsets, [-1] * len(lengths), [list(range(a, a + n)) for a, n in zip(offsets, lengths, strict=False)]
+
+
+def shared(longest: int, group: int) -> tuple[list[int], list[int], list[list[int]]]:
+    """One prompt and ``group`` responses, each half of ``longest``."""
+    half = max(1, longest // 2)
+    offsets = [half * i for i in range(group + 2)]
+    prompt = list(range(half))
+    responses = [prompt + list(range(a, a + half)) for a in offsets[1:-1]]
+    return offsets, [-1] + [0] * group, responses
+
+
+def padded_layout(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """``[B, longest]`` places and those that count: each packed row once."""
+    longest = max(map(len, rows))
+    places = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    inside, seen = torch.zeros_like(places, dtype=torch.bool), set()
+    for i, row in enumerate(rows):
+        for j, place in enumerate(row):
+            inside[i, j] = place not in seen
+            seen.add(place)
+    return places, inside
+
+
+def attention(
+    setting: Setting,
+    *,
+    longest: int,
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    group: int = 0,
+    equal: bool = False,
+    targets: dict[str, float] | None = None,
+) -> Case:
+    """Forward and backward over ragged sequences, or over a prompt shared by ``group`` responses.
+
+    Args:
+        equal: sequences of one length, where padding costs nothing.
+    """
+    from fastalign.types import Segments
+
+    size = setting.sizes(N=longest, H=heads, d=d)
+    longest, heads, d = size["N"], size["H"], size["d"]
+    offsets, parents, rows = shared(longest, group) if group else ragged(longest)
+    if equal:
+        offsets, parents = [longest * i for i in range(5)], [-1] * 4
+        rows = [list(range(a, a + longest)) for a in offsets[:-1]]
+    segments, (places, inside) = Segments(offsets, parents), padded_layout(rows)
+    field = Field(setting)
+    field.add_loss("eager", partial(padded_attention, places=places, inside=inside), LEAVES)
+    field.add_loss(OURS, partial(our_attention, segments=segments), LEAVES)
+    if dtype == FP32 or setting.gpu:
+        field.add_loss("dense mask", partial(dense_attention, segments=segments), LEAVES)
+    kind = f"prompt shared by {group}" if group else "equal lengths" if equal else "ragged"
+    return Case(
+        f"packed_attention, {kind}",
+        f"T{offsets[-1]} longest {longest} H{heads} d{d}",
+        dtype,
+        partial(inputs, tokens=offsets[-1], heads=heads, d=d, dtype=dtype),
+        lambda x: field.runs["eager"](in64(x)),
+        field,
+        targets=targets or {},
+    )
+
+
+def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
+    """Where padding and repeated prompts cost, and where they do not."""
+    make = partial(partial, attention, setting)
+    if setting.gpu:
+        big, ahead = {"longest": 2048, "heads": 16, "d": 128, "dtype": BF16}, {"eager": 1.0}
+    else:
+        big, ahead = {"longest": 512, "heads": 8, "d": 64, "dtype": FP32}, {}
+    return {
+        "attention-ragged": make(**big, targets=ahead),
+        "attention-shared-prompt-2": make(**big, group=2, targets=ahead),
+        "attention-shared-prompt-8": make(**big, group=8, targets=ahead),
+        "attention-equal-lengths": make(**big, equal=True),
+    }

@@ -1,0 +1,197 @@
+"""Losses that couple tokens, from hidden states: DPO on pairs, the clipped policy loss of GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import peers
+from bench.cases.head import BARE, eager_logps, gemms
+from bench.cases.head import inputs as hidden_states
+from bench.cases.policy import BETA, CLIP, clipped, dpo
+from bench.field import BF16, FP32, OURS, Field, Inputs, Loss, Setting, draw, in64
+from bench.measure import Case
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# --- DPO -------------------------------------------------------------------------------------------------------------
+
+
+def dpo_of(head: Head, length: int) -> Loss:
+    """DPO against a reference of zeros, by a head that returns log-probs."""
+    return lambda x: dpo(head(x["hidden"], x["weight"], x["labels"]).view(-1, length).sum(1))
+
+
+def our_dpo(x: Inputs, *, length: int, **options) -> Tensor:
+    """The loss of each chunk's pairs; a pair is never split."""
+    from fastalign.losses.reduce import segment_sum
+    from fastalign.ops import linear_loss
+
+    n = x["labels"].numel()
+    pairs = n // length // 2
+
+    def loss_fn(stats) -> Tensor:
+        chosen, rejected = segment_sum(stats.logps, stats.cu_seqlens).view(-1, 2).T
+        return -F.logsigmoid(BETA * (chosen - rejected)).sum() / pairs
+
+    offsets = torch.arange(0, n + 1, length, device=x["labels"].device)
+    rows = (x["hidden"], x["weight"], x["labels"])
+    return linear_loss(*rows, loss_fn, cu_seqlens=offsets, align="pair", **options)[0]
+
+
+def our_composed_dpo(x: Inputs, *, length: int) -> Tensor:
+    """The same loss after differentiable log-probs: logits are made twice."""
+    from fastalign.ops import linear_logps
+
+    return dpo_of(linear_logps, length)(x)
+
+
+def pair_head(
+    setting: Setting,
+    *,
+    pairs: int,
+    length: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype,
+    slabs: int | None = None,
+    targets: dict[str, float] | None = None,
+) -> Case:
+    """DPO on pairs of equal lengths, the only layout that Liger's chunked loss takes.
+
+    Args:
+        slabs: bytes so few that no chunk of logits can be kept: the same call in slabs of the vocabulary.
+    """
+    size = setting.sizes(P=pairs, L=length, D=d, V=v)
+    pairs, length, d, v = (size[letter] for letter in "PLDV")
+    field = Field(setting)
+    field.runs[BARE] = gemms(3)
+    field.add_loss("eager", dpo_of(eager_logps, length))
+    field.add_loss(OURS, partial(our_dpo, length=length))
+    field.add_loss("fastalign linear_logps", partial(our_composed_dpo, length=length))
+    if slabs:
+        field.add_loss("fastalign, slabs", partial(our_dpo, length=length, memory=slabs))
+    field.add_loss("TRL fused head", dpo_of(peers.trl_head, length), package="trl")
+    field.add_loss("Liger chunked DPO", liger_dpo(length, compiled=False), package="liger_kernel")
+    compiled = liger_dpo(length, compiled=True)
+    field.add_loss("Liger chunked DPO, compiled", compiled, package="liger_kernel", compiled=True)
+    return Case(
+        "linear_loss DPO" + (", long pairs" if slabs else ""),
+        f"P{pairs} L{length} D{d} V{v}",
+        dtype,
+        partial(hidden_states, n=2 * pairs * length, d=d, v=v, dtype=dtype),
+        lambda x: field.runs["eager"](in64(x)),
+        field,
+        targets=targets or {},
+        roof=BARE,
+    )
+
+
+def liger_dpo(length: int, compiled: bool) -> Loss:
+    head = partial(peers.liger_dpo, length=length, beta=BETA, compiled=compiled)
+    return lambda x: head(x["hidden"], x["weight"], x["labels"])
+
+
+# --- GRPO ------------------------------------------------------------------------------------------------------------
+
+
+def group_inputs(generator: torch.Generator, *, length: int, **sizes) -> Inputs:
+    """Hidden states of sequences of equal lengths, log-probs of a nearby policy, one advantage per sequence."""
+    x = hidden_states(generator, **sizes)
+    rows = len(x["labels"])
+    with torch.no_grad():
+        now = eager_logps(x["hidden"], x["weight"], x["labels"])
+    x["old"] = now + draw(generator, rows, scale=0.2)
+    x["advantages"] = draw(generator, rows // length).repeat_interleave(length)
+    return x
+
+
+def grpo_of(head: Head) -> Loss:
+    """The clipped loss's mean over tokens, by a head that returns log-probs."""
+
+    def loss(x: Inputs) -> Tensor:
+        return clipped(head(x["hidden"], x["weight"], x["labels"]), x["old"], x["advantages"]).mean()
+
+    return loss
+
+
+def our_grpo(x: Inputs) -> Tensor:
+    """The clip as a loss function of each chunk's log-probs."""
+    from fastalign.ops import linear_loss
+
+    old, advantages, count = x["old"], x["advantages"], len(x["labels"])
+
+    def loss_fn(stats) -> Tensor:
+        return clipped(stats.logps, old[stats.rows], advantages[stats.rows]).sum() / count
+
+    return linear_loss(x["hidden"], x["weight"], x["labels"], loss_fn)[0]
+
+
+def liger_grpo(length: int, compiled: bool) -> Loss:
+    """Liger wants one advantage per sequence."""
+    head = partial(peers.liger_grpo, length=length, clip=CLIP, compiled=compiled)
+    return lambda x: head(x["hidden"], x["weight"], x["labels"], x["old"], x["advantages"][::length].contiguous())
+
+
+def group_head(
+    setting: Setting,
+    *,
+    sequences: int,
+    length: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype,
+    targets: dict[str, float] | None = None,
+) -> Case:
+    """The clipped policy loss of GRPO from hidden states."""
+    from fastalign.ops import linear_logps
+
+    size = setting.sizes(B=sequences, L=length, D=d, V=v)
+    sequences, length, d, v = (size[letter] for letter in "BLDV")
+    field = Field(setting)
+    field.runs[BARE] = gemms(3)
+    field.add_loss("eager", grpo_of(eager_logps))
+    field.add_loss(OURS, our_grpo)
+    field.add_loss("fastalign linear_logps", grpo_of(linear_logps))
+    field.add_loss("TRL fused head", grpo_of(peers.trl_head), package="trl")
+    field.add_loss("verl's chunked head", grpo_of(peers.verl_head), package="verl")
+    field.add_loss("Liger per-token op", grpo_of(peers.liger_token_head), package="liger_kernel")
+    field.add_loss("Liger chunked GRPO", liger_grpo(length, compiled=False), package="liger_kernel")
+    compiled = liger_grpo(length, compiled=True)
+    field.add_loss("Liger chunked GRPO, compiled", compiled, package="liger_kernel", compiled=True)
+    return Case(
+        "linear_loss GRPO",
+        f"B{sequences} L{length} D{d} V{v}",
+        dtype,
+        partial(group_inputs, length=length, n=sequences * length, d=d, v=v, dtype=dtype),
+        lambda x: field.runs["eager"](in64(x)),
+        field,
+        targets=targets or {},
+        roof=BARE,
+    )
+
+
+def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
+    """Pairs that fit a chunk, pairs that do not, groups."""
+    pairs, groups = partial(partial, pair_head, setting), partial(partial, group_head, setting)
+    if setting.gpu:
+        big = {"d": 4096, "dtype": BF16}
+        return {
+            "linear_loss-dpo": pairs(pairs=16, length=256, v=131072, **big, targets={BARE: 1 / 1.15}),
+            "linear_loss-dpo-long": pairs(pairs=1, length=8192, v=131072, **big, slabs=2 << 30),
+            "linear_loss-grpo": groups(sequences=16, length=512, v=151936, **big, targets={"TRL fused head": 3.0}),
+        }
+    small = {"d": 512, "v": 32000}
+    return {
+        "preference_head-fp32": pairs(pairs=8, length=64, **small, dtype=FP32),
+        "preference_head-bf16": pairs(pairs=8, length=64, **small, dtype=BF16),
+        "preference_head-long-fp32": pairs(pairs=1, length=512, **small, dtype=FP32, slabs=16 << 20),
+        "preference_head-short-fp32": pairs(pairs=4, length=4, d=64, v=256, dtype=FP32),
+        "grpo_head-fp32": groups(sequences=8, length=128, **small, dtype=FP32),
+        "grpo_head-bf16": groups(sequences=8, length=128, **small, dtype=BF16),
+    }

@@ -1,0 +1,164 @@
+"""The plots of the report. Every function takes rows of the records and returns a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench import tables
+from bench.field import OURS
+
+BLUE, ORANGE, GREY, LIGHT, INK = "#2563a8", "#d9772b", "#8a8f98", "#c9ced6", "#22262b"
+SIDE_COLOURS = {"fastalign": BLUE, "trl": ORANGE, "trl-fair": GREY}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": LIGHT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 14,
+    "svg.hashsalt": "fastalign",
+}
+ROW = 0.30
+"""Inches per bar."""
+
+Case = list[dict[str, Any]]
+
+
+def label(row: dict[str, Any]) -> str:
+    """A case's name and size, short enough for an axis."""
+    short = {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])
+    return f"{row['case']}, {row['shape']}, {short}"
+
+
+def _canvas(rows: int, title: str, xlabel: str) -> tuple[Figure, Axes]:
+    """Room for so many horizontal bars, the first at the top."""
+    figure = Figure(figsize=(11, 1.3 + ROW * max(rows, 2)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def speed(groups: Sequence[Case], where: str) -> Figure:
+    """How many times faster than the best peer, case by case, on a logarithmic scale; losing cases in orange."""
+    pairs = [(ours, best) for rows in groups if (ours := tables.our_row(rows)) and (best := tables.best_peer(rows))]
+    figure, axes = _canvas(
+        len(pairs), "Speed beside the best peer of each case", f"times as fast as the best peer\n{where}"
+    )
+    for y, (ours, best) in enumerate(pairs):
+        ratio = best["p50_ms"] / ours["p50_ms"]
+        axes.barh(y, ratio - 1, left=1, height=0.62, color=BLUE if ratio >= 1 else ORANGE)
+        text, side = f" {ratio:.2f}x  {best['who']} ", "left" if ratio >= 1 else "right"
+        axes.text(ratio, y, text, va="center", ha=side, fontsize=8.5)
+    axes.set_yticks(range(len(pairs)), [label(ours) for ours, _ in pairs], fontsize=8.5)
+    _logarithmic(axes, [best["p50_ms"] / ours["p50_ms"] for ours, best in pairs])
+    axes.axvline(1, color=INK, linewidth=1)
+    return figure
+
+
+def _logarithmic(axes: Axes, ratios: Sequence[float]) -> None:
+    """A scale with room for the labels on both sides, and plain numbers as ticks."""
+    low, high = min([1.0, *ratios]), max([1.0, *ratios])
+    low, high = low / (3.5 if low < 1 else 1.15), high * max(3.0, (high / low) ** 0.35)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def roofs(groups: Sequence[Case], where: str) -> Figure:
+    """The share of the hardware's bound that fastalign and the best peer reach, measured in the same run."""
+    cases = [
+        (ours, tables.best_peer(rows)) for rows in groups if (ours := tables.our_row(rows)) and ours.get("of_roof")
+    ]
+    xlabel = f"share of the bound: bare matrix products, or a copy of the least bytes (100 % cannot be passed)\n{where}"
+    figure, axes = _canvas(len(cases), "How much of the bound is reached", xlabel)
+    for y, (ours, best) in enumerate(cases):
+        axes.barh(y, 100 * ours["of_roof"], height=0.62, color=BLUE)
+        axes.text(100 * ours["of_roof"] + 1, y, f"{ours['of_roof']:.0%}", va="center", fontsize=8.5)
+        if best and best.get("of_roof"):
+            axes.plot(100 * best["of_roof"], y, "o", color=ORANGE, markersize=6, markeredgecolor="white")
+    axes.set_yticks(range(len(cases)), [label(ours) for ours, _ in cases], fontsize=8.5)
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.set_xlim(0, 1.08 * max([100.0, *(100 * ours["of_roof"] for ours, _ in cases)]))
+    axes.plot([], [], "s", color=BLUE, label="fastalign")
+    axes.plot([], [], "o", color=ORANGE, label="best peer")
+    axes.legend(loc="lower right", frameon=True, edgecolor=LIGHT, fontsize=9)
+    return figure
+
+
+def memory(groups: Sequence[Case], where: str) -> Figure:
+    """Peak memory of forward and backward over the inputs, every candidate of every case."""
+    lines: list[dict[str, Any] | str] = []
+    for rows in groups:
+        full = [row for row in rows if row["mode"] == "full" and not row.get("failure")]
+        lines += [label(rows[0]), *sorted(full, key=lambda row: row["peak_mib"])] if full else []
+    figure, axes = _canvas(
+        len(lines),
+        "Peak memory of forward and backward",
+        f"MiB over the inputs; the line is the planner's figure\n{where}",
+    )
+    bars = [(y, row) for y, row in enumerate(lines) if isinstance(row, dict)]
+    for y, row in bars:
+        axes.barh(y, row["peak_mib"], height=0.68, color=BLUE if row["who"].startswith(OURS) else LIGHT)
+        axes.text(row["peak_mib"], y, f" {row['peak_mib']:,.0f}", va="center", fontsize=8.5)
+        if row.get("predicted_mib"):
+            axes.plot([row["predicted_mib"]] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+    axes.set_yticks(range(len(lines)), [row["who"] if isinstance(row, dict) else row for row in lines], fontsize=8.5)
+    for tick, row in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("normal" if isinstance(row, dict) else "bold")
+    axes.set_xlim(0, 1.12 * max([1.0, *(row["peak_mib"] for _, row in bars)]))
+    return figure
+
+
+def training(rows: Case, where: str) -> Figure:
+    """Loss curves of every side over each other, and their speeds."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[2, 1])
+    for index, row in enumerate(rows):
+        steps = range(1, len(row["losses"]) + 1)
+        # The first is drawn widest: curves that agree lie on top of each other and are all seen.
+        style = {"linewidth": 5 - 1.8 * index, "alpha": 0.55 if index == 0 else 1.0}
+        curves.plot(steps, row["losses"], color=colour(row), label=name(row), **style)
+    curves.set(
+        title=f"{rows[0]['task'].upper()} loss, same pairs in the same order", xlabel=f"step\n{where}", ylabel="loss"
+    )
+    curves.legend(frameon=False, fontsize=9)
+    bars.barh(
+        [name(row) for row in rows],
+        [row["pairs_per_second"] for row in rows],
+        color=[colour(r) for r in rows],
+        height=0.6,
+    )
+    for y, row in enumerate(rows):
+        bars.text(row["pairs_per_second"], y, f" {row['pairs_per_second']:.2f}", va="center")
+    bars.set(title="Speed", xlabel="pairs per second")
+    bars.set_xlim(0, 1.2 * max(row["pairs_per_second"] for row in rows))
+    bars.invert_yaxis()
+    bars.spines["left"].set_visible(False)
+    bars.tick_params(axis="y", length=0)
+    return figure
+
+
+def colour(row: dict[str, Any]) -> str:
+    """A side's."""
+    return SIDE_COLOURS.get(row["side"], GREY)
+
+
+def name(row: dict[str, Any]) -> str:
+    """A side's."""
+    return {"trl": "TRL as installed", "trl-fair": "TRL, rows selected"}.get(row["side"], row["side"])
