@@ -220,3 +220,12 @@ OPS = {
         list(attention.BACKENDS),
     ),
 }
+
+RICHEST = {"segment_scan": "per_token", "gae": "bootstrap", "packed_attention": "grouped"}
+
+
+def example_of(name, dtype, backend, num_rows=11):
+    """The case of an op that has every option."""
+    cases = OPS[name].cases
+    case = RICHEST.get(name) or next(case for case in cases if "everything" in case)
+    return cases[case](num_rows, dtype).on(place(backend))

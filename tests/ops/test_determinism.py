@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_table import DEVICE, HERE, OPS, given, place
+from op_table import DEVICE, HERE, OPS, example_of, given, place
 
 from fastalign import ops
 from fastalign.ops import attention, dispatch
@@ -18,20 +18,9 @@ from fastalign.testing import linear_example, with_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-N = 11
+N = 11  # rows of ``op_table.example_of``
 NARROW = [torch.float32, torch.bfloat16]
-RICHEST = {"segment_scan": "per_token", "gae": "bootstrap", "packed_attention": "grouped"}
 LEVELS = ["avx512", "avx2", "scalar"]
-
-
-def case_of(name):
-    """The case of an op with every option."""
-    cases = list(OPS[name].cases)
-    return RICHEST.get(name) or next(case for case in cases if "everything" in case)
-
-
-def example_of(name, dtype, backend):
-    return OPS[name].cases[case_of(name)](N, dtype).on(place(backend))
 
 
 @contextmanager
