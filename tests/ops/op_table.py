@@ -196,7 +196,7 @@ OPS = {
     ),
     "policy_loss": Op(POLICIES, run_policy_loss, define_policy_loss, HERE, factor=4.0),
     "preference_loss": Op(
-        chosen(PAIRS, loss_fn=list(PAIR_LOSSES.values())),
+        chosen(PAIRS, loss_fn=[PAIR_LOSSES[name] for name in ("dpo", "ipo", "simpo")]),
         lambda x, backend: {"loss": ops.preference_loss(**given(x), backend=backend)[0]},
         lambda x: {"loss": preference_reference(**given(x))},
         HERE,

@@ -15,7 +15,8 @@ import pytest
 import torch
 from op_table import HERE, OPS, example_of, given, place
 
-from fastalign.losses.preference import dpo, pair_logps
+from fastalign.losses.pairs import pair_logps
+from fastalign.losses.preference import dpo
 from fastalign.ops import linear_logps, linear_loss, policy_loss, preference_loss, token_logps
 from fastalign.ops.linear_logps import reference as linear_reference
 from fastalign.ops.token_logps import reference as token_reference
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 
 ROOT = Path(__file__).resolve().parents[2]
 forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
+ANYWHERE = [*HERE, "sdpa"]  # attention's other backends want 16 bits on CUDA, which the matrix gives them
 on_backends = pytest.mark.parametrize("backend", HERE)
 TIGHT = {"torch": 900_000, "cpp": 60_000, "triton": 60_000}
 
@@ -118,11 +120,11 @@ def test_03_every_output_is_written_when_no_row_is_scored(backend, compiled, num
         assert torch.equal(value, torch.zeros_like(value))
 
 
-@pytest.mark.parametrize(("name", "backend"), [(name, backend) for name in OPS for backend in OPS[name].backends])
+@pytest.mark.parametrize(
+    ("name", "backend"), [(name, b) for name, op in OPS.items() for b in op.backends if b in ANYWHERE]
+)
 def test_03_fresh_memory_never_shows(name, backend):
     """What an op returns and hands back is finite although all fresh memory is NaN, and so is what is masked."""
-    if backend in ("varlen", "flash"):
-        pytest.skip(f"{backend}: needs CUDA tensors of 16 bits, on which the matrix runs it")
     example = example_of(name, torch.float32, backend)
     for key, value in with_gradients(OPS[name].run(example, backend), example).items():
         assert value.isfinite().all(), key
