@@ -87,7 +87,7 @@ if wanted ops; then
     if [[ -n $QUICK ]]; then
         ops 60 'few,one-row,gae-one' --rounds 1 --no-compile
     else
-        ops 100 'linear_loss-131072,linear_loss-qwen3-8b,linear_loss-frozen,linear_logps' --seconds 3 --no-compile
+        ops 100 'linear_loss-131072,linear_loss-qwen3-8b,linear_loss-frozen,linear_logps,adapter' --seconds 3 --no-compile
         ops 60 'token_logps,policy_loss,preference_loss' --seconds 2 --no-compile
         ops 40 'entropy-forward-131072,policy_loss-131072,linear_loss-131072' --seconds 2  # torch.compile, slow to start
         ops 40 'linear_loss-dpo,linear_loss-grpo,masked,llama3,gemma2,small,few' --seconds 2 --no-compile

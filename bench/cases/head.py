@@ -46,9 +46,8 @@ def inputs(
     masked: float = 0.0,
 ) -> Inputs:
     """Hidden states of unit scale, weights that give logits of about +-8, labels of which a share is not scored."""
-    labels = integers(generator, v, n)
-    scored = torch.rand(n, generator=generator, device=generator.device) >= masked
-    scored[0] = True
+    labels, count = integers(generator, v, n), scored_rows(n, masked)
+    scored = torch.randperm(n, generator=generator, device=generator.device) < count
     return {
         "hidden": draw(generator, n, d, dtype=dtype).requires_grad_(),
         "weight": draw(generator, v, d, scale=2.0 / d**0.5, dtype=dtype).requires_grad_(not frozen),
@@ -57,6 +56,11 @@ def inputs(
         "count": scored.sum(),
         "upstream": draw(generator, n),
     }
+
+
+def scored_rows(n: int, masked: float) -> int:
+    """How many rows are scored: known beforehand, as to a trainer that made the labels."""
+    return n - round(n * masked)
 
 
 # --- roofs -----------------------------------------------------------------------------------------------------------
@@ -93,21 +97,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, softcap
     return F.cross_entropy(logits if softcap is None else softcap * torch.tanh(logits / softcap), labels)
 
 
-def ours(x: Inputs, *, labels: str = "labels", **options) -> Tensor:
+def ours(x: Inputs, *, scored: int, labels: str = "labels", **options) -> Tensor:
     """The op that is measured, given the loss as a function of log-probs."""
     from fastalign.ops import linear_loss
 
-    count = x["count"] if labels == "labels" else x[labels].numel()
-    return linear_loss(x["hidden"], x["weight"], x[labels], lambda stats: -stats.logps.sum() / count, **options)[0]
+    rows, options = (x["hidden"], x["weight"], x[labels]), {"num_scored": scored, **options}
+    return linear_loss(*rows, lambda stats: -stats.logps.sum() / scored, **options)[0]
 
 
-def ours_composable(x: Inputs, **options) -> Tensor:
+def ours_composable(x: Inputs, *, scored: int, **options) -> Tensor:
     """Differentiable log-probs: what any autograd code can continue from."""
     from fastalign.ops import linear_logps
 
-    logps = linear_logps(x["hidden"], x["weight"], x["labels"], **options)
+    logps = linear_logps(x["hidden"], x["weight"], x["labels"], num_scored=scored, **options)
     assert isinstance(logps, Tensor)
-    return -logps.sum() / x["count"]
+    return -logps.sum() / scored
 
 
 def of_logps(head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
@@ -168,14 +172,14 @@ def cross_entropy(
     """
     size = setting.sizes(N=n, D=d, V=v)
     n, d, v = size["N"], size["D"], size["V"]
-    field = Field(setting)
+    field, scored = Field(setting), scored_rows(n, masked)
     field.runs[BARE] = gemms(3)
     field.add_loss("eager", partial(eager, softcap=softcap))
-    field.add_loss(OURS, partial(ours, softcap=softcap))
-    field.add_loss("fastalign linear_logps", partial(ours_composable, softcap=softcap))
+    field.add_loss(OURS, partial(ours, scored=scored, softcap=softcap))
+    field.add_loss("fastalign linear_logps", partial(ours_composable, scored=scored, softcap=softcap))
     add_heads(field, softcap)
     if frozen:
-        field.add("fastalign, trainable head", with_trainable_head)
+        field.add("fastalign, trainable head", partial(with_trainable_head, scored=scored))
     if masked:
         field.add("fastalign, every row", every_row)
         if not setting.gpu:
@@ -204,14 +208,15 @@ def truth(x: Inputs, *, masked: float, softcap: float | None) -> Outputs:
     return found
 
 
-def with_trainable_head(x: Inputs) -> Outputs:
+def with_trainable_head(x: Inputs, *, scored: int) -> Outputs:
     """The same inputs, the head's gradient made as well."""
-    return trained(ours, {**x, "weight": x["weight"].requires_grad_()})
+    return trained(partial(ours, scored=scored), {**x, "weight": x["weight"].requires_grad_()})
 
 
 def every_row(x: Inputs) -> Outputs:
     """The same rows, all of them scored."""
-    return {"loss of all rows": trained(partial(ours, labels="all_labels"), x)["loss"]}
+    every = partial(ours, labels="all_labels", scored=len(x["labels"]))
+    return {"loss of all rows": trained(every, x)["loss"]}
 
 
 # --- log-probs -------------------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def eager_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def our_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
     from fastalign.ops import linear_logps
 
-    logps = linear_logps(hidden, weight, labels, **options)
+    logps = linear_logps(hidden, weight, labels, num_scored=len(labels), **options)
     assert isinstance(logps, Tensor)
     return logps
 

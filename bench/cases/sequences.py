@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers
-from bench.cases.head import BARE, eager_logps, gemms
+from bench.cases.head import BARE, eager_logps, gemms, our_logps
 from bench.cases.head import inputs as hidden_states
 from bench.cases.policy import BETA, CLIP, clipped, dpo
 from bench.field import BF16, FP32, OURS, Field, Inputs, Loss, Setting, draw, in64
@@ -39,16 +39,13 @@ def our_dpo(x: Inputs, *, length: int, **options) -> Tensor:
         chosen, rejected = segment_sum(stats.logps, stats.cu_seqlens).view(-1, 2).T
         return -F.logsigmoid(BETA * (chosen - rejected)).sum() / pairs
 
-    offsets = torch.arange(0, n + 1, length, device=x["labels"].device)
-    rows = (x["hidden"], x["weight"], x["labels"])
-    return linear_loss(*rows, loss_fn, cu_seqlens=offsets, align="pair", **options)[0]
+    layout = {"cu_seqlens": torch.arange(0, n + 1, length), "align": "pair", "num_scored": n}  # the host reads them
+    return linear_loss(x["hidden"], x["weight"], x["labels"], loss_fn, **layout, **options)[0]
 
 
 def our_composed_dpo(x: Inputs, *, length: int) -> Tensor:
     """The same loss after differentiable log-probs: logits are made twice."""
-    from fastalign.ops import linear_logps
-
-    return dpo_of(linear_logps, length)(x)
+    return dpo_of(our_logps, length)(x)
 
 
 def pair_head(
@@ -129,7 +126,7 @@ def our_grpo(x: Inputs) -> Tensor:
     def loss_fn(stats) -> Tensor:
         return clipped(stats.logps, old[stats.rows], advantages[stats.rows]).sum() / count
 
-    return linear_loss(x["hidden"], x["weight"], x["labels"], loss_fn)[0]
+    return linear_loss(x["hidden"], x["weight"], x["labels"], loss_fn, num_scored=count)[0]
 
 
 def liger_grpo(length: int, compiled: bool) -> Loss:
@@ -149,15 +146,13 @@ def group_head(
     targets: dict[str, float] | None = None,
 ) -> Case:
     """The clipped policy loss of GRPO from hidden states."""
-    from fastalign.ops import linear_logps
-
     size = setting.sizes(B=sequences, L=length, D=d, V=v)
     sequences, length, d, v = (size[letter] for letter in "BLDV")
     field = Field(setting)
     field.runs[BARE] = gemms(3)
     field.add_loss("eager", grpo_of(eager_logps))
     field.add_loss(OURS, our_grpo)
-    field.add_loss("fastalign linear_logps", grpo_of(linear_logps))
+    field.add_loss("fastalign linear_logps", grpo_of(our_logps))
     field.add_loss("TRL fused head", grpo_of(peers.trl_head), package="trl")
     field.add_loss("verl's chunked head", grpo_of(peers.verl_head), package="verl")
     field.add_loss("Liger per-token op", grpo_of(peers.liger_token_head), package="liger_kernel")
