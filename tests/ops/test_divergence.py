@@ -77,14 +77,43 @@ def test_matches_float64(backend, kind, dtype, vocab, name):
     exact = run(eager, logits.double(), ref_logits.double(), g, **options)
     value, grad = run(eager, logits, ref_logits, g, **options)
     assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # In fp32 a KL is a difference of log-probs, whose last place is what eager may get right by luck.
-    assert_matches(actual[0], value, exact[0], name="value", factor=3, budget=1e-4)
+    if dtype == torch.float64:
+        assert_matches(actual[0], value, exact[0], name="value")
+    assert (actual[0] - exact[0]).abs().max() <= 1e-4  # few rows, where eager may be lucky: no comparison
     towards_zero = backend == "triton" and INTERPRETED and dtype == torch.bfloat16  # the interpreter's rounding
     assert_matches(actual[1], grad, exact[1], name="gradient", factor=4 if towards_zero else 2)
     assert exact[1].abs().max() > 0 or vocab == 1
     assert not actual[0][LABELS == -100].any() and not actual[1][LABELS == -100].any()
     if vocab > 1:  # under a soft-cap -inf is the lowest logit, not a ban
         assert actual[1][3, : vocab // 2].abs().max() <= (1e-35 if "softcap" in options else 0)
+
+
+@on_backends
+@of_kinds
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_err_like_eager_over_many_rows(backend, kind, name, dtype):
+    if not affordable(backend, dtype, name=name):
+        pytest.skip("slow in the interpreter")
+    assert_errs_like_eager(backend, dtype, 507, {"kind": kind, **OPTIONS[name]})
+
+
+def assert_errs_like_eager(backend, dtype, vocab, options, num_rows=14 * N):
+    """The norms within 1.2 and the maxima within 2 of eager's, both against float64. One row in nine lies at -200."""
+    new = torch.Generator().manual_seed(vocab)
+    streams = (3 * torch.randn(2, num_rows, vocab, generator=new)).sub_(
+        200 * (torch.arange(num_rows) % N == 0)[:, None]
+    )
+    logits, ref_logits = streams.to(dtype)
+    if isinstance(options.get("temperature"), torch.Tensor):
+        options = {**options, "temperature": options["temperature"].repeat(num_rows // N)}
+    device = place(backend)
+    on_device = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+    actual = divergence(logits.to(device), ref_logits.to(device), backend=backend, **on_device).cpu()
+    rival, exact = eager(logits, ref_logits, **options), eager(logits.double(), ref_logits.double(), **options)
+    assert_matches(actual, rival, exact, budget=1e-4)
+    ours, theirs = ((x.double() - exact).norm() for x in (actual, rival))
+    assert ours <= 1.2 * theirs + 2**-26 * exact.norm(), f"{options['kind']}: {ours:.3g}, eager {theirs:.3g}"
 
 
 @on_backends
@@ -228,17 +257,17 @@ def test_lower_instruction_sets(kind, level):
     before = _C.cpu_level()
     logits, ref_logits, g = make_case(20011, torch.bfloat16)
     options = {"kind": kind, **OPTIONS["all"]}
-    exact = run(eager, logits.double(), ref_logits.double(), g, **options)
-    rival = run(eager, logits, ref_logits, g, **options)
+    _, exact = run(eager, logits.double(), ref_logits.double(), g, **options)
+    _, rival = run(eager, logits, ref_logits, g, **options)
     try:
         _C.set_cpu_level(level)
-        results = run(divergence, logits, ref_logits, g, backend="cpp", **options)
+        _, gradient = run(divergence, logits, ref_logits, g, backend="cpp", **options)
+        assert_errs_like_eager("cpp", torch.bfloat16, 20011, options, 4 * N)
     except ValueError as error:
         pytest.skip(str(error))
     finally:
         _C.set_cpu_level(before)
-    for one in zip(results, rival, exact, strict=True):
-        assert_matches(*one, factor=3)
+    assert_matches(gradient, rival, exact)
 
 
 @on_backends
