@@ -207,7 +207,8 @@ def exo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) ->
     Returns:
         ``[P]`` losses.
     """
-    check_smoothing("exo", label_smoothing, 1e-30, 1)
+    if not 0 < label_smoothing < 1:
+        raise ValueError(f"exo: label_smoothing must be in (0, 1), got {label_smoothing}")
     chosen, rejected = log_ratios(pair)
     margin, flipped = beta * (chosen - rejected), label_smoothing
     right = margin.sigmoid() * (logsigmoid(margin) - math.log1p(-flipped))

@@ -9,7 +9,10 @@ from fastalign.types import TokenStats
 
 
 def sft(logps: Tensor) -> Tensor:
-    """Negative log-likelihood, ``l_t = -ln p(y_t)`` in nats, to be reduced by ``token_mean``.
+    """SFT: imitate demonstrations, token by token.
+
+    ``l_t = -ln p(y_t)`` in nats, to be reduced by ``token_mean``.
+    Source: maximum likelihood over responses, as in Ouyang et al. 2022 (arXiv:2203.02155).
 
     Args:
         logps: ``[n]`` log-probs of the scored tokens.

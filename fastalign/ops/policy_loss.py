@@ -341,7 +341,7 @@ def policy_loss(
     number, temperatures = split_temperature(temperature, stats_dtype(logits))
     scored = labels != IGNORE_INDEX
     if weights is None:
-        weights = (1 / scored.sum().clamp(min=1)).expand(labels.shape)
+        weights = scored.sum().clamp(min=1).to(stats_dtype(logits)).reciprocal().expand(labels.shape)
     given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
     rows = (temperatures, *(_row(name, x, logits) for name, x in given.items()))
     settings = (loss, kl_estimator, knobs, number, softcap, entropy or entropy_coef != 0, backend)

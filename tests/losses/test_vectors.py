@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import vector_pairs
+import vector_policy
+import vector_rest
 from torch import Tensor
-from vector_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = Path(os.environ.get("FASTALIGN_VECTORS", ROOT.parent / "shared" / "vectors" / "vectors.json"))
 if not PATH.exists():
     pytest.skip(f"{PATH} is absent: set FASTALIGN_VECTORS to the file of test vectors", allow_module_level=True)
 
+CASES = {**vector_pairs.CASES, **vector_policy.CASES, **vector_rest.CASES}
+"""By name: a function of the inputs and parameters that returns at least the expected values and coefficients."""
 VECTORS = {case["name"]: case for case in json.loads(PATH.read_text())}
 TOLERANCE = {torch.float64: (1e-9, 1e-15), torch.float32: (1e-5, 1e-7)}
 """Relative, and absolute: the rounding of a sum of terms of about 1 that cancel."""

@@ -1,0 +1,154 @@
+"""A loss is one function and one entry: what it says of itself is complete, and command line and page follow."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastalign.arguments import UsageError, parse_config
+from fastalign.engine.methods import METHODS, make_objective
+from fastalign.losses import catalogue, policy, preference, reduce
+from fastalign.losses.mixture import keywords
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = [
+    *("dpo", "cdpo", "robust", "ipo", "ipo_sum", "hinge", "slic", "dpop", "r_dpo", "ln_dpo", "ld_dpo", "exo", "nca"),
+    *("bco_pair", "sppo", "aot", "aot_unpaired", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "tdpo1", "tdpo2"),
+]
+ALGORITHMS = [
+    *("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
+    *("reinforce", "reinforce_pp", "reinforce_pp_baseline", "remax"),
+]
+EVERY = [(family, name) for family, losses in catalogue.FAMILIES.items() for name in losses]
+
+
+@pytest.mark.parametrize("family, name", EVERY)
+def test_a_docstring_names_purpose_formula_source_and_arguments(family, name):
+    described = catalogue.describe(catalogue.FAMILIES[family][name])
+    assert described.purpose.endswith(".") and described.source.endswith(".")
+    assert re.search(r"(19|20)\d\d", described.source), described.source
+    assert described.defaults.keys() <= described.arguments.keys()
+
+
+def test_the_published_names_are_all_there():
+    assert [name for name in preference.LOSSES if name != "sft"] == PAIRS
+    assert set(PAIRS) | {"sft", "kto", "bco", "rrhf", "reward", "gkd"} <= {name for _, name in EVERY}
+    assert policy.VARIANTS.keys() >= set(ALGORITHMS)
+    for variant in policy.VARIANTS.values():
+        assert (
+            variant.reduction in reduce.WEIGHTS
+            and variant.options.keys() <= keywords(policy.LOSSES[variant.loss]).keys()
+        )
+        assert variant.kl is None or variant.kl[1] in policy.KL_ESTIMATORS
+    assert all(target in preference.LOSSES for target in preference.ALIASES.values())
+    trl = (
+        "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down sigmoid_norm"
+    )
+    for name in trl.split():
+        assert make_objective("dpo", {"name": name}).name in PAIRS
+
+
+def test_sets_of_losses_name_losses():
+    for name in ("REFERENCE_FREE", "LENGTH_NORMALISED", "IMITATES", "READS_TAILS", "READS_KLS", "STEP_COUPLED"):
+        assert getattr(preference, name) <= preference.LOSSES.keys(), name
+
+
+def mine(pair, *, gamma: float = 1.5):
+    """Mine: a loss that was added just now.
+
+    ``l = gamma (b - a)``.
+    Source: nobody, 2024.
+
+    Args:
+        pair: sequence log-probs of P pairs.
+        gamma: its only setting.
+    """
+    return gamma * (pair.rejected - pair.chosen)
+
+
+def test_a_new_entry_reaches_the_command_line_the_engine_and_the_page(monkeypatch, capsys):
+    with pytest.raises(UsageError, match="has no loss 'mine'"):
+        parse_config("dpo", ["--loss.name", "mine"])
+    monkeypatch.setitem(preference.LOSSES, "mine", mine)
+    assert parse_config("dpo", ["--loss.name", "mine"]).loss == {"name": "mine", "gamma": 1.5}
+    assert parse_config("dpo", ["--loss.name", "mine", "--loss.gamma", "2"]).loss["gamma"] == 2
+    with pytest.raises(UsageError, match=r"unknown key 'loss.gama'.* did you mean 'loss.gamma'.*the loss is 'mine'"):
+        parse_config("dpo", ["--loss.name", "mine", "--loss.gama", "2"])
+    with pytest.raises(SystemExit):
+        parse_config("dpo", ["--loss.name", "mine", "--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "its only setting. (type: float, default: 1.5)" in help_text and ", mine;" in help_text
+    objective = make_objective("dpo", {"name": "mine", "gamma": 3.0})
+    assert objective.options == {"gamma": 3.0} and objective.needs_reference
+    assert ("preference", "mine") in [(family, name) for family, name, _ in catalogue.catalogue()]
+    assert "mine" in catalogue.missing_from("`dpo`") and "mine" not in catalogue.missing_from("`mine`")
+
+
+def test_a_docstring_without_a_part_is_refused(monkeypatch):
+    for part in (r"Source: .*", r"``", "gamma: its only setting."):
+        monkeypatch.setattr(mine, "__doc__", re.sub(part, "", mine.__doc__))
+        with pytest.raises(ValueError, match="mine: "):
+            catalogue.describe(mine)
+        monkeypatch.undo()
+    assert catalogue.describe(mine).formula == "``l = gamma (b - a)``."
+
+
+def test_the_page_of_methods_names_every_loss():
+    page = ROOT / "docs" / "methods.md"
+    if not page.exists():
+        pytest.skip(f"{page} is not written yet")
+    assert not catalogue.missing_from(page.read_text())
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "sft"])
+def test_every_pair_loss_makes_an_objective_or_says_what_it_lacks(name):
+    if name in preference.READS_KLS:
+        with pytest.raises(ValueError, match=f"{name} reads the full-vocabulary KLs of the pairs"):
+            make_objective("dpo", {"name": name})
+        return
+    objective = make_objective("dpo", {"name": name})
+    assert "loss" in objective.metric_names and "rewards/margins" in objective.metric_names
+    assert objective.needs_reference == (name not in preference.REFERENCE_FREE)
+    assert objective.options == keywords(preference.LOSSES[name])
+
+
+def test_a_sum_of_losses_from_flags_and_files(tmp_path):
+    expected = {"name": ["dpo", "sft"], "loss_weights": [1.0, 0.2], "beta": 0.5}
+    file = tmp_path / "run.yaml"
+    file.write_text("loss: {name: [sigmoid, sft], loss_weights: [1, 0.2], beta: 0.5}")
+    assert parse_config("dpo", ["--config", str(file)]).loss == expected
+    for word in ("dpo,sft", "[dpo, sft]", '["sigmoid", "sft"]'):
+        flags = ["--loss.name", word, "--loss.loss_weights", "[1, 0.2]", "--loss.beta", "0.5"]
+        assert parse_config("dpo", flags).loss == expected
+    with pytest.raises(UsageError, match=r"did you mean 'loss.loss_weights'"):
+        parse_config("dpo", ["--loss.name", "dpo,sft", "--loss.weights", "[1, 2]"])
+    with pytest.raises(UsageError, match=r"unknown key 'loss.loss_weights'"):
+        parse_config("dpo", ["--loss.loss_weights", "[1]"])
+    objective = make_objective("dpo", expected)
+    assert objective.name == ["dpo", "sft"] and objective.needs_reference and objective.imitates
+    assert not make_objective("dpo", {"name": ["cpo", "sft"]}).needs_reference
+    with pytest.raises(ValueError, match=r"loss_weights: expected 2, one for each of dpo, sft; got \[1.0\]"):
+        make_objective("dpo", {"name": ["dpo", "sft"], "loss_weights": [1.0]})
+    with pytest.raises(ValueError, match=r"unknown keyword of loss 'dpo\+sft' 'lam'"):
+        make_objective("dpo", {"name": ["dpo", "sft"], "lam": 1.0})
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        ({"name": "robust", "label_smoothing": 0.5}, r"robust: label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"name": "exo", "label_smoothing": 0.0}, r"exo: label_smoothing must be in \(0, 1\), got 0.0"),
+        ({"name": "cdpo", "label_smoothing": -0.1}, r"cdpo: label_smoothing must be in \[0, 1\), got -0.1"),
+        ({"name": "aot", "label_smoothing": 1.0}, r"aot: label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"name": "ipo", "beta": 0.0}, "loss.beta must be above 0, got 0.0"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_before_any_work(loss, words):
+    with pytest.raises(ValueError, match=words):
+        make_objective("dpo", loss)
+
+
+def test_methods_share_the_dict_of_losses():
+    assert METHODS["dpo"].losses is preference.LOSSES  # not a copy: an entry added later must count
+    assert torch.is_tensor(METHODS["sft"].losses["sft"](torch.zeros(1)))
