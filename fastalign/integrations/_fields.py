@@ -39,7 +39,7 @@ def head_fields(
     Args:
         hidden: ``[N, D]``; the GEMM runs in its dtype, or autocast's.
         head: without an adapter, which TRL refuses.
-        labels: ``[N]``.
+        labels: ``[N]``, every one scored.
         scaling: of the logits.
         wanted: names of the fields; those not named are None, log_probs is always computed.
 
@@ -52,7 +52,8 @@ def head_fields(
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
     defaults: dict[str, Any] = dict.fromkeys(("lora", "process_group", "memory", "backend"))
-    options = {"bias": head.bias, "batch_invariant": False, **defaults, **scaling.options(scaling.temperature)}
+    defaults |= {"batch_invariant": False, "deterministic": False, "num_scored": len(labels)}
+    options = {"bias": head.bias, **defaults, **scaling.options(scaling.temperature)}
     call, trainable = make_call(hidden, weight, labels, **options)
     logps, entropy, top1 = row_stats(call, "entropy" in wanted, trainable)
     sum_sq = mean = None

@@ -129,6 +129,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             align="sequence" if self.sequences else "token",
             bias=bias,
             temperature=self.temperature,
+            num_scored=len(rows.labels),
         )
         tokens = max(1, len(rows.labels))
         told = ["kl", "clipped"] if self.beta else ["clipped"]

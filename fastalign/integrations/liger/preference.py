@@ -83,10 +83,8 @@ class _PairLoss(nn.Module):
             losses = self.objective(read)
             return (losses + self.alpha * sft(sums) if alongside else losses).sum() / pairs
 
-        hidden = rows.of(_input)
-        loss, stats = linear_loss(
-            hidden, lin_weight, rows.labels, loss_fn, cu_seqlens=rows.cu_seqlens, align="pair", bias=bias
-        )
+        options = {"cu_seqlens": rows.cu_seqlens, "align": "pair", "bias": bias, "num_scored": len(rows.labels)}
+        loss, stats = linear_loss(rows.of(_input), lin_weight, rows.labels, loss_fn, **options)
         sums, read = pair_of(stats.logps, rows.cu_seqlens, ref_logps)
         nll = sft(sums).mean() if alongside else loss.new_zeros(())
         if self.compute_nll_loss and nll_target is not None:

@@ -55,7 +55,8 @@ def reference_logps(
     if ref_input is None or ref_weight is None:
         raise ValueError("use_ref_model=True needs ref_input and ref_weight")
     with torch.no_grad():
-        logps = linear_logps(rows.of(ref_input), ref_weight, rows.labels, bias=ref_bias, temperature=temperature)
+        options = {"bias": ref_bias, "temperature": temperature, "num_scored": len(rows.labels)}
+        logps = linear_logps(rows.of(ref_input), ref_weight, rows.labels, **options)
     assert isinstance(logps, Tensor)
     return logps
 

@@ -74,7 +74,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
             batch = batch_of(stats.logps, stats.cu_seqlens, part, good[stats.sequences])
             return kto(batch, baseline, beta=self.beta).sum() / len(target)
 
-        options = {"cu_seqlens": rows.cu_seqlens, "align": "sequence", "bias": bias}
+        options = {"cu_seqlens": rows.cu_seqlens, "align": "sequence", "bias": bias, "num_scored": len(rows.labels)}
         loss, stats = linear_loss(rows.of(_input), lin_weight, rows.labels, loss_fn, **options)
         batch = batch_of(stats.logps, rows.cu_seqlens, ref, good)
         with torch.no_grad():
