@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastalign.losses import preference_free, preference_wide
-from fastalign.losses.pairs import check_smoothing, log_ratios, per_token, smoothed
+from fastalign.losses.pairs import check_smoothing, log_ratios, pair_logps, per_token, smoothed
 from fastalign.losses.preference_free import cpo, orpo, sft, simpo, slic
 from fastalign.losses.preference_sides import apo_down, apo_zero, bco_pair, nca, sppo
 from fastalign.losses.preference_wide import aot, aot_unpaired, ld_dpo, tdpo1, tdpo2
 from fastalign.losses.reduce import sum_and_count
 from fastalign.types import PairLogps
+
+__all__ = ["ALIASES", "LOSSES", "METRICS", "REFERENCE_FREE", "log_ratios", "metrics", "pair_logps"]
 
 
 def dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
