@@ -64,11 +64,11 @@ def test_pairs_are_those_of_the_losses(name):
 
     def with_metrics(pair):
         losses = LOSSES[name](pair)
-        return losses, preference.metrics(pair, losses, name, 0.3)
+        return losses, preference.metrics(pair, losses, [name], {"beta": 0.3})
 
     total, metrics = preference_loss(logits, labels, OFFSETS, ref, loss_fn=with_metrics)
     assert torch.equal(total, losses.sum() / 4)
-    for key, value in preference.metrics(pair, losses, name, 0.3).items():
+    for key, value in preference.metrics(pair, losses, [name], {"beta": 0.3}).items():
         assert torch.equal(metrics[key], value) and not metrics[key].requires_grad
 
 
