@@ -1,7 +1,7 @@
 // Token losses straight from logits [N, V]: what every backend of the op is given.
 //
 // Of each row: its statistics, then loss = -w A value(l) + w kl_coef kl(l) - w entropy_coef H, with l the label's
-// log-prob, then the gradient d loss / d logits from g = d loss / d l and e = d loss / d H.
+// log-prob, then the gradient d loss / d logits from the coefficients g, alpha and beta of token_logps.h.
 #pragma once
 
 #include "token_logps.h"
@@ -11,7 +11,9 @@ namespace fastalign {
 enum class Surrogate : int { pg, ppo, cispo, sapo };
 
 // The rows of the table [kColumns, N] that every call writes; those of the statistics are where `rows` points.
-enum Column : int { kLoss, kLogps, kMax, kLogsum, kEntropy, kGradLogps, kGradEntropy, kRatio, kKl, kClipLow, kClipHigh, kColumns };
+enum Column : int {
+  kLoss, kLogps, kMax, kLogsum, kEntropy, kG, kAlpha, kBeta, kRatio, kKl, kClipLow, kClipHigh, kColumns
+};
 
 // Pointers to numbers are float*, or double* when the logits are float64. A null pointer: not given.
 struct PolicyLoss {

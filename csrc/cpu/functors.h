@@ -1,5 +1,5 @@
 // A token's loss and coefficients from its log-prob, in double. A loss is one function here, one in
-// fastalign_kernels.policy_loss and one in fastalign.ops._functors, all of one name.
+// fastalign_kernels.functors and one in fastalign.ops._functors, all of one name.
 #pragma once
 
 #include <cmath>
@@ -77,7 +77,7 @@ struct Policy {
   }
   // Fills what the table has beside the statistics; a row that is not scored has zeros.
   void finish(int64_t row) const {
-    for (Column column : {kLoss, kGradLogps, kGradEntropy, kRatio, kKl, kClipLow, kClipHigh}) at(column, row) = 0;
+    for (Column column : {kLoss, kG, kAlpha, kBeta, kRatio, kKl, kClipLow, kClipHigh}) at(column, row) = 0;
     if (!op.rows.entropy) at(kEntropy, row) = 0;
     if (op.rows.label(row) == kIgnored) return;
     double w = get(op.weights, row, 0);
@@ -85,8 +85,9 @@ struct Policy {
     Value v = surrogate(op, t), k = op.ref_logps ? kl(op, get(op.ref_logps, row, 0) - t.logps) : Value{};
     double loss = -w * (t.advantage * v.value), g = -w * (t.advantage * v.slope);
     if (op.kl_coef != 0) loss += w * op.kl_coef * k.value, g += w * op.kl_coef * k.slope;
-    if (op.entropy_coef != 0) loss -= w * op.entropy_coef * at(kEntropy, row);
-    at(kLoss, row) = F(loss), at(kGradLogps, row) = F(g), at(kGradEntropy, row) = F(-w * op.entropy_coef);
+    double bonus = op.entropy_coef != 0 ? w * op.entropy_coef : 0;
+    if (bonus != 0) loss -= bonus * at(kEntropy, row), at(kAlpha, row) = F(bonus * at(kEntropy, row));
+    at(kLoss, row) = F(loss), at(kG, row) = F(g), at(kBeta, row) = F(bonus);
     at(kRatio, row) = F(t.ratio), at(kKl, row) = F(k.value), at(kClipLow, row) = v.low, at(kClipHigh, row) = v.high;
   }
 };

@@ -61,28 +61,25 @@ struct Row {
     int64_t stride = rows.logits.col_stride, n = width(slab);
     if (keeps()) {
       to.kept.start();
-      to.partial = sweep<T, form, entropy>(x, stride, n, transform, to.kept);
+      to.partial = sweep<T, form, entropy, false>(x, stride, n, transform, to.kept);
     } else {
       Dropped exponentials;
-      to.partial = sweep<T, form, entropy>(x, stride, n, transform, exponentials);
+      to.partial = sweep<T, form, entropy, false>(x, stride, n, transform, exponentials);
     }
   }
 
   void decide(const Slab* read) const {
     std::unique_ptr<Partial[]> partials(new Partial[slabs]);
     for (int64_t k = 0; k < slabs; ++k) partials[k] = read[k].partial;
-    finish_row<T, form>(rows, row, partials.get(), slabs);
+    finish_row<T, form>(rows, row, partials.get());
     Policy<float>{op}.finish(row);
   }
 
   void write(int64_t slab, const Slab& read) const {
     int64_t begin = slab * kSlab, n = width(slab), label = rows.label(row);
-    float g = Policy<float>{op}.at(kGradLogps, row);
-    if (label == kIgnored || g == 0.0f || label < 0 || label >= rows.vocabulary || !keeps()) {
-      auto differentiate = op.entropy_coef != 0 ? differentiate_slab<T, form, true> : differentiate_slab<T, form, false>;
-      return differentiate(rows, row, begin, n);
-    }
-    const RowGradient<form, false> gradient(rows, row);
+    const RowGradient<form, false, false> gradient(rows, row);
+    if (label == kIgnored || gradient.zero() || label < 0 || label >= rows.vocabulary || !keeps())
+      return differentiator<T, form>(rows)(rows, row, begin, n);
     T* out = at<T>(rows.grad, row, begin);
     bool labelled = label >= begin && label < begin + n;
     vec at_label = labelled ? load(at<const T>(rows.logits, row, label), 1) : set(0.0f);  // before it is overwritten
@@ -90,7 +87,7 @@ struct Row {
       int64_t from = read.kept.first_group[run] * kWidth;
       int64_t to = run + 1 < read.kept.runs ? read.kept.first_group[run + 1] * kWidth : n;
       double share = ::exp((double(read.kept.base[run]) - gradient.max) - gradient.logsum);
-      scale_run(read.kept.exponentials, from, to, set(float(share)) * gradient.minus_g, out);
+      scale_run(read.kept.exponentials, from, to, set(float(share)) * gradient.factor, out);
     }
     if (labelled) store(out + (label - begin) * rows.grad.col_stride, set(gradient.at_label(at_label)), 1);
   }

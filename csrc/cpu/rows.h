@@ -48,9 +48,10 @@ struct Transform {
   }
 };
 
-// Of one slab: max z, sum exp(z - max), sum exp(z - max) (z - max).
+// Of one slab: max z, sum exp(z - max), sum exp(z - max) (z - max), sum (z - max).
 struct Partial {
   float max, sum, weighted;
+  double total;
 };
 
 // What becomes of the exponentials of a sweep: here nothing.
@@ -60,17 +61,20 @@ struct Dropped {
   FORCE_INLINE void next() {}
 };
 
-// The same, while the slab is being read. `base` is the running maximum, 0 as long as only -inf was seen.
-template <bool entropy>
+// The same, while the slab is being read. `base` is the running maximum, 0 as long as only -inf was seen. What a column
+// adds to the plain sums stays relative to the base of its time; `lift` is what the later bases made of it.
+template <bool entropy, bool total>
 struct Online {
   float max = -kInfinity;
-  vec top = set(-kInfinity), base = set(0.0f), sum[kAccumulators], weighted[kAccumulators];
+  double lift = 0;
+  int64_t columns = 0;
+  vec top = set(-kInfinity), base = set(0.0f), sum[kAccumulators], weighted[kAccumulators], plain[kAccumulators];
 
   FORCE_INLINE Online() {
-    for (int k = 0; k < kAccumulators; ++k) sum[k] = weighted[k] = set(0.0f);
+    for (int k = 0; k < kAccumulators; ++k) sum[k] = weighted[k] = plain[k] = set(0.0f);
   }
   template <class Exponentials>
-  FORCE_INLINE void fold(const vec (&z)[kGroup], Exponentials& exponentials) {
+  FORCE_INLINE void fold(const vec (&z)[kGroup], Exponentials& exponentials, int64_t width = kGroup * kLanes) {
     vec largest = max_(max_(max_(z[0], z[1]), max_(z[2], z[3])), max_(max_(z[4], z[5]), max_(z[6], z[7])));
     if (__builtin_expect(any_greater(largest, top), 0)) {
       raise(max_lane(largest));
@@ -78,13 +82,19 @@ struct Online {
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kGroup; ++j) {
-      vec x = clamp_low(z[j] - base), e = exp_in_range(x);
+      vec shifted = z[j] - base, x = clamp_low(shifted), e = exp_in_range(x);
+      if (total) plain[j % kAccumulators] = plain[j % kAccumulators] + within(shifted, width - j * kLanes);
       exponentials.put(j, e);
       sum[j % kAccumulators] = sum[j % kAccumulators] + e;
       if (entropy) weighted[j % kAccumulators] = fma(e, x, weighted[j % kAccumulators]);
     }
+    columns += width;
+  }
+  static FORCE_INLINE vec within(vec x, int64_t left) {
+    return left >= kLanes ? x : keep(x, std::max<int64_t>(left, 0), 0.0f);
   }
   FORCE_INLINE void raise(float higher) {
+    if (total && columns) lift += double(columns) * (double(max) - higher);
     vec shift = clamp_low(set(max - higher)), factor = exp_in_range(shift);  // from -inf: 0 times sums that are 0
     for (int k = 0; k < kAccumulators; ++k) {
       if (entropy) weighted[k] = factor * fma(sum[k], shift, weighted[k]);
@@ -94,14 +104,16 @@ struct Online {
     top = base = set(higher);
   }
   FORCE_INLINE Partial partial() const {
+    return {max, added(sum), entropy ? added(weighted) : 0.0f, total ? lift + added(plain) : 0.0};
+  }
+  static FORCE_INLINE float added(const vec (&x)[kAccumulators]) {
     static_assert(kAccumulators == 4);
-    return {max, sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])),
-            entropy ? sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) : 0.0f};
+    return sum_lanes((x[0] + x[1]) + (x[2] + x[3]));
   }
 };
 
-template <class T, Form form, bool entropy, class Exponentials>
-FORCE_INLINE void fold_columns(Online<entropy>& online, const T* x, int64_t n, const Transform<form>& transform,
+template <class T, Form form, bool entropy, bool total, class Exponentials>
+FORCE_INLINE void fold_columns(Online<entropy, total>& online, const T* x, int64_t n, const Transform<form>& transform,
                                Exponentials& exponentials) {
   vec z[kGroup];
   int64_t v = 0;
@@ -114,11 +126,12 @@ FORCE_INLINE void fold_columns(Online<entropy>& online, const T* x, int64_t n, c
     exponentials.next();
   }
   if (v == n) return;
+  int64_t width = n - v;
   for (int j = 0; j < kGroup; ++j, v += kLanes) {
     int64_t left = std::clamp<int64_t>(n - v, 0, kLanes);
     z[j] = left ? keep(transform(load(x + v, left)), left, -kInfinity) : set(-kInfinity);
   }
-  online.fold(z, exponentials);
+  online.fold(z, exponentials, width);
 }
 
 template <class T>
@@ -127,9 +140,9 @@ FORCE_INLINE const T* gather(const T* x, int64_t stride, int64_t n, T* neighbour
   return neighbours;
 }
 
-template <class T, Form form, bool entropy, class Exponentials>
+template <class T, Form form, bool entropy, bool total, class Exponentials>
 Partial sweep(const T* x, int64_t stride, int64_t n, const Transform<form>& transform, Exponentials& exponentials) {
-  Online<entropy> online;
+  Online<entropy, total> online;
   T chunk[kChunk];
   int64_t step = stride == 1 ? n : kChunk;
   for (int64_t v = 0; v < n; v += step) {
@@ -141,22 +154,25 @@ Partial sweep(const T* x, int64_t stride, int64_t n, const Transform<form>& tran
 }
 
 struct Statistics {
-  float max, logsum, entropy;
+  float max, logsum, entropy, total;
 };
 
 // Slabs in their order, in double: few numbers, and the row's precision depends on them.
-inline Statistics combine(const Partial* partials, int64_t slabs) {
+inline Statistics combine(const Partial* partials, int64_t vocabulary) {
+  int64_t slabs = num_slabs(vocabulary);
   float max = -kInfinity;
   for (int64_t k = 0; k < slabs; ++k) max = partials[k].max > max ? partials[k].max : max;
-  double sum = 0, weighted = 0;
+  double sum = 0, weighted = 0, total = 0;
   for (int64_t k = 0; k < slabs; ++k) {
-    double shift = double(partials[k].max) - max, factor = partials[k].sum == 0 ? 0 : ::exp(shift);
+    double shift = double(partials[k].max) - max, columns = double(std::min(kSlab, vocabulary - k * kSlab));
+    total += partials[k].total + columns * shift;
+    double factor = partials[k].sum == 0 ? 0 : ::exp(shift);
     if (factor == 0) continue;  // nothing here but -inf, or all of it negligible
     sum += factor * partials[k].sum;
     weighted += factor * (partials[k].weighted + partials[k].sum * shift);
   }
   if (sum != sum && max < kInfinity) max = kNaN;
-  return {max, float(::log(sum)), float(::log(sum) - weighted / sum)};
+  return {max, float(::log(sum)), float(::log(sum) - weighted / sum), float(total)};
 }
 
 template <class T>
@@ -169,13 +185,14 @@ inline void write_row(const TokenLogps& op, int64_t row, float logps, Statistics
   static_cast<float*>(op.max)[row] = s.max;
   static_cast<float*>(op.logsum)[row] = s.logsum;
   if (op.entropy) static_cast<float*>(op.entropy)[row] = s.entropy;
+  if (op.total) static_cast<float*>(op.total)[row] = s.total;
 }
 
 template <class T, Form form>
-void finish_row(const TokenLogps& op, int64_t row, const Partial* partials, int64_t slabs) {
+void finish_row(const TokenLogps& op, int64_t row, const Partial* partials) {
   int64_t label = op.label(row);
-  if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0});
-  Statistics s = combine(partials, slabs);
+  if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0, 0});
+  Statistics s = combine(partials, op.vocabulary);
   float logps = label == kElsewhere ? 0 : kNaN;
   if (label >= 0 && label < op.vocabulary) {
     float z = first(Transform<form>(op, row)(load(at<const T>(op.logits, row, label), 1)));
@@ -184,43 +201,49 @@ void finish_row(const TokenLogps& op, int64_t row, const Partial* partials, int6
   write_row(op, row, logps, s);
 }
 
-// d loss / d logit of a row from g = d loss / d logps and e = d loss / d entropy:
-// -(g + e (ln p + H)) p dz/da, and g dz/da more at the label.
-template <Form form, bool entropy>
+// A row's coefficient, 0 where there is none.
+inline float coefficient(const void* values, int64_t row) { return values ? static_cast<const float*>(values)[row] : 0.0f; }
+
+// d loss / d logit of a row from its four coefficients: (p (alpha - g + beta ln p) + delta) dz/da, and g dz/da more at
+// the label.
+template <Form form, bool has_beta, bool has_delta>
 struct RowGradient {
   Transform<form> transform;
-  float g, e, max, logsum, row_entropy;
-  vec minus_g, minus_e;
+  float g, alpha, beta, delta, max, logsum;
+  vec factor, slope, floor;
 
   RowGradient(const TokenLogps& op, int64_t row)
       : transform(op, row),
-        g(static_cast<const float*>(op.grad_logps)[row]),
-        e(entropy ? static_cast<const float*>(op.grad_entropy)[row] : 0.0f),
+        g(coefficient(op.g, row)),
+        alpha(coefficient(op.alpha, row)),
+        beta(has_beta ? coefficient(op.beta, row) : 0.0f),
+        delta(has_delta ? coefficient(op.delta, row) : 0.0f),
         max(static_cast<const float*>(op.max)[row]),
-        logsum(static_cast<const float*>(op.logsum)[row]),
-        row_entropy(entropy ? static_cast<const float*>(op.entropy)[row] : 0.0f) {
-    minus_g = set(-g) * transform.chain;
-    minus_e = set(-e) * transform.chain;
+        logsum(static_cast<const float*>(op.logsum)[row]) {
+    factor = set(alpha - g) * transform.chain;
+    slope = set(beta) * transform.chain;
+    floor = set(delta) * transform.chain;
   }
-  bool zero() const { return g == 0.0f && e == 0.0f; }
+  bool zero() const { return g == 0.0f && alpha == 0.0f && beta == 0.0f && delta == 0.0f; }
 
   FORCE_INLINE vec operator()(vec a) const {
     TanhSlope z = transform.with_slope(a);
     vec x = clamp_low((z.tanh - set(max)) - set(logsum)), p = exp_in_range(x);
-    vec d = p * (entropy ? fma(minus_e, x + set(row_entropy), minus_g) : minus_g);
+    vec share = has_beta ? fma(slope, x, factor) : factor;
+    vec d = has_delta ? fma(p, share, floor) : p * share;
     return form == Form::capped ? d * z.slope : d;
   }
   // At the label 1 - p is taken as -expm1(ln p): a confident row keeps its digits.
   float at_label(vec a) const {
     TanhSlope z = transform.with_slope(a);
     double x = (first(z.tanh) - max) - logsum, p = ::exp(x);
-    double d = -g * ::expm1(x) - (p == 0 ? 0 : e * p * (x + row_entropy));
+    double d = -g * ::expm1(x) + (p == 0 ? 0 : p * (alpha + beta * x)) + delta;
     return float(d * first(transform.chain) * first(z.slope));
   }
 };
 
-template <class T, Form form, bool entropy>
-FORCE_INLINE void differentiate(const RowGradient<form, entropy>& gradient, const T* x, T* out, int64_t n) {
+template <class T, class Gradient>
+FORCE_INLINE void differentiate(const Gradient& gradient, const T* x, T* out, int64_t n) {
   int64_t v = 0;
 #pragma GCC unroll 4
   for (; v + kLanes <= n; v += kLanes) store(out + v, gradient(load(x + v)));
@@ -234,12 +257,12 @@ void fill(T* out, int64_t stride, int64_t n, float value) {
   for (int64_t v = 0; v < n; ++v) out[v * stride] = filler;
 }
 
-template <class T, Form form, bool entropy>
+template <class T, Form form, bool has_beta, bool has_delta>
 void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_t n) {
   const T* x = at<const T>(op.logits, row, begin);
   T* out = at<T>(op.grad, row, begin);
   int64_t stride = op.logits.col_stride, out_stride = op.grad.col_stride, label = op.label(row);
-  RowGradient<form, entropy> gradient(op, row);
+  RowGradient<form, has_beta, has_delta> gradient(op, row);
   if (label == kIgnored || gradient.zero()) return fill(out, out_stride, n, 0);
   if (label != kElsewhere && (label < 0 || label >= op.vocabulary)) return fill(out, out_stride, n, kNaN);
 
@@ -255,6 +278,15 @@ void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_
     for (int64_t i = 0; i < width && !neighbours; ++i) out[(v + i) * out_stride] = chunk[i];
   }
   if (labelled) store(out + (label - begin) * out_stride, set(gradient.at_label(at_label)), 1);
+}
+
+using Differentiate = void (*)(const TokenLogps& op, int64_t row, int64_t begin, int64_t n);
+
+// A row's gradient costs what its coefficients need: alpha nothing, beta and delta an operation each.
+template <class T, Form form>
+Differentiate differentiator(const TokenLogps& op) {
+  if (op.beta) return op.delta ? differentiate_slab<T, form, true, true> : differentiate_slab<T, form, true, false>;
+  return op.delta ? differentiate_slab<T, form, false, true> : differentiate_slab<T, form, false, false>;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace fastalign::LEVEL {
 namespace {
 
-template <class T, Form form, bool entropy>
+template <class T, Form form, bool entropy, bool total>
 void forward_rows(const TokenLogps& op, int threads) {
   int64_t slabs = num_slabs(op.vocabulary), items = op.rows * slabs;
   std::unique_ptr<Partial[]> partials(new Partial[items]);
@@ -16,32 +16,28 @@ void forward_rows(const TokenLogps& op, int threads) {
     int64_t row = item / slabs, begin = item % slabs * kSlab;
     if (op.label(row) == kIgnored) return;
     Dropped exponentials;
-    partials[item] =
-        sweep<T, form, entropy>(at<const T>(op.logits, row, begin), op.logits.col_stride,
-                                std::min(kSlab, op.vocabulary - begin), Transform<form>(op, row), exponentials);
+    partials[item] = sweep<T, form, entropy, total>(at<const T>(op.logits, row, begin), op.logits.col_stride,
+                                                    std::min(kSlab, op.vocabulary - begin), Transform<form>(op, row),
+                                                    exponentials);
   });
-  parallel_for(op.rows, items, threads,
-               [&](int64_t row) { finish_row<T, form>(op, row, &partials[row * slabs], slabs); });
+  parallel_for(op.rows, items, threads, [&](int64_t row) { finish_row<T, form>(op, row, &partials[row * slabs]); });
 }
 
-template <class T, Form form, bool entropy>
+template <class T, Form form>
 void backward_rows(const TokenLogps& op, int threads) {
   int64_t slabs = num_slabs(op.vocabulary);
+  Differentiate differentiate = differentiator<T, form>(op);
   parallel_for(op.rows * slabs, op.rows * op.vocabulary, threads, [&](int64_t item) {
     int64_t begin = item % slabs * kSlab;
-    differentiate_slab<T, form, entropy>(op, item / slabs, begin, std::min(kSlab, op.vocabulary - begin));
+    differentiate(op, item / slabs, begin, std::min(kSlab, op.vocabulary - begin));
   });
-}
-
-template <class T, Form form, bool entropy>
-void run_rows(const TokenLogps& op, bool backward, int threads) {
-  (backward ? backward_rows<T, form, entropy> : forward_rows<T, form, entropy>)(op, threads);
 }
 
 template <class T, Form form>
 void run_form(const TokenLogps& op, bool backward, int threads) {
-  bool entropy = backward ? op.grad_entropy : op.entropy;
-  (entropy ? run_rows<T, form, true> : run_rows<T, form, false>)(op, backward, threads);
+  if (backward) return backward_rows<T, form>(op, threads);
+  if (op.entropy) return (op.total ? forward_rows<T, form, true, true> : forward_rows<T, form, true, false>)(op, threads);
+  (op.total ? forward_rows<T, form, false, true> : forward_rows<T, form, false, false>)(op, threads);
 }
 
 template <class T>

@@ -35,13 +35,14 @@ void put(void* values, int64_t row, double value) {
 void forward_row(const Row& x) {
   const TokenLogps& op = x.op;
   int64_t label = op.label(x.row);
-  double max = label == kIgnored ? 0 : -kInfinity, logsum = 0, entropy = 0, logps = 0;
+  double max = label == kIgnored ? 0 : -kInfinity, logsum = 0, entropy = 0, logps = 0, total = 0;
   if (label != kIgnored) {
     for (int64_t v = 0; v < op.vocabulary; ++v) max = x.z(v) <= max ? max : x.z(v);
     double sum = 0, weighted = 0;
     for (int64_t v = 0; v < op.vocabulary; ++v) {
       double shift = x.z(v) - max, e = ::exp(shift);
       sum += e;
+      total += shift;
       weighted += e == 0 ? 0 : e * shift;
     }
     logsum = ::log(sum);
@@ -52,19 +53,20 @@ void forward_row(const Row& x) {
   put(op.max, x.row, max);
   put(op.logsum, x.row, logsum);
   put(op.entropy, x.row, entropy);
+  put(op.total, x.row, total);
 }
 
 void backward_row(const Row& x) {
   const TokenLogps& op = x.op;
   int64_t label = op.label(x.row);
-  double g = get(op.grad_logps, x.row), e = get(op.grad_entropy, x.row), entropy = get(op.entropy, x.row);
-  bool skip = label == kIgnored || (g == 0 && e == 0);
+  double g = get(op.g, x.row), alpha = get(op.alpha, x.row), beta = get(op.beta, x.row), delta = get(op.delta, x.row);
+  bool skip = label == kIgnored || (g == 0 && alpha == 0 && beta == 0 && delta == 0);
   bool wrong = label < kElsewhere || label >= op.vocabulary;
   for (int64_t v = 0; v < op.vocabulary; ++v) {
     double d = skip ? 0 : kNaN;
     if (!skip && !wrong) {
       double ln_p = (x.z(v) - get(op.max, x.row)) - get(op.logsum, x.row), p = ::exp(ln_p);
-      d = (v == label ? -g * ::expm1(ln_p) : -g * p) - (p == 0 ? 0 : e * p * (ln_p + entropy));
+      d = (v == label ? -g * ::expm1(ln_p) : -g * p) + (p == 0 ? 0 : p * (alpha + beta * ln_p)) + delta;
       d *= x.slope(v);
     }
     static_cast<double*>(op.grad.data)[x.row * op.grad.row_stride + v * op.grad.col_stride] = d;

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops._rows import Coefficients
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -37,11 +39,13 @@ def forward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    total: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """Log-probs of the labels and the row statistics that the backward needs, in one read of the logits.
 
     ``z = softcap(logit_scale * logits) / temperature``, ``max = max_v z_v``, ``logsum = ln sum_v exp(z_v - max)``,
-    ``logps = (z_y - max) - logsum``, ``entropy = logsum - sum_v p_v (z_v - max)`` in nats.
+    ``logps = (z_y - max) - logsum``, ``entropy = logsum - sum_v p_v (z_v - max)`` in nats,
+    ``total = sum_v (z_v - max)``.
 
     Args:
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64 on the CPU, of any strides.
@@ -50,10 +54,10 @@ def forward(
         temperature: a float or ``[N]``.
         softcap: ``cap * tanh(x / cap)`` when given.
         logit_scale: factor on the logits before the softcap.
-        entropy: whether to compute the entropy.
+        entropy, total: whether to compute them.
 
     Returns:
-        ``(logps, entropy or None, max, logsum)``, each ``[N]`` fp32 (fp64 for fp64 logits).
+        ``(logps, entropy or None, max, logsum, total or None)``, each ``[N]`` fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
@@ -61,10 +65,10 @@ def forward(
     rows = _check(logits, labels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logps, max_, logsum = (torch.empty(rows, dtype=dtype) for _ in range(3))
-    row_entropy = torch.empty(rows, dtype=dtype) if entropy else None
-    outputs = {"logps": logps, "entropy": row_entropy, "max": max_, "logsum": logsum}
+    row_entropy, totals = (torch.empty(rows, dtype=dtype) if wanted else None for wanted in (entropy, total))
+    outputs = {"logps": logps, "entropy": row_entropy, "max": max_, "logsum": logsum, "total": totals}
     _run("forward", logits, labels, temperature, softcap, logit_scale, outputs)
-    return logps, row_entropy, max_, logsum
+    return logps, row_entropy, max_, logsum, totals
 
 
 def backward(
@@ -73,9 +77,7 @@ def backward(
     labels: Tensor,
     max: Tensor,
     logsum: Tensor,
-    entropy: Tensor | None,
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
+    coefficients: Coefficients,
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -83,25 +85,23 @@ def backward(
 ) -> None:
     """Write the gradient of the logits into ``out``, which may be the logits themselves.
 
-    With ``g`` and ``e`` the gradients of logps and entropy, ``dz_v = g (1[v=y] - p_v) - e p_v (ln p_v + H)`` and
+    ``dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta`` and
     ``d logits = dz * logit_scale / temperature * (1 - tanh^2)``, the last factor under a softcap. Rows that are not
-    scored, or whose ``g`` and ``e`` are zero, are zeros without their logits being read.
+    scored, or whose coefficients are zero, are zeros without their logits being read.
 
     Args:
         out: ``[N, V]`` of the dtype of the logits, of any strides.
         logits, labels, temperature, softcap, logit_scale: as in ``forward``.
-        max, logsum, entropy: ``[N]`` from ``forward``; entropy only with ``grad_entropy``.
-        grad_logps, grad_entropy: ``[N]`` upstream gradients.
+        max, logsum: ``[N]`` from ``forward``.
+        coefficients: ``[N]`` each; None is 0 everywhere and costs nothing.
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
     rows = _check(logits, labels)
     _check_out(out, logits)
-    if grad_entropy is not None and entropy is None:
-        raise ValueError("grad_entropy needs the entropy of the forward: call forward with entropy=True")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inputs = {"max": max, "logsum": logsum, "entropy": entropy, "grad_logps": grad_logps, "grad_entropy": grad_entropy}
+    inputs = {"max": max, "logsum": logsum, **coefficients._asdict()}
     vectors = {name: _vector(name, x, rows, dtype) for name, x in inputs.items() if x is not None}
     _run("backward", logits, labels, temperature, softcap, logit_scale, vectors, grad=_matrix(out))
 

@@ -37,7 +37,7 @@ def run(
         entropy: whether to compute the entropy.
 
     Returns:
-        ``[11, N]`` fp32 (fp64 for fp64 logits).
+        ``[12, N]`` fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
@@ -65,8 +65,8 @@ def run(
 
 
 def _statistics(table: Tensor, entropy: bool, knobs: Knobs) -> dict[str, Tensor]:
-    """The rows of the table that the sweeps write and read: the entropy and its gradient only where they are wanted."""
-    wanted = {"logps", "max", "logsum", "grad_logps"}
+    """The rows of the table that the sweeps write and read: the entropy and its coefficients only where wanted."""
+    wanted = {"logps", "max", "logsum", "g"}
     wanted |= {"entropy"} if entropy or knobs.entropy_coef != 0 else set()
-    wanted |= {"grad_entropy"} if knobs.entropy_coef != 0 else set()
+    wanted |= {"alpha", "beta"} if knobs.entropy_coef != 0 else set()
     return {name: row for name, row in columns(table).items() if name in wanted}

@@ -3,9 +3,9 @@
 With ``l`` the log-prob, ``r`` the ratio, ``A`` the advantage and ``w`` the weight of a token:
 
     loss = -w A value(l) + w kl_coef kl(l) - w entropy_coef H
-    g = d loss / d l = -w A slope + w kl_coef d kl / d l          e = d loss / d H = -w entropy_coef
+    g = d loss / d l = -w A slope + w kl_coef d kl / d l          beta = w entropy_coef          alpha = beta H
 
-A functor is one function here, one in ``fastalign_kernels.policy_loss`` and one in ``csrc/cpu/functors.h``, all of one
+A functor is one function here, one in ``fastalign_kernels.functors`` and one in ``csrc/cpu/functors.h``, all of one
 name.
 """
 
@@ -23,8 +23,8 @@ LARGEST_LOG_RATIO = 20.0
 
 STATISTICS = ("logps", "max", "logsum", "entropy")
 METRICS = ("ratio", "kl", "clip_low", "clip_high")
-COLUMNS = ("loss", *STATISTICS, "grad_logps", "grad_entropy", *METRICS)
-"""The rows of the ``[11, N]`` table that every backend writes, zero where a row is not scored."""
+COLUMNS = ("loss", *STATISTICS, "g", "alpha", "beta", *METRICS)
+"""The rows of the ``[12, N]`` table that every backend writes, zero where a row is not scored."""
 
 
 def columns(table: Tensor) -> dict[str, Tensor]:
@@ -127,9 +127,9 @@ def fill(
         kl, kl_slope = KL_ESTIMATORS[kl_estimator](ref_logps - logps)
         if knobs.kl_coef != 0:
             total, g = total + weights * knobs.kl_coef * kl, g + weights * knobs.kl_coef * kl_slope
-    if knobs.entropy_coef != 0:
-        total = total - weights * knobs.entropy_coef * entropy
-    made = {"loss": total, "grad_logps": g, "grad_entropy": -weights * knobs.entropy_coef, "ratio": ratio, "kl": kl}
+    beta = weights * knobs.entropy_coef
+    alpha = torch.where(beta == 0, 0.0, beta * entropy)
+    made = {"loss": total - alpha, "g": g, "alpha": alpha, "beta": beta, "ratio": ratio, "kl": kl}
     for name, values in {**made, "clip_low": low, "clip_high": high}.items():
         column[name].copy_(values).masked_fill_(masked, 0)
 

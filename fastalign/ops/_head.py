@@ -5,19 +5,20 @@ GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and aut
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import _cpp_product
 from fastalign.ops._checks import kernel_labels
+from fastalign.ops._rows import coefficients
 from fastalign.ops.plan import UPCAST_ROWS
 from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
-from fastalign.ops.vocab_parallel import Shard, combine, localise, nothing
+from fastalign.ops.vocab_parallel import Shard, Statistics, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
 
 INVARIANT_ROWS = 32
@@ -96,12 +97,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one sweep knows of n rows; entropy is None when it was not asked for."""
+    """What one sweep knows of n rows; entropy and total are None when they were not asked for."""
 
     logps: Tensor
     entropy: Tensor | None
     max: Tensor
     logsum: Tensor
+    total: Tensor | None = None
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -258,16 +260,17 @@ def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int
     return out
 
 
-def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
+def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool, total: bool = False) -> Stats:
     """Statistics of the scored rows ``start:stop`` from their logits, over the vocabulary of all ranks."""
     labels, shard = head.labels[start:stop], head.options.shard
-    if shard is None or head.owners is None:
-        return Stats(*head.sweep.forward(logits, labels, entropy=entropy, **_scaling(head, start, stop)))
+    found: Statistics
     if logits.shape[1]:
-        logps, entropies, *rest = head.sweep.forward(logits, labels, entropy=entropy, **_scaling(head, start, stop))
+        found = head.sweep.forward(logits, labels, entropy=entropy, total=total, **_scaling(head, start, stop))
     else:
-        logps, entropies, *rest = nothing(labels, kernel_dtype(logits.dtype))
-    return Stats(*combine(shard, head.owners[start:stop], logps, entropies if entropy else None, *rest))
+        found = nothing(labels, kernel_dtype(logits.dtype), entropy, total)
+    if shard is None or head.owners is None:
+        return Stats(*found)
+    return Stats(*combine(shard, head.owners[start:stop], *found))
 
 
 def differentiate(
@@ -276,9 +279,8 @@ def differentiate(
     """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
     if not logits.numel():
         return logits
-    entropy = None if e is None else stats.entropy
-    scaling = _scaling(head, start, stop)
-    head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, entropy, g, e, **scaling)
+    row = coefficients(g, entropy=stats.entropy, grad_entropy=e)
+    head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **_scaling(head, start, stop))
     return logits
 
 
@@ -293,23 +295,21 @@ def _scaling(head: Head, start: int, stop: int) -> dict:
 
 def cut(stats: Stats, rows: slice | Tensor) -> Stats:
     """The statistics of some rows."""
-    entropy = None if stats.entropy is None else stats.entropy[rows]
-    return Stats(stats.logps[rows], entropy, stats.max[rows], stats.logsum[rows])
+    return _stats(None if x is None else x[rows] for x in vars(stats).values())
 
 
-def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
+def join(head: Head, parts: list[Stats], entropy: bool, total: bool = False) -> Stats:
     """The statistics of consecutive chunks as one."""
     if not parts:
         new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
-        logps, entropies, maximum, logsum = (torch.empty(0, **new) for _ in range(4))
-        return Stats(logps, entropies if entropy else None, maximum, logsum)
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return Stats(
-        torch.cat([part.logps for part in parts]),
-        torch.cat(entropies) if entropy else None,
-        torch.cat([part.max for part in parts]),
-        torch.cat([part.logsum for part in parts]),
-    )
+        wanted = (True, entropy, True, True, total)
+        return _stats(torch.empty(0, **new) if asked else None for asked in wanted)
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return _stats(None if column[0] is None else torch.cat(column) for column in columns)
+
+
+def _stats(columns: Iterable[Any]) -> Stats:
+    return Stats(*columns)
 
 
 def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from fastalign.ops import _functors, dispatch
 from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
 from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
+from fastalign.ops._rows import Coefficients
 from fastalign.ops.token_logps import backward, forward, split_temperature, stats_dtype
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.types import IGNORE_INDEX, TokenStats
@@ -89,7 +90,7 @@ def run(
     """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``fastalign.ops._cpp_policy.run``."""
     scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     wanted = entropy or knobs.entropy_coef != 0
-    logps, entropies, maximum, logsum = forward(logits, labels, **scaling, entropy=wanted)
+    logps, entropies, maximum, logsum, _ = forward(logits, labels, **scaling, entropy=wanted)
     table = logps.new_zeros(len(COLUMNS), len(labels))
     column = columns(table)
     for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum}.items():
@@ -104,9 +105,8 @@ def run(
 
 def write_gradient(out: Tensor, logits: Tensor, labels: Tensor, column: dict[str, Tensor], knobs, sweep, **scaling):
     """The gradient of the summed losses from the logits and a table, by the backward sweep of ``token_logps``."""
-    g, e, h = column["grad_logps"], column["grad_entropy"], column["entropy"]
-    h, e = (None, None) if knobs.entropy_coef == 0 else (h, e)
-    sweep(out, logits, labels, column["max"], column["logsum"], h, g, e, **scaling)
+    bonus = (column["alpha"], column["beta"]) if knobs.entropy_coef != 0 else ()
+    sweep(out, logits, labels, column["max"], column["logsum"], Coefficients(column["g"], *bonus), **scaling)
 
 
 # --- custom op -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Log-prob of the label, and entropy, straight from logits: reference, torch backend, custom op, public functions.
 
     z = softcap(logit_scale * logits) / temperature,    logps = z_y - lse(z),    entropy = -sum_v p_v ln p_v
-    dz_v = g (1[v=y] - p_v) - e p_v (ln p_v + entropy)          g, e: gradients of logps and entropy
+    dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta          what each objective makes of it: ``_rows``
 
 Statistics are saved as ``max`` and ``logsum = ln sum exp(z - max)``, not as their sum: at ``|lse|`` near 100 the
 rounding of the sum alone exceeds eager's own error.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastalign.ops import dispatch
 from fastalign.ops._checks import check_labels, check_matrix, check_scaling, kernel_labels
+from fastalign.ops._rows import Coefficients, coefficients, idle, pick
 from fastalign.types import IGNORE_INDEX
 
 ELSEWHERE = -1
@@ -23,6 +24,9 @@ ELSEWHERE = -1
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Size of one fp32 temporary of the torch backend; it makes up to four of them."""
+
+FLOOR = -1000.0
+"""A bound for ln p where it multiplies p: exp(-1000) is already 0, and 0 * -inf would be NaN."""
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -67,7 +71,8 @@ def forward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    total: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """One sweep over the vocabulary, block of rows by block of rows.
 
     Args:
@@ -75,11 +80,12 @@ def forward(
         labels: ``[N]``; -100 masks a row, -1 marks a target that lives in another slab.
 
     Returns:
-        logps, entropy (or None), max, logsum: ``[N]`` fp32 (fp64 for fp64 logits); masked rows hold 0.
+        logps, entropy (or None), max, logsum, total = sum_v (z_v - max) (or None): ``[N]`` fp32 (fp64 for fp64
+        logits); masked rows hold 0.
     """
     dtype = stats_dtype(logits)
     logps, maximum, logsum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
-    entropies = torch.empty_like(logps) if entropy else None
+    entropies, totals = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total))
     for rows in _blocks(logits):
         y = labels[rows]
         masked = y == IGNORE_INDEX
@@ -87,16 +93,18 @@ def forward(
         m = z.amax(-1)
         target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
         z.sub_(m[:, None])
+        if totals is not None:
+            totals[rows] = z.sum(-1).masked_fill_(masked, 0)
         p = z.exp()
-        total = p.sum(-1)
-        s = total.log()
+        norm = p.sum(-1)
+        s = norm.log()
         logps[rows] = _target_logps(target - m - s, y, logits.shape[1])
         maximum[rows] = m.masked_fill_(masked, 0)
         if entropies is not None:
-            h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / total
+            h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / norm
             entropies[rows] = h.masked_fill_(masked, 0)
         logsum[rows] = s.masked_fill_(masked, 0)
-    return logps, entropies, maximum, logsum
+    return logps, entropies, maximum, logsum, totals
 
 
 def backward(
@@ -105,9 +113,7 @@ def backward(
     labels: Tensor,
     max: Tensor,
     logsum: Tensor,
-    entropy: Tensor | None,
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
+    coefficients: Coefficients,
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -115,19 +121,27 @@ def backward(
 ) -> None:
     """Writes ``d logits`` into ``out``, which may be ``logits``; rows without a coefficient become zeros, unread."""
     for rows in _blocks(logits):
-        tau, y, g = _rows_of(temperature, rows), labels[rows], grad_logps[rows]
-        e = None if grad_entropy is None else grad_entropy[rows]
-        skipped = (y == IGNORE_INDEX) | ((g == 0) if e is None else (g == 0) & (e == 0))
+        tau, y, part = _rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
         z = _scaled(logits[rows], tau, softcap, logit_scale)
         slope = _slope(z, tau, softcap, logit_scale)
-        log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=torch.finfo(z.dtype).min)
-        p = log_p.exp()
-        if e is None or entropy is None:
-            dz = p.mul_(-g[:, None])
-        else:
-            dz = p.mul_(log_p.add_(entropy[rows, None]).mul_(-e[:, None]).sub_(g[:, None]))
-        dz.scatter_add_(1, y.long().clamp(0, logits.shape[1] - 1)[:, None], _target_grads(g, y, logits.shape[1]))
-        out[rows] = dz.mul_(slope).masked_fill_(skipped[:, None], 0)
+        log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=FLOOR)
+        dz = _row_gradients(log_p, y, part).mul_(slope)
+        out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)
+
+
+def _row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
+    """``dz`` from ``ln p``, which it overwrites; at the label ``1 - p`` is ``-expm1(ln p)``."""
+    vocab = log_p.shape[1]
+    g, alpha, beta, delta = (None if x is None else x[:, None] for x in coefficients)
+    g = coefficients.g.masked_fill(_out_of_range(labels, vocab), torch.nan)[:, None]
+    targets, here = labels.long().clamp(0, vocab - 1)[:, None], ((labels >= 0) & (labels < vocab))[:, None]
+    p, target = log_p.exp(), log_p.gather(1, targets)
+    pull = torch.zeros_like(g) if alpha is None else alpha
+    share = pull if beta is None else pull + beta * target
+    dz = p.mul_(pull - g if beta is None else log_p.mul_(beta).add_(pull - g))
+    at_label = target.exp() * share - g * target.expm1()
+    dz.scatter_(1, targets, torch.where(here, at_label, dz.gather(1, targets)))
+    return dz if delta is None else dz.add_(delta)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -164,12 +178,6 @@ def _target_logps(logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
     return logps.masked_fill(_out_of_range(labels, vocab), torch.nan)
 
 
-def _target_grads(grad_logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    """``[n, 1]``, what is added to the label's column."""
-    grads = grad_logps.masked_fill(labels == ELSEWHERE, 0)
-    return grads.masked_fill(_out_of_range(labels, vocab), torch.nan)[:, None]
-
-
 def _out_of_range(labels: Tensor, vocab: int) -> Tensor:
     return (labels >= vocab) | ((labels < 0) & (labels != IGNORE_INDEX) & (labels != ELSEWHERE))
 
@@ -192,7 +200,9 @@ def _op(
     sweep = dispatch.kernels("token_logps", backend, logits.device)
     labels = kernel_labels(labels, logits.shape[1])
     tau = temperature if temperatures is None else temperatures
-    logps, entropies, maximum, logsum = sweep.forward(logits, labels, temperature=tau, softcap=softcap, entropy=entropy)
+    logps, entropies, maximum, logsum, _ = sweep.forward(
+        logits, labels, temperature=tau, softcap=softcap, entropy=entropy
+    )
     return logps, logps.new_empty(0) if entropies is None else entropies, maximum, logsum
 
 
@@ -211,27 +221,16 @@ def _backward_op(
     softcap: float | None,
     maximum: Tensor,
     logsum: Tensor,
-    entropy: Tensor | None,
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
+    g: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    delta: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """``d logits``, freshly allocated."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_gradient(
-        out,
-        logits,
-        labels,
-        temperatures,
-        temperature,
-        softcap,
-        maximum,
-        logsum,
-        entropy,
-        grad_logps,
-        grad_entropy,
-        backend,
-    )
+    row = Coefficients(g, alpha, beta, delta)
+    _write_gradient(out, logits, labels, temperatures, temperature, softcap, maximum, logsum, row, backend)
     return out
 
 
@@ -241,14 +240,12 @@ def _(logits, *_):
 
 
 def _write_gradient(
-    out, logits, labels, temperatures, temperature, softcap, maximum, logsum, entropy, grad_logps, grad_entropy, backend
+    out, logits, labels, temperatures, temperature, softcap, maximum, logsum, coefficients, backend
 ) -> None:
     sweep = dispatch.kernels("token_logps", backend, logits.device)
     tau = temperature if temperatures is None else temperatures
     labels = kernel_labels(labels, logits.shape[1])
-    sweep.backward(
-        out, logits, labels, maximum, logsum, entropy, grad_logps, grad_entropy, temperature=tau, softcap=softcap
-    )
+    sweep.backward(out, logits, labels, maximum, logsum, coefficients, temperature=tau, softcap=softcap)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -269,15 +266,15 @@ def _gradient(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Te
     logits, labels, temperatures, maximum, logsum, entropy = ctx.saved_tensors
     temperature, softcap, inplace_backward, backend = ctx.options
     g = torch.zeros_like(logsum) if grad_logps is None else grad_logps.contiguous()
-    e = None if grad_entropy is None else grad_entropy.contiguous()
-    rest = (labels, temperatures, temperature, softcap, maximum, logsum, entropy, g, e, backend)
+    row = coefficients(g, entropy=entropy, grad_entropy=grad_entropy)
+    rest = (labels, temperatures, temperature, softcap, maximum, logsum)
     if not inplace_backward:
-        return _backward_op(logits, *rest)
+        return _backward_op(logits, *rest, *row, backend)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "token_logps: double backward is not supported (inplace_backward=True and create_graph=True)"
         )
-    _write_gradient(logits, logits, *rest)
+    _write_gradient(logits, logits, *rest, row, backend)
     torch.autograd.graph.increment_version(logits)  # whoever else saved these logits must fail, not read gradients
     return logits.detach()
 
@@ -342,39 +339,3 @@ def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype).contiguous()
     return float(temperature), None
-
-
-def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """``log_softmax(logits).gather(-1, index)`` without the softmax, for any leading dimensions.
-
-    Args:
-        logits: ``[..., V]``.
-        index: ``[...]``, or ``[..., K]`` for K log-probs per position.
-
-    Returns:
-        The shape of ``index``, fp32 (fp64 for fp64 logits).
-
-    >>> selective_log_softmax(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).shape
-    torch.Size([1, 3])
-    """
-    if index.dim() == logits.dim() and index.shape[:-1] == logits.shape[:-1]:
-        return torch.stack([selective_log_softmax(logits, column) for column in index.unbind(-1)], -1)
-    if index.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"index must be [...] or [..., K] for logits [..., V]; "
-            f"got index {list(index.shape)}, logits {list(logits.shape)}"
-        )
-    logps = token_logps(logits.reshape(-1, logits.shape[-1]), index.reshape(-1))
-    assert isinstance(logps, Tensor)
-    return logps.view(index.shape)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of ``softmax(logits)`` over the last dimension: ``[..., V]`` to ``[...]``, differentiable.
-
-    >>> entropy_from_logits(torch.zeros(2, 4))
-    tensor([1.3863, 1.3863])
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
-    labels = torch.zeros(flat.shape[0], dtype=torch.int64, device=logits.device)
-    return token_logps(flat, labels, entropy=True)[1].view(logits.shape[:-1])

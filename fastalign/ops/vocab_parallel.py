@@ -6,6 +6,7 @@ Hidden states and labels are the same on every rank. Per chunk one all-gather ca
     logS = ln sum_r exp(a_r)                             w_r = exp(a_r - logS)
     logp = ((logp_o + logsum_o) + (m_o - M)) - logS      o: the rank that owns the label
     H    = sum_r w_r (H_r - ln w_r)
+    T    = sum_r T_r + V_r (m_r - M)                     T: the sum of z - max over V columns
 
 The combination runs in rank order on each rank and gives the same bits everywhere. The gradient of the hidden states is
 a sum over ranks, that of the weight is local. The number and shapes of collectives depend on shared values alone.
@@ -24,6 +25,9 @@ from torch.distributed import distributed_c10d
 
 from fastalign.ops._transfer import on_device
 from fastalign.types import IGNORE_INDEX
+
+Statistics = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None"]
+"""logps, entropy if asked for, max, logsum, total if asked for; each ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -142,32 +146,49 @@ def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
     return local, owners
 
 
-def nothing(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy, max and logsum of a shard without columns."""
+def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool) -> Statistics:
+    """The statistics of a shard without columns."""
     zeros = torch.zeros(len(labels), dtype=dtype, device=labels.device)
-    return zeros.masked_fill(labels >= 0, torch.nan), zeros, torch.full_like(zeros, -torch.inf), zeros
+    logps, maximum = zeros.masked_fill(labels >= 0, torch.nan), torch.full_like(zeros, -torch.inf)
+    return logps, zeros if entropy else None, maximum, zeros, zeros if total else None
 
 
 def combine(
-    shard: Shard, owners: Tensor, logps: Tensor, entropy: Tensor | None, maximum: Tensor, logsum: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 4]``.
+    shard: Shard,
+    owners: Tensor,
+    logps: Tensor,
+    entropy: Tensor | None,
+    maximum: Tensor,
+    logsum: Tensor,
+    total: Tensor | None,
+) -> Statistics:
+    """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 3]`` to ``[n, 5]``.
 
     A shard whose maximum is -inf has weight 0; a row that is -inf everywhere is NaN, as it is on one rank.
     """
-    table = torch.stack([maximum, logsum, torch.zeros_like(logps) if entropy is None else entropy, logps], 1)
-    maxima, logsums, entropies, targets = _gather(table, _named(shard.group)).unbind(2)
+    columns = [x for x in (maximum, logsum, logps, entropy, total) if x is not None]
+    maxima, logsums, targets, *rest = _gather(torch.stack(columns, 1), _named(shard.group)).unbind(2)
     top = maxima.amax(0)
     banned = maxima == -torch.inf
     shares = torch.where(banned, -torch.inf, (maxima - top) + logsums)
-    total = shares.exp().sum(0).log()
+    everywhere = shares.exp().sum(0).log()
     targets = torch.where(banned, -torch.inf, (targets + logsums) + (maxima - top))
-    everywhere = targets.gather(0, owners[None].long()).squeeze(0) - total
-    if entropy is None:
-        return everywhere, None, top, total
-    log_w = shares - total
+    target = targets.gather(0, owners[None].long()).squeeze(0) - everywhere
+    h = None if entropy is None else _entropy(rest[0], shares - everywhere)
+    t = None if total is None else _total(shard, rest[-1], maxima - top)
+    return target, h, top, everywhere, t
+
+
+def _entropy(entropies: Tensor, log_w: Tensor) -> Tensor:
     w = log_w.exp()
-    return everywhere, torch.where(w == 0, 0, w * (entropies - log_w)).sum(0), top, total
+    return torch.where(w == 0, 0, w * (entropies - log_w)).sum(0)
+
+
+def _total(shard: Shard, totals: Tensor, shifts: Tensor) -> Tensor:
+    """A shard that is -inf everywhere makes the sum -inf; one without columns adds nothing."""
+    sizes = torch.tensor(shard.sizes, dtype=totals.dtype, device=totals.device)[:, None]
+    lifted = torch.where(shifts == -torch.inf, -torch.inf, totals + sizes * shifts)
+    return torch.where(sizes == 0, 0, lifted).sum(0)
 
 
 def _named(group: str) -> dist.ProcessGroup:

@@ -28,7 +28,7 @@ from fastalign_kernels.divergence_tiles import (
     _pair,
     _row_factors,
 )
-from fastalign_kernels.token_logps import ELSEWHERE, IGNORE, tile
+from fastalign_kernels.rows import ELSEWHERE, IGNORE, tile
 
 KINDS = {"forward_kl": FORWARD_KL.value, "reverse_kl": REVERSE_KL.value, "jsd": JSD.value, "mixture": MIXTURE.value}
 

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastalign_kernels.token_logps import _exp, _factors, _scaled, _sum_lanes
+from fastalign_kernels.rows import _exp, _factors, _scaled, _sum_lanes
 
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)

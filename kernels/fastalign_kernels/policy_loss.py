@@ -6,6 +6,7 @@ that of ``token_logps``, for another number of threads.
 """
 # A kernel's body is Triton's language, not Python's:
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 import functools
 from typing import Any
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign_kernels import launch
-from fastalign_kernels.token_logps import (
+from fastalign_kernels.functors import _clamp, _kl, _value
+from fastalign_kernels.rows import (
     ELSEWHERE,
     IGNORE,
     ROW_VECTORS,
@@ -25,6 +27,7 @@ from fastalign_kernels.token_logps import (
     _exp,
     _factors,
     _gradient,
+    _label_gradient,
     _scaled,
     _update,
     arguments,
@@ -33,83 +36,13 @@ from fastalign_kernels.token_logps import (
 THREADS = 512
 """Threads per program: few rows are in flight, so that each must keep many loads in flight. Half of it for fp64, whose
 numbers take two registers."""
-LARGEST: tl.constexpr = tl.constexpr(20.0)
-"""Log-ratios are clamped to it before ``exp``, and have no gradient outside."""
-NUM_COLUMNS = 11
+NUM_COLUMNS = 12
 CACHE_SHARE = 0.6
 """Of the second-level cache, for rows between their two sweeps."""
 
 SCALE_COLS: dict[str, Any] = {"COLS": 1024}
 
 VECTORS = ["weights_ptr", "advantages_ptr", "old_logps_ptr", "ref_logps_ptr", "table_ptr"]
-
-
-@triton.jit
-def _pg(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg):
-    """Value and slope of a loss ``-A value``, and whether the lower and the upper bound of the ratio act."""
-    never = ratio != ratio
-    return logp, tl.full((), 1.0, logp.dtype), never, never
-
-
-@triton.jit
-def _ppo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg):
-    low = (advantage < 0) & (ratio < low_bound)
-    high = ((advantage > 0) & (ratio > high_bound)) | ((advantage < 0) & (ratio > cap))
-    value = tl.where(low, low_bound, tl.where(high, tl.where(advantage > 0, high_bound, cap), ratio))
-    return value, tl.where(low | high | (inside == 0), 0.0, ratio), low, high
-
-
-@triton.jit
-def _cispo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg):
-    low = ratio < low_bound
-    high = ratio > high_bound
-    clipped = tl.where(low, low_bound, tl.where(high, high_bound, ratio))
-    return clipped * logp, clipped, low, high
-
-
-@triton.jit
-def _sapo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg):
-    tau = tl.where(advantage > 0, tau_pos, tau_neg)
-    gate = 1 / (1 + _exp(-tau * (ratio - 1)))
-    never = ratio != ratio
-    return 4 / tau * gate, tl.where(inside, 4 * gate * (1 - gate) * ratio, 0.0), never, never
-
-
-@triton.jit
-def _value(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg, LOSS: tl.constexpr):
-    if LOSS == "ppo":
-        value, slope, low, high = _ppo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg)
-    elif LOSS == "cispo":
-        value, slope, low, high = _cispo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg)
-    elif LOSS == "sapo":
-        value, slope, low, high = _sapo(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg)
-    else:
-        value, slope, low, high = _pg(logp, ratio, inside, advantage, low_bound, high_bound, cap, tau_pos, tau_neg)
-    return value, slope, low, high
-
-
-@triton.jit
-def _clamp(x):
-    """``x`` within ``LARGEST`` of 0, and whether it was; NaN counts as inside and stays."""
-    inside = ((x > LARGEST) | (x < -LARGEST)) == 0
-    return tl.where(inside, x, tl.where(x > 0, LARGEST, -LARGEST)).to(x.dtype), inside
-
-
-@triton.jit
-def _kl(y, K2: tl.constexpr):
-    """Estimate of the KL from ``y = l_ref - l``, and its derivative in ``l``."""
-    if K2:
-        value = y * y / 2
-        slope = -y
-    else:
-        x, inside = _clamp(y)
-        change = _exp(x) - 1
-        # Near 0, where the reference is near, 1 and x cancel: the Taylor series up to x^5 and x^6.
-        near = tl.abs(x) < (0.01 if x.dtype == tl.float64 else 0.1)
-        series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720))))
-        value = tl.where(near, series, change - x)
-        slope = tl.where(inside, -tl.where(near, x + series, change), 0.0)
-    return value, slope
 
 
 @triton.jit(
@@ -143,7 +76,7 @@ def policy_loss_kernel(
     K2: tl.constexpr,
     HAS_KL: tl.constexpr,
     ENTROPY: tl.constexpr,
-    HAS_E: tl.constexpr,
+    HAS_BETA: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_COLS: tl.constexpr,
@@ -163,7 +96,8 @@ def policy_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     while row < num_rows:
         label = tl.load(labels_ptr + row)
-        loss, logp, top, logsum, entropy, g, e = zero, zero, zero, zero, zero, zero, zero
+        loss, logp, top, logsum, entropy = zero, zero, zero, zero, zero
+        g, alpha, beta, at_label, factor = zero, zero, zero, zero, zero
         ratio, kl, low, high = zero, zero, zero, zero
         inner, outer = zero, zero
         row_ptr = logits_ptr + row * row_stride
@@ -173,18 +107,20 @@ def policy_loss_kernel(
             m = tl.full((COLS,), float("-inf"), dtype)
             s = tl.zeros((COLS,), dtype)
             t = tl.zeros((COLS,), dtype)
+            u = tl.zeros((COLS,), dtype)
             for start in range(0, whole, ROWS * COLS):
                 z, _ = _scaled(tl.load(row_ptr + start + tile), inner, outer, HAS_SOFTCAP)
-                m, s, t = _update(m, s, t, z, ENTROPY)
+                m, s, t, u = _update(m, s, t, u, z, None, 0, ENTROPY, False)
             for start in range(whole, vocab_size, COLS):
                 mask = start + lane < vocab_size
                 z, _ = _scaled(tl.load(row_ptr + start + lane, mask=mask, other=0.0), inner, outer, HAS_SOFTCAP)
-                m, s, t = _update(m, s, t, tl.where(mask, z, float("-inf")), ENTROPY)
-            top, logsum, h = _combine(m, s, t, ENTROPY, LOG_COLS)
+                m, s, t, u = _update(m, s, t, u, z, mask, 0, ENTROPY, False)
+            top, logsum, h, _ = _combine(m, s, t, u, vocab_size, ENTROPY, False, LOG_COLS)
             if ENTROPY:
                 entropy = h
             inside = (label >= 0) & (label < vocab_size)
-            z, _ = _scaled(tl.load(row_ptr + label, mask=inside, other=0.0), inner, outer, HAS_SOFTCAP)
+            chosen = tl.load(row_ptr + label, mask=inside, other=0.0)
+            z, _ = _scaled(chosen, inner, outer, HAS_SOFTCAP)
             logp = tl.where(inside, (z - top) - logsum, float("nan"))
             target = tl.where(inside, label, ELSEWHERE).to(tl.int32)
 
@@ -215,10 +151,13 @@ def policy_loss_kernel(
                     scale = w * tl.full((), kl_coef, dtype)
                     loss += scale * kl
                     g += scale * kl_slope
-            if HAS_E:
-                e = -w * tl.full((), entropy_coef, dtype)
-                loss += e * entropy
+            if HAS_BETA:
+                beta = w * tl.full((), entropy_coef, dtype)
+                alpha = tl.where(beta == 0, 0.0, beta * entropy)
+                loss -= alpha
             g = tl.where(inside, g, float("nan"))
+            factor = alpha - g
+            at_label = _label_gradient(chosen, g, alpha, beta, zero, top, logsum, inner, outer, HAS_SOFTCAP)
         column_ptr = table_ptr + row
         tl.store(column_ptr, loss)
         tl.store(column_ptr + num_rows, logp)
@@ -226,16 +165,17 @@ def policy_loss_kernel(
         tl.store(column_ptr + 3 * num_rows, logsum)
         tl.store(column_ptr + 4 * num_rows, entropy)
         tl.store(column_ptr + 5 * num_rows, g)
-        tl.store(column_ptr + 6 * num_rows, e)
-        tl.store(column_ptr + 7 * num_rows, ratio)
-        tl.store(column_ptr + 8 * num_rows, kl)
-        tl.store(column_ptr + 9 * num_rows, low)
-        tl.store(column_ptr + 10 * num_rows, high)
+        tl.store(column_ptr + 6 * num_rows, alpha)
+        tl.store(column_ptr + 7 * num_rows, beta)
+        tl.store(column_ptr + 8 * num_rows, ratio)
+        tl.store(column_ptr + 9 * num_rows, kl)
+        tl.store(column_ptr + 10 * num_rows, low)
+        tl.store(column_ptr + 11 * num_rows, high)
         if out_ptr is not None:
             out_row_ptr = out_ptr + row * out_stride
             out_dtype: tl.constexpr = out_ptr.dtype.element_ty
             tl.debug_barrier()  # every thread has read the label's logit before any overwrites it
-            if (g == 0) & (e == 0):
+            if (g == 0) & (alpha == 0) & (beta == 0):
                 for start in range(0, whole, ROWS * COLS):
                     tl.store(out_row_ptr + start + tile, tl.zeros((ROWS, COLS), out_dtype))
                 for start in range(whole, vocab_size, COLS):
@@ -245,13 +185,43 @@ def policy_loss_kernel(
                 for start in range(0, whole, ROWS * COLS):
                     col = start + tile
                     x = tl.load(row_ptr + col, eviction_policy="evict_first")
-                    dx = _gradient(x, col, target, g, e, top, logsum, entropy, inner, outer, HAS_SOFTCAP, HAS_E)
+                    dx = _gradient(
+                        x,
+                        col,
+                        target,
+                        at_label,
+                        factor,
+                        beta,
+                        zero,
+                        top,
+                        logsum,
+                        inner,
+                        outer,
+                        HAS_SOFTCAP,
+                        HAS_BETA,
+                        False,
+                    )
                     tl.store(out_row_ptr + col, dx.to(out_dtype), eviction_policy="evict_first")
                 for start in range(whole, vocab_size, COLS):
                     col = start + lane
                     mask = col < vocab_size
                     x = tl.load(row_ptr + col, mask=mask, other=0.0, eviction_policy="evict_first")
-                    dx = _gradient(x, col, target, g, e, top, logsum, entropy, inner, outer, HAS_SOFTCAP, HAS_E)
+                    dx = _gradient(
+                        x,
+                        col,
+                        target,
+                        at_label,
+                        factor,
+                        beta,
+                        zero,
+                        top,
+                        logsum,
+                        inner,
+                        outer,
+                        HAS_SOFTCAP,
+                        HAS_BETA,
+                        False,
+                    )
                     tl.store(out_row_ptr + col, dx.to(out_dtype), mask=mask, eviction_policy="evict_first")
         row += tl.num_programs(0)
 
@@ -297,8 +267,8 @@ def run(
         entropy: whether to compute the entropy.
 
     Returns:
-        ``[11, N]`` fp32, or fp64 for fp64 logits: loss, logps, max, logsum, entropy, gradients of logps and entropy,
-        ratio, KL, and whether the lower and the upper bound of the ratio acts; zeros where the label is -100.
+        ``[12, N]`` fp32, or fp64 for fp64 logits: loss, logps, max, logsum, entropy, g, alpha, beta, ratio, KL,
+        and whether the lower and the upper bound of the ratio acts; zeros where the label is -100.
     """
     target = None if out is None else launch.unit_columns(out)
     logits = launch.unit_columns(logits)
@@ -311,7 +281,7 @@ def run(
         "K2": kl_estimator == "k2",
         "HAS_KL": knobs.kl_coef != 0,
         "ENTROPY": entropy or knobs.entropy_coef != 0,
-        "HAS_E": knobs.entropy_coef != 0,
+        "HAS_BETA": knobs.entropy_coef != 0,
     }
     if num_rows:
         with launch.device(logits):

@@ -4,10 +4,10 @@ The launchers run as usual, on small CPU tensors, with the launch itself replace
 is what would be launched. ``pytest tests/ops/test_compile.py -s`` runs this file, in processes that compile, and prints
 the table of registers, shared memory and spills.
 
-On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {soft-cap} are compiled; on sm_80 and sm_100 bf16 and fp32
-with nothing and with everything; the narrow variants (fp16, int32 labels, a temperature per row, an odd vocabulary, a
-small one) on sm_90 and gfx942, with everything. The policy losses with nothing and with everything, and the scans, are
-compiled for every target.
+On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {total} x {soft-cap} are compiled; on sm_80 and sm_100 bf16
+and fp32 with nothing and with everything; the narrow variants (fp16, int32 labels, a temperature per row, an odd
+vocabulary, a small one) on sm_90 and gfx942, with everything. The policy losses with nothing and with everything, and
+the scans, are compiled for every target.
 """
 
 import ast
@@ -43,14 +43,14 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 
 
 def launch_token_logps(
-    dtype=torch.bfloat16, entropy=True, softcap=30.0, vocab_size=8192, labels=torch.int64, rows=False
+    dtype=torch.bfloat16, entropy=True, total=True, softcap=30.0, vocab_size=8192, labels=torch.int64, rows=False
 ):
     logits = torch.zeros(2, vocab_size, dtype=dtype)
     labels = torch.zeros(2, dtype=labels)
     options = {"temperature": torch.ones(2) if rows else 0.7, "softcap": softcap}
-    logps, entropies, top, logsum = token_logps.forward(logits, labels, entropy=entropy, **options)
-    e = logps if entropy else None
-    token_logps.backward(torch.zeros_like(logits), logits, labels, top, logsum, entropies, logps, e, **options)
+    x, _, top, logsum, _ = token_logps.forward(logits, labels, entropy=entropy, total=total, **options)
+    row = (x, x if entropy else None, x if entropy else None, x if total else None)
+    token_logps.backward(torch.zeros_like(logits), logits, labels, top, logsum, row, **options)
 
 
 def launch_scan(dtype=torch.float32, offsets=torch.int32):
@@ -81,11 +81,12 @@ def launch_divergence(dtype=torch.bfloat16, ref_dtype=None, kind="jsd", softcap=
     divergence.backward(torch.zeros_like(logits), logits, ref_logits, labels, stats, value, **options)
 
 
-PLAIN = {"entropy": False, "softcap": None}
+PLAIN = {"entropy": False, "total": False, "softcap": None}
 FULL = [
-    {"dtype": dtype, "entropy": entropy, "softcap": softcap}
+    {"dtype": dtype, "entropy": entropy, "total": total, "softcap": softcap}
     for dtype in (torch.bfloat16, torch.float32, torch.float64)
     for entropy in (False, True)
+    for total in (False, True)
     for softcap in (None, 30.0)
 ]
 ENDS = [{"dtype": dtype, **options} for dtype in (torch.bfloat16, torch.float32) for options in (PLAIN, {})]
@@ -197,10 +198,10 @@ def test_nothing_compiles_again_for_another_size_or_setting(target):
         def launcher():
             logits = torch.zeros(num_rows, pitch, dtype=torch.bfloat16)[:, :vocab_size]
             labels = torch.zeros(num_rows + 1, dtype=torch.int64)[start : start + num_rows]
-            vectors = [torch.zeros(num_rows + 1)[start : start + num_rows] for _ in range(5)]
+            x = torch.zeros(num_rows + 1)[start : start + num_rows]
             settings = {"temperature": temperature, "softcap": softcap, "logit_scale": temperature}
-            token_logps.forward(logits, labels, entropy=True, **settings)
-            token_logps.backward(logits, logits, labels, *vectors, **settings)
+            token_logps.forward(logits, labels, entropy=True, total=True, **settings)
+            token_logps.backward(logits, logits, labels, x, x, (x, x, x, x), **settings)
 
         return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in record(launcher, TARGETS[target])]
 

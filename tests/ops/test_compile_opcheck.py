@@ -5,6 +5,7 @@ import torch
 
 from fastalign.ops import linear_logps, linear_loss, token_logps
 from fastalign.ops._call import Call
+from fastalign.ops._rows import coefficients
 from fastalign.ops.linear_logps import _backward_op as linear_backward
 from fastalign.ops.linear_logps import _op as linear_op
 from fastalign.ops.linear_logps import _scale_directions
@@ -24,9 +25,8 @@ def test_token_op(temperatures, entropy):
     args = (logits, LABELS, temperatures, 1.5, 5.0, entropy, False, None)
     torch.library.opcheck(token_op, args, test_utils=CHECKS)
     _, entropies, maximum, logsum = token_op(*args)
-    saved = (maximum, logsum, entropies.detach() if entropy else None)
-    upstream = (torch.randn(N), torch.randn(N) if entropy else None)
-    backward = (logits.detach(), LABELS, temperatures, 1.5, 5.0, *saved, *upstream, None)
+    row = coefficients(torch.randn(N), entropy=entropies.detach(), grad_entropy=torch.randn(N) if entropy else None)
+    backward = (logits.detach(), LABELS, temperatures, 1.5, 5.0, maximum, logsum, *row, None)
     torch.library.opcheck(token_backward, backward, test_utils=CHECKS)
 
 

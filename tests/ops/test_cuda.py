@@ -55,5 +55,5 @@ def test_agrees_with_the_cpu(dtype, num_labels, softcap):
         **{name: x.data_ptr() for name, x in zip(("logps", "entropy", "max", "logsum"), outputs, strict=True)},
     )
     op.forward_cuda(torch.cuda.current_stream().cuda_stream)
-    for mine, theirs in zip(outputs, expected, strict=True):
+    for mine, theirs in zip(outputs, expected[:4], strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, atol=2e-5, rtol=1e-5, equal_nan=True)

@@ -73,10 +73,15 @@ def narrow(x, dtype):
     return x.to(dtype)
 
 
+def four(g, e, entropy):
+    """The coefficients of g logps + e entropy."""
+    return (g, None, None, None) if e is None else (g, torch.where(e == 0, 0.0, -e * entropy), -e, None)
+
+
 def run(logits, labels, g, e, out=None, **options):
-    logps, entropy, top, logsum = token_logps.forward(logits, labels, entropy=e is not None, **options)
+    logps, entropy, top, logsum, _ = token_logps.forward(logits, labels, entropy=e is not None, **options)
     out = torch.empty_like(logits) if out is None else out
-    token_logps.backward(out, logits, labels, top, logsum, entropy, g, e, **options)
+    token_logps.backward(out, logits, labels, top, logsum, four(g, e, entropy), **options)
     return logps, entropy, out, top, logsum
 
 
@@ -168,7 +173,7 @@ def test_rows_without_a_coefficient_are_not_read(vocab_size, device):
     logits[[0, 6]] = float("nan")
     top, logsum = statistics[3:]
     out = torch.full_like(logits, float("nan"))
-    token_logps.backward(out, logits, labels, top, logsum, statistics[1], g, e)
+    token_logps.backward(out, logits, labels, top, logsum, four(g, e, statistics[1]))
     assert (out[[0, 1, 6]] == 0).all()
     assert out[7].isnan().all()
     assert torch.equal(out[2:6], statistics[2][2:6])
@@ -220,7 +225,7 @@ def test_the_top_label_cancels_logsum_exactly(device):
     labels[is_max] = logits[is_max].argmax(-1)
     labels[[4, 6]] = logits[[4, 6]].argmin(-1)
     for options in ({}, {"temperature": 0.7}, {"softcap": 100.0, "temperature": 1.3, "logit_scale": 0.9}):
-        logps, _, _, logsum = token_logps.forward(logits, labels, **options)
+        logps, _, _, logsum, _ = token_logps.forward(logits, labels, **options)
         assert (logps + logsum == 0)[[0, 3, 5, 7, 4, 6]].tolist() == [True] * 4 + [False] * 2
 
 
