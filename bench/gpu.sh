@@ -99,8 +99,8 @@ fi
 # --- memory, training, profiles -------------------------------------------------------------------------------------------
 RESERVE=80
 if wanted memory; then
-    chosen=(--only 'linear_loss-131072,linear_logps-backward-131072')
-    [[ -n $QUICK ]] && chosen=(--only linear_loss-few --toy)
+    chosen=(--only 'linear_loss-131072,linear_loss-dpo-long' --who 'fastalign,TRL,Liger')
+    [[ -n $QUICK ]] && chosen=(--only linear_loss-few --who fastalign --toy)
     bench bench 60 memory "${chosen[@]}" --no-compile --record --results "$OUT"
 fi
 RESERVE=30

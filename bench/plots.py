@@ -12,7 +12,13 @@ from bench import tables
 from bench.field import OURS
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2563a8", "#d9772b", "#8a8f98", "#c9ced6", "#22262b"
-SIDE_COLOURS = {"fastalign": BLUE, "trl": ORANGE, "trl-fair": GREY}
+CURVES = (
+    {"color": BLUE, "linewidth": 7, "alpha": 0.4},
+    {"color": ORANGE, "linewidth": 2.4},
+    {"color": INK, "linewidth": 1.6, "linestyle": (0, (1, 3))},
+)
+"""How curves are drawn, in order: those that agree lie on top of each other, and all are to be seen."""
+SIDE_COLOURS = {"fastalign": BLUE, "trl": ORANGE, "trl-fair": INK}
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -30,6 +36,8 @@ STYLE = {
 }
 ROW = 0.30
 """Inches per bar."""
+WIDEST = 130
+"""Where the axis of percentages ends: what fits a cache, or is dominated by calls, may pass its bound by far."""
 
 Case = list[dict[str, Any]]
 
@@ -85,19 +93,20 @@ def roofs(groups: Sequence[Case], where: str) -> Figure:
     cases = [
         (ours, tables.best_peer(rows)) for rows in groups if (ours := tables.our_row(rows)) and ours.get("of_roof")
     ]
-    xlabel = f"share of the bound: bare matrix products, or a copy of the least bytes (100 % cannot be passed)\n{where}"
+    xlabel = f"% of the speed of bare matrix products, or of copying the least bytes\n{where}"
     figure, axes = _canvas(len(cases), "How much of the bound is reached", xlabel)
     for y, (ours, best) in enumerate(cases):
-        axes.barh(y, 100 * ours["of_roof"], height=0.62, color=BLUE)
-        axes.text(100 * ours["of_roof"] + 1, y, f"{ours['of_roof']:.0%}", va="center", fontsize=8.5)
-        if best and best.get("of_roof"):
-            axes.plot(100 * best["of_roof"], y, "o", color=ORANGE, markersize=6, markeredgecolor="white")
+        share, rival = 100 * ours["of_roof"], 100 * ((best or {}).get("of_roof") or 0)
+        axes.barh(y, min(share, WIDEST), height=0.62, color=BLUE)
+        if rival:
+            axes.plot(min(rival, WIDEST), y, "o", color=ORANGE, markersize=7, markeredgecolor="white")
+        axes.text(min(max(share, rival + 1.5), WIDEST) + 1.5, y, f"{share:.0f} %", va="center", fontsize=8.5)
     axes.set_yticks(range(len(cases)), [label(ours) for ours, _ in cases], fontsize=8.5)
     axes.axvline(100, color=INK, linewidth=1)
-    axes.set_xlim(0, 1.08 * max([100.0, *(100 * ours["of_roof"] for ours, _ in cases)]))
-    axes.plot([], [], "s", color=BLUE, label="fastalign")
-    axes.plot([], [], "o", color=ORANGE, label="best peer")
-    axes.legend(loc="lower right", frameon=True, edgecolor=LIGHT, fontsize=9)
+    axes.set_xlim(0, WIDEST + 12)
+    axes.plot([], [], "s", color=BLUE, markersize=9, label="fastalign")
+    axes.plot([], [], "o", color=ORANGE, markersize=7, label="best peer")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -131,9 +140,7 @@ def training(rows: Case, where: str) -> Figure:
     curves, bars = figure.subplots(1, 2, width_ratios=[2, 1])
     for index, row in enumerate(rows):
         steps = range(1, len(row["losses"]) + 1)
-        # The first is drawn widest: curves that agree lie on top of each other and are all seen.
-        style = {"linewidth": 5 - 1.8 * index, "alpha": 0.55 if index == 0 else 1.0}
-        curves.plot(steps, row["losses"], color=colour(row), label=name(row), **style)
+        curves.plot(steps, row["losses"], label=name(row), **CURVES[min(index, 2)])
     curves.set(
         title=f"{rows[0]['task'].upper()} loss, same pairs in the same order", xlabel=f"step\n{where}", ylabel="loss"
     )

@@ -151,6 +151,8 @@ def main(options: argparse.Namespace, work: Workload | None = None) -> int:
         sides.run(options.side, Workload.load(options.workload), options.profile)
         return 0
     device = run.setting_of(options).device
+    if options.steps <= Workload.warmup:
+        raise ValueError(f"--steps: the first {Workload.warmup} are not timed, expected more, got {options.steps}")
     with tempfile.TemporaryDirectory(prefix="fastalign-bench-") as directory:
         wanted = {name: getattr(options, name) for name in ("steps", "pairs", "dtype", "threads", "device")}
         work = replace(work or Workload(directory, **SIZES[options.model]), directory=directory, **wanted)

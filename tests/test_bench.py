@@ -261,6 +261,7 @@ def test_a_lost_case_is_shown(results):
         (["ops", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["ops", "--device", "cpu", "--only", "nothing"], "no case matches 'nothing'"),
         (["memory", "--mode", "half"], "invalid choice: 'half'"),
+        (["train", "--device", "cpu", "--steps", "2"], "--steps: the first 2 are not timed"),
         (["report", "--results", "/nowhere"], "no results in /nowhere"),
     ],
 )
