@@ -1,6 +1,7 @@
 """Who imports whom, held over the syntax trees of every file, imports inside functions included."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,40 @@ def test_public_names_are_pinned():
     assert sorted(ops.__all__) == sorted(fastalign.__all__) == PUBLIC
     assert all(getattr(fastalign, name) is getattr(ops, name) and callable(getattr(ops, name)) for name in PUBLIC)
     assert not hasattr(fastalign, "no_such_name")
+
+
+DROP_IN = {
+    "liger": [
+        "CrossEntropyOutput",
+        "LigerCrossEntropyLoss",
+        "LigerFusedLinearCPOLoss",
+        "LigerFusedLinearCrossEntropyLoss",
+        "LigerFusedLinearDPOLoss",
+        "LigerFusedLinearGRPOLoss",
+        "LigerFusedLinearJSD",
+        "LigerFusedLinearJSDLoss",
+        "LigerFusedLinearKTOLoss",
+        "LigerFusedLinearORPOLoss",
+        "LigerFusedLinearSimPOLoss",
+    ],
+    "transformers": ["FusedTrainer", "patch_model", "plain_forward", "unpatch_model"],
+    "trl": ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "Patch", "RLOOTrainer", "patch"],
+    "verl": ["FusedLinearForPPO", "Patch", "linear_cross_entropy", "patch"],
+}
+"""The integrations' names, which exist whether or not the peer is installed."""
+
+
+@pytest.mark.parametrize("peer", DROP_IN)
+def test_names_of_the_integrations_are_pinned(peer):
+    module = importlib.import_module(f"fastalign.integrations.{peer}")
+    assert sorted(module.__all__) == DROP_IN[peer]
+
+
+def test_importing_an_integration_imports_no_peer():
+    code = "import sys\nfrom fastalign.integrations import liger, transformers, trl, verl\n"
+    code += "print(*{'trl', 'liger_kernel', 'verl'} & {*sys.modules})"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == ""
 
 
 def test_the_version_is_told_once():

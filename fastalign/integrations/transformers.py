@@ -29,6 +29,8 @@ from fastalign.models.verify import PEAK, TOLERANCES
 from fastalign.ops import linear_logps, linear_loss
 from fastalign.types import IGNORE_INDEX, TokenStats
 
+__all__ = ["FusedTrainer", "patch_model", "plain_forward", "unpatch_model"]
+
 PATCH = "_fastalign_patch"
 PROBE = 8
 """Tokens of the first batch on which the head is compared with the model's own logits."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fastalign.ops import linear_logps
 
+__all__ = ["FusedLinearForPPO", "Patch", "linear_cross_entropy", "patch"]
+
 
 class FusedLinearForPPO(nn.Module):
     """``verl.utils.experimental.torch_functional.FusedLinearForPPO``.

@@ -9,6 +9,7 @@ from wanted import require
 require("liger-kernel", "0.8")
 
 from liger_kernel import chunked_loss as theirs  # noqa: E402
+from liger_kernel import transformers as layers  # noqa: E402
 
 from fastalign.integrations import liger as ours  # noqa: E402
 
@@ -47,10 +48,11 @@ def assert_same(call, other):
     assert max(grad.abs().max() for grad in other[1]) > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in ours.__all__ if name in vars(theirs)])
+@pytest.mark.parametrize("name", [name for name in ours.__all__ if name.startswith("Liger")])
 def test_arguments_are_ligers(name):
+    whose = theirs if name in vars(theirs) else layers
     for ask in (lambda module: getattr(module, name), lambda module: getattr(module, name).forward):
-        mine, wanted = inspect.signature(ask(ours)).parameters, inspect.signature(ask(theirs)).parameters
+        mine, wanted = inspect.signature(ask(ours)).parameters, inspect.signature(ask(whose)).parameters
         assert list(mine) == list(wanted)
         assert [p.default for p in mine.values()] == [p.default for p in wanted.values()]
 
@@ -191,6 +193,62 @@ def test_grpo(options, given):
     assert_same(*calls)
 
 
+# --- cross-entropies, whose own kernels need a GPU: PyTorch's formulas in float64 -------------------------------------
+
+CLASS_WEIGHTS = torch.linspace(0.5, 2.0, VOCAB)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "ignore_index": -7}, {"weight": CLASS_WEIGHTS}])
+@pytest.mark.parametrize("fused", [True, False])
+def test_cross_entropies(fused, options, reduction):
+    hidden, weight, bias = tensors()
+    target, cap = labels(options.get("ignore_index", -100)).flatten(), options.get("softcap")
+    logits = torch.nn.functional.linear(hidden.flatten(0, 1), weight, bias)
+    leaves = (hidden, weight, bias)
+    if fused:
+        given = {"ce_weight" if key == "weight" else key: value for key, value in options.items()}
+        loss = ours.LigerFusedLinearCrossEntropyLoss(reduction=reduction, return_token_accuracy=True, **given)
+        found = loss(weight, hidden.flatten(0, 1), target, bias)
+    else:
+        both = {"return_token_accuracy": True, "return_predicted_tokens": True}
+        found = ours.LigerCrossEntropyLoss(reduction=reduction, **both, **options)(logits, target)
+    exact = logits.double() if cap is None else cap * torch.tanh(logits.double() / cap)
+    classes = options["weight"].double() if "weight" in options else None
+    ignore = options.get("ignore_index", -100)
+    true = torch.nn.functional.cross_entropy(exact, target, classes, reduction=reduction, ignore_index=ignore)
+    torch.testing.assert_close(found.loss.double(), true, rtol=1e-5, atol=1e-5)
+    made, wanted = (torch.autograd.grad(x.sum() * 3, leaves, retain_graph=True) for x in (found.loss, true))
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    scored, right = target != ignore, logits.argmax(-1) == target
+    share = (right & scored).float() if reduction == "none" else right[scored].float().mean()
+    assert torch.equal(found.token_accuracy, share) and found.z_loss is None
+    if not fused:
+        assert torch.equal(found.predicted_tokens, logits.argmax(-1).masked_fill(~scored, -1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tokens_scaled_by_their_own_probability(reduction):
+    hidden, weight, bias = tensors()
+    target = labels().flatten()
+    logps = torch.nn.functional.linear(hidden.flatten(0, 1), weight, bias).log_softmax(-1)
+    nll = -logps.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target != -100)
+    true = nll * (-nll.detach()).exp()
+    true = true if reduction == "none" else true.sum() / (target != -100).sum()
+    loss = ours.LigerFusedLinearCrossEntropyLoss(use_token_scaling=True, reduction=reduction)
+    found = loss(weight, hidden.flatten(0, 1), target, bias)
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-6)
+    for x, y in zip(*(torch.autograd.grad(v.sum(), (hidden, weight)) for v in (found, true)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_without_scored_tokens_give_zero():
+    hidden, weight, bias = tensors()
+    nothing = torch.full((SEQUENCES * LENGTH,), -100)
+    assert ours.LigerFusedLinearCrossEntropyLoss()(weight, hidden.flatten(0, 1), nothing, bias) == 0
+    assert ours.LigerCrossEntropyLoss()(torch.randn(len(nothing), VOCAB), nothing) == 0
+
+
 # --- beside Liger, and what is refused -------------------------------------------------------------------------------
 
 
@@ -222,6 +280,14 @@ REFUSED = [
     ("LigerFusedLinearDPOLoss", {"loss_type": "aot"}, "is not served"),
     ("LigerFusedLinearDPOLoss", {"loss_type": "exo_pair"}, r"label_smoothing must be in"),
     ("LigerFusedLinearDPOLoss", {"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing must be in"),
+    ("LigerFusedLinearCrossEntropyLoss", {"label_smoothing": 0.1}, "label_smoothing=0.1 is not served"),
+    (
+        "LigerFusedLinearCrossEntropyLoss",
+        {"return_predicted_tokens": True},
+        "return_predicted_tokens=True is not served",
+    ),
+    ("LigerCrossEntropyLoss", {"lse_square_scale": 1e-4}, "lse_square_scale=0.0001 is not served"),
+    ("LigerCrossEntropyLoss", {"reduction": "max"}, "reduction must be"),
     ("LigerFusedLinearGRPOLoss", {"loss_type": "vespo"}, "loss_type='vespo' is not served: choose one of grpo"),
     ("LigerFusedLinearGRPOLoss", {"loss_type": "dr_grpo"}, "needs max_completion_length"),
     ("LigerFusedLinearGRPOLoss", {"use_bias_correction_kl": True}, "is not served"),

@@ -8,6 +8,11 @@ planned, sums are fp32. Results beside the loss are detached. Options that are n
 made; each class says where its numbers differ from Liger's. Liger itself is not needed.
 """
 
+from fastalign.integrations.liger.cross_entropy import (
+    CrossEntropyOutput,
+    LigerCrossEntropyLoss,
+    LigerFusedLinearCrossEntropyLoss,
+)
 from fastalign.integrations.liger.distillation import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 from fastalign.integrations.liger.policy import LigerFusedLinearGRPOLoss
 from fastalign.integrations.liger.preference import (
@@ -19,7 +24,10 @@ from fastalign.integrations.liger.preference import (
 from fastalign.integrations.liger.unpaired import LigerFusedLinearKTOLoss
 
 __all__ = [
+    "CrossEntropyOutput",
+    "LigerCrossEntropyLoss",
     "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearJSD",

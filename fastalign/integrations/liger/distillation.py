@@ -96,7 +96,7 @@ class LigerFusedLinearJSD(nn.Module):
         student_weight: Tensor,
         teacher_input: Tensor,
         teacher_weight: Tensor,
-        shift_labels: Tensor | None = None,
+        shift_labels: Tensor | None,
     ) -> Tensor:
         """``[N, D]``, ``[V, D]``, ``[N, Dt]``, ``[V, Dt]``, ``[N]``."""
         labels = torch.zeros(len(student_input), dtype=torch.int64, device=student_input.device)
