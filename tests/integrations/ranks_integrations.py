@@ -3,6 +3,7 @@ parts that ranks sharing a vocabulary get from verl's function add up."""
 
 import os
 import sys
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.integrations.transformers import patch_model
+from fastalign.integrations.trl.packed import add_packed_head
 from fastalign.integrations.verl import linear_cross_entropy
+
+
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def make(**options):
@@ -22,8 +31,9 @@ def make(**options):
     return model
 
 
-def wrapped(kind, **options):
-    model = patch_model(make(**options))
+def wrapped(kind, patch=patch_model, **options):
+    model = make(**options)
+    patch(model)
     if kind == "ddp":
         return DistributedDataParallel(model)
     for layer in model.model.layers:
@@ -59,6 +69,32 @@ def check(kind, **options):
     assert any(gradient.abs().max() > 1e-3 for gradient in mine[-1].values())
 
 
+def check_packed(kind):
+    """Padded pairs of one prompt through packed rows, against TRL's fused head on one process."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    ids = torch.randint(1, 97, (2 * size, 9))
+    ids[1::2, :4] = ids[::2, :4]
+    mask = (torch.arange(9) < 9 - torch.arange(2 * size)[:, None]).long()
+    labels = ids.masked_fill((torch.arange(9) < 4) | (mask == 0), -100)
+    alone, split = make(), wrapped(kind, add_packed_head)
+    add_fused_lm_head(alone)
+    own = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):  # twice: where it can, the first call checks the packed rows
+        alone.zero_grad()
+        split.zero_grad()
+        whole = alone(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+        whole.square().sum().backward()
+        part = split(input_ids=ids[own], attention_mask=mask[own], labels=labels[own], fused_lm_head=True).log_probs
+        torch.testing.assert_close(part, whole[own], rtol=1e-5, atol=1e-5)
+        (part.square().sum() * size).backward()
+        mine = gradients(split)
+        for name, gradient in gradients(alone).items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-4, msg=f"{kind}: {name}")
+
+
 def check_shared_vocabulary():
     torch.manual_seed(0)
     hidden, whole, labels = torch.randn(5, 8).requires_grad_(), torch.randn(12, 8), torch.randint(12, (5,))
@@ -80,6 +116,9 @@ if __name__ == "__main__":
         check(kind)
     check("fsdp2", tie_word_embeddings=True)
     check_shared_vocabulary()
+    if version("trl").startswith("1.16."):
+        for kind in ("ddp", "fsdp2", "fsdp2, head apart"):
+            check_packed(kind)
     dist.barrier()
     dist.destroy_process_group()
     print("agreed", file=sys.stderr, flush=True)
