@@ -7,6 +7,8 @@ import datasets
 import pytest
 from transformers.utils import logging
 
+collect_ignore = ["trl_runs.py"]  # it imports TRL, which may be absent
+
 
 @pytest.fixture(scope="session", autouse=True)
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

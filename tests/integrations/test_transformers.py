@@ -252,6 +252,12 @@ def arguments(directory, **options):
     )
 
 
+@pytest.fixture
+def accelerate():
+    """What ``Trainer`` needs of its own."""
+    return pytest.importorskip("accelerate", reason="wanted accelerate, which Trainer needs, found none")
+
+
 def train(cls, directory, kind="llama", model=None, **options):
     trainer = cls(
         model or make(kind), arguments(directory, **options), train_dataset=examples(), eval_dataset=examples()
@@ -261,7 +267,7 @@ def train(cls, directory, kind="llama", model=None, **options):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox"])
-def test_the_trainer_trains_as_without_the_patch(kind, tmp_path):
+def test_the_trainer_trains_as_without_the_patch(kind, accelerate, tmp_path):
     theirs, own = train(Trainer, tmp_path, kind)
     ours, fused = train(FusedTrainer, tmp_path, kind)
     torch.testing.assert_close(torch.tensor(fused), torch.tensor(own), rtol=1e-5, atol=1e-5)
@@ -269,13 +275,13 @@ def test_the_trainer_trains_as_without_the_patch(kind, tmp_path):
     assert abs(theirs.evaluate()["eval_loss"] - ours.evaluate()["eval_loss"]) < 1e-5
 
 
-def test_gradient_checkpointing_and_half_precision_train(tmp_path):
+def test_gradient_checkpointing_and_half_precision_train(accelerate, tmp_path):
     for options, allowed in (({"gradient_checkpointing": True}, 1e-5), ({"bf16": True}, 3e-2)):
         pairs = zip(train(Trainer, tmp_path, **options)[1], train(FusedTrainer, tmp_path, **options)[1], strict=True)
         assert all(abs(a - b) <= allowed * max(1, a) for own, fused in pairs for a, b in zip(own, fused, strict=True))
 
 
-def test_evaluation_with_metrics_gets_its_logits(tmp_path):
+def test_evaluation_with_metrics_gets_its_logits(accelerate, tmp_path):
     def metrics(prediction):
         return {"vocabulary": prediction.predictions.shape[-1]}
 
@@ -284,12 +290,12 @@ def test_evaluation_with_metrics_gets_its_logits(tmp_path):
     assert trainer.model(**batch()).logits is None
 
 
-def test_a_model_made_by_the_trainer_is_patched(tmp_path):
+def test_a_model_made_by_the_trainer_is_patched(accelerate, tmp_path):
     trainer = FusedTrainer(args=arguments(tmp_path), train_dataset=examples(), model_init=lambda: make())
     assert trainer.model(**batch()).logits is None and trainer.call_model_init()(**batch()).logits is None
 
 
-def test_losses_that_read_logits_are_refused(tmp_path):
+def test_losses_that_read_logits_are_refused(accelerate, tmp_path):
     with pytest.raises(ValueError, match=r"^label_smoothing_factor reads logits"):
         FusedTrainer(make(), arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match=r"^compute_loss_func reads logits"):
@@ -300,7 +306,7 @@ def test_losses_that_read_logits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"], ["v_proj", "saved head"]])
-def test_adapters_train_as_without_the_patch(targets, tmp_path):
+def test_adapters_train_as_without_the_patch(targets, accelerate, tmp_path):
     peft = pytest.importorskip("peft", reason="wanted peft, found none")
     saved = ["lm_head"] if "saved head" in targets else None
     targets = [name for name in targets if name != "saved head"]
