@@ -111,7 +111,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     if value.shape != truth.shape:
         return float("inf")
     scale = truth.double().abs().max().clamp_min(1e-300 if truth.dim() else 1.0)
-    difference = value.double().sub_(truth.double()).abs_().max() / scale
+    difference = (value - truth.double()).abs_().max() / scale
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 

@@ -138,8 +138,7 @@ class Contest:
             timing.synchronize(self.case.device)
             start = time.perf_counter()
             with recorded_plans() as plans:
-                self._guarded(name, lambda run=run, fresh=fresh: run(fresh))
-            timing.synchronize(self.case.device)
+                self._guarded(name, lambda run=run, fresh=fresh: (run(fresh), timing.synchronize(self.case.device)))
             self.first[name] = time.perf_counter() - start
             self.plans[name] = tuple(dict.fromkeys(map(str, plans)))
         self._deadline = time.monotonic() + self.seconds

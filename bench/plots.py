@@ -122,15 +122,18 @@ def memory(groups: Sequence[Case], where: str) -> Figure:
         f"MiB over the inputs; the line is the planner's figure\n{where}",
     )
     bars = [(y, row) for y, row in enumerate(lines) if isinstance(row, dict)]
+    widest = max([1.0, *(row["peak_mib"] for _, row in bars)])
     for y, row in bars:
-        axes.barh(y, row["peak_mib"], height=0.68, color=BLUE if row["who"].startswith(OURS) else LIGHT)
-        axes.text(row["peak_mib"], y, f" {row['peak_mib']:,.0f}", va="center", fontsize=8.5)
-        if row.get("predicted_mib"):
-            axes.plot([row["predicted_mib"]] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+        peak, planned = row["peak_mib"], row.get("predicted_mib") or 0
+        axes.barh(y, peak, height=0.68, color=BLUE if row["who"].startswith(OURS) else LIGHT)
+        if planned:
+            axes.plot([planned] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+        after = planned if 0 <= planned - peak < 0.06 * widest else peak  # the line would cross the number
+        axes.text(after, y, f" {peak:,.0f}", va="center", fontsize=8.5)
     axes.set_yticks(range(len(lines)), [row["who"] if isinstance(row, dict) else row for row in lines], fontsize=8.5)
     for tick, row in zip(axes.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("normal" if isinstance(row, dict) else "bold")
-    axes.set_xlim(0, 1.12 * max([1.0, *(row["peak_mib"] for _, row in bars)]))
+    axes.set_xlim(0, 1.12 * widest)
     return figure
 
 

@@ -18,11 +18,13 @@ RAGGED = (1.0, 0.12, 0.4, 0.2, 0.75, 0.08, 0.3, 0.15)
 """Sequence lengths in units of the longest: what chat data looks like, a third of it the longest's."""
 
 
-def inputs(generator: torch.Generator, *, tokens: int, heads: int, d: int, dtype: torch.dtype) -> Inputs:
-    """Queries, keys and values of packed rows, and an upstream gradient."""
-    shape = (tokens, heads, d)
+def inputs(
+    generator: torch.Generator, *, heads: int, d: int, dtype: torch.dtype, places: Tensor, inside: Tensor
+) -> Inputs:
+    """Queries, keys and values of packed rows, an upstream gradient, and where padding puts the rows."""
+    shape, device = (int(places.max()) + 1, heads, d), generator.device
     x = {name: draw(generator, *shape, dtype=dtype).requires_grad_() for name in LEAVES}
-    return {**x, "upstream": draw(generator, *shape)}
+    return {**x, "upstream": draw(generator, *shape), "places": places.to(device), "inside": inside.to(device)}
 
 
 def our_attention(x: Inputs, *, segments, **options) -> Tensor:
@@ -39,14 +41,12 @@ def dense_attention(x: Inputs, *, segments) -> Tensor:
     return (reference(x["q"], x["k"], x["v"], segments) * x["upstream"]).mean()
 
 
-def padded_attention(x: Inputs, *, places: Tensor, inside: Tensor) -> Tensor:
+def padded_attention(x: Inputs) -> Tensor:
     """Rows gathered to ``[B, longest]``, a shared prompt once per response; causal attention; the mean of what counts.
 
-    Args:
-        places: ``[B, longest]`` packed row of each place.
-        inside: ``[B, longest]`` places that count; a prompt's copies after the first do not.
+    ``places`` is ``[B, longest]``, the packed row of each place; a prompt's copies after the first are not ``inside``.
     """
-    places, inside = places.to(x["q"].device), inside.to(x["q"].device)
+    places, inside = x["places"], x["inside"]
     q, k, v = (x[name][places].transpose(1, 2) for name in LEAVES)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     return (out[inside] * x["upstream"][places[inside]]).mean()
@@ -106,7 +106,7 @@ def attention(
         rows = [list(range(a, a + longest)) for a in offsets[:-1]]
     segments, (places, inside) = Segments(offsets, parents), padded_layout(rows)
     field = Field(setting)
-    field.add_loss("eager", partial(padded_attention, places=places, inside=inside), LEAVES)
+    field.add_loss("eager", padded_attention, LEAVES)
     field.add_loss(OURS, partial(our_attention, segments=segments), LEAVES)
     if dtype == FP32 or setting.gpu:
         field.add_loss("dense mask", partial(dense_attention, segments=segments), LEAVES)
@@ -115,7 +115,7 @@ def attention(
         f"packed_attention, {kind}",
         f"T{offsets[-1]} longest {longest} H{heads} d{d}",
         dtype,
-        partial(inputs, tokens=offsets[-1], heads=heads, d=d, dtype=dtype),
+        partial(inputs, heads=heads, d=d, dtype=dtype, places=places, inside=inside),
         lambda x: field.runs["eager"](in64(x)),
         field,
         targets=targets or {},
