@@ -1,4 +1,4 @@
-# make demo   make test   make check   make sanitize   make clean
+# make demo   make test   make check   make sanitize   make mutants   make clean
 # Each makes .venv when it is missing. VENV=PATH names an environment of your own: it keeps its torch and its versions.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
-.PHONY: demo test check sanitize clean
+.PHONY: demo test check sanitize mutants clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -36,6 +36,10 @@ sanitize: $(VENV)/.installed-test
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	  -k "not interpreter and not triton and not environment" $(NATIVE_TESTS:%=$(CURDIR)/tests/ops/%.py)
+
+# Deliberate faults, one at a time in a copy of the package: each must turn a test red. The tests themselves try a few.
+mutants: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/ops/run_mutants.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastalign/_C*.so

@@ -28,8 +28,9 @@ def _interpreter() -> str:
         return f"not tested: {absent.name} is not installed"
     if release["triton"] < (3, 7) and release["numpy"] >= (2, 4):
         return f"not tested: the interpreter of Triton {version('triton')} needs NumPy < 2.4, found {version('numpy')}"
-    assert "triton" not in sys.modules, "triton was imported before it could be told to interpret"
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "TRITON_INTERPRET" not in os.environ:
+        assert "triton" not in sys.modules, "triton was imported before it could be told to interpret"
+        os.environ["TRITON_INTERPRET"] = "1"
     return "interpreted" if os.environ["TRITON_INTERPRET"] == "1" else "not run: TRITON_INTERPRET=0"
 
 

@@ -95,6 +95,26 @@ def test_02_padding_of_a_tile_never_enters_a_statistic(backend, vocab, level):
     torch.testing.assert_close(entropy.cpu(), expected, atol=1e-6, rtol=1e-6)
 
 
+@on_backends
+@pytest.mark.parametrize("vocab", [131, 2049])
+def test_02_a_banned_column_has_no_share_and_no_gradient(backend, vocab):
+    """A product of probability 0 and log-prob -inf is NaN; tokens are banned by -inf in constrained sampling."""
+    x = logits_example("entropy", 4, vocab, torch.float32, place(backend))
+    banned = torch.arange(vocab, device=place(backend)) % 3 == 1
+    labels = x.labels // 3 * 3
+    logits = x.tensors["logits"].detach().masked_fill(banned, -torch.inf).requires_grad_()
+    kept = x.tensors["logits"].detach()[:, ~banned].requires_grad_()
+    place_among_kept = (~banned).cumsum(0)[labels] - 1
+    upstream = torch.stack([x.grad_logps, x.grad_entropy])
+    results = []
+    for z, y in ((logits, labels), (kept, place_among_kept)):
+        both = torch.stack(token_logps(z, y, entropy=True, backend=backend))
+        results.append((both.detach(), torch.autograd.grad((both * upstream).sum(), z)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(results[0][1][:, ~banned], results[1][1], rtol=1e-5, atol=1e-6)
+    assert (results[0][1][:, banned] == 0).all()
+
+
 # --- 3. every output is written ---------------------------------------------------------------------------------------
 
 
@@ -128,6 +148,18 @@ def test_03_fresh_memory_never_shows(name, backend):
     example = example_of(name, torch.float32, backend)
     for key, value in with_gradients(OPS[name].run(example, backend), example).items():
         assert value.isfinite().all(), key
+
+
+@on_backends
+def test_03_a_row_without_a_coefficient_is_zero_whatever_it_holds(backend):
+    """Eager code multiplies 0 by NaN there; a clipped or padded row must not spoil dW."""
+    x = logits_example("plain", 4, 131, torch.float32, place(backend))
+    leaf = x.tensors["logits"]
+    logps = token_logps(leaf, x.labels, backend=backend)
+    leaf.data[[0, 2]] = torch.nan  # after the forward: the backward must not read them
+    upstream = torch.tensor([0.0, 1.0, -0.0, 2.0], device=leaf.device)
+    (grad,) = torch.autograd.grad(logps, leaf, upstream)
+    assert (grad[[0, 2]] == 0).all() and (grad[[1, 3]] != 0).all() and grad.isfinite().all()
 
 
 # --- 4. fused and composed are the same function ----------------------------------------------------------------------
@@ -255,6 +287,20 @@ def test_08_the_tiniest_probability_keeps_its_gradient(backend, dtype):
     (grad,) = torch.autograd.grad(logps.sum(), logits)
     exact = -logits.detach().double().softmax(-1)
     assert ((grad.double() - exact).abs()[0, 1:] <= 1.5e-2 * exact.abs()[0, 1:]).all() and (grad != 0).all()
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_08_a_confident_row_still_learns(backend, dtype):
+    """``p - 1`` formed in bf16 is 0 from p = 0.998 on; the sum of exponentials, in fp32, knows it to 1e-7."""
+    logits, labels = torch.randn(5, 131, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    logits[labels, labels] = torch.tensor([8.0, 11.0, 12.0, 15.0, 18.0])
+    x = logits.to(place(backend), dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(token_logps(x, labels.to(x.device), backend=backend).sum(), x)
+    exact = 1 - x.detach().cpu().double().softmax(-1)[labels, labels]
+    error = (grad.cpu()[labels, labels].double() - exact).abs()
+    assert exact.max() > 0.01 and exact.min() < 1e-5
+    assert (error <= 2 * torch.finfo(dtype).eps * exact + 2.5e-7).all(), error / exact
 
 
 @on_backends

@@ -1,0 +1,321 @@
+"""Deliberate faults in the sweeps over logits and in the linear ops around them; see ``mutants.py``."""
+
+from mutants import Mutant, matrix
+
+TOKEN = matrix("test_token_logps and 252")
+LINEAR = matrix("test_linear_loss and float32")
+DIVERGENCE = matrix("test_op and divergence and not linear and float32")
+RANKS = "ops/test_pitfalls.py -k test_09"
+
+TOKEN_LOGPS = "fastalign/ops/token_logps.py"
+ROWS = "fastalign/ops/_rows.py"
+HEAD = "fastalign/ops/_head.py"
+GRADIENTS = "fastalign/ops/_gradients.py"
+STREAMS = "fastalign/ops/_torch_divergence.py"
+SHARDS = "fastalign/ops/vocab_parallel.py"
+
+SWEEPS = [
+    Mutant(
+        "token_logps: drop 1/temperature from z",
+        TOKEN_LOGPS,
+        "return z.div_(tau) if isinstance(tau, Tensor) or tau != 1.0 else z",
+        "return z",
+        TOKEN,
+        quick=True,
+    ),
+    Mutant(
+        "token_logps: drop 1/temperature from the slope",
+        TOKEN_LOGPS,
+        "slope = logit_scale / tau",
+        "slope = logit_scale",
+        TOKEN,
+    ),
+    Mutant(
+        "token_logps: lose the softcap's slope",
+        TOKEN_LOGPS,
+        "return slope if softcap is None else (z * tau)",
+        "return slope if softcap is None else (0 * z * tau)",
+        TOKEN,
+        quick=True,
+    ),
+    Mutant(
+        "token_logps: drop the mask of the forward",
+        TOKEN_LOGPS,
+        "logps.masked_fill((labels == IGNORE_INDEX) | (labels == ELSEWHERE), 0)",
+        "logps.masked_fill(labels == ELSEWHERE, 0)",
+        TOKEN,
+        quick=True,
+    ),
+    Mutant(
+        "token_logps: drop the mask of the backward",
+        TOKEN_LOGPS,
+        "dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)",
+        "dz.masked_fill_(idle(part)[:, None], 0)",
+        TOKEN,
+    ),
+    Mutant(
+        "token_logps: read the rows of zero coefficients",
+        TOKEN_LOGPS,
+        "dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)",
+        "dz.masked_fill_((y == IGNORE_INDEX)[:, None], 0)",
+        "ops/test_pitfalls.py -k 'test_03_a_row_without and not cpp and not triton'",
+    ),
+    Mutant(
+        "token_logps: drop the target term",
+        TOKEN_LOGPS,
+        "torch.where(here, at_label, dz.gather(1, targets))",
+        "dz.gather(1, targets)",
+        TOKEN,
+    ),
+    Mutant(
+        "token_logps: form p - 1 in bf16",
+        TOKEN_LOGPS,
+        "- g * target.expm1()",
+        "- g * (target.exp().bfloat16() - 1)",
+        "ops/test_pitfalls.py -k 'test_08_a_confident and not cpp and not triton'",
+    ),
+    Mutant(
+        "token_logps: start the maximum at 0",
+        TOKEN_LOGPS,
+        "m = z.amax(-1)",
+        "m = z.amax(-1).clamp(min=0)",
+        "ops/test_pitfalls.py -k 'test_02 and not cpp and not triton'",
+    ),
+    Mutant(
+        "token_logps: let a banned column meet its infinite log-prob",
+        TOKEN_LOGPS,
+        "p.mul_(z.clamp_(min=torch.finfo(dtype).min))",
+        "p.mul_(z)",
+        "ops/test_pitfalls.py -k 'test_02_a_banned and not cpp and not triton'",
+    ),
+    Mutant(
+        "row algebra: flip the sign of the entropy's gradient",
+        ROWS,
+        "beta = -grad_entropy",
+        "beta = grad_entropy",
+        TOKEN,
+    ),
+    Mutant(
+        "row algebra: forget the entropy in its own gradient",
+        ROWS,
+        "torch.where(beta == 0, 0.0, beta * entropy)",
+        "torch.zeros_like(beta)",
+        TOKEN,
+    ),
+    Mutant(
+        "row algebra: take a row with an entropy gradient alone for idle",
+        ROWS,
+        "zero = zero if x is None else zero & (x == 0)",
+        "zero = zero",
+        "ops/test_pitfalls_of_use.py -k 'test_14 and token_logps and not cpp and not triton'",
+    ),
+    Mutant(
+        "divergence: forward and reverse KL swapped",
+        STREAMS,
+        "value = _mean(log_q, log_q - log_p)",
+        "value = _mean(log_p, log_p - log_q)",
+        DIVERGENCE,
+        quick=True,
+    ),
+    Mutant(
+        "divergence: the mixture's weights swapped",
+        STREAMS,
+        "far = torch.full_like(gap, mix).masked_fill_(gap > 0, 1 - mix)",
+        "far = torch.full_like(gap, 1 - mix).masked_fill_(gap > 0, mix)",
+        "ops/test_divergence.py -k 'test_matches_float64 and jsd and float32 and not cpp and not triton'",
+    ),
+    Mutant(
+        "divergence: forget the mean that the gradient subtracts",
+        STREAMS,
+        "(log_p - log_q).sub_(pull)",
+        "(log_p - log_q)",
+        DIVERGENCE,
+    ),
+    Mutant(
+        "divergence: the softcap of the other stream",
+        STREAMS,
+        "log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))",
+        "log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, softcap, ref_logit_scale))",
+        DIVERGENCE,
+    ),
+]
+
+LINEAR_OPS = [
+    Mutant(
+        "linear: shift the labels of the scored rows",
+        HEAD,
+        "labels = labels[rows]",
+        "labels = labels[rows].roll(1)",
+        LINEAR,
+        quick=True,
+    ),
+    Mutant(
+        "linear: read the first rows instead of the scored ones",
+        HEAD,
+        "head.hidden.index_select(0, head.rows[start:stop])",
+        "head.hidden[start:stop]",
+        LINEAR,
+    ),
+    Mutant(
+        "linear: forget the bias",
+        HEAD,
+        "plus = None if head.bias is None else head.bias[first:last]",
+        "plus = None",
+        LINEAR,
+    ),
+    Mutant(
+        "linear: forget the logit scale", HEAD, '"logit_scale": head.options.logit_scale', '"logit_scale": 1.0', LINEAR
+    ),
+    Mutant(
+        "linear: every chunk takes the temperatures of the first",
+        HEAD,
+        '"temperature": tau[start:stop] if isinstance(tau, Tensor) else tau,',
+        '"temperature": tau[: stop - start] if isinstance(tau, Tensor) else tau,',
+        LINEAR,
+    ),
+    Mutant(
+        "linear_loss: accumulate dW in the weight's dtype",
+        "fastalign/ops/linear_loss.py",
+        "dtype = like.dtype if single and like.dtype == head.options.dtype else wide",
+        "dtype = like.dtype",
+        "ops/test_pitfalls.py -k 'test_08_more_chunks and not cpp and not triton'",
+    ),
+    Mutant(
+        "linear_loss: every chunk sets dW",
+        "fastalign/ops/_passes.py",
+        "first=first and i == len(group) - 1",
+        "first=True",
+        "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
+    ),
+    Mutant(
+        "linear_loss: ignore the upstream gradient",
+        "fastalign/ops/linear_loss.py",
+        "grad.mul_(upstream)",
+        "grad.mul_(1)",
+        "ops/test_linear_loss.py -k test_upstream_scales",
+    ),
+    Mutant(
+        "linear_loss: keep a logits chunk that lost its slot",
+        "fastalign/ops/_passes.py",
+        "if plan.slots - 1 <= i < len(group) - 1:",
+        "if plan.slots <= i < len(group) - 1:",
+        "ops/test_linear_loss.py -k test_a_unit_longer",
+    ),
+    Mutant(
+        "linear_loss: pairs off by one sequence",
+        "fastalign/ops/_units.py",
+        "return list(range(0, num_sequences + 1, 2))",
+        "return [0, *range(1, num_sequences, 2), num_sequences]",
+        "ops/test_linear_loss.py -k test_units_are_whole",
+        quick=True,
+    ),
+    Mutant(
+        "linear_loss: number each chunk's sequences from 0",
+        "fastalign/ops/_units.py",
+        "torch.arange(first, last, device=device)",
+        "torch.arange(last - first, device=device)",
+        "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
+    ),
+    Mutant(
+        "linear: forget rows that have an entropy gradient alone",
+        GRADIENTS,
+        "(g != 0) | (e != 0)",
+        "(g != 0)",
+        "ops/test_pitfalls_of_use.py -k 'test_14 and linear_logps and not cpp and not triton'",
+    ),
+    Mutant(
+        "linear: take a NaN coefficient for none",
+        GRADIENTS,
+        "keep = ((g != 0) if e is None",
+        "keep = ((g > 0) | (g < 0) if e is None",
+        "ops/test_linear_loss.py -k 'test_rows_without_a_coefficient and float32'",
+    ),
+    Mutant(
+        "linear_loss: move the wrong rows together",
+        GRADIENTS,
+        "logits[to] = logits[row]",
+        "logits[row] = logits[to]",
+        "ops/test_linear_loss.py -k 'test_rows_without_a_coefficient and float32'",
+    ),
+    Mutant(
+        "linear_logps: ignore the upstream gradient per row",
+        "fastalign/ops/linear_logps.py",
+        "grad_logps[:, None] * directions",
+        "grad_logps[0] * directions",
+        matrix("test_linear_logps and frozen and float32"),
+    ),
+    Mutant(
+        "linear_logps: leave out the last column",
+        GRADIENTS,
+        "last = min(vocab, first + plan.slab)",
+        "last = min(vocab - 1, first + plan.slab)",
+        matrix("test_linear_logps and trainable and float32"),
+    ),
+    Mutant(
+        "linear_logps: a label one column off in its slab",
+        GRADIENTS,
+        "labels - first, ELSEWHERE)",
+        "labels - first + 1, ELSEWHERE)",
+        matrix("test_linear_logps and trainable and float32"),
+    ),
+    Mutant(
+        "linear_logps: every block of rows sets its slab of dW",
+        GRADIENTS,
+        "hidden[rows], first=start == 0)",
+        "hidden[rows], first=True)",
+        "ops/test_linear_logps.py -k 'test_vocabulary_slabs and float32'",
+    ),
+    Mutant(
+        "planner: leave the scratch out of the budget",
+        "fastalign/ops/plan.py",
+        "return max(1, (memory - scratch) // row_bytes)",
+        "return max(1, memory // row_bytes)",
+        "ops/test_plan.py",
+    ),
+    Mutant(
+        "planner: drop the last row",
+        "fastalign/ops/plan.py",
+        "rows = stop - start\n    count",
+        "rows = stop - start - 1\n    count",
+        "ops/test_plan.py",
+    ),
+]
+
+SPLIT = [
+    Mutant(
+        "split vocabulary: the first column of a shard has no owner",
+        SHARDS,
+        "here = (labels >= stop - size) & (labels < stop)",
+        "here = (labels > stop - size) & (labels < stop)",
+        RANKS,
+    ),
+    Mutant(
+        "split vocabulary: the sentinel is a column",
+        SHARDS,
+        "local = torch.where(here, labels - (stop - size), -1)",
+        "local = torch.where(here, labels - (stop - size), size - 1)",
+        RANKS,
+    ),
+    Mutant(
+        "split vocabulary: do not bring the sums to one maximum",
+        SHARDS,
+        "shares = torch.where(banned, -torch.inf, (maxima - top) + logsums)",
+        "shares = torch.where(banned, -torch.inf, logsums)",
+        RANKS,
+    ),
+    Mutant(
+        "split vocabulary: leave the hidden gradient unreduced",
+        GRADIENTS,
+        "return begin_sum(head.options.shard, d_hidden).wait",
+        "return _nothing_left",
+        RANKS,
+        quick=True,
+    ),
+    Mutant(
+        "split divergence: forget the ranks' shares",
+        "fastalign/ops/_divergence_shards.py",
+        "torch.where(log_b == -torch.inf, 0, values) + (log_a - log_b)",
+        "torch.where(log_b == -torch.inf, 0, values)",
+        "ops/test_vocab_parallel.py -k 'divergence and 2'",
+    ),
+]
