@@ -102,13 +102,14 @@ class TokenStats:
     zero on rows that are not scored.
 
     Attributes:
-        logps: ``[n]`` log-prob of the label.
+        logps: ``[n]`` log-prob of the label; with label smoothing the smoothed one.
         rows: ``[n]`` int64 positions in the op's N rows.
         entropy: ``[n]`` entropy in nats, when asked for.
         is_top1: ``[n]`` bool, the label has the largest logit; detached.
         sequences: ``[b]`` int64 global sequence ids of the chunk, when aligned.
         cu_seqlens: ``[b+1]`` int64 offsets of those sequences in the chunk's rows, when aligned.
         metrics: sums of the metrics that ``loss_fn`` returned, over all chunks.
+        lse: ``[n]`` log-sum-exp of the logits, when asked for.
     """
 
     logps: Tensor
@@ -118,6 +119,7 @@ class TokenStats:
     sequences: Tensor | None = None
     cu_seqlens: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)

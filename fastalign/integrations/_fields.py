@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastalign.integrations._model import Head
 from fastalign.ops._call import make_call
+from fastalign.ops._head import Wanted
 from fastalign.ops.linear_logps import linear_logps, row_stats
 
 SOFTCAP_ELEMENTS = 1 << 24
@@ -51,11 +52,9 @@ def head_fields(
     weight = head.weight
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
-    defaults: dict[str, Any] = dict.fromkeys(("lora", "process_group", "memory", "backend"))
-    defaults |= {"batch_invariant": False, "deterministic": False, "num_scored": len(labels)}
-    options = {"bias": head.bias, **defaults, **scaling.options(scaling.temperature)}
+    options = {"bias": head.bias, "num_scored": len(labels), **scaling.options(scaling.temperature)}
     call, trainable = make_call(hidden, weight, labels, **options)
-    logps, entropy, top1 = row_stats(call, "entropy" in wanted, trainable)
+    logps, entropy, _, top1 = row_stats(call, Wanted("entropy" in wanted, lse=False), trainable)
     sum_sq = mean = None
     with torch.no_grad():
         if "log_sum_sq_probs" in wanted:

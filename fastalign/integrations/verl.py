@@ -143,9 +143,9 @@ def patch() -> Patch:
 def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, group: Any = None) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy of flattened rows."""
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    result = linear_logps(rows, weight, targets, temperature=temperature, entropy=True, process_group=group)
-    assert isinstance(result, tuple)
-    return result
+    options = {"temperature": temperature, "process_group": group}
+    logps, entropy = linear_logps(rows, weight, targets, entropy=True, **options)
+    return logps, entropy
 
 
 def _temperature(temperature: float | Tensor, labels: Tensor) -> float | Tensor:

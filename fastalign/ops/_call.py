@@ -16,6 +16,7 @@ from fastalign.ops._checks import (
     check_memory,
     check_num_scored,
     check_scaling,
+    check_smoothing,
     unpack_lora,
 )
 from fastalign.ops._dtensor import vocabulary_slices, whole
@@ -26,8 +27,8 @@ from fastalign.types import IGNORE_INDEX
 
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? up, Tensor? bias, Tensor labels, Tensor? temperatures, float temperature, "
-    "float? softcap, float logit_scale, ScalarType dtype, int? memory, str? backend, bool batch_invariant, "
-    "SymInt? num_scored, str? group, int[]? shards"
+    "float? softcap, float logit_scale, float label_smoothing, ScalarType dtype, int? memory, str? backend, "
+    "bool batch_invariant, SymInt? num_scored, str? group, int[]? shards"
 )
 """The fields of ``Call`` as operator schemas, which are flat, spell them."""
 TENSORS = 6
@@ -56,6 +57,7 @@ class Call(NamedTuple):
     temperature: float
     softcap: float | None
     logit_scale: float
+    label_smoothing: float
     dtype: torch.dtype
     memory: int | None
     backend: str | None
@@ -70,17 +72,18 @@ def make_call(
     weight: Tensor,
     labels: Tensor,
     *,
-    bias: Tensor | None,
-    lora: Lora | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    process_group: torch.distributed.ProcessGroup | None,
-    memory: int | None,
-    backend: str | None,
-    batch_invariant: bool,
-    num_scored: int | None,
-    deterministic: bool,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+    batch_invariant: bool = False,
+    num_scored: int | None = None,
+    deterministic: bool = False,
 ) -> tuple[Call, bool]:
     """The checked call, and whether any rank trains the head."""
     down, up, scale = unpack_lora(lora)
@@ -90,6 +93,7 @@ def make_call(
     (weight, up, bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore  # weight stays one
     check_linear(hidden, weight, bias, labels)
     check_scaling(temperature, softcap, labels)
+    check_smoothing(label_smoothing)
     check_memory(memory)
     check_num_scored(num_scored, labels)
     if deterministic:
@@ -102,7 +106,7 @@ def make_call(
         scored = None if num_scored == len(labels) else labels != IGNORE_INDEX
         hidden = _with_image(hidden, scored, down.to(dtype), scale, batch_invariant)
     group, shards, trainable = exchange(process_group, weight, len(hidden), trainable, labels)
-    scaling = (rows, number, softcap, float(logit_scale), dtype)
+    scaling = (rows, number, softcap, float(logit_scale), float(label_smoothing), dtype)
     run = (memory, backend, batch_invariant, num_scored, group, shards)
     return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
 
@@ -131,6 +135,7 @@ def head_of(op: str, call: Call) -> Head:
         call.temperature if call.temperatures is None else call.temperatures,
         *(call.softcap, call.logit_scale, call.dtype, call.memory, call.backend, call.batch_invariant),
         make_shard(call.group, call.shards),
+        call.label_smoothing,
     )
     kernels = dispatch.kernels(op, call.backend, call.hidden.device)
     tensors = (call.hidden, call.weight, call.bias, call.labels)

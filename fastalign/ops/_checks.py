@@ -122,6 +122,12 @@ def check_lora(down: Tensor, up: Tensor, hidden: Tensor, weight: Tensor) -> None
     check_device("lora B", up, "hidden", hidden)
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """``label_smoothing`` is a share of the probability that is spread over the vocabulary."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
 def check_memory(memory: int | None) -> None:
     """``memory`` is a positive number of bytes."""
     if memory is not None and memory <= 0:

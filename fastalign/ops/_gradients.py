@@ -23,6 +23,7 @@ from fastalign.ops._head import (
     spread,
     workspace,
 )
+from fastalign.ops._rows import Coefficients, idle, pick
 from fastalign.ops.plan import Plan
 from fastalign.ops.token_logps import ELSEWHERE
 from fastalign.ops.vocab_parallel import begin_sum
@@ -31,24 +32,22 @@ WORTH_COMPACTING = 0.25
 """Share of rows without a coefficient from which moving the others together costs less than their GEMMs."""
 
 
-def kept_rows(g: Tensor, e: Tensor | None, least: float = 0.0) -> Tensor | None:
+def kept_rows(row: Coefficients, least: float = 0.0) -> Tensor | None:
     """Ascending positions of the rows with a coefficient, when at least the share ``least`` of all has none.
 
     None where all are needed, and on CUDA, where only the device knows. A NaN coefficient is not zero.
     """
-    if g.device.type != "cpu":
+    if row.g.device.type != "cpu":
         return None
-    keep = ((g != 0) if e is None else (g != 0) | (e != 0)).nonzero().squeeze(1)
-    idle = len(g) - len(keep)
-    return keep if idle and idle >= least * len(g) else None
+    keep = (~idle(row)).nonzero().squeeze(1)
+    skipped = len(row.g) - len(keep)
+    return keep if skipped and skipped >= least * len(row.g) else None
 
 
-def needed(head: Head, stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Head, Stats, Tensor, Tensor | None]:
+def needed(head: Head, stats: Stats, row: Coefficients) -> tuple[Head, Stats, Coefficients]:
     """The same without the rows whose coefficients are all zero: no GEMM for them, their gradient is exactly 0."""
-    keep = kept_rows(g, e)
-    if keep is None:
-        return head, stats, g, e
-    return select(head, keep), cut(stats, keep), g[keep], None if e is None else e[keep]
+    keep = kept_rows(row)
+    return (head, stats, row) if keep is None else (select(head, keep), cut(stats, keep), pick(row, keep))
 
 
 # --- while the logits are hot ----------------------------------------------------------------------------------------
@@ -97,15 +96,15 @@ def _store(head: Head, target: Tensor, start: int, stop: int, rows: Tensor) -> N
 
 
 def add_chunk(
-    head: Head, grads: Leaves, logits: Tensor, stats: Stats, g: Tensor, e: Tensor | None, start: int, *, first: bool
+    head: Head, grads: Leaves, logits: Tensor, stats: Stats, row: Coefficients, start: int, *, first: bool
 ) -> None:
     """The logits of the scored rows from ``start`` on become their gradient; then the two GEMMs of the chunk."""
     stop, hidden = start + len(logits), hidden_rows(head, start, start + len(logits))
-    keep = kept_rows(g, e, WORTH_COMPACTING)
+    keep = kept_rows(row, WORTH_COMPACTING)
     if keep is not None:
         head, start, stop, hidden = select(head, keep + start), 0, len(keep), hidden[keep]
-        logits, stats, g, e = _moved_up(logits, keep), cut(stats, keep), g[keep], None if e is None else e[keep]
-    dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, g, e)
+        logits, stats, row = _moved_up(logits, keep), cut(stats, keep), pick(row, keep)
+    dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
     _add_products(head, grads, dz, hidden, start, stop, first)
 
 
@@ -139,7 +138,7 @@ def _add_weight_gradients(
 
 
 def recomputed_gradients(
-    head: Head, plan: Plan, stats: Stats, g: Tensor, e: Tensor | None, inputs: Leaves, needs: Needs
+    head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs
 ) -> Leaves:
     """Second phase: logits again, slab by slab, into the gradients of the inputs, each in its input's dtype.
 
@@ -159,7 +158,7 @@ def recomputed_gradients(
         d_slab = None if d_bias is None else d_bias[first:last]
         for start in range(0, num_rows, plan.block):
             rows = slice(start, min(num_rows, start + plan.block))
-            dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, g, e)
+            dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, row)
             if d_hidden is not None:
                 _add_hidden_gradient(head, d_hidden[rows], dz, first, last)
             if last == vocab and rows.stop == num_rows:
@@ -211,8 +210,7 @@ def _slab_gradient(
     rows: slice,
     columns: tuple[int, int],
     stats: Stats,
-    g: Tensor,
-    e: Tensor | None,
+    row: Coefficients,
 ) -> Tensor:
     """``d logits`` of a block of rows and a slab of columns; labels of other slabs have no target term."""
     first, last = columns
@@ -220,6 +218,4 @@ def _slab_gradient(
     local = torch.where((labels >= first) & (labels < last), labels - first, ELSEWHERE)
     local = torch.where(labels >= head.weight.shape[0], last - first, local)  # invalid stays invalid
     logits = project(head, hidden, buffer, first, last)
-    entropy_grad = None if e is None else e[rows]
-    part = cut(stats, rows)
-    return differentiate(head, rows.start, rows.stop, logits, local, part, g[rows], entropy_grad)
+    return differentiate(head, rows.start, rows.stop, logits, local, cut(stats, rows), pick(row, rows))

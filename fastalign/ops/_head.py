@@ -5,7 +5,7 @@ GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and aut
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.ops import _cpp_product
 from fastalign.ops._checks import kernel_labels
-from fastalign.ops._rows import coefficients
+from fastalign.ops._rows import Coefficients, coefficients, smoothed
 from fastalign.ops.plan import UPCAST_ROWS
 from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
 from fastalign.ops.vocab_parallel import Shard, Statistics, combine, localise, nothing
@@ -43,6 +43,13 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Wanted(NamedTuple):
+    """Which statistics are wanted beside the log-prob."""
+
+    entropy: bool
+    lse: bool
+
+
 @dataclass(frozen=True)
 class Options:
     """How logits become z, and where they are computed; the arguments shared by the linear ops."""
@@ -55,6 +62,7 @@ class Options:
     backend: str | None
     batch_invariant: bool
     shard: Shard | None = None
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,11 @@ class Head:
     def width(self) -> int:
         """Columns of hidden."""
         return self.hidden.shape[1]
+
+    @property
+    def vocab(self) -> int:
+        """Columns of all ranks."""
+        return self.weight.shape[0] if self.options.shard is None else self.options.shard.vocab
 
 
 @dataclass(frozen=True)
@@ -260,9 +273,9 @@ def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int
     return out
 
 
-def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool, total: bool = False) -> Stats:
+def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
     """Statistics of the scored rows ``start:stop`` from their logits, over the vocabulary of all ranks."""
-    labels, shard = head.labels[start:stop], head.options.shard
+    labels, shard, total = head.labels[start:stop], head.options.shard, head.options.label_smoothing != 0
     found: Statistics
     if logits.shape[1]:
         found = head.sweep.forward(logits, labels, entropy=entropy, total=total, **_scaling(head, start, stop))
@@ -274,14 +287,35 @@ def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool, tota
 
 
 def differentiate(
-    head: Head, start: int, stop: int, logits: Tensor, labels: Tensor, stats: Stats, g: Tensor, e: Tensor | None
+    head: Head, start: int, stop: int, logits: Tensor, labels: Tensor, stats: Stats, row: Coefficients
 ) -> Tensor:
     """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
-    if not logits.numel():
-        return logits
-    row = coefficients(g, entropy=stats.entropy, grad_entropy=e)
-    head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **_scaling(head, start, stop))
+    if logits.numel():
+        head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **_scaling(head, start, stop))
     return logits
+
+
+def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | None]) -> Coefficients:
+    """What gradients ``[n]`` of logps, entropy and lse ask of the rows' logits, as the kernels read it."""
+    wide = {name: x.to(stats.max.dtype).contiguous() for name, x in upstream.items() if x is not None}
+    g = wide["logps"] if "logps" in wide else torch.zeros_like(stats.max)
+    grads = {"grad_entropy": wide.get("entropy"), "grad_lse": wide.get("lse")}
+    return coefficients(
+        g, entropy=stats.entropy, **grads, label_smoothing=head.options.label_smoothing, vocab=head.vocab
+    )
+
+
+def reported(head: Head, stats: Stats, wanted: Wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """logps, entropy and lse as losses see them: the log-probs smoothed when that is asked for."""
+    logps, lse = stats.logps, stats.max + stats.logsum if wanted.lse else None
+    if stats.total is not None:
+        logps = smoothed(logps, stats.logsum, stats.total, head.options.label_smoothing, head.vocab)
+    return logps, stats.entropy, lse
+
+
+def is_top1(stats: Stats) -> Tensor:
+    """Whether the label has the largest logit, over the vocabulary of all ranks."""
+    return stats.logps + stats.logsum == 0
 
 
 def _scaling(head: Head, start: int, stop: int) -> dict:
@@ -298,11 +332,11 @@ def cut(stats: Stats, rows: slice | Tensor) -> Stats:
     return _stats(None if x is None else x[rows] for x in vars(stats).values())
 
 
-def join(head: Head, parts: list[Stats], entropy: bool, total: bool = False) -> Stats:
+def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
     """The statistics of consecutive chunks as one."""
     if not parts:
         new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
-        wanted = (True, entropy, True, True, total)
+        wanted = (True, entropy, True, True, head.options.label_smoothing != 0)
         return _stats(torch.empty(0, **new) if asked else None for asked in wanted)
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return _stats(None if column[0] is None else torch.cat(column) for column in columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,27 +11,26 @@ from torch import Tensor
 from fastalign.types import TokenStats
 
 LossFn = Callable[[TokenStats], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+Upstream = Mapping[str, "Tensor | None"]
+"""Gradients ``[n]`` of what ``loss_fn`` may differentiate, by the field's name; None or absent is zero."""
+DIFFERENTIABLE = ("logps", "entropy", "lse")
 
 
-def evaluate(
-    loss_fn: LossFn, stats: TokenStats, gradient: bool
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
-    """The chunk's loss and metrics, detached; coefficients per row for logps and entropy (None: no gradient)."""
+def evaluate(loss_fn: LossFn, stats: TokenStats, gradient: bool) -> tuple[Tensor, dict[str, Tensor], Upstream | None]:
+    """The chunk's loss and metrics, detached, and its gradients per row (None when they are not wanted)."""
     if not gradient:
         loss, metrics = checked(loss_fn(stats))
         _refuse_captured_parameters(loss, [])
-        return loss.detach(), metrics, None, None
-    logps = stats.logps.detach().requires_grad_()
-    entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_()
+        return loss.detach(), metrics, None
+    given = {name: getattr(stats, name) for name in DIFFERENTIABLE}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     with torch.enable_grad():
-        loss, metrics = checked(loss_fn(replace(stats, logps=logps, entropy=entropy)))
-    leaves = [leaf for leaf in (logps, entropy) if leaf is not None]
-    grads: list[Tensor | None] = [None] * len(leaves)
-    _refuse_captured_parameters(loss, leaves)
-    if loss.requires_grad:
-        grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-    g = torch.zeros_like(logps) if grads[0] is None else grads[0]
-    return loss.detach(), metrics, g, grads[1] if entropy is not None else None
+        loss, metrics = checked(loss_fn(replace(stats, **leaves)))
+    _refuse_captured_parameters(loss, list(leaves.values()))
+    if not loss.requires_grad:
+        return loss.detach(), metrics, {}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.detach(), metrics, dict(zip(leaves, grads, strict=True))
 
 
 def checked(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,8 +8,23 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._gradients import add_chunk
-from fastalign.ops._head import Head, Leaves, Stats, cut, hidden_rows, join, project, sweep, workspace
+from fastalign.ops._head import (
+    Head,
+    Leaves,
+    Stats,
+    Wanted,
+    cut,
+    hidden_rows,
+    is_top1,
+    join,
+    project,
+    reported,
+    row_coefficients,
+    sweep,
+    workspace,
+)
 from fastalign.ops._loss_fn import LossFn, evaluate
+from fastalign.ops._rows import Coefficients, pick
 from fastalign.ops._units import Units
 from fastalign.ops.plan import Chunk, Plan
 from fastalign.types import TokenStats
@@ -22,30 +37,28 @@ class Outcome:
     loss: Tensor
     metrics: dict[str, Tensor]
     stats: Stats
-    g: Tensor | None
-    e: Tensor | None
+    row: Coefficients | None
 
 
 def one_pass(
-    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, grads: Leaves | None
+    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, grads: Leaves | None
 ) -> Outcome:
     """Every group of chunks from hidden states to gradients while its logits are hot."""
     buffer = workspace(head, plan.held_rows, head.weight.shape[0])
-    losses, sums, parts, gs, es = [], {}, [], [], []
+    losses, sums, parts, rows = [], {}, [], []
     for index, group in enumerate(plan.groups):
         span = plan.unit_spans[index] if plan.unit_spans else None
-        logits, stats = _group_stats(head, plan, group, buffer, entropy)
-        seen = _token_stats(head, stats, group[0][0], group[-1][1], units, span)
-        loss, metrics, g, e = evaluate(loss_fn, seen, grads is not None)
-        if grads is not None and g is not None:
-            _add_group(head, plan, grads, group, logits, stats, *_like(stats, g, e), first=index == 0)
+        logits, stats = _group_stats(head, plan, group, buffer, wanted.entropy)
+        seen = _token_stats(head, stats, wanted, group[0][0], group[-1][1], units, span)
+        loss, metrics, upstream = evaluate(loss_fn, seen, grads is not None)
+        if grads is not None and upstream is not None:
+            rows.append(row_coefficients(head, stats, upstream))
+            _add_group(head, plan, grads, group, logits, stats, rows[-1], first=index == 0)
         losses.append(loss)
         parts.append(stats)
-        gs.append(g)
-        es.append(e)
         _add_metrics(sums, metrics)
-    stats = join(head, parts, entropy)
-    return Outcome(_total(losses, head), sums, stats, *_coefficients(stats, gs, es))
+    stats = join(head, parts, wanted.entropy)
+    return Outcome(_total(losses, head), sums, stats, None if grads is None else _joined(stats, rows))
 
 
 def _group_stats(
@@ -68,8 +81,7 @@ def _add_group(
     group: tuple[Chunk, ...],
     logits: list[Tensor],
     stats: Stats,
-    g: Tensor,
-    e: Tensor | None,
+    row: Coefficients,
     *,
     first: bool,
 ) -> None:
@@ -78,43 +90,34 @@ def _add_group(
         if plan.slots - 1 <= i < len(group) - 1:
             project(head, hidden_rows(head, start, stop), logits[i].view(-1))
         rows = slice(start - group[0][0], stop - group[0][0])
-        part = (cut(stats, rows), g[rows], None if e is None else e[rows])
-        add_chunk(head, grads, logits[i], *part, start, first=first and i == len(group) - 1)
+        part, last = (cut(stats, rows), pick(row, rows)), i == len(group) - 1
+        add_chunk(head, grads, logits[i], *part, start, first=first and last)
 
 
-def two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, gradient: bool) -> Outcome:
+def two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, gradient: bool) -> Outcome:
     """Statistics of all chunks, then one call of ``loss_fn``; gradients are made from its coefficients afterwards."""
     buffer, parts = workspace(head, plan.chunk_rows, head.weight.shape[0]), []
     for start, stop in plan.chunks:
-        parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), entropy))
-    stats = join(head, parts, entropy)
+        parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), wanted.entropy))
+    stats = join(head, parts, wanted.entropy)
     everything = None if units is None else (0, len(units.lengths))
-    seen = _token_stats(head, stats, 0, len(head.labels), units, everything)
-    loss, metrics, g, e = evaluate(loss_fn, seen, gradient)
-    g, e = (None, None) if g is None else _like(stats, g, e)
-    return Outcome(_total([loss], head), metrics, stats, g, e)
+    seen = _token_stats(head, stats, wanted, 0, len(head.labels), units, everything)
+    loss, metrics, upstream = evaluate(loss_fn, seen, gradient)
+    return Outcome(
+        _total([loss], head), metrics, stats, None if upstream is None else row_coefficients(head, stats, upstream)
+    )
 
 
 def _token_stats(
-    head: Head, stats: Stats, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
+    head: Head, stats: Stats, wanted: Wanted, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
 ) -> TokenStats:
     """What ``loss_fn`` sees of the scored rows ``start:stop``."""
     device = head.hidden.device
     rows = torch.arange(start, stop, device=device) if head.rows is None else head.rows[start:stop]
     sequences, cu_seqlens = units.sequences(*span, device) if units is not None and span is not None else (None, None)
-    entropy = None if stats.entropy is None else stats.entropy.to(head.out_dtype)
-    return TokenStats(stats.logps.to(head.out_dtype), rows, entropy, is_top1(stats), sequences, cu_seqlens)
-
-
-def is_top1(stats: Stats) -> Tensor:
-    """Whether the label has the largest logit, over the vocabulary of all ranks."""
-    return stats.logps + stats.logsum == 0
-
-
-def _like(stats: Stats, g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Coefficients as the kernels read them."""
-    dtype = stats.logps.dtype
-    return g.to(dtype).contiguous(), None if e is None else e.to(dtype).contiguous()
+    logps, entropy, lse = (None if x is None else x.to(head.out_dtype) for x in reported(head, stats, wanted))
+    assert logps is not None
+    return TokenStats(logps, rows, entropy, is_top1(stats), sequences, cu_seqlens, lse=lse)
 
 
 def _total(losses: list[Tensor], head: Head) -> Tensor:
@@ -130,14 +133,16 @@ def _add_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def _coefficients(stats: Stats, gs: list, es: list) -> tuple[Tensor | None, Tensor | None]:
+def _joined(stats: Stats, rows: list[Coefficients]) -> Coefficients:
     """The chunks' coefficients as one vector each, kept for a second backward."""
-    dtype = stats.logps.dtype
-    if not gs:
-        return torch.empty_like(stats.logps), None
-    if gs[0] is None:
-        return None, None
-    e = None
-    if any(x is not None for x in es):
-        e = torch.cat([torch.zeros_like(g) if x is None else x for g, x in zip(gs, es, strict=True)]).to(dtype)
-    return torch.cat(gs).to(dtype), e
+    if not rows:
+        return Coefficients(torch.empty_like(stats.logps))
+    g = torch.cat([row.g for row in rows])
+    rest = ([row[i] for row in rows] for i in range(1, len(Coefficients._fields)))
+    return Coefficients(g, *(_filled(column, rows) for column in rest))
+
+
+def _filled(column: list[Tensor | None], rows: list[Coefficients]) -> Tensor | None:
+    if all(x is None for x in column):
+        return None
+    return torch.cat([torch.zeros_like(row.g) if x is None else x for x, row in zip(column, rows, strict=True)])

@@ -21,12 +21,16 @@ from fastalign.ops._head import (
     Leaves,
     Needs,
     Stats,
+    Wanted,
     differentiate,
     hidden_rows,
+    is_top1,
     join,
     kernel_dtype,
     planned_columns,
     project,
+    reported,
+    row_coefficients,
     scratch_bytes,
     spread,
     sweep,
@@ -61,7 +65,7 @@ def reference(
     )
 
 
-def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, entropy: bool, units=None) -> Plan:
+def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, wanted: Wanted, units=None) -> Plan:
     """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
     device, options = head.hidden.device, head.options
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -74,7 +78,7 @@ def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, ent
         units=units,
         head_gradient=trained is not None,
         trained=trained,
-        entropy=entropy,
+        entropy=wanted.entropy or wanted.lse,
         memory=options.memory,
         device=device.type,
         total_memory=total,
@@ -95,31 +99,32 @@ def trained_columns(call: Call | Leaves, needs: Needs) -> int | None:
 @torch.library.custom_op(
     "fastalign::linear_logps",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool entropy, bool gradient, bool trainable) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, bool entropy, bool lse, bool gradient, bool trainable) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy (``[0]`` when not asked for), max, logsum ``[N]``; U ``[N, D]`` (``[0, D]`` when not needed)."""
-    *given, entropy, gradient, trainable = args
-    call = Call(*given)
+def _op(*args):
+    """logps, entropy, lse (``[0]`` when not asked for), top1, max, logsum ``[N]``; U ``[N, D]`` or ``[0, D]``."""
+    *given, entropy, lse, gradient, trainable = args
+    call, wanted = Call(*given), Wanted(entropy, lse)
     head = head_of("linear_logps", call)
     trained = head.width if trainable else None
-    plan = plan_for(head, "upstream" if gradient else "none", trained=trained, entropy=entropy)
+    plan = plan_for(head, "upstream" if gradient else "none", trained=trained, wanted=wanted)
     directions = _new_directions(call.hidden, plan.mode == "frozen")
     stats = _forward(head, plan, directions, entropy)
-    out = head.out_dtype
-    entropies = stats.logps.new_empty(0, dtype=out) if stats.entropy is None else spread(head, stats.entropy, out)
-    maximum, logsum = (spread(head, x, x.dtype) for x in (stats.max, stats.logsum))
-    return spread(head, stats.logps, out), entropies, maximum, logsum, directions
+    outputs = (stats.logps.new_empty(0) if x is None else x for x in reported(head, stats, wanted))
+    seen = [x.to(head.out_dtype) if not len(x) else spread(head, x, head.out_dtype) for x in outputs]
+    saved = (spread(head, x, x.dtype) for x in (is_top1(stats), stats.max, stats.logsum))
+    return *seen, *saved, directions
 
 
 @_op.register_fake
 def _(*args):
-    *given, entropy, gradient, trainable = args
+    *given, entropy, lse, gradient, trainable = args
     call = Call(*given)
     row = call.hidden.new_empty(call.hidden.shape[0], dtype=stats_dtype(call.hidden, call.weight))
-    saved = [row.new_empty(row.shape, dtype=kernel_dtype(call.dtype)) for _ in range(2)]
-    entropies = torch.empty_like(row) if entropy else row.new_empty(0)
-    return row, entropies, *saved, _new_directions(call.hidden, gradient and not trainable and not entropy)
+    seen = [torch.empty_like(row) if asked else row.new_empty(0) for asked in (True, entropy, lse)]
+    saved = [row.new_empty(row.shape, dtype=dtype) for dtype in (torch.bool, *[kernel_dtype(call.dtype)] * 2)]
+    return *seen, *saved, _new_directions(call.hidden, gradient and not (trainable or entropy or lse))
 
 
 def _new_directions(hidden: Tensor, wanted: bool) -> Tensor:
@@ -135,8 +140,8 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
         stats = sweep(head, start, stop, logits, entropy)
         parts.append(stats)
         if plan.mode == "frozen":
-            ones = torch.ones_like(stats.logps)
-            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, ones, None)
+            row = row_coefficients(head, stats, {"logps": torch.ones_like(stats.logps)})
+            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
             write_rows(head, directions, start, stop, dz)()
     return join(head, parts, entropy)
 
@@ -159,25 +164,28 @@ def _(hidden, labels, directions, grad_logps):
 @torch.library.custom_op(
     "fastalign::linear_logps_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor? entropy, Tensor maximum, Tensor logsum, Tensor grad_logps, Tensor? grad_entropy, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, Tensor? entropy, Tensor maximum, Tensor logsum, Tensor? grad_logps, Tensor? grad_entropy, "
+    "Tensor? grad_lse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(*args):
     """Gradients of hidden, weight, adapter and bias in their dtypes; ``[0]`` for those that are not needed."""
-    *given, entropy, maximum, logsum, grad_logps, grad_entropy, needs = args
-    call = Call(*given)
-    head, inputs, needs = head_of("linear_logps", call), Leaves(*call[:4]), Needs(*needs)
-    g, e = _scored(head, grad_logps), None if grad_entropy is None else _scored(head, grad_entropy)
-    saved = None if entropy is None else _scored(head, entropy)
-    stats = Stats(g, saved, _scored(head, maximum), _scored(head, logsum))
-    head, stats, g, e = needed(head, stats, g, e)
-    plan = plan_for(head, "upstream", trained=trained_columns(call, needs) or 0, entropy=True)
-    made = recomputed_gradients(head, plan, stats, g, e, inputs, needs)
+    *given, entropy, maximum, logsum, grad_logps, grad_entropy, grad_lse, needs = args
+    call, needs = Call(*given), Needs(*needs)
+    head, inputs = head_of("linear_logps", call), Leaves(*call[:4])
+    maximum, logsum, entropy = _scored(head, maximum), _scored(head, logsum), _scored(head, entropy)
+    stats = Stats(maximum, entropy, maximum, logsum)  # the log-probs themselves have done their part
+    upstream = {"logps": grad_logps, "entropy": grad_entropy, "lse": grad_lse}
+    upstream = {name: _scored(head, x) for name, x in upstream.items()}
+    head, stats, row = needed(head, stats, row_coefficients(head, stats, upstream))
+    plan = plan_for(head, "upstream", trained=trained_columns(call, needs) or 0, wanted=Wanted(True, True))
+    made = recomputed_gradients(head, plan, stats, row, inputs, needs)
     return tuple(call.hidden.new_empty(0) if grad is None else grad for grad in made)
 
 
-def _scored(head: Head, values: Tensor) -> Tensor:
-    """``[N]`` to the scored rows, as the kernels read them."""
+def _scored(head: Head, values: Any) -> Any:
+    """``[N]`` to the scored rows, as the kernels read them; None stays None."""
+    if values is None:
+        return None
     picked = values if head.rows is None else values[head.rows]
     return picked.to(kernel_dtype(head.options.dtype)).contiguous()
 
@@ -189,33 +197,30 @@ def _(*args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *given, entropy, gradient, trainable = inputs
-    call, (_, entropies, maximum, logsum, directions) = Call(*given), output
-    ctx.mark_non_differentiable(maximum, logsum, directions, *(() if entropy else (entropies,)))
+    *given, entropy, lse, gradient, trainable = inputs
+    call, (_, entropies, lses, top1, maximum, logsum, directions) = Call(*given), output
+    unasked = [x for x, asked in ((entropies, entropy), (lses, lse)) if not asked]
+    ctx.mark_non_differentiable(top1, maximum, logsum, directions, *unasked)
     ctx.set_materialize_grads(False)
-    ctx.frozen, ctx.options = gradient and not trainable and not entropy, call[TENSORS:]
+    ctx.frozen, ctx.options = gradient and not (trainable or entropy or lse), call[TENSORS:]
     if ctx.frozen:
         ctx.save_for_backward(call.hidden, call.labels, directions)
     else:
         ctx.save_for_backward(*call[:TENSORS], entropies if entropy else None, maximum, logsum)
 
 
-def _backward(ctx, grad_logps: Any, grad_entropy: Any, *_):
-    if grad_logps is None and grad_entropy is None:
+def _backward(ctx, *upstream: Any):
+    upstream = upstream[:3]  # of logps, entropy and lse; the other outputs have none
+    if all(grad is None for grad in upstream):
         grads = (None,) * 4
     elif ctx.frozen:
-        grads = _scale_directions(*ctx.saved_tensors, grad_logps), None, None, None
+        grads = _scale_directions(*ctx.saved_tensors, upstream[0]), None, None, None
     else:
-        grads = _recomputed(ctx, grad_logps, grad_entropy)
+        needs = list(ctx.needs_input_grad[:4])
+        tensors, saved = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+        made = _backward_op(*tensors, *ctx.options, *saved, *upstream, needs)
+        grads = tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 4)
-
-
-def _recomputed(ctx, grad_logps, grad_entropy):
-    *tensors, entropy, maximum, logsum = ctx.saved_tensors
-    g = torch.zeros_like(logsum) if grad_logps is None else grad_logps
-    needs = list(ctx.needs_input_grad[:4])
-    grads = _backward_op(*tensors, *ctx.options, entropy, maximum, logsum, g, grad_entropy, needs)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
 def _no_double_backward(ctx, *_):
@@ -240,14 +245,16 @@ def linear_logps(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     entropy: bool = False,
+    lse: bool = False,
     process_group: torch.distributed.ProcessGroup | None = None,
     memory: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
     num_scored: int | None = None,
     deterministic: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``logps = z_y - lse(z)``,
@@ -263,7 +270,9 @@ def linear_logps(
             It is cast to the GEMMs' dtype. A frozen weight costs no gradient beside a trained adapter.
         temperature: a positive number or ``[N]``; gets no gradient.
         softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
+        label_smoothing: eta; the log-prob becomes ``(1 - eta) logps + eta mean_v ln p_v`` over the whole vocabulary.
         entropy: also return the entropy in nats, differentiable.
+        lse: also return the log-sum-exp of z, differentiable, as z-losses want it.
         process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
             rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
             are the same on every rank.
@@ -278,7 +287,7 @@ def linear_logps(
         deterministic: refuse what could change a bit from run to run (with equal threads, on the same hardware).
 
     Returns:
-        logps ``[N]`` in fp32 (fp64 if an input is fp64), or (logps, entropy).
+        logps ``[N]`` in fp32 (fp64 if an input is fp64), or a tuple of it and what else was asked for: entropy, lse.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
@@ -297,6 +306,7 @@ def linear_logps(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
         process_group=process_group,
         memory=memory,
         backend=backend,
@@ -304,12 +314,13 @@ def linear_logps(
         num_scored=num_scored,
         deterministic=deterministic,
     )
-    logps, entropies, _ = row_stats(call, entropy, trainable)
-    return logps if entropies is None else (logps, entropies)
+    logps, entropies, lses, _ = row_stats(call, Wanted(entropy, lse), trainable)
+    others = tuple(x for x in (entropies, lses) if x is not None)
+    return (logps, *others) if others else logps
 
 
-def row_stats(call: Call, entropy: bool, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """logps, entropy if asked for, and whether the label has the largest logit."""
+def row_stats(call: Call, wanted: Wanted, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """logps, entropy and lse if asked for, and whether the label has the largest logit."""
     gradient = torch.is_grad_enabled() and (trainable or call.hidden.requires_grad)
-    logps, entropies, _, logsum, _ = _op(*call, entropy, gradient, trainable)
-    return logps, entropies if entropy else None, logps.detach().to(logsum.dtype) + logsum == 0
+    logps, entropies, lses, top1, *_ = _op(*call, *wanted, gradient, trainable)
+    return logps, entropies if wanted.entropy else None, lses if wanted.lse else None, top1

@@ -2,9 +2,9 @@
 
     for each chunk I of scored rows:
         Z     = hidden[I] @ weight.T + bias          in a reused workspace
-        stats = sweep(Z)                             logps, entropy
-        g, e  = d loss_fn(stats) / d stats           a tiny autograd graph: one coefficient per row
-        dZ    = g (1[v=y] - p) - e p (ln p + H)      in place of Z
+        stats = sweep(Z)                             logps, entropy, lse
+        g, e, zeta = d loss_fn(stats) / d stats      a tiny autograd graph: a few coefficients per row
+        dZ    = g (1[v=y] - p) - e p (ln p + H) + zeta p      in place of Z
         d hidden[I] = dZ @ weight;   d weight += dZ.T @ hidden[I]      in fp32
 
 Backward hands these gradients over, times its upstream scalar.
@@ -21,9 +21,9 @@ from torch import Tensor
 from fastalign.ops._call import Call, head_of, make_call
 from fastalign.ops._checks import Lora
 from fastalign.ops._gradients import needed, recomputed_gradients
-from fastalign.ops._head import Head, Leaves, Needs, kernel_dtype, spread
-from fastalign.ops._loss_fn import LossFn, checked
-from fastalign.ops._passes import Outcome, is_top1, one_pass, two_phase
+from fastalign.ops._head import Head, Leaves, Needs, Wanted, is_top1, kernel_dtype, reported, spread
+from fastalign.ops._loss_fn import DIFFERENTIABLE, LossFn, checked
+from fastalign.ops._passes import Outcome, one_pass, two_phase
 from fastalign.ops._transfer import on_device
 from fastalign.ops._units import Align, Units, make_units
 from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
@@ -95,22 +95,22 @@ def _cast(grads: Leaves, inputs: Leaves) -> Leaves:
     return Leaves(*(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)))
 
 
-def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, entropy: bool, inputs: Leaves, needs: Needs):
+def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, inputs: Leaves, needs: Needs):
     """The planned pass: its outcome and (None when nothing needs them) its gradients."""
     gradient = any(needs)
     if plan.mode == "slabs":
-        outcome = two_phase(head, plan, units, loss_fn, entropy, gradient)
+        outcome = two_phase(head, plan, units, loss_fn, wanted, gradient)
         return outcome, _made_again(head, plan, outcome, inputs, needs) if gradient else None
     grads = _new_gradients(head, plan, inputs, needs) if gradient else None
-    outcome = one_pass(head, plan, units, loss_fn, entropy, grads)
+    outcome = one_pass(head, plan, units, loss_fn, wanted, grads)
     return outcome, None if grads is None else _cast(grads, inputs)
 
 
 def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Leaves, needs: Needs) -> Leaves:
     """The gradients from the saved coefficients, through recomputed logits."""
-    assert outcome.g is not None
-    head, stats, g, e = needed(head, outcome.stats, outcome.g, outcome.e)
-    return recomputed_gradients(head, plan, stats, g, e, inputs, needs)
+    assert outcome.row is not None
+    head, stats, row = needed(head, outcome.stats, outcome.row)
+    return recomputed_gradients(head, plan, stats, row, inputs, needs)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -126,11 +126,13 @@ def linear_loss(
     cu_groups: Tensor | None = None,
     align: Align = "token",
     entropy: bool = False,
+    lse: bool = False,
     bias: Tensor | None = None,
     lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     memory: int | None = None,
     backend: str | None = None,
@@ -155,9 +157,9 @@ def linear_loss(
         cu_groups: ``[G+1]`` offsets of the groups in the B sequences, for ``align="group"``.
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
-        entropy: give ``loss_fn`` the entropy too; its gradient flows.
-        bias, lora, temperature, softcap, logit_scale, process_group, memory, backend, batch_invariant, deterministic:
-            see ``linear_logps``.
+        entropy, lse: give ``loss_fn`` these too; their gradients flow.
+        bias, lora, temperature, softcap, logit_scale, label_smoothing, process_group, memory, backend, batch_invariant,
+            deterministic: see ``linear_logps``.
         num_scored: see ``linear_logps``; an aligned call needs N, the rows selected already, to spare the host's wait.
 
     Returns:
@@ -183,6 +185,7 @@ def linear_loss(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
         process_group=process_group,
         memory=memory,
         backend=backend,
@@ -190,15 +193,16 @@ def linear_loss(
         num_scored=num_scored,
         deterministic=deterministic,
     )
+    wanted = Wanted(entropy, lse)
     if torch.compiler.is_compiling():
-        return _composed(call, trainable, loss_fn, cu_seqlens, align, entropy)
+        return _composed(call, trainable, loss_fn, cu_seqlens, align, wanted)
     head, units = head_of("linear_loss", call), make_units(call.labels, cu_seqlens, cu_groups, align, num_scored)
     inputs = Leaves(*call[:4])
     needs, lengths = _needs(inputs), None if units is None else units.lengths
     trained, coefficients = trained_columns(inputs, needs), "token" if units is None else "unit"
-    plan = plan_for(head, coefficients, trained=trained, entropy=entropy, units=lengths)
-    outcome, grads = _run(head, plan, units, loss_fn, entropy, inputs, needs)
-    stats = _all_rows(head, outcome, units, cu_seqlens)
+    plan = plan_for(head, coefficients, trained=trained, wanted=wanted, units=lengths)
+    outcome, grads = _run(head, plan, units, loss_fn, wanted, inputs, needs)
+    stats = _all_rows(head, outcome, wanted, units, cu_seqlens)
     if grads is None:
         return outcome.loss, stats
 
@@ -215,23 +219,29 @@ def _needs(inputs: Leaves) -> Needs:
     return Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
 
 
-def _all_rows(head: Head, outcome: Outcome, units: Units | None, cu_seqlens: Tensor | None) -> TokenStats:
+def _all_rows(
+    head: Head, outcome: Outcome, wanted: Wanted, units: Units | None, cu_seqlens: Tensor | None
+) -> TokenStats:
     """The statistics of the N rows, zero where a row is not scored."""
     stats, device = outcome.stats, head.hidden.device
+    seen = (None if x is None else spread(head, x, head.out_dtype) for x in reported(head, stats, wanted))
+    logps, entropy, lse = seen
+    assert logps is not None
     sequences = None if units is None else torch.arange(len(units.cu_scored) - 1, device=device)
     return TokenStats(
-        spread(head, stats.logps, head.out_dtype),
+        logps,
         torch.arange(head.hidden.shape[0], device=device),
-        None if stats.entropy is None else spread(head, stats.entropy, head.out_dtype),
+        entropy,
         spread(head, is_top1(stats), torch.bool),
         sequences,
         None if cu_seqlens is None else on_device(cu_seqlens, device),
         outcome.metrics,
+        lse,
     )
 
 
 def _composed(
-    call: Call, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, entropy: bool
+    call: Call, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, wanted: Wanted
 ) -> tuple[Tensor, TokenStats]:
     """What ``torch.compile`` traces: a Python ``loss_fn`` cannot live inside a custom op, its log-probs can.
 
@@ -241,12 +251,14 @@ def _composed(
     torch.ops.aten._assert_async.msg(
         (labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first"
     )
-    logps, entropies, top1 = row_stats(call, entropy, trainable)
+    logps, entropy, lse, top1 = row_stats(call, wanted, trainable)
     sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)
     offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device).long()
-    stats = TokenStats(logps, torch.arange(len(labels), device=labels.device), entropies, top1, sequences, offsets)
+    rows = torch.arange(len(labels), device=labels.device)
+    stats = TokenStats(logps, rows, entropy, top1, sequences, offsets, lse=lse)
     loss, metrics = checked(loss_fn(stats))
-    detached = replace(stats, logps=logps.detach(), metrics=metrics)
-    return loss, detached if entropies is None else replace(detached, entropy=entropies.detach())
+    given = {name: getattr(stats, name) for name in DIFFERENTIABLE}
+    detached = {name: x.detach() for name, x in given.items() if x is not None}
+    return loss, replace(stats, metrics=metrics, **detached)

@@ -122,7 +122,7 @@ def make_plan(
         units: scored rows of each coupling unit, in order, for "unit".
         head_gradient: weight, adapter or bias is trainable.
         trained: of the width, the columns whose weight gets a gradient; None for all of a trainable head.
-        entropy: an entropy gradient may come.
+        entropy: a gradient of another statistic than the log-prob may come: entropy, log-sum-exp.
         memory: bound on the workspace in bytes; None for the device's default.
         device: "cpu" or "cuda"; ``total_memory`` is the GPU's.
         scratch: bytes that do not depend on the rows of a chunk (casts of the weight, the sweep's temporaries).
@@ -191,7 +191,7 @@ def _mode(
     if coefficients == "upstream":
         if not head_gradient and not entropy:
             return "frozen", 4, "frozen head: one direction per row serves any upstream gradient"
-        why = "trainable head" if head_gradient else "a second direction for the entropy costs what recomputing does"
+        why = "trainable head" if head_gradient else "a second direction costs what recomputing does"
         return "slabs", two_phase, f"coefficients arrive in backward; {why}"
     if starved:
         return "slabs", two_phase, f"memory holds fewer than {GPU_ROWS} rows of logits"

@@ -34,21 +34,22 @@ def test_token_op(temperatures, entropy):
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_linear_op(trainable, entropy, rank):
+    """Without an adapter and with one; then labels are smoothed, their number is known, and lse is asked for."""
     hidden, weight = torch.randn(N, D + rank, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
     up = torch.randn(V, rank, requires_grad=trainable) if rank else None
     bias = torch.randn(V, requires_grad=trainable)
-    tensors = (hidden, weight, up, bias, LABELS, ROWS)
-    call = Call(*tensors, 1.0, None, 0.5, torch.float32, None, None, False, 7 if rank else None, None, None)
-    args = (*call, entropy, True, trainable)
+    tensors, lse = (hidden, weight, up, bias, LABELS, ROWS), rank > 0 and trainable
+    scaling = (1.0, None, 0.5, 0.1 if rank else 0.0, torch.float32)
+    call = Call(*tensors, *scaling, None, None, False, 7 if rank else None, None, None)
+    args = (*call, entropy, lse, True, trainable)
     torch.library.opcheck(linear_op, args, test_utils=CHECKS)
-    _, entropies, maximum, logsum, directions = linear_op(*args)
+    _, entropies, _, _, maximum, logsum, directions = linear_op(*args)
     saved = (entropies.detach() if entropy else None, maximum, logsum)
     inputs = (None if x is None else x.detach() for x in tensors)
-    upstream = (torch.randn(N), torch.randn(N) if entropy else None)
+    upstream = (torch.randn(N), torch.randn(N) if entropy else None, torch.randn(N) if lse else None)
     needs = [True, trainable, trainable and rank > 0, trainable]
-    torch.library.opcheck(
-        linear_backward, (*inputs, *call[len(tensors) :], *saved, *upstream, needs), test_utils=CHECKS
-    )
+    backward = (*inputs, *call[len(tensors) :], *saved, *upstream, needs)
+    torch.library.opcheck(linear_backward, backward, test_utils=CHECKS)
     if not trainable and not entropy:
         torch.library.opcheck(_scale_directions, (hidden.detach(), LABELS, directions, upstream[0]), test_utils=CHECKS)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastalign.ops import linear_logps, linear_loss
+from fastalign.ops._call import Call
 from fastalign.ops.linear_logps import _backward_op, _op
 from fastalign.testing import linear_example
 
@@ -68,13 +69,15 @@ def test_a_loss_reads_no_data(name, memory):
 def test_log_probs_read_no_data(num_scored, frozen):
     """The op's own functions, where a traced call would only ask for shapes."""
     tensors, labels, _ = example("meta", "bias")
-    call = (*(tensors["hidden"], tensors["weight"], None, tensors["bias"], labels), None, 1.0, None, 1.0, torch.float32)
-    call += (None, "torch", False, num_scored, None, None)
+    inputs = (tensors["hidden"], tensors["weight"], None, tensors["bias"])
+    scaling = (None, 1.0, None, 1.0, 0.1 * frozen, torch.float32)
+    call = Call(*inputs, labels, *scaling, None, "torch", False, num_scored, None, None)
+    asked = (not frozen, not frozen)
     with torch.no_grad():
-        logps, _, maximum, logsum, directions = _op._init_fn(*call, False, True, not frozen)
-        assert logps.shape == (N,) and len(directions) == (N if frozen else 0)
-        needs = [True, True, False, True]
-        made = _backward_op._init_fn(*call, None, maximum, logsum, logps, None, needs)
+        *_, lse, top1, maximum, logsum, directions = _op._init_fn(*call, *asked, True, not frozen)
+        assert top1.shape == (N,) and len(directions) == (N if frozen else 0) and len(lse) == (0 if frozen else N)
+        upstream, needs = (maximum, None, logsum), [True, True, False, True]
+        made = _backward_op._init_fn(*call, None, maximum, logsum, *upstream, needs)
         assert [list(g.shape) for g in made] == [[N, D], [V, D], [0], [V]]
 
 

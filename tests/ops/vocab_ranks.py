@@ -182,6 +182,39 @@ def check_adapter(sizes, frozen=()):
     counts()
 
 
+def check_objectives(sizes, memory):
+    """Smoothing over the vocabulary of all ranks, and the log-sum-exp: the sum of z joins the one table per chunk."""
+    x = linear_example("everything", N, D, V, torch.float64)
+    upstream, columns = torch.randn(3, N, generator=torch.Generator().manual_seed(6)).double(), own(sizes)
+    asked = {**x.options, "labels": x.labels, "lse": True, "label_smoothing": 0.2}
+    mine, results = sliced(x.tensors, columns), []
+    for given, group in ((mine, dist.group.WORLD), (x.tensors, None)):
+        found = linear_logps(**given, **asked, process_group=group, memory=memory)
+        if memory is None and group is not None:
+            assert counts() == ((2, 0) if len(sizes) > 1 else (0, 0))
+        score = (torch.stack(found) * upstream).sum()
+        run = {**asked, "align": "pair", "cu_seqlens": CU_PAIRS, "process_group": group, "memory": memory}
+        loss, stats = linear_loss(**given, **run, loss_fn=lambda s: (dpo(s)[0] + 0.01 * s.lse.square().sum(), {}))
+        made = [torch.autograd.grad(y, list(given.values())) for y in (score, loss)]
+        results.append([torch.stack(found).detach(), loss.detach(), stats.lse, *made[0], *made[1]])
+    for name, ours, single in zip(["found", "loss", "lse", *mine, *mine], *results, strict=True):
+        part = single[columns] if name in ("weight", "bias") else single
+        if part.numel():
+            close(ours, part, f"objectives {sizes} {name}")
+        if name not in ("weight", "bias"):
+            same_bits_everywhere(ours)
+    frozen = sliced(x.tensors, columns, ("weight", "bias"))
+    smooth = {**asked, "lse": False, "entropy": False}
+    logps = linear_logps(**frozen, **smooth, process_group=dist.group.WORLD)
+    single = linear_logps(x.tensors["hidden"], x.tensors["weight"].detach(), **bias(x), **smooth)
+    grads = [
+        torch.autograd.grad((y * upstream[0]).sum(), [h])[0]
+        for y, h in ((logps, frozen["hidden"]), (single, x.tensors["hidden"]))
+    ]
+    close(*grads, "frozen, smoothed")
+    counts()
+
+
 def check_banned(sizes):
     """A shard that is -inf everywhere has weight 0 and makes no NaN."""
     x = linear_example("bias", N, D, V, torch.float64)
@@ -319,6 +352,8 @@ def work(rank, size, store):
         for dtype in (torch.float32, torch.bfloat16):
             check_narrow(dtype, sizes)
         counts()
+        for memory in (None, 12_000):
+            check_objectives(sizes, memory)
         check_adapter(sizes)
         check_adapter(sizes, ("weight", "bias"))
         check_adapter(sizes, ("weight", "bias", "B"))
