@@ -18,6 +18,8 @@ enum class Stat : int { max, logsum, reference_max, reference_logsum, pull };
 enum class Walk : int { forward, mixture, backward };
 
 // value, stats and grad_value point to double when either stream is float64, else to float.
+// The streams' logps and the policy's entropy are written where there is room for them; the policy's coefficients add to the
+// gradient what token_logps makes of them.
 struct Divergence {
   TokenLogps policy, reference;  // the policy's labels say which rows are masked or invalid; backward writes its grad
   Kind kind;

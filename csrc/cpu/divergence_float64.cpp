@@ -77,6 +77,19 @@ Sums compare(const Divergence& op, const Stream& p, const Stream& q) {
   return sums;
 }
 
+double* vector(void* values, int64_t row) { return static_cast<double*>(values) + row; }
+
+double coefficient(const void* values, int64_t row) { return values ? static_cast<const double*>(values)[row] : 0; }
+
+void write_tokens(const Divergence& op, const Stream& x) {
+  int64_t label = x.op.label(x.row);
+  bool inside = label >= 0 && label < op.vocabulary();
+  double entropy = 0;
+  for (int64_t v = 0; x.op.entropy && !op.masked(x.row) && v < op.vocabulary(); ++v) entropy -= share(x.log_p(v), 0);
+  if (x.op.logps) *vector(x.op.logps, x.row) = inside ? x.log_p(label) : op.invalid(x.row) ? kNaN : 0;
+  if (x.op.entropy) *vector(x.op.entropy, x.row) = entropy;
+}
+
 double* value_of(const Divergence& op, int64_t row) { return static_cast<double*>(op.value) + row; }
 
 void forward_row(const Divergence& op, int64_t row) {
@@ -95,6 +108,8 @@ void forward_row(const Divergence& op, int64_t row) {
   *stat(op, Stat::reference_max, row) = q.max;
   *stat(op, Stat::reference_logsum, row) = q.logsum;
   *stat(op, Stat::pull, row) = sums.policy;
+  write_tokens(op, p);
+  write_tokens(op, q);
 }
 
 // Both streams with the normalisers of the saved statistics.
@@ -134,11 +149,22 @@ void put(const TokenLogps& op, int64_t row, int64_t v, double x) {
 
 void backward_row(const Divergence& op, int64_t row) {
   auto [p, q] = saved(op, row);
-  double g = static_cast<const double*>(op.grad_value)[row], pull = *stat(op, Stat::pull, row);
-  bool skip = op.masked(row) || g == 0;
-  if (op.invalid(row)) g = kNaN;
-  for (int64_t v = 0; v < op.vocabulary(); ++v)
-    put(op.policy, row, v, skip ? 0 : g * slope_of(op, p.log_p(v), q.log_p(v), pull) * p.slope(v));
+  const TokenLogps& policy = op.policy;
+  int64_t label = policy.label(row);
+  double d = static_cast<const double*>(op.grad_value)[row], pull = *stat(op, Stat::pull, row);
+  double g = coefficient(policy.g, row), alpha = coefficient(policy.alpha, row);
+  double beta = coefficient(policy.beta, row), delta = coefficient(policy.delta, row);
+  bool skip = op.masked(row) || (d == 0 && g == 0 && alpha == 0 && beta == 0 && delta == 0);
+  for (int64_t v = 0; v < op.vocabulary(); ++v) {
+    double dz = skip ? 0 : kNaN;
+    if (!skip && !op.invalid(row)) {
+      double log_p = p.log_p(v), mass = ::exp(log_p);
+      dz = (v == label ? -g * ::expm1(log_p) : -g * mass) + (mass == 0 ? 0 : mass * (alpha + beta * log_p)) + delta;
+      if (d != 0) dz += d * slope_of(op, log_p, q.log_p(v), pull);
+      dz *= p.slope(v);
+    }
+    put(policy, row, v, dz);
+  }
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import _cpp
+from fastalign.ops._rows import Coefficients
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
@@ -24,7 +25,9 @@ def forward(
     ref_softcap: float | None = None,
     logit_scale: float = 1.0,
     ref_logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    tokens: bool = False,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The divergence of each pair of rows in one read of both (two for "jsd"); see the torch backend for the contract.
 
     Args:
@@ -32,17 +35,22 @@ def forward(
         labels: ``[N]``; -100: the row is never read.
 
     Returns:
-        value ``[N]``, stats ``[5, N]`` in fp32 (fp64 if a stream is fp64).
+        value ``[N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None, in fp32 (fp64 if a stream
+        is fp64).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
     dtype = _check(logits, ref_logits, labels)
     value, stats = torch.empty(len(labels), dtype=dtype), torch.empty(5, len(labels), dtype=dtype)
-    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {})
-    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    logps = torch.empty(2, len(labels), dtype=dtype) if tokens else None
+    ours, theirs = (None, None) if logps is None else logps
+    entropies = torch.empty_like(value) if entropy else None
+    outputs = {"logps": ours, "entropy": entropies}
+    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, outputs)
+    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {"logps": theirs})
     _describe(policy, reference, kind, mix, stats, value=value.data_ptr()).forward(torch.get_num_threads())
-    return value, stats
+    return value, stats, logps, entropies
 
 
 def mixture(
@@ -81,6 +89,7 @@ def backward(
     labels: Tensor,
     stats: Tensor,
     grad: Tensor,
+    coefficients: Coefficients | None = None,
     *,
     kind: str,
     mix: float = 0.5,
@@ -99,7 +108,9 @@ def backward(
     _cpp._check_out(out, logits)
     grad = _cpp._vector("grad", grad, len(labels), dtype)
     stats = _cpp._vector("stats", stats.reshape(-1), 5 * len(labels), dtype)
-    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {}, grad=_cpp._matrix(out))
+    given = {} if coefficients is None else coefficients._asdict()
+    row = {name: _cpp._vector(name, x, len(labels), dtype) for name, x in given.items() if x is not None}
+    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, row, grad=_cpp._matrix(out))
     reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
     _describe(policy, reference, kind, mix, stats, grad_value=grad.data_ptr()).backward(torch.get_num_threads())
 

@@ -141,7 +141,7 @@ def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, T
     for start, stop in plan.chunks:
         rows = slice(start, stop)
         pair, labels, scaling = streams.logits(buffers, rows), head.labels[rows], streams.scaling(rows)
-        value[rows], stats[:, rows] = measure(head.sweep, shard, *pair, labels, **scaling)
+        value[rows], stats[:, rows], *_ = measure(head.sweep, shard, None, *pair, labels, **scaling)
         if plan.mode == "frozen":
             part = stats[:, rows].contiguous()
             dz = differentiate(streams, rows, pair, labels, part, torch.ones_like(value[rows]))

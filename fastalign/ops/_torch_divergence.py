@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_logps import _blocks, _out_of_range, _rows_of, _scaled, _slope, stats_dtype
+from fastalign.ops._rows import Coefficients, idle, pick
+from fastalign.ops.token_logps import (
+    FLOOR,
+    _blocks,
+    _out_of_range,
+    _row_gradients,
+    _rows_of,
+    _scaled,
+    _slope,
+    stats_dtype,
+)
 from fastalign.types import IGNORE_INDEX
 
 
@@ -21,7 +31,9 @@ def forward(
     ref_softcap: float | None = None,
     logit_scale: float = 1.0,
     ref_logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    tokens: bool = False,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The divergence of each pair of rows, block of rows by block of rows.
 
     Args:
@@ -29,22 +41,36 @@ def forward(
         labels: ``[N]``; -100 masks a row, another one outside ``[0, V)`` makes it NaN, -1 (elsewhere) excepted.
         kind: "forward_kl", "reverse_kl" or "jsd"; ``mix`` is the weight of the reference in the mixture of "jsd".
         temperature: a number or ``[N]``, for both streams; softcap and logit scale are each stream's own.
+        tokens, entropy: whether to return the label's log-probs, and the policy's entropy.
 
     Returns:
-        value ``[N]`` and stats ``[5, N]`` in fp32 (fp64 if a stream is fp64), 0 in masked rows. The rows of stats: max
-        and logsum of z, the same of q, and the mean that backward subtracts: KL(p || pi), for "jsd" KL(p || M).
+        value ``[N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None, in fp32 (fp64 if a stream is
+        fp64), 0 in masked rows. The rows of stats: max and logsum of z, the same of q, and the mean that backward
+        subtracts: KL(p || pi), for "jsd" KL(p || M). Those of logps: under policy and reference; 0 for the label -1.
     """
     dtype = stats_dtype(logits, ref_logits)
     value = torch.empty(len(labels), dtype=dtype, device=logits.device)
-    stats = torch.empty(5, len(labels), dtype=dtype, device=logits.device)
+    stats = value.new_empty(5, len(labels))
+    logps, entropies = value.new_empty(2, len(labels)) if tokens else None, torch.empty_like(value) if entropy else None
     for rows in _blocks(logits):
-        tau, masked = _rows_of(temperature, rows), labels[rows] == IGNORE_INDEX
+        tau, y = _rows_of(temperature, rows), labels[rows]
         log_p, *p_stats = _normalised(_z(logits[rows], dtype, tau, softcap, logit_scale))
         log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))
         result, pull = _values(log_p, log_q, kind, mix)
+        masked = y == IGNORE_INDEX
         stats[:, rows] = torch.stack([*p_stats, *q_stats, pull]).masked_fill_(masked, 0)
-        value[rows] = _marked(result.masked_fill(masked, 0), labels[rows], logits)
-    return value, stats
+        value[rows] = _marked(result.masked_fill(masked, 0), y, logits)
+        if logps is not None:
+            logps[:, rows] = torch.stack([_label_logps(log_p, y), _label_logps(log_q, y)])
+        if entropies is not None:
+            entropies[rows] = _mean(log_p, log_p).neg_().masked_fill_(masked, 0)
+    return value, stats, logps, entropies
+
+
+def _label_logps(log_p: Tensor, labels: Tensor) -> Tensor:
+    """0 for a label that lives elsewhere, NaN for an invalid one."""
+    found = log_p.gather(1, labels.long().clamp(0, log_p.shape[1] - 1)[:, None]).squeeze(1)
+    return _marked(found.masked_fill_(labels < 0, 0), labels, log_p)
 
 
 def mixture(
@@ -87,6 +113,7 @@ def backward(
     labels: Tensor,
     stats: Tensor,
     grad: Tensor,
+    coefficients: Coefficients | None = None,
     *,
     kind: str,
     mix: float = 0.5,
@@ -98,20 +125,24 @@ def backward(
 ) -> None:
     """Writes the gradient of ``grad . value`` in the logits into ``out`` ``[N, V]``, which may be ``logits``.
 
-    Masked rows and rows whose ``grad`` is 0 become zeros, unread. The columns may be any slab of the vocabulary that
-    the statistics were made of.
+    The coefficients add to dz what ``token_logps`` makes of them. Masked rows and rows with zeros only become zeros,
+    unread. The columns may be any slab of the vocabulary that the statistics were made of.
     """
     dtype = stats.dtype
     for rows in _blocks(logits):
-        tau, g = _rows_of(temperature, rows), grad[rows]
+        tau, y, d = _rows_of(temperature, rows), labels[rows], grad[rows]
         p_max, p_logsum, q_max, q_logsum, pull = stats[:, rows, None]
         z = _z(logits[rows], dtype, tau, softcap, logit_scale)
         slope = _slope(z, tau, softcap, logit_scale)
         q = _z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale)
-        dz = _slopes(z.sub_(p_max).sub_(p_logsum), q.sub_(q_max).sub_(q_logsum), pull, kind, mix)
-        skipped = (labels[rows] == IGNORE_INDEX) | (g == 0)
-        g = _marked(g.clone(), labels[rows], logits)
-        out[rows] = dz.mul_(g[:, None]).mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
+        log_p, log_q = z.sub_(p_max).sub_(p_logsum), q.sub_(q_max).sub_(q_logsum)
+        dz = _slopes(log_p, log_q, pull, kind, mix).mul_(_marked(d.clone(), y, logits)[:, None])
+        skipped = (y == IGNORE_INDEX) | (d == 0)
+        if coefficients is not None:
+            part = pick(coefficients, rows)
+            dz = dz.masked_fill_(d[:, None] == 0, 0).add_(_row_gradients(log_p.clamp_(min=FLOOR), y, part))
+            skipped = (y == IGNORE_INDEX) | (idle(part) & (d == 0))
+        out[rows] = dz.mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
 
 
 def _z(x: Tensor, dtype: torch.dtype, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:

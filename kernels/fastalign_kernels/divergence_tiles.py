@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastalign_kernels.rows import _exp, _factors, _scaled, _sum_lanes
+from fastalign_kernels.rows import ELSEWHERE, FLOOR, _exp, _expm1, _factors, _scaled, _sum_lanes
 
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
@@ -44,38 +44,60 @@ def _finite(m):
 
 
 @triton.jit
-def _fold(m, s, n, t, w, a, b, CROSS: tl.constexpr):
-    """Fold a tile into the lanes: maxima m, n, sums s, t; with CROSS w = sum exp(a - m) ((a - m) - (b - n))."""
+def _weigh(e, s, shift, decay, weight, offset):
+    """Fold a tile into e = sum exp(z - m) (z - m), for the entropy."""
+    return (e + s * tl.maximum(shift, FLOOR)) * decay + tl.sum(weight * tl.maximum(offset, FLOOR), 0)
+
+
+@triton.jit
+def _fold(m, s, n, t, w, e, a, b, CROSS: tl.constexpr, ENTROPY: tl.constexpr):
+    """Fold a tile into the lanes: maxima m, n, sums s, t; with CROSS w = sum exp(a - m) ((a - m) - (b - n)).
+
+    ENTROPY: which stream e is of, 1 or 2; 0 for none.
+    """
     top = tl.maximum(m, tl.max(a, 0))
     ref_top = tl.maximum(n, tl.max(b, 0))
     decay = _exp(m - _finite(top))
+    ref_decay = _exp(n - _finite(ref_top))
     offset = a - _finite(top)[None, :]
     ref_offset = b - _finite(ref_top)[None, :]
     weight = _exp(offset)
+    ref_weight = _exp(ref_offset)
     if CROSS:
         shift = (_finite(m) - _finite(top)) - (_finite(n) - _finite(ref_top))
         share = tl.where(weight > 0, weight * (offset - ref_offset), 0.0)
         w = tl.where(decay > 0, (w + s * shift) * decay, 0.0) + tl.sum(share, 0)
+    if ENTROPY == 1:
+        e = _weigh(e, s, m - _finite(top), decay, weight, offset)
+    elif ENTROPY == 2:
+        e = _weigh(e, t, n - _finite(ref_top), ref_decay, ref_weight, ref_offset)
     s = s * decay + tl.sum(weight, 0)
-    t = t * _exp(n - _finite(ref_top)) + tl.sum(_exp(ref_offset), 0)
-    return top, s, ref_top, t, w
+    t = t * ref_decay + tl.sum(ref_weight, 0)
+    return top, s, ref_top, t, w, e
 
 
 @triton.jit
-def _combine(m, s, n, t, w, LOG_COLS: tl.constexpr):
-    """Both streams' maximum and logsum, and the divergence of the first from the second, from the lanes."""
+def _combine(m, s, n, t, w, e, ENTROPY: tl.constexpr, LOG_COLS: tl.constexpr):
+    """Both streams' maximum and logsum, the divergence of the first from the second, and an entropy, from the lanes."""
     top = tl.max(m, 0)
     ref_top = tl.max(n, 0)
     decay = _exp(m - _finite(top))
+    ref_decay = _exp(n - _finite(ref_top))
     shift = (_finite(m) - _finite(top)) - (_finite(n) - _finite(ref_top))
     total = _sum_lanes(s * decay, LOG_COLS)
-    ref_total = _sum_lanes(t * _exp(n - _finite(ref_top)), LOG_COLS)
+    ref_total = _sum_lanes(t * ref_decay, LOG_COLS)
     cross = _sum_lanes(tl.where(decay > 0, (w + s * shift) * decay, 0.0), LOG_COLS)
-    top = tl.where(total == total, top, total)  # beside a NaN it may be -inf, which would say that all is banned
-    ref_top = tl.where(ref_total == ref_total, ref_top, ref_total)
     logsum = tl.log(total)
     ref_logsum = tl.log(ref_total)
-    return top, logsum, ref_top, ref_logsum, cross / total + (ref_logsum - logsum)
+    entropy = logsum
+    if ENTROPY == 1:
+        entropy -= _sum_lanes((e + s * tl.maximum(m - _finite(top), FLOOR)) * decay, LOG_COLS) / total
+    elif ENTROPY == 2:
+        weighed = (e + t * tl.maximum(n - _finite(ref_top), FLOOR)) * ref_decay
+        entropy = ref_logsum - _sum_lanes(weighed, LOG_COLS) / ref_total
+    top = tl.where(total == total, top, total)  # beside a NaN it may be -inf, which would say that all is banned
+    ref_top = tl.where(ref_total == ref_total, ref_top, ref_total)
+    return top, logsum, ref_top, ref_logsum, cross / total + (ref_logsum - logsum), entropy
 
 
 @triton.jit
@@ -113,38 +135,51 @@ def _divergence(
     vocab_size,
     factors,
     KIND: tl.constexpr,
+    ENTROPY: tl.constexpr,
     CAPPED: tl.constexpr,
     REF_CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_COLS: tl.constexpr,
 ):
-    """One walk over a pair of rows: max and logsum of z and of q, and (no meaning for JSD) the divergence."""
+    """One walk over a pair of rows: max and logsum of z and of q, (no meaning for JSD) the divergence, z's entropy."""
     COLS: tl.constexpr = 1 << LOG_COLS
+    CROSS: tl.constexpr = KIND != JSD
+    FIRST: tl.constexpr = 1 if ENTROPY else 0  # of the streams as _fold is given them
+    SECOND: tl.constexpr = 2 if ENTROPY else 0
     m = tl.full((COLS,), float("-inf"), factors[0].dtype)
     n = tl.full((COLS,), float("-inf"), factors[0].dtype)
     s = tl.zeros((COLS,), factors[0].dtype)
     t = tl.zeros((COLS,), factors[0].dtype)
     w = tl.zeros((COLS,), factors[0].dtype)
+    e = tl.zeros((COLS,), factors[0].dtype)
     lane = tl.arange(0, COLS)[None, :]
     spot = tl.arange(0, ROWS)[:, None] * COLS + lane
     whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
     for start in range(0, whole, ROWS * COLS):
         z, _, q = _pair(z_ptr, q_ptr, start + spot, vocab_size, factors, CAPPED, REF_CAPPED, False)
         if KIND == FORWARD_KL:
-            m, s, n, t, w = _fold(m, s, n, t, w, q, z, True)
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, q, z, True, SECOND)
         else:
-            m, s, n, t, w = _fold(m, s, n, t, w, z, q, KIND == REVERSE_KL)
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, z, q, CROSS, FIRST)
     for start in range(whole, vocab_size, COLS):
         z, _, q = _pair(z_ptr, q_ptr, start + lane, vocab_size, factors, CAPPED, REF_CAPPED, True)
         if KIND == FORWARD_KL:
-            m, s, n, t, w = _fold(m, s, n, t, w, q, z, True)
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, q, z, True, SECOND)
         else:
-            m, s, n, t, w = _fold(m, s, n, t, w, z, q, KIND == REVERSE_KL)
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, z, q, CROSS, FIRST)
     if KIND == FORWARD_KL:
-        ref_top, ref_logsum, top, logsum, value = _combine(m, s, n, t, w, LOG_COLS)
+        ref_top, ref_logsum, top, logsum, value, entropy = _combine(m, s, n, t, w, e, SECOND, LOG_COLS)
     else:
-        top, logsum, ref_top, ref_logsum, value = _combine(m, s, n, t, w, LOG_COLS)
-    return top, logsum, ref_top, ref_logsum, value
+        top, logsum, ref_top, ref_logsum, value, entropy = _combine(m, s, n, t, w, e, FIRST, LOG_COLS)
+    return top, logsum, ref_top, ref_logsum, value, entropy
+
+
+@triton.jit
+def _label_logp(row_ptr, label, vocab_size, inner, outer, top, logsum, CAPPED: tl.constexpr):
+    """ln p of the label; 0 when it lives elsewhere, NaN when it is invalid."""
+    inside = (label >= 0) & (label < vocab_size)
+    z, _ = _scaled(tl.load(row_ptr + label, mask=inside, other=0.0), inner, outer, CAPPED)
+    return tl.where(label == ELSEWHERE, 0.0, tl.where(inside, (z - top) - logsum, float("nan")))
 
 
 @triton.jit
@@ -178,11 +213,8 @@ def _mixture(
 
 
 @triton.jit
-def _gradient(z, q, g, top, logsum, ref_top, ref_logsum, pull, mix, KIND: tl.constexpr):
-    """Gradient of g * value with respect to a tile of z."""
-    log_p = (z - top) - logsum
-    log_q = (q - ref_top) - ref_logsum
-    p = _exp(log_p)
+def _slope(log_p, log_q, p, pull, mix, KIND: tl.constexpr):
+    """Gradient of the divergence with respect to z."""
     if KIND == FORWARD_KL:
         dz = p - _exp(log_q)
     elif KIND == REVERSE_KL:
@@ -190,4 +222,27 @@ def _gradient(z, q, g, top, logsum, ref_top, ref_logsum, pull, mix, KIND: tl.con
     else:
         p_over_m, _ = _over_mixture(log_p, log_q, mix)
         dz = tl.where(p == 0, 0.0, (1 - mix) * p * (p_over_m - pull))
-    return g * dz
+    return dz
+
+
+@triton.jit
+def _pair_gradient(z, q, col, d, norms, mix, target, row, KIND: tl.constexpr, ALGEBRA: tl.constexpr):
+    """Gradient with respect to a tile of z: d times the divergence's, and with ALGEBRA that of the row's coefficients.
+
+    ``row`` holds what the label's column gets, alpha - g, beta and delta.
+    """
+    top, logsum, ref_top, ref_logsum, pull = norms
+    log_p = (z - top) - logsum
+    p = _exp(log_p)
+    dz = d * _slope(log_p, (q - ref_top) - ref_logsum, p, pull, mix, KIND)
+    if ALGEBRA:
+        at_label, factor, beta, delta = row
+        plain = p * (factor + beta * tl.maximum(log_p, FLOOR)) + delta
+        dz = tl.where(d == 0, 0.0, dz) + tl.where(col == target, at_label, plain)
+    return dz
+
+
+@triton.jit
+def _at_label(log_p, g, alpha, beta, delta):
+    """What the coefficients make of the label's column: a confident row keeps the digits of 1 - p."""
+    return _exp(log_p) * (alpha + beta * tl.maximum(log_p, FLOOR)) - g * _expm1(log_p) + delta

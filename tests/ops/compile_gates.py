@@ -71,14 +71,17 @@ def launch_policy_loss(dtype=torch.bfloat16, loss="ppo", full=True, vocab_size=8
     policy_loss.scale(logits, x[0])
 
 
-def launch_divergence(dtype=torch.bfloat16, ref_dtype=None, kind="jsd", softcap=30.0, vocab_size=8192):
+def launch_divergence(
+    dtype=torch.bfloat16, ref_dtype=None, kind="jsd", softcap=30.0, vocab_size=8192, algebra=False, entropy=False
+):
     logits, ref_logits = torch.zeros(2, vocab_size, dtype=dtype), torch.zeros(2, vocab_size, dtype=ref_dtype or dtype)
-    labels, options = torch.zeros(2, dtype=torch.int64), {"kind": kind, "softcap": softcap, "ref_softcap": softcap}
-    value, stats = divergence.forward(logits, ref_logits, labels, **options)
-    if options.pop("kind") == "jsd":
-        divergence.mixture(logits, ref_logits, labels, stats, **options)
-    options["kind"] = kind
-    divergence.backward(torch.zeros_like(logits), logits, ref_logits, labels, stats, value, **options)
+    scaling = {"softcap": softcap, "ref_softcap": softcap}
+    streams, options = (logits, ref_logits, torch.zeros(2, dtype=torch.int64)), {"kind": kind, **scaling}
+    value, stats, *_ = divergence.forward(*streams, **options, tokens=algebra, entropy=entropy)
+    if kind == "jsd":
+        divergence.mixture(*streams, stats, **scaling)
+    row = (value, *(value if entropy else None for _ in range(3))) if algebra else None
+    divergence.backward(torch.zeros_like(logits), *streams, stats, value, row, **options)
 
 
 PLAIN = {"entropy": False, "total": False, "softcap": None}
@@ -101,7 +104,9 @@ CASES += [(target, launch_policy_loss, options) for target in TARGETS for option
 CASES += [(target, launch_policy_loss, options) for target in ("sm_90", "gfx942") for options in POLICIES_FULL]
 CASES += [(target, launch_scan, options) for target in TARGETS for options in SCANS]
 DIVERGENCES = [{"kind": kind, "softcap": None} for kind in ("forward_kl", "reverse_kl", "jsd")]
-DIVERGENCES += [{"dtype": torch.float64}, {"ref_dtype": torch.float32, "vocab_size": 8191}]
+DIVERGENCES += [{"kind": kind, "algebra": True, "entropy": True} for kind in ("forward_kl", "reverse_kl", "jsd")]
+DIVERGENCES += [{"dtype": torch.float64, "algebra": True, "entropy": True}]
+DIVERGENCES += [{"ref_dtype": torch.float32, "vocab_size": 8191}, {"algebra": True, "softcap": None}]
 CASES += [(target, launch_divergence, options) for target in TARGETS for options in DIVERGENCES]
 """Target, a function that launches kernels, its arguments: a new kernel gets its entry here."""
 

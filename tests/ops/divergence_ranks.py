@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
 from vocab_ranks import SHARDS, V, close, counted, counts, own, same_bits_everywhere
 
-from fastalign.ops import divergence, linear_divergence
+from fastalign.ops import dispatch, divergence, linear_divergence
+from fastalign.ops._divergence_shards import measure
 from fastalign.ops.divergence import reference
 from fastalign.ops.linear_divergence import reference as linear_reference
+from fastalign.ops.vocab_parallel import Shard, localise
 from fastalign.testing import assert_matches
 
 N, D, DR = 61, 19, 7
@@ -99,6 +102,22 @@ def check_logits(kind, dtype, sizes):
     assert counts() == ((tables, 0) if dist.get_world_size() > 1 else (0, 0))
 
 
+def check_tokens(kind, dtype, sizes):
+    """The label's log-probs under both streams and the policy's entropy come by the same exchange."""
+    tensors, rows, _ = streams(torch.float32)
+    pair = [(tensors[f"{w}hidden"] @ tensors[f"{w}weight"].T + tensors[f"{w}bias"]).to(dtype) for w in ("", "ref_")]
+    kernels, labels = dispatch.kernels("divergence", None, torch.device("cpu")), rows["labels"].clone()
+    options = {"kind": kind, "mix": 0.3, "softcap": 6.0, "tokens": True, "entropy": True}
+    single = kernels.forward(*pair, labels, **options)
+    shard = Shard(dist.group.WORLD.group_name, sizes, dist.get_rank()) if len(sizes) > 1 else None
+    local, owners = (labels, None) if shard is None else localise(shard, labels)
+    found = measure(kernels, shard, owners, *(x[:, own(sizes)] for x in pair), local, **options)
+    for name, x, whole in zip(found._fields, found, single, strict=True):
+        assert torch.allclose(x, whole, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5), f"{kind} {name}"
+        same_bits_everywhere(x)
+    assert counts() == ((2 if kind == "jsd" else 1, 0) if len(sizes) > 1 else (0, 0))
+
+
 def check_banned(kind, sizes):
     """A shard that is -inf in both streams has no share; in one alone the KL over the other is infinite. No NaN."""
     _, rows, g = streams(torch.float64)
@@ -148,7 +167,7 @@ def check_dtensors(kind):
     """Heads placed Shard(0) bring their group; gradients are placed like their inputs."""
     tensors, rows, g = streams(torch.float64)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    placed = {name: [Replicate() if "hidden" in name else Shard(0)] for name in tensors}
+    placed = {name: [Replicate() if "hidden" in name else Split(0)] for name in tensors}
     mine = {name: distribute_tensor(x, mesh, placed[name]) for name, x in tensors.items()}
     found, single = (run(linear_divergence, given, g, **rows, kind=kind) for given in (mine, tensors))
     for name, x in found.items():
@@ -223,6 +242,7 @@ def check_all(sizes):
         check_narrow(kind, torch.bfloat16 if kind == "jsd" else torch.float32, sizes)
         for dtype in (torch.float64, torch.float32):
             check_logits(kind, dtype, sizes)
+            check_tokens(kind, dtype, sizes)
         check_padding(kind, sizes)
         check_equal(kind, sizes)
         check_counts(kind, sizes)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from fastalign.ops import dispatch, divergence, linear_divergence, token_logps
+from fastalign.ops._rows import coefficients
 from fastalign.ops.divergence import _backward_op, _op
 from fastalign.ops.divergence import reference as eager
 from fastalign.ops.linear_divergence import _backward_op as linear_backward
 from fastalign.ops.linear_divergence import _op as linear_op
 from fastalign.ops.linear_divergence import _scale_rows
 from fastalign.ops.linear_divergence import reference as linear_eager
+from fastalign.ops.token_logps import reference as token_reference
 from fastalign.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -206,12 +208,12 @@ def kernel_case(backend, vocab, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_invalid_label_makes_its_row_nan_and_an_elsewhere_one_does_not(backend, kind, dtype):
     kernels, (logits, ref_logits, g, labels) = kernel_case(backend, 507, dtype)
-    expected, stats = kernels.forward(logits, ref_logits, labels, kind=kind)
+    expected, stats, *_ = kernels.forward(logits, ref_logits, labels, kind=kind)
     right, out = torch.empty_like(logits), torch.empty_like(logits)
     kernels.backward(right, logits, ref_logits, labels, stats, g.to(dtype), kind=kind)
     wrong = labels.clone()
     wrong[3], wrong[4], wrong[5], g[5] = 507, -1, -7, 0
-    value, stats = kernels.forward(logits, ref_logits, wrong, kind=kind)
+    value, stats, *_ = kernels.forward(logits, ref_logits, wrong, kind=kind)
     kernels.backward(out, logits, ref_logits, wrong, stats, g.to(dtype), kind=kind)
     others = [row for row in range(N) if row not in (3, 5)]
     assert value[[3, 5]].isnan().all() and torch.equal(value[others], expected[others])
@@ -219,11 +221,142 @@ def test_an_invalid_label_makes_its_row_nan_and_an_elsewhere_one_does_not(backen
 
 
 @on_backends
+@of_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_log_probs_and_entropy_leave_the_same_sweep(backend, kind, dtype):
+    kernels, (logits, ref_logits, _, labels) = kernel_case(backend, 2500, dtype)
+    labels[5], labels[8], scaling = -1, 2500, {"temperature": 0.7, "softcap": 5.0}
+    plain = kernels.forward(logits, ref_logits, labels, kind=kind, **scaling)
+    value, stats, logps, entropy = kernels.forward(
+        logits, ref_logits, labels, kind=kind, tokens=True, entropy=True, **scaling
+    )
+    assert plain[2] is plain[3] is None
+    assert torch.equal(value.nan_to_num(7), plain[0].nan_to_num(7)) and torch.equal(stats, plain[1])
+    assert logps[:, 8].isnan().all() and not logps[:, [1, 5, 6]].any() and not entropy[[1, 6]].any()
+    rows, tight = [0, 2, 3, 4, 5, 7, 8], 1e-12 if dtype == torch.float64 else 4e-5
+    right = labels[rows].clamp(0, 2499)
+    for row, (x, cap) in enumerate(((logits, 5.0), (ref_logits, None))):
+        options = {"temperature": 0.7, "softcap": cap, "entropy": True}
+        expected, h = token_reference(x[rows].double(), right, **options)
+        assert torch.allclose(logps[row, rows][[0, 1, 2, 3, 5]].double(), expected[[0, 1, 2, 3, 5]], atol=tight)
+        assert row or torch.allclose(entropy[rows].double(), h, atol=tight)
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_five_coefficients_vector(backend, dtype, shared_file):
+    """One sweep per divergence, the first of them with the coefficients of log-prob and entropy."""
+    case = vector(shared_file, "logits_backward/five_coefficients")
+    device = torch.device(place(backend))
+    given = (case["inputs"] | case["expected"]).items()
+    made = {name: torch.tensor(x, device=device, dtype=torch.int64 if name == "labels" else dtype) for name, x in given}
+    kernels, tight = dispatch.kernels("divergence", backend, device), 1e-14 if dtype == torch.float64 else 4e-7
+    streams, total = (made["logits"], made["ref_logits"], made["labels"]), 0
+    for name, kind in (("fkl", "forward_kl"), ("rkl", "reverse_kl"), ("jsd", "jsd")):
+        options = {"kind": kind, "mix": case["params"]["jsd_beta"]}
+        value, stats, logps, entropy = kernels.forward(*streams, **options, tokens=True, entropy=True)
+        assert torch.allclose(value, made[kind], rtol=0, atol=4 * tight)
+        assert torch.allclose(logps[0], made["logp"], rtol=0, atol=4 * tight)
+        assert torch.allclose(entropy, made["entropy"], rtol=0, atol=4 * tight)
+        row = coefficients(made["coef_logp"], entropy=entropy, grad_entropy=made["coef_entropy"])
+        out = torch.empty_like(made["logits"])
+        kernels.backward(out, *streams, stats, made[f"coef_{name}"], row if kind == "forward_kl" else None, **options)
+        total = total + out
+    assert torch.allclose(total, made["d_logits"], rtol=0, atol=4 * tight)
+
+
+UPSTREAM = {
+    "logps": ("g",),
+    "entropy": ("g", "e"),
+    "lse and smoothing": ("g", "zeta", "eta"),
+    "all": ("g", "e", "zeta", "eta"),
+}
+
+
+def with_coefficients(backend, logits, ref_logits, labels, d, given, eta, **options):
+    """The gradient of ``d . value + g . smoothed logps + e . entropy + zeta . lse``, all in one sweep."""
+    device = torch.device(place(backend))
+    kernels = dispatch.kernels("divergence", backend, device)
+    streams = [x.to(device) for x in (logits, ref_logits, labels)]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    options = {name: x.to(device, wide) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    _, stats, _, entropy = kernels.forward(*streams, **options, entropy=True)
+    d, g, e, zeta = (None if x is None else x.to(stats) for x in (d, *(given.get(k) for k in ("g", "e", "zeta"))))
+    vocab = logits.shape[1]
+    row = coefficients(g, entropy=entropy, grad_entropy=e, grad_lse=zeta, label_smoothing=eta, vocab=vocab)
+    out = torch.full_like(streams[0], torch.nan)
+    kernels.backward(out, *streams, stats, d, row, **options)
+    return out.cpu()
+
+
+def with_autograd(logits, ref_logits, labels, d, given, eta, kind="forward_kl", mix=0.5, ref_softcap=None, **scaling):
+    x = logits.clone().requires_grad_()
+    value = eager(x, ref_logits, labels=labels, kind=kind, mix=mix, ref_softcap=ref_softcap, **scaling)
+    rows = labels != -100
+    z = scaled(x[rows], scaling["softcap"], scaling["temperature"][rows, None], value.dtype)
+    log_p = z.log_softmax(-1)
+    logps = (1 - eta) * log_p.gather(1, labels[rows, None]).squeeze(1) + (eta * log_p.mean(-1) if eta else 0)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
+    parts = {"g": logps, "e": entropy, "zeta": z.logsumexp(-1)}
+    score = (value * d.to(value)).sum() + sum((parts[k] * w[rows].to(value)).sum() for k, w in given.items())
+    return torch.autograd.grad(score, [x])[0]
+
+
+def scaled(x, softcap, tau, dtype):
+    return softcap * torch.tanh(x.to(dtype) / softcap) / tau
+
+
+@on_backends
+@of_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("which", UPSTREAM)
+def test_the_row_algebra_joins_the_divergence(backend, kind, dtype, which):
+    if not affordable(backend) or (backend == "triton" and INTERPRETED and which not in ("logps", "all")):
+        pytest.skip("slow in the interpreter")
+    logits, ref_logits, d = make_case(507, dtype)
+    new, labels = torch.Generator().manual_seed(11), LABELS.clone()
+    labels[4] = 0  # the confident row's own
+    given = {name: torch.randn(N, generator=new) for name in ("g", "e", "zeta") if name in UPSTREAM[which]}
+    d[2], given["g"][7] = 0, 0
+    eta = 0.1 if "eta" in UPSTREAM[which] else 0.0
+    options = {"kind": kind, **OPTIONS["all"]}
+    actual = with_coefficients(backend, logits, ref_logits, labels, d, given, eta, **options)
+    rival = with_autograd(logits, ref_logits, labels, d, given, eta, **options)
+    exact = with_autograd(logits.double(), ref_logits.double(), labels, d, given, eta, **options)
+    towards_zero = backend == "triton" and INTERPRETED and dtype == torch.bfloat16
+    assert_matches(actual, rival, exact, name=which, factor=4 if towards_zero else 2)
+    assert not actual[LABELS == -100].any() and actual[[2, 3, 4, 5, 7, 8]].any(1).all()
+
+
+@on_backends
+@of_kinds
+def test_a_coefficient_of_zero_reads_nothing_of_what_it_weighs(backend, kind):
+    kernels, (logits, ref_logits, d, labels) = kernel_case(backend, 507, torch.float32)
+    options, given = {"kind": kind, "softcap": 5.0, "ref_softcap": 9.0}, torch.linspace(-1, 1, N, device=d.device)
+    _, stats, *_ = kernels.forward(logits, ref_logits, labels, **options)
+    d[[2, 5]], given[[3, 5]], labels[8] = 0, 0, -1
+    row = coefficients(given, entropy=given.abs(), grad_entropy=given / 2)
+    token, pair, both = (torch.full_like(logits, torch.nan) for _ in range(3))
+    kernels.backward(both, logits, ref_logits, labels, stats, d, row, **options)
+    kernels.backward(pair, logits, ref_logits, labels, stats, d, **options)
+    kernels.backward(token, logits, ref_logits, labels, stats, torch.zeros_like(d), row, **options)
+    assert torch.allclose(both, pair + token, atol=1e-6) and torch.equal(both[2], token[2])
+    assert torch.equal(both[3], pair[3]) and not both[[1, 5, 6]].any() and not token[[3, 5]].any()
+    ref_logits[2], stats[2:, 2], logits[5] = torch.nan, torch.nan, torch.nan
+    again = torch.full_like(logits, torch.nan)
+    kernels.backward(again, logits, ref_logits, labels, stats, d, row, **options)
+    assert torch.equal(again, both)
+    inplace = logits.clone()
+    kernels.backward(inplace, inplace, ref_logits, labels, stats, d, row, **options)
+    assert torch.equal(inplace, both)
+
+
+@on_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_mixture_of_slabs_is_that_of_the_whole(backend, dtype):
     kernels, (logits, ref_logits, _, labels) = kernel_case(backend, 2500, dtype)
     options = {"mix": 0.3, "softcap": 5.0, "ref_softcap": 9.0, "temperature": 0.7}
-    value, stats = kernels.forward(logits, ref_logits, labels, kind="jsd", **options)
+    value, stats, *_ = kernels.forward(logits, ref_logits, labels, kind="jsd", **options)
     sums = 0
     for first, last in ((0, 1), (1, 1700), (1700, 2500)):
         sums += kernels.mixture(
@@ -241,7 +374,7 @@ def test_in_place_is_bitwise_the_same(backend):
     logits, ref_logits, g = (x.to(device) for x in make_case(2500, torch.bfloat16))
     for kind in KINDS:
         labels, options = LABELS.to(device), {"kind": kind, "softcap": 5.0, "ref_softcap": 9.0, "logit_scale": 0.7}
-        _, stats = kernels.forward(logits, ref_logits, labels, **options)
+        _, stats, *_ = kernels.forward(logits, ref_logits, labels, **options)
         out, buffer = torch.full_like(logits, torch.nan), logits.clone()
         kernels.backward(out, logits, ref_logits, labels, stats, g, **options)
         kernels.backward(buffer, buffer, ref_logits, labels, stats, g, **options)
