@@ -227,6 +227,36 @@ def test_cross_entropies(fused, options, reduction):
         assert torch.equal(found.predicted_tokens, logits.argmax(-1).masked_fill(~scored, -1))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.2},
+        {"lse_square_scale": 1e-2},
+        {"softcap": 3.0, "label_smoothing": 0.1, "lse_square_scale": 0.1},
+    ],
+)
+@pytest.mark.parametrize("fused", [True])
+def test_smoothed_labels_and_the_z_loss(fused, options, reduction):
+    hidden, weight, bias = tensors()
+    target, cap = labels().flatten(), options.get("softcap")
+    logits = torch.nn.functional.linear(hidden.flatten(0, 1), weight, bias)
+    given = (weight, hidden.flatten(0, 1), target, bias) if fused else (logits, target)
+    cls = ours.LigerFusedLinearCrossEntropyLoss if fused else ours.LigerCrossEntropyLoss
+    found = cls(reduction=reduction, return_z_loss=True, **options)(*given)
+    exact = logits.double() if cap is None else cap * torch.tanh(logits.double() / cap)
+    smoothing = {"label_smoothing": options.get("label_smoothing", 0.0)}
+    true = torch.nn.functional.cross_entropy(exact, target, reduction=reduction, **smoothing)
+    z = options.get("lse_square_scale", 0.0) * exact.logsumexp(-1).square() * (target != -100)
+    z = {"mean": z.sum() / (target != -100).sum(), "sum": z.sum(), "none": z}[reduction]
+    torch.testing.assert_close(found.loss.double(), true + z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.z_loss.double(), z, rtol=1e-5, atol=1e-6)
+    leaves = (hidden, weight, bias)
+    made, wanted = (torch.autograd.grad(x.sum() * 3, leaves, retain_graph=True) for x in (found.loss, true + z))
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    assert not found.z_loss.requires_grad and found.token_accuracy is None
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tokens_scaled_by_their_own_probability(reduction):
     hidden, weight, bias = tensors()
@@ -280,7 +310,8 @@ REFUSED = [
     ("LigerFusedLinearDPOLoss", {"loss_type": "aot"}, "is not served"),
     ("LigerFusedLinearDPOLoss", {"loss_type": "exo_pair"}, r"label_smoothing must be in"),
     ("LigerFusedLinearDPOLoss", {"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing must be in"),
-    ("LigerFusedLinearCrossEntropyLoss", {"label_smoothing": 0.1}, "label_smoothing=0.1 is not served"),
+    ("LigerFusedLinearCrossEntropyLoss", {"label_smoothing": 0.1, "use_token_scaling": True}, "has another meaning"),
+    ("LigerFusedLinearCrossEntropyLoss", {"label_smoothing": 0.1, "ce_weight": torch.ones(2)}, "has another meaning"),
     (
         "LigerFusedLinearCrossEntropyLoss",
         {"return_predicted_tokens": True},

@@ -12,7 +12,7 @@ from fastalign.integrations._fields import Scaling, head_fields
 from fastalign.integrations._model import Head
 from fastalign.integrations.liger.rows import refuse
 from fastalign.losses.supervised import sft
-from fastalign.ops import linear_loss, token_logps
+from fastalign.ops import linear_logps, linear_loss, token_logps
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 
@@ -22,7 +22,7 @@ class CrossEntropyOutput:
 
     Attributes:
         loss: reduced, or ``[N]``.
-        z_loss: None, as it is not served.
+        z_loss: ``lse_square_scale * lse^2``, reduced like the loss, which contains it.
         token_accuracy: share of scored tokens whose label has the largest logit; ``[N]`` with ``reduction="none"``.
         predicted_tokens: ``[N]`` largest logit's index, -1 where the label is ignored.
     """
@@ -59,18 +59,22 @@ class _CrossEntropy(nn.Module):
 
 
 class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
-    """Cross-entropy of a linear head without its logits.
+    """Cross-entropy of a linear head without its logits, with label smoothing and the z-loss ``scale * lse^2``.
 
-    ``lse_square_scale``, ``label_smoothing``, ``return_z_loss`` and ``return_predicted_tokens`` are not served.
-    Accumulation is always in fp32. A batch without a scored token gives 0.
+    ``return_predicted_tokens`` is not served, nor is label smoothing beside class weights or token scaling. Sums are
+    always in fp32. A batch without a scored token gives 0.
 
     Args:
-        ce_weight: ``[V]`` class weights; the mean divides by the sum of those of the labels.
+        ce_weight: ``[V]`` class weights; the mean divides by the sum of those of the labels, that of the z-loss by the
+            number of scored tokens.
+        lse_square_scale: weight of the z-loss, which keeps the log-sum-exp of the logits near 0.
+        label_smoothing: share of the loss that is the mean of ``-ln p`` over the vocabulary.
         use_token_scaling: weigh each token by its own probability, without a gradient.
-        return_token_accuracy: return a ``CrossEntropyOutput``.
+        return_z_loss, return_token_accuracy: return a ``CrossEntropyOutput``; the z-loss in it is detached. The
+            accuracy of each token (``reduction="none"``) costs one more product with the head.
 
     Raises:
-        ValueError: an option that is not served.
+        ValueError: options that are not served.
     """
 
     def __init__(
@@ -87,47 +91,54 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ):
-        super().__init__(
-            ce_weight,
-            ignore_index,
-            reduction,
-            softcap,
-            lse_square_scale=lse_square_scale,
-            label_smoothing=label_smoothing,
-            return_z_loss=return_z_loss,
-            return_predicted_tokens=return_predicted_tokens,
-        )
+        super().__init__(ce_weight, ignore_index, reduction, softcap, return_predicted_tokens=return_predicted_tokens)
+        if label_smoothing and (ce_weight is not None or use_token_scaling):
+            refuse("label_smoothing", label_smoothing, "with ce_weight or use_token_scaling it has another meaning")
+        self.lse_square_scale = lse_square_scale
         self.use_token_scaling = use_token_scaling
+        self.return_z_loss = return_z_loss
         self.return_token_accuracy = return_token_accuracy
+        self.options: dict[str, Any] = {"softcap": softcap, "label_smoothing": label_smoothing}
+        self.options["lse"] = return_z_loss or lse_square_scale != 0
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
         """``[V, D]``, ``[N, D]``, ``[N]``, ``[V]``; the loss in fp32."""
         labels, weights, divisor = self.prepared(target)
+        scored = labels != IGNORE_INDEX
+        count = scored.sum().clamp(min=1) if self.reduction == "mean" else 1
+
+        def losses(logps: Tensor, lse: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+            scale = logps.detach().exp() if self.use_token_scaling else 1.0
+            z = logps.new_zeros(logps.shape) if lse is None else self.lse_square_scale * lse.square() * scored[rows]
+            return sft(logps) * scale * weights[rows] / divisor + z * scale / count, z * scale / count
+
         if self.reduction == "none":
-            loss, accuracy = self._each(Head(lin_weight, bias), _input, labels, weights)
+            found: Any = linear_logps(_input, lin_weight, labels, bias=bias, **self.options)
+            logps, lse = found if self.options["lse"] else (found, None)
+            loss, z_loss = losses(logps, lse, torch.arange(len(labels), device=labels.device))
+            accuracy = self._right(Head(lin_weight, bias), _input, labels) if self.return_token_accuracy else None
         else:
 
             def loss_fn(stats: TokenStats) -> Tensor:
-                return (self._losses(stats.logps) * weights[stats.rows]).sum() / divisor
+                return losses(stats.logps, stats.lse, stats.rows)[0].sum()
 
-            loss, stats = linear_loss(_input, lin_weight, labels, loss_fn, bias=bias, softcap=self.softcap)
-            assert stats.is_top1 is not None
-            accuracy = stats.is_top1.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
-        return CrossEntropyOutput(loss, token_accuracy=accuracy) if self.return_token_accuracy else loss
+            loss, stats = linear_loss(_input, lin_weight, labels, loss_fn, bias=bias, **self.options)
+            z_loss = losses(stats.logps, stats.lse, stats.rows)[1].sum()
+            accuracy = None if stats.is_top1 is None else stats.is_top1.sum() / scored.sum().clamp(min=1)
+        if not (self.return_z_loss or self.return_token_accuracy):
+            return loss
+        told = z_loss.detach() if self.return_z_loss else None
+        return CrossEntropyOutput(loss, told, accuracy if self.return_token_accuracy else None)
 
-    def _losses(self, logps: Tensor) -> Tensor:
-        return sft(logps) * logps.detach().exp() if self.use_token_scaling else sft(logps)
-
-    def _each(self, head: Head, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N]`` losses, and whether each label has the largest logit."""
+    def _right(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+        """``[N]`` 1 where the label has the largest logit."""
         index = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        logps, *_, top1 = head_fields(hidden[index], head, labels[index], Scaling(softcap=self.softcap), ("is_top1",))
-        assert logps is not None and top1 is not None
-        losses = self._losses(logps) * weights[index]
-        everywhere = losses.new_zeros(len(labels))
-        return everywhere.index_put((index,), losses), everywhere.index_put((index,), top1.to(everywhere.dtype))
+        with torch.no_grad():
+            *_, top1 = head_fields(hidden[index], head, labels[index], Scaling(softcap=self.softcap), ("is_top1",))
+        assert top1 is not None
+        return torch.zeros(len(labels), device=labels.device).index_put((index,), top1.float())
 
 
 class LigerCrossEntropyLoss(_CrossEntropy):
