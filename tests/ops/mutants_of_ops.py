@@ -9,6 +9,7 @@ RANKS = "ops/test_pitfalls.py -k test_09"
 
 TOKEN_LOGPS = "fastalign/ops/token_logps.py"
 ROWS = "fastalign/ops/_rows.py"
+CALL = "fastalign/ops/_call.py"
 HEAD = "fastalign/ops/_head.py"
 GRADIENTS = "fastalign/ops/_gradients.py"
 STREAMS = "fastalign/ops/_torch_divergence.py"
@@ -183,8 +184,8 @@ LINEAR_OPS = [
     Mutant(
         "linear_loss: every chunk sets dW",
         "fastalign/ops/_passes.py",
-        "first=first and i == len(group) - 1",
-        "first=True",
+        "first=first and last)",
+        "first=True)",
         "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
     ),
     Mutant(
@@ -219,15 +220,15 @@ LINEAR_OPS = [
     Mutant(
         "linear: forget rows that have an entropy gradient alone",
         GRADIENTS,
-        "(g != 0) | (e != 0)",
-        "(g != 0)",
+        "keep = (~idle(row)).nonzero()",
+        "keep = (row.g != 0).nonzero()",
         "ops/test_pitfalls_of_use.py -k 'test_14 and linear_logps and not cpp and not triton'",
     ),
     Mutant(
         "linear: take a NaN coefficient for none",
-        GRADIENTS,
-        "keep = ((g != 0) if e is None",
-        "keep = ((g > 0) | (g < 0) if e is None",
+        ROWS,
+        "zero = coefficients.g == 0",
+        "zero = ~(coefficients.g.abs() > 0)",
         "ops/test_linear_loss.py -k 'test_rows_without_a_coefficient and float32'",
     ),
     Mutant(
@@ -278,6 +279,72 @@ LINEAR_OPS = [
         "rows = stop - start\n    count",
         "rows = stop - start - 1\n    count",
         "ops/test_plan.py",
+    ),
+]
+
+CALLS = [
+    Mutant(
+        "adapter: read rows that are not scored",
+        CALL,
+        "(hidden if scored is None else hidden.where(scored[:, None], 0.0))",
+        "hidden",
+        "ops/test_linear_lora.py -k 'test_a_frozen_head_serves'",
+    ),
+    Mutant(
+        "adapter: forget the scale",
+        CALL,
+        "beta=0, alpha=scale)",
+        "beta=0, alpha=1.0)",
+        "ops/test_linear_lora.py -k 'test_a_frozen_head_serves'",
+    ),
+    Mutant(
+        "adapter: give the hidden states the base's gradient alone",
+        HEAD,
+        "multiply(dz, weight[first:last], out[:, part]",
+        "multiply(dz, weight[first:last] * (part.start == 0), out[:, part]",
+        "ops/test_linear_lora.py -k 'test_a_frozen_head_serves'",
+    ),
+    Mutant(
+        "z-loss: drop the gradient of the log-sum-exp",
+        HEAD,
+        '"grad_lse": wide.get("lse")',
+        '"grad_lse": None',
+        "ops/test_linear_objectives.py -k 'test_a_loss and float32'",
+    ),
+    Mutant(
+        "smoothing: spread over the rank's own columns",
+        HEAD,
+        "return self.weight.shape[0] if self.options.shard is None else self.options.shard.vocab",
+        "return self.weight.shape[0]",
+        "ops/test_vocab_parallel.py -k 'test_ranks_agree_with_one and 2'",
+    ),
+    Mutant(
+        "num_scored: believe any number",
+        HEAD,
+        "elif not right:",
+        "elif False:",
+        "ops/test_linear_waits.py -k 'test_the_number_is_checked'",
+    ),
+    Mutant(
+        "num_scored: wait for the device all the same",
+        HEAD,
+        "torch.nonzero_static(scored, size=num_scored)",
+        "scored.nonzero()",
+        "ops/test_linear_waits.py -k 'test_log_probs_read_no_data'",
+    ),
+    Mutant(
+        "deterministic: take a warning for a promise",
+        "fastalign/ops/_checks.py",
+        "if torch.get_deterministic_debug_mode() != 2:",
+        "if torch.get_deterministic_debug_mode() == 0:",
+        "ops/test_linear_deterministic.py -k 'test_cuda_needs'",
+    ),
+    Mutant(
+        "DTensor: take a replicated bias beside a split weight",
+        "fastalign/ops/_dtensor.py",
+        "if _named(group) != _named(chosen):",
+        "if group is not None and _named(group) != _named(chosen):",
+        "ops/test_vocab_parallel.py -k 'test_ranks_agree_with_one and 2'",
     ),
 ]
 
