@@ -20,7 +20,8 @@ from fastalign.ops._checks import (
     unpack_lora,
 )
 from fastalign.ops._dtensor import vocabulary_slices, whole
-from fastalign.ops._head import INVARIANT_ROWS, Head, Options, gemm_dtype, make_head
+from fastalign.ops._head import Head, Options, gemm_dtype, make_head
+from fastalign.ops._products import INVARIANT_ROWS
 from fastalign.ops.token_logps import split_temperature, stats_dtype
 from fastalign.ops.vocab_parallel import exchange, make_shard
 from fastalign.types import IGNORE_INDEX

@@ -7,22 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.ops._head import (
-    Head,
-    Leaves,
-    Needs,
-    Stats,
-    add_product,
-    cut,
-    differentiate,
-    hidden_rows,
-    multiply_back,
-    parts,
-    project,
-    select,
-    spread,
-    workspace,
-)
+from fastalign.ops._head import Head, Leaves, Needs, Stats, cut, differentiate, hidden_rows, select, spread, workspace
+from fastalign.ops._products import add_product, multiply_back, parts, project
 from fastalign.ops._rows import Coefficients, idle, pick
 from fastalign.ops.plan import Plan
 from fastalign.ops.token_logps import ELSEWHERE

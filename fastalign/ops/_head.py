@@ -1,11 +1,8 @@
-"""The LM head as the linear ops see it: scored rows, GEMM precision, logits in a reused workspace, statistics.
-
-GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and autocast does not touch them.
-"""
+"""The LM head as the linear ops see it: scored rows, GEMM precision, a reused workspace, statistics, coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,16 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp_product
 from fastalign.ops._checks import kernel_labels
 from fastalign.ops._rows import Coefficients, coefficients, smoothed
-from fastalign.ops.plan import UPCAST_ROWS
 from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
 from fastalign.ops.vocab_parallel import Shard, Statistics, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
-
-INVARIANT_ROWS = 32
-"""Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
 
 
 class Leaves(NamedTuple):
@@ -180,13 +172,6 @@ def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
     return torch.nonzero_static(scored, size=num_scored).squeeze(1)
 
 
-def parts(head: Head) -> list[tuple[Tensor, slice]]:
-    """Weight and adapter, each with the columns of hidden that it multiplies; the logits are the sum of products."""
-    width = head.weight.shape[1]
-    base = (head.weight, slice(0, width))
-    return [base] if head.up is None else [base, (head.up, slice(width, None))]
-
-
 def planned_columns(head: Head) -> int:
     """Columns that every rank plans with: V, or those of the largest shard."""
     return head.weight.shape[0] if head.options.shard is None else head.options.shard.widest
@@ -229,48 +214,6 @@ def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
 def workspace(head: Head, rows: int, columns: int) -> Tensor:
     """Flat room for ``rows * columns`` logits, used again for every tile."""
     return torch.empty(rows * columns, dtype=head.options.dtype, device=head.hidden.device)
-
-
-def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``; the adapter's part, small, is rounded first."""
-    columns = len(head.weight[first:last])
-    out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
-    plus = None if head.bias is None else head.bias[first:last]
-    for weight, part in reversed(parts(head)):
-        multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
-        plus = out
-    return out
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
-    """``out = a @ b + plus``, where ``plus`` is a row, ``out`` itself or None.
-
-    Batch-invariant: in products of one shape, whatever the number of rows.
-    """
-    if batch_invariant:
-        for rows, part in _padded(a):
-            tile = out.new_empty(INVARIANT_ROWS, b.shape[1])
-            tile[: rows.stop - rows.start] = out[rows]
-            multiply(part, b, tile, tile if plus is out else plus, False)
-            out[rows] = tile[: rows.stop - rows.start]
-        return out
-    return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
-
-
-def _padded(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows, each with its rows followed by zeros."""
-    for start in range(0, a.shape[0], INVARIANT_ROWS):
-        rows = slice(start, min(a.shape[0], start + INVARIANT_ROWS))
-        part = a.new_zeros(INVARIANT_ROWS, a.shape[1])
-        part[: rows.stop - start] = a[rows]
-        yield rows, part
-
-
-def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """``out [n, D + r] = dz @ [weight, up][first:last]``."""
-    for weight, part in parts(head):
-        multiply(dz, weight[first:last], out[:, part], None, head.options.batch_invariant)
-    return out
 
 
 def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
@@ -352,22 +295,3 @@ def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     out = torch.zeros(head.hidden.shape[0], *values.shape[1:], dtype=dtype, device=values.device)
     return out.index_copy_(0, head.rows, values.to(dtype))
-
-
-def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision."""
-    if a.dtype == acc.dtype:
-        acc.addmm_(a, b, beta=0 if first else 1)
-        return
-    if _cpp_product.serves(acc, a, b):
-        _cpp_product.add_product(acc, a, b, first=first)
-        return
-    wide = b.to(acc.dtype) if acc.device.type == "cpu" else b
-    for start in range(0, acc.shape[0], UPCAST_ROWS):
-        part, rows = acc[start : start + UPCAST_ROWS], a[start : start + UPCAST_ROWS]
-        if acc.device.type == "cpu":
-            part.addmm_(rows.to(acc.dtype), wide, beta=0 if first else 1)
-        elif first:
-            torch.mm(rows, b, out_dtype=acc.dtype, out=part)
-        else:
-            part.add_(torch.mm(rows, b, out_dtype=acc.dtype))

@@ -17,13 +17,13 @@ from fastalign.ops._head import (
     hidden_rows,
     is_top1,
     join,
-    project,
     reported,
     row_coefficients,
     sweep,
     workspace,
 )
 from fastalign.ops._loss_fn import LossFn, evaluate
+from fastalign.ops._products import project
 from fastalign.ops._rows import Coefficients, pick
 from fastalign.ops._units import Units
 from fastalign.ops.plan import Chunk, Plan

@@ -28,7 +28,6 @@ from fastalign.ops._head import (
     join,
     kernel_dtype,
     planned_columns,
-    project,
     reported,
     row_coefficients,
     scratch_bytes,
@@ -36,6 +35,7 @@ from fastalign.ops._head import (
     sweep,
     workspace,
 )
+from fastalign.ops._products import project
 from fastalign.ops.plan import Coefficients, Plan, make_plan
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.ops.token_logps import stats_dtype

@@ -12,6 +12,7 @@ ROWS = "fastalign/ops/_rows.py"
 CALL = "fastalign/ops/_call.py"
 HEAD = "fastalign/ops/_head.py"
 GRADIENTS = "fastalign/ops/_gradients.py"
+PRODUCTS = "fastalign/ops/_products.py"
 STREAMS = "fastalign/ops/_torch_divergence.py"
 SHARDS = "fastalign/ops/vocab_parallel.py"
 
@@ -159,7 +160,7 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear: forget the bias",
-        HEAD,
+        PRODUCTS,
         "plus = None if head.bias is None else head.bias[first:last]",
         "plus = None",
         LINEAR,
@@ -299,7 +300,7 @@ CALLS = [
     ),
     Mutant(
         "adapter: give the hidden states the base's gradient alone",
-        HEAD,
+        PRODUCTS,
         "multiply(dz, weight[first:last], out[:, part]",
         "multiply(dz, weight[first:last] * (part.start == 0), out[:, part]",
         "ops/test_linear_lora.py -k 'test_a_frozen_head_serves'",

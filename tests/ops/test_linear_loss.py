@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastalign.ops import _gradients, _head, _passes, linear_logps, linear_loss, plan
+from fastalign.ops import _gradients, _head, _passes, _products, linear_logps, linear_loss, plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 
@@ -106,7 +106,7 @@ def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
 
     def project(head, hidden, *rest):
         projected.append(len(hidden))
-        return _head.project(head, hidden, *rest)
+        return _products.project(head, hidden, *rest)
 
     def loss_fn(stats):
         sums = segment_sums(stats.logps, stats.cu_seqlens) / 1000
