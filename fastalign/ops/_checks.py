@@ -8,7 +8,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastalign.types import IGNORE_INDEX
 
@@ -78,11 +77,6 @@ def kernel_labels(labels: Tensor, vocab: int) -> Tensor:
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     """``hidden [N, D]``, ``weight [V, D]``, ``bias [V]`` and ``labels [N]`` fit together."""
     check_matrix("hidden", hidden, "[N, D]")
-    if isinstance(weight, DTensor):
-        raise ValueError(
-            "weight is a DTensor: pass weight.full_tensor(grad_placements=...), which says whether gradients are "
-            "summed over ranks, or call inside the module whose FSDP2 hooks gather it"
-        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype not in FLOATS:
         raise ValueError(
             f"weight must be a floating [V, D] with D = {hidden.shape[1]}, "
@@ -151,9 +145,11 @@ def check_deterministic(device: torch.device, process_group: dist.ProcessGroup |
     promise = "deterministic=True cannot be kept"
     if device.type != "cuda":
         raise ValueError(f"{promise} on {device.type}: move the tensors to the CPU or to CUDA")
-    if torch.get_deterministic_debug_mode() != 2:
+    tracing = torch.compiler.is_compiling()  # which can ask no more than this one
+    strict = torch.are_deterministic_algorithms_enabled()
+    if not strict or (not tracing and torch.is_deterministic_algorithms_warn_only_enabled()):
         raise ValueError(f"{promise} outside torch's deterministic mode: call torch.use_deterministic_algorithms(True)")
-    if torch.cuda.is_available() and torch.cuda.tunable.is_enabled():
+    if not tracing and torch.cuda.is_available() and torch.cuda.tunable.is_enabled():
         raise ValueError(f"{promise} while TunableOp picks GEMMs by their time: call torch.cuda.tunable.enable(False)")
     if process_group is not None and process_group.size() > 2 and not _sums_in_fixed_order(process_group):
         raise ValueError(f"{promise} where NCCL may add in the switch: set NCCL_ALGO=^NVLS before the group is made")

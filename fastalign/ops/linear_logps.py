@@ -283,7 +283,8 @@ def linear_logps(
         backend: "torch", "cpp", "triton" or None for the best one here.
         batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
         num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
-            the device, and can be captured in a CUDA graph. N when the rows are selected already.
+            the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
+            their sizes. N when the rows are selected already.
         deterministic: refuse what could change a bit from run to run (with equal threads, on the same hardware).
 
     Returns:

@@ -15,6 +15,11 @@ TIGHT = {"torch": 1_800_000, "cpp": 300_000}
 CUDA = torch.device("cuda")
 
 
+def promised(x):
+    check_deterministic(CUDA, None)
+    return x * 1
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""
@@ -60,6 +65,8 @@ def test_cuda_needs_the_deterministic_mode_of_torch():
     try:
         torch.use_deterministic_algorithms(True)
         check_deterministic(CUDA, None)
+        compiled = torch.compile(promised, fullgraph=True, backend="aot_eager")
+        assert compiled(torch.ones(2)).sum() == 2
         for mode in ("warn", "default"):
             torch.set_deterministic_debug_mode(mode)
             with pytest.raises(ValueError, match="outside torch's deterministic mode"):
