@@ -21,13 +21,28 @@ CASES: dict[str, dict[str, Any]] = {
     "bias": {"bias": 100.0},
     "logit_scale": {"logit_scale": 0.25},
     "level": {"level": 60.0},
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothed_level": {"label_smoothing": 0.3, "level": 60.0, "temperature": 1.7},
+    "lse": {"lse": True},
     "everything": {
         **{"masked": True, "softcap": 8.0, "row_temperature": True, "entropy": True, "bias": 10.0, "logit_scale": 0.5}
     },
+    "objectives": {
+        **{
+            "masked": True,
+            "softcap": 8.0,
+            "row_temperature": True,
+            "entropy": True,
+            "label_smoothing": 0.2,
+            "lse": True,
+        }
+    },
 }
-"""name -> what is special about the case; ``bias`` and ``logit_scale`` exist on the hidden path only."""
+"""name -> what is special about the case."""
 
 HIDDEN_ONLY = ("bias", "logit_scale")
+LOGITS_ONLY = ("label_smoothing", "lse")
+"""What only one of the two paths knows."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,8 @@ def _finish(tensors: dict[str, Tensor], rows: str, special: dict, vocab: int, ne
     if special.get("masked"):
         labels[torch.rand(num_rows, generator=new) < 0.4] = IGNORE_INDEX
         tensors[rows][labels == IGNORE_INDEX] = torch.nan
-    options = {name: special[name] for name in ("softcap", "temperature", "entropy") if name in special}
+    names = ("softcap", "temperature", "entropy", "label_smoothing", "lse")
+    options = {name: special[name] for name in names if name in special}
     if special.get("row_temperature"):
         options["temperature"] = 0.5 + torch.rand(num_rows, generator=new)
     grads = torch.randn(2, num_rows, generator=new)
@@ -182,14 +198,26 @@ def _place(example: Example, dtype: torch.dtype, device: str) -> Example:
 
 
 def outputs_and_grads(result: Any, example: Example) -> dict[str, Tensor]:
-    """Outputs by name, and the gradients of the example's tensors under its upstream gradients."""
-    logps, entropy = result if isinstance(result, tuple) else (result, None)
-    score = (logps * example.grad_logps.to(logps.dtype)).sum()
-    if entropy is not None:
-        score = score + (entropy * example.grad_entropy.to(entropy.dtype)).sum()
+    """Outputs by name, and the gradients of the example's tensors under its upstream gradients.
+
+    The result is what the ops and their references return: logps, then entropy, then lse, as asked for.
+    """
+    found = dict(zip(_names(example), [x for x in _all(result) if x is not None], strict=False))
+    upstream = {"logps": example.grad_logps, "entropy": example.grad_entropy, "lse": example.grad_logps.flip(0)}
+    score = torch.stack([(value * upstream[name].to(value.dtype)).sum() for name, value in found.items()]).sum()
     grads = torch.autograd.grad(score, list(example.tensors.values()))
-    found = {"logps": logps.detach(), **{f"d_{name}": g for name, g in zip(example.tensors, grads, strict=True)}}
-    return found if entropy is None else {**found, "entropy": entropy.detach()}
+    made = {f"d_{name}": g for name, g in zip(example.tensors, grads, strict=True)}
+    return {**{name: value.detach() for name, value in found.items()}, **made}
+
+
+def _all(result: Any) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _names(example: Example) -> list[str]:
+    """What a result holds, in order; a second output that no option asks for is the entropy."""
+    second = [] if example.options.get("lse") and not example.options.get("entropy") else ["entropy"]
+    return ["logps", *second, "lse"]
 
 
 def with_gradients(outputs: dict[str, Tensor], example: Example, seed: int = 0) -> dict[str, Tensor]:

@@ -8,8 +8,7 @@ from fastalign.ops.linear_loss import linear_loss
 from fastalign.ops.policy_loss import policy_loss
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.scan import gae, segment_scan
-from fastalign.ops.selective import entropy_from_logits, selective_log_softmax
-from fastalign.ops.token_logps import token_logps
+from fastalign.ops.token_logps import entropy_from_logits, selective_log_softmax, token_logps
 from fastalign.ops.whiten import whiten
 
 __all__ = [

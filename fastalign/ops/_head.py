@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastalign.ops._checks import kernel_labels
 from fastalign.ops._rows import Coefficients, coefficients, smoothed
-from fastalign.ops.token_logps import BLOCK_BYTES, stats_dtype
+from fastalign.ops._torch_token_logps import BLOCK_BYTES
+from fastalign.ops.token_logps import stats_dtype
 from fastalign.ops.vocab_parallel import Shard, Statistics, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
 
@@ -198,7 +199,7 @@ def scratch_bytes(head: Head) -> int:
     """Temporaries that do not depend on the rows of a chunk: the cast weight, the torch sweep's blocks."""
     options, columns = head.options, planned_columns(head)
     cast = columns * head.cast * options.dtype.itemsize
-    if head.sweep.__name__ != "fastalign.ops.token_logps":
+    if head.sweep.__name__ != "fastalign.ops._torch_token_logps":
         return cast
     row = columns * kernel_dtype(options.dtype).itemsize
     block = max(row, BLOCK_BYTES.get(head.hidden.device.type, BLOCK_BYTES["cuda"]))

@@ -14,8 +14,9 @@ from fastalign.ops._divergence_shards import measure
 from fastalign.ops._gradients import write_rows
 from fastalign.ops._head import Head, Options, hidden_rows, kernel_dtype, make_head, planned_columns, workspace
 from fastalign.ops._products import add_product, project
+from fastalign.ops._torch_token_logps import BLOCK_BYTES
 from fastalign.ops.plan import Plan, make_plan
-from fastalign.ops.token_logps import BLOCK_BYTES, ELSEWHERE, stats_dtype
+from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
 from fastalign.ops.vocab_parallel import begin_sum, make_shard
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._rows import Coefficients, idle, pick
-from fastalign.ops.token_logps import (
+from fastalign.ops._torch_token_logps import (
     FLOOR,
     _blocks,
     _out_of_range,
@@ -14,8 +14,8 @@ from fastalign.ops.token_logps import (
     _rows_of,
     _scaled,
     _slope,
-    stats_dtype,
 )
+from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 

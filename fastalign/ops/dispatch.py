@@ -19,7 +19,10 @@ from fastalign.ops import _cpp
 
 log = logging.getLogger("fastalign")
 
-_SWEEP = {"torch": "fastalign.ops.token_logps", "cpp": "fastalign.ops._cpp", "triton": "fastalign_kernels.token_logps"}
+_SWEEP = {
+    **{"torch": "fastalign.ops._torch_token_logps", "cpp": "fastalign.ops._cpp"},
+    "triton": "fastalign_kernels.token_logps",
+}
 
 _SCAN = {"torch": "fastalign.ops.scan", "cpp": "fastalign.ops._cpp_scan", "triton": "fastalign_kernels.scan"}
 

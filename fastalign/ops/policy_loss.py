@@ -18,8 +18,9 @@ from fastalign.ops import _functors, dispatch
 from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
 from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
 from fastalign.ops._rows import Coefficients
-from fastalign.ops.token_logps import backward, forward, split_temperature, stats_dtype
+from fastalign.ops._torch_token_logps import backward, forward
 from fastalign.ops.token_logps import reference as token_reference
+from fastalign.ops.token_logps import split_temperature, stats_dtype
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 # --- reference -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Log-prob of the label, and entropy, straight from logits: reference, torch backend, custom op, public functions.
+"""Log-prob of the label, entropy and log-sum-exp straight from logits: reference, custom op, public functions.
 
     z = softcap(logit_scale * logits) / temperature,    logps = z_y - lse(z),    entropy = -sum_v p_v ln p_v
     dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta          what each objective makes of it: ``_rows``
@@ -9,24 +9,20 @@ rounding of the sum alone exceeds eager's own error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import check_labels, check_matrix, check_scaling, kernel_labels
-from fastalign.ops._rows import Coefficients, coefficients, idle, pick
+from fastalign.ops._checks import check_labels, check_matrix, check_scaling, check_smoothing, kernel_labels
+from fastalign.ops._rows import Coefficients, coefficients, smoothed
+from fastalign.ops.vocab_parallel import Statistics, agree, combine, localise, make_shard, nothing
 from fastalign.types import IGNORE_INDEX
 
 ELSEWHERE = -1
 """The label of a row whose target lives in another slab or shard: statistics are valid, there is no target term."""
-
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Size of one fp32 temporary of the torch backend; it makes up to four of them."""
-
-FLOOR = -1000.0
-"""A bound for ln p where it multiplies p: exp(-1000) is already 0, and 0 * -inf would be NaN."""
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -40,19 +36,26 @@ def reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The specification: log-softmax, then gather, over scored rows; differentiable, in fp32 or (fp64 logits) fp64."""
+    label_smoothing: float = 0.0,
+    lse: bool = False,
+) -> Any:
+    """The specification: log-softmax, then gather, over scored rows; differentiable, in fp32 or (fp64 logits) fp64.
+
+    Returns:
+        logps, entropy (None unless asked for), and only where asked for the log-sum-exp.
+    """
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     z = logits[rows].to(stats_dtype(logits)) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     z = z / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
     log_p = z.log_softmax(-1)
     zeros = log_p.new_zeros(len(labels))
-    logps = zeros.index_put((rows,), log_p.gather(1, labels[rows, None].long()).squeeze(1))
-    if not entropy:
-        return logps, None
+    picked = log_p.gather(1, labels[rows, None].long()).squeeze(1)
+    if label_smoothing != 0:
+        picked = (1 - label_smoothing) * picked + label_smoothing * log_p.mean(-1)
     p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min))
-    return logps, zeros.index_put((rows,), -p_log_p.sum(-1))
+    found = (picked, -p_log_p.sum(-1) if entropy else None, *([z.logsumexp(-1)] if lse else []))
+    return tuple(x if x is None else zeros.index_put((rows,), x) for x in found)
 
 
 def stats_dtype(*inputs: Tensor | None) -> torch.dtype:
@@ -60,177 +63,101 @@ def stats_dtype(*inputs: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
-# --- torch backend ---------------------------------------------------------------------------------------------------
-
-
-def forward(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    entropy: bool = False,
-    total: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """One sweep over the vocabulary, block of rows by block of rows.
-
-    Args:
-        logits: ``[N, V]`` of any float dtype and row stride.
-        labels: ``[N]``; -100 masks a row, -1 marks a target that lives in another slab.
-
-    Returns:
-        logps, entropy (or None), max, logsum, total = sum_v (z_v - max) (or None): ``[N]`` fp32 (fp64 for fp64
-        logits); masked rows hold 0.
-    """
-    dtype = stats_dtype(logits)
-    logps, maximum, logsum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
-    entropies, totals = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total))
-    for rows in _blocks(logits):
-        y = labels[rows]
-        masked = y == IGNORE_INDEX
-        z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
-        m = z.amax(-1)
-        target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-        z.sub_(m[:, None])
-        if totals is not None:
-            totals[rows] = z.sum(-1).masked_fill_(masked, 0)
-        p = z.exp()
-        norm = p.sum(-1)
-        s = norm.log()
-        logps[rows] = _target_logps(target - m - s, y, logits.shape[1])
-        maximum[rows] = m.masked_fill_(masked, 0)
-        if entropies is not None:
-            h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / norm
-            entropies[rows] = h.masked_fill_(masked, 0)
-        logsum[rows] = s.masked_fill_(masked, 0)
-    return logps, entropies, maximum, logsum, totals
-
-
-def backward(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    max: Tensor,
-    logsum: Tensor,
-    coefficients: Coefficients,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> None:
-    """Writes ``d logits`` into ``out``, which may be ``logits``; rows without a coefficient become zeros, unread."""
-    for rows in _blocks(logits):
-        tau, y, part = _rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
-        z = _scaled(logits[rows], tau, softcap, logit_scale)
-        slope = _slope(z, tau, softcap, logit_scale)
-        log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=FLOOR)
-        dz = _row_gradients(log_p, y, part).mul_(slope)
-        out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)
-
-
-def _row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
-    """``dz`` from ``ln p``, which it overwrites; at the label ``1 - p`` is ``-expm1(ln p)``."""
-    vocab = log_p.shape[1]
-    g, alpha, beta, delta = (None if x is None else x[:, None] for x in coefficients)
-    g = coefficients.g.masked_fill(_out_of_range(labels, vocab), torch.nan)[:, None]
-    targets, here = labels.long().clamp(0, vocab - 1)[:, None], ((labels >= 0) & (labels < vocab))[:, None]
-    p, target = log_p.exp(), log_p.gather(1, targets)
-    pull = torch.zeros_like(g) if alpha is None else alpha
-    share = pull if beta is None else pull + beta * target
-    dz = p.mul_(pull - g if beta is None else log_p.mul_(beta).add_(pull - g))
-    at_label = target.exp() * share - g * target.expm1()
-    dz.scatter_(1, targets, torch.where(here, at_label, dz.gather(1, targets)))
-    return dz if delta is None else dz.add_(delta)
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Row slices whose fp32 copies take about BLOCK_BYTES each."""
-    item = 8 if logits.dtype == torch.float64 else 4
-    budget = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"])
-    step = max(1, budget // (item * max(1, logits.shape[1])))
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
-
-
-def _rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
-    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
-
-
-def _scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """A fresh ``z`` in the statistics' dtype; skipped rows, which may hold NaN, are selected out by the caller."""
-    z = logits.to(stats_dtype(logits), copy=True)
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z.div_(tau) if isinstance(tau, Tensor) or tau != 1.0 else z
-
-
-def _slope(z: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> float | Tensor:
-    """``dz / d logits``: a number, ``[n, 1]``, or (with a softcap) a matrix."""
-    slope = logit_scale / tau
-    return slope if softcap is None else (z * tau).div_(softcap).square_().neg_().add_(1).mul_(slope)
-
-
-def _target_logps(logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    """0 where there is no target here, NaN where the label is out of range."""
-    logps = logps.masked_fill((labels == IGNORE_INDEX) | (labels == ELSEWHERE), 0)
-    return logps.masked_fill(_out_of_range(labels, vocab), torch.nan)
-
-
-def _out_of_range(labels: Tensor, vocab: int) -> Tensor:
-    return (labels >= vocab) | ((labels < 0) & (labels != IGNORE_INDEX) & (labels != ELSEWHERE))
-
-
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastalign::token_logps", mutates_args=())
-def _op(
-    logits: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    inplace_backward: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps, entropy (``[0]`` when not asked for), max, logsum."""
-    sweep = dispatch.kernels("token_logps", backend, logits.device)
-    labels = kernel_labels(labels, logits.shape[1])
-    tau = temperature if temperatures is None else temperatures
-    logps, entropies, maximum, logsum, _ = sweep.forward(
-        logits, labels, temperature=tau, softcap=softcap, entropy=entropy
-    )
-    return logps, logps.new_empty(0) if entropies is None else entropies, maximum, logsum
+class _Call(NamedTuple):
+    """The arguments that both ops begin with, in the order of their schemas."""
+
+    logits: Tensor
+    labels: Tensor
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float | None
+    backend: str | None
+    group: str | None
+    shards: list[int] | None
+
+    @property
+    def sweep(self) -> ModuleType:
+        return dispatch.kernels("token_logps", self.backend, self.logits.device)
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """The kernels' keyword arguments."""
+        tau = self.temperature if self.temperatures is None else self.temperatures
+        return {"temperature": tau, "softcap": self.softcap}
+
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """Labels as the kernels read them and, with a split vocabulary, the rank that owns each."""
+        shard = make_shard(self.group, self.shards)
+        labels = kernel_labels(self.labels, columns(self.logits, self.shards))
+        return (labels, None) if shard is None else localise(shard, labels)
+
+
+SCHEMA = (
+    "Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float? softcap, str? backend, str? group, "
+    "int[]? shards"
+)
+
+
+def columns(logits: Tensor, shards: list[int] | None) -> int:
+    """V, over all ranks."""
+    return logits.shape[1] if shards is None else sum(shards)
+
+
+def _statistics(call: _Call, entropy: bool, total: bool) -> Statistics:
+    """Those over the columns of all ranks; one all-gather where there are several."""
+    (labels, owners), logits = call.rows(), call.logits
+    found: Statistics
+    if logits.shape[1]:
+        found = call.sweep.forward(logits, labels, entropy=entropy, total=total, **call.scaling)
+    else:
+        found = nothing(labels, stats_dtype(logits), entropy, total)
+    shard = make_shard(call.group, call.shards)
+    if shard is None or owners is None:
+        return found
+    found = combine(shard, owners, *found)
+    for x in found:
+        if x is not None:
+            x.masked_fill_(labels == IGNORE_INDEX, 0)
+    return found
+
+
+@torch.library.custom_op(
+    "fastalign::token_logps",
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool entropy, float label_smoothing, bool lse, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(*args) -> tuple[Tensor, ...]:
+    """logps, entropy and log-sum-exp (``[0]`` when not asked for), max, logsum."""
+    *args, entropy, label_smoothing, lse, _ = args
+    call = _Call(*args)
+    logps, entropies, maximum, logsum, total = _statistics(call, entropy, label_smoothing != 0)
+    if total is not None:
+        logps = smoothed(logps, logsum, total, label_smoothing, columns(call.logits, call.shards))
+    sums = maximum + logsum if lse else None
+    return *(logps.new_empty(0) if x is None else x for x in (logps, entropies, sums)), maximum, logsum
 
 
 @_op.register_fake
-def _(logits, labels, temperatures, temperature, softcap, entropy, inplace_backward, backend):
+def _(logits, *args):
+    *_, entropy, _, lse, _ = args
     row = logits.new_empty(logits.shape[0], dtype=stats_dtype(logits))
-    return row, torch.empty_like(row) if entropy else row.new_empty(0), torch.empty_like(row), torch.empty_like(row)
+    return tuple(row.new_empty(row.shape if wanted else 0) for wanted in (True, entropy, lse, True, True))
 
 
-@torch.library.custom_op("fastalign::token_logps_backward", mutates_args=())
-def _backward_op(
-    logits: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    maximum: Tensor,
-    logsum: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    delta: Tensor | None,
-    backend: str | None,
-) -> Tensor:
+@torch.library.custom_op(
+    "fastalign::token_logps_backward",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor max, Tensor logsum, Tensor g, Tensor? alpha, Tensor? beta, Tensor? delta) -> Tensor",
+)
+def _backward_op(*args) -> Tensor:
     """``d logits``, freshly allocated."""
+    call, logits = _Call(*args[: len(_Call._fields)]), args[0]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    row = Coefficients(g, alpha, beta, delta)
-    _write_gradient(out, logits, labels, temperatures, temperature, softcap, maximum, logsum, row, backend)
+    _write_gradient(out, call, *args[len(_Call._fields) :])
     return out
 
 
@@ -239,42 +166,44 @@ def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _write_gradient(
-    out, logits, labels, temperatures, temperature, softcap, maximum, logsum, coefficients, backend
-) -> None:
-    sweep = dispatch.kernels("token_logps", backend, logits.device)
-    tau = temperature if temperatures is None else temperatures
-    labels = kernel_labels(labels, logits.shape[1])
-    sweep.backward(out, logits, labels, maximum, logsum, coefficients, temperature=tau, softcap=softcap)
+def _write_gradient(out: Tensor, call: _Call, maximum: Tensor, logsum: Tensor, *row: Tensor | None) -> None:
+    if out.numel():
+        labels, _ = call.rows()
+        call.sweep.backward(out, call.logits, labels, maximum, logsum, Coefficients(*row), **call.scaling)  # pyright: ignore
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, labels, temperatures, temperature, softcap, entropy, inplace_backward, backend = inputs
-    _, entropies, maximum, logsum = output
-    ctx.mark_non_differentiable(maximum, logsum, *(() if entropy else (entropies,)))
+    logits, labels, temperatures, *ctx.options = inputs
+    entropy, ctx.label_smoothing, lse, ctx.inplace = ctx.options[-4:]
+    _, entropies, sums, maximum, logsum = output
+    ctx.mark_non_differentiable(maximum, logsum, *([] if entropy else [entropies]), *([] if lse else [sums]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, temperatures, maximum, logsum, entropies if entropy else None)
-    ctx.options = temperature, softcap, inplace_backward, backend
 
 
-def _backward(ctx, grad_logps, grad_entropy, _maximum, _logsum):
-    grads = None if grad_logps is None and grad_entropy is None else _gradient(ctx, grad_logps, grad_entropy)
-    return grads, *(None,) * 7
+def _backward(ctx, *upstream):
+    grads = None if all(x is None for x in upstream[:3]) else _gradient(ctx, *upstream[:3])
+    return grads, *(None,) * 11
 
 
-def _gradient(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+def _gradient(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None) -> Tensor:
     logits, labels, temperatures, maximum, logsum, entropy = ctx.saved_tensors
-    temperature, softcap, inplace_backward, backend = ctx.options
-    g = torch.zeros_like(logsum) if grad_logps is None else grad_logps.contiguous()
-    row = coefficients(g, entropy=entropy, grad_entropy=grad_entropy)
-    rest = (labels, temperatures, temperature, softcap, maximum, logsum)
-    if not inplace_backward:
-        return _backward_op(logits, *rest, *row, backend)
+    call = _Call(logits, labels, temperatures, *ctx.options[:-4])
+    row = coefficients(
+        torch.zeros_like(logsum) if grad_logps is None else grad_logps,
+        entropy=entropy,
+        grad_entropy=grad_entropy,
+        grad_lse=grad_lse,
+        label_smoothing=ctx.label_smoothing,
+        vocab=columns(logits, call.shards),
+    )
+    if not ctx.inplace:
+        return _backward_op(*call, maximum, logsum, *row)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "token_logps: double backward is not supported (inplace_backward=True and create_graph=True)"
         )
-    _write_gradient(logits, logits, *rest, row, backend)
+    _write_gradient(logits, call, maximum, logsum, *row)
     torch.autograd.graph.increment_version(logits)  # whoever else saved these logits must fail, not read gradients
     return logits.detach()
 
@@ -297,12 +226,17 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    label_smoothing: float = 0.0,
+    lse: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of each row's label, and the row's entropy, from logits that already exist.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-prob of each row's label, and on demand entropy and log-sum-exp, from logits that already exist.
 
-    ``z = softcap(logits) / temperature;  logps = z_y - lse(z);  entropy = -sum p ln p`` in nats, both differentiable.
+    ``z = softcap(logits) / temperature;  logps = z_y - lse;  lse = ln sum_v exp(z_v);  entropy = -sum p ln p`` in nats,
+    all differentiable. With ``label_smoothing`` eta, logps is ``(1 - eta) ln p_y + eta mean_v ln p_v`` (Szegedy et al.
+    2016, as in ``torch.nn.functional.cross_entropy``); a z-loss is ``c * lse**2`` (PaLM, arXiv:2204.02311).
 
     Args:
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64, any strides.
@@ -311,27 +245,41 @@ def token_logps(
         temperature: a positive number or ``[N]``; gets no gradient.
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         entropy: also return the entropy.
+        label_smoothing: eta, from 0 to below 1; a banned (-inf) logit then makes the smoothed log-prob -inf.
+        lse: also return the log-sum-exp.
+        process_group: the ranks that share the vocabulary: ``logits`` are then this rank's columns, in rank order,
+            shards may be uneven or empty; labels (global), upstream gradients and options are the same on every rank.
+            Outputs are the same bits everywhere; the gradient is that of this rank's columns. Two all-gathers: the
+            shapes, and one table of what the ranks know of each row.
         inplace_backward: backward overwrites ``logits`` with their gradient instead of allocating ``[N, V]``; any other
             use of the logits in a later backward raises. Ignored under ``torch.compile``, where memory is planned.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:
-        logps ``[N]`` in fp32 (fp64 for fp64 logits), or (logps, entropy).
+        logps ``[N]`` in fp32 (fp64 for fp64 logits); or a tuple: logps, then entropy, then lse, as asked for.
 
     Raises:
-        ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN).
+        ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
+            ranks that disagree about rows or labels.
         RuntimeError: double backward; a second backward after ``inplace_backward``.
 
     >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
+    >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]), lse=True)[1]
+    tensor([1.3863, 0.0000])
     """
     check_matrix("logits", logits, "[N, V]")
     check_labels(labels, logits, "logits")
     check_scaling(temperature, softcap, labels)
+    check_smoothing(label_smoothing)
     number, rows = split_temperature(temperature, stats_dtype(logits))
+    same = {"number of rows of logits": logits.shape[0]}
+    group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    logps, entropies, _, _ = _op(logits, labels, rows, number, softcap, entropy, inplace_backward, backend)
-    return (logps, entropies) if entropy else logps
+    call = _Call(logits, labels, rows, number, softcap, backend, group, shards)
+    logps, entropies, sums, *_ = _op(*call, entropy, float(label_smoothing), lse, inplace_backward)
+    asked = [logps, *([entropies] if entropy else []), *([sums] if lse else [])]
+    return tuple(asked) if len(asked) > 1 else logps
 
 
 def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
@@ -339,3 +287,39 @@ def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype).contiguous()
     return float(temperature), None
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
+    """``log_softmax(logits).gather(-1, index)`` without the softmax, for any leading dimensions.
+
+    Args:
+        logits: ``[..., V]``.
+        index: ``[...]``, or ``[..., K]`` for K log-probs per position.
+
+    Returns:
+        The shape of ``index``, fp32 (fp64 for fp64 logits).
+
+    >>> selective_log_softmax(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).shape
+    torch.Size([1, 3])
+    """
+    if index.dim() == logits.dim() and index.shape[:-1] == logits.shape[:-1]:
+        return torch.stack([selective_log_softmax(logits, column) for column in index.unbind(-1)], -1)
+    if index.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"index must be [...] or [..., K] for logits [..., V]; "
+            f"got index {list(index.shape)}, logits {list(logits.shape)}"
+        )
+    logps = token_logps(logits.reshape(-1, logits.shape[-1]), index.reshape(-1))
+    assert isinstance(logps, Tensor)
+    return logps.view(index.shape)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats of ``softmax(logits)`` over the last dimension: ``[..., V]`` to ``[...]``, differentiable.
+
+    >>> entropy_from_logits(torch.zeros(2, 4))
+    tensor([1.3863, 1.3863])
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    labels = torch.zeros(flat.shape[0], dtype=torch.int64, device=logits.device)
+    return token_logps(flat, labels, entropy=True)[1].view(logits.shape[:-1])

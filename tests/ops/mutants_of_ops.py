@@ -7,7 +7,7 @@ LINEAR = matrix("test_linear_loss and float32")
 DIVERGENCE = matrix("test_op and divergence and not linear and float32")
 RANKS = "ops/test_pitfalls.py -k test_09"
 
-TOKEN_LOGPS = "fastalign/ops/token_logps.py"
+TOKEN_LOGPS = "fastalign/ops/_torch_token_logps.py"
 ROWS = "fastalign/ops/_rows.py"
 CALL = "fastalign/ops/_call.py"
 HEAD = "fastalign/ops/_head.py"

@@ -20,14 +20,17 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("temperatures", [None, ROWS])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_token_op(temperatures, entropy):
+@pytest.mark.parametrize(("label_smoothing", "lse"), [(0.0, False), (0.1, True)])
+def test_token_op(temperatures, entropy, label_smoothing, lse):
     logits = torch.randn(N, V, requires_grad=True)
-    args = (logits, LABELS, temperatures, 1.5, 5.0, entropy, False, None)
+    call = (LABELS, temperatures, 1.5, 5.0, None, None, None)
+    args = (logits, *call, entropy, label_smoothing, lse, False)
     torch.library.opcheck(token_op, args, test_utils=CHECKS)
-    _, entropies, maximum, logsum = token_op(*args)
-    row = coefficients(torch.randn(N), entropy=entropies.detach(), grad_entropy=torch.randn(N) if entropy else None)
-    backward = (logits.detach(), LABELS, temperatures, 1.5, 5.0, maximum, logsum, *row, None)
-    torch.library.opcheck(token_backward, backward, test_utils=CHECKS)
+    _, entropies, _, maximum, logsum = token_op(*args)
+    e, zeta = (torch.randn(N) if wanted else None for wanted in (entropy, lse))
+    smoothing = {"label_smoothing": label_smoothing, "vocab": V}
+    row = coefficients(torch.randn(N), entropy=entropies.detach(), grad_entropy=e, grad_lse=zeta, **smoothing)
+    torch.library.opcheck(token_backward, (logits.detach(), *call, maximum, logsum, *row), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -59,6 +62,12 @@ def from_logits(hidden, weight, labels):
     return (logps * ROWS).sum() + entropy.sum()
 
 
+def with_every_objective(hidden, weight, labels):
+    options = {"entropy": True, "label_smoothing": 0.1, "lse": True}
+    logps, entropy, lse = token_logps(hidden @ weight.T, labels, temperature=ROWS, **options)
+    return (logps * ROWS).sum() + entropy.sum() + lse.pow(2).sum()
+
+
 def from_hidden(hidden, weight, labels):
     logps, entropy = linear_logps(hidden, weight, labels, temperature=ROWS, entropy=True)
     return (logps * ROWS).sum() + entropy.sum()
@@ -74,7 +83,7 @@ def one_pass(hidden, weight, labels):
     return loss + 0 * stats.metrics["top"]
 
 
-@pytest.mark.parametrize("function", [from_logits, from_hidden, one_pass])
+@pytest.mark.parametrize("function", [from_logits, with_every_objective, from_hidden, one_pass])
 def test_one_graph(function):
     labels = LABELS.clamp(min=0) if function is one_pass else LABELS
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)

@@ -1,0 +1,137 @@
+"""The sweeps of ``token_logps`` in PyTorch: the same formulas, block of rows by block of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastalign.ops._rows import Coefficients, idle, pick
+from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
+from fastalign.types import IGNORE_INDEX
+
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Size of one fp32 temporary of the torch backend; it makes up to four of them."""
+
+FLOOR = -1000.0
+"""A bound for ln p where it multiplies p: exp(-1000) is already 0, and 0 * -inf would be NaN."""
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    total: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """One sweep over the vocabulary, block of rows by block of rows.
+
+    Args:
+        logits: ``[N, V]`` of any float dtype and row stride.
+        labels: ``[N]``; -100 masks a row, -1 marks a target that lives in another slab.
+
+    Returns:
+        logps, entropy (or None), max, logsum, total = sum_v (z_v - max) (or None): ``[N]`` fp32 (fp64 for fp64
+        logits); masked rows hold 0.
+    """
+    dtype = stats_dtype(logits)
+    logps, maximum, logsum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
+    entropies, totals = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total))
+    for rows in _blocks(logits):
+        y = labels[rows]
+        masked = y == IGNORE_INDEX
+        z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
+        m = z.amax(-1)
+        target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        z.sub_(m[:, None])
+        if totals is not None:
+            totals[rows] = z.sum(-1).masked_fill_(masked, 0)
+        p = z.exp()
+        norm = p.sum(-1)
+        s = norm.log()
+        logps[rows] = _target_logps(target - m - s, y, logits.shape[1])
+        maximum[rows] = m.masked_fill_(masked, 0)
+        if entropies is not None:
+            h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / norm
+            entropies[rows] = h.masked_fill_(masked, 0)
+        logsum[rows] = s.masked_fill_(masked, 0)
+    return logps, entropies, maximum, logsum, totals
+
+
+def backward(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    max: Tensor,
+    logsum: Tensor,
+    coefficients: Coefficients,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Writes ``d logits`` into ``out``, which may be ``logits``; rows without a coefficient become zeros, unread."""
+    for rows in _blocks(logits):
+        tau, y, part = _rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
+        z = _scaled(logits[rows], tau, softcap, logit_scale)
+        slope = _slope(z, tau, softcap, logit_scale)
+        log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=FLOOR)
+        dz = _row_gradients(log_p, y, part).mul_(slope)
+        out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)
+
+
+def _row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
+    """``dz`` from ``ln p``, which it overwrites; at the label ``1 - p`` is ``-expm1(ln p)``."""
+    vocab = log_p.shape[1]
+    g, alpha, beta, delta = (None if x is None else x[:, None] for x in coefficients)
+    g = coefficients.g.masked_fill(_out_of_range(labels, vocab), torch.nan)[:, None]
+    targets, here = labels.long().clamp(0, vocab - 1)[:, None], ((labels >= 0) & (labels < vocab))[:, None]
+    p, target = log_p.exp(), log_p.gather(1, targets)
+    pull = torch.zeros_like(g) if alpha is None else alpha
+    share = pull if beta is None else pull + beta * target
+    dz = p.mul_(pull - g if beta is None else log_p.mul_(beta).add_(pull - g))
+    at_label = target.exp() * share - g * target.expm1()
+    dz.scatter_(1, targets, torch.where(here, at_label, dz.gather(1, targets)))
+    return dz if delta is None else dz.add_(delta)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Row slices whose fp32 copies take about BLOCK_BYTES each."""
+    item = 8 if logits.dtype == torch.float64 else 4
+    budget = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"])
+    step = max(1, budget // (item * max(1, logits.shape[1])))
+    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+
+
+def _rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """A fresh ``z`` in the statistics' dtype; skipped rows, which may hold NaN, are selected out by the caller."""
+    z = logits.to(stats_dtype(logits), copy=True)
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z.div_(tau) if isinstance(tau, Tensor) or tau != 1.0 else z
+
+
+def _slope(z: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> float | Tensor:
+    """``dz / d logits``: a number, ``[n, 1]``, or (with a softcap) a matrix."""
+    slope = logit_scale / tau
+    return slope if softcap is None else (z * tau).div_(softcap).square_().neg_().add_(1).mul_(slope)
+
+
+def _target_logps(logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    """0 where there is no target here, NaN where the label is out of range."""
+    logps = logps.masked_fill((labels == IGNORE_INDEX) | (labels == ELSEWHERE), 0)
+    return logps.masked_fill(_out_of_range(labels, vocab), torch.nan)
+
+
+def _out_of_range(labels: Tensor, vocab: int) -> Tensor:
+    return (labels >= vocab) | ((labels < 0) & (labels != IGNORE_INDEX) & (labels != ELSEWHERE))
