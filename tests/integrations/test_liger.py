@@ -236,7 +236,7 @@ def test_cross_entropies(fused, options, reduction):
         {"softcap": 3.0, "label_smoothing": 0.1, "lse_square_scale": 0.1},
     ],
 )
-@pytest.mark.parametrize("fused", [True])
+@pytest.mark.parametrize("fused", [True, False])
 def test_smoothed_labels_and_the_z_loss(fused, options, reduction):
     hidden, weight, bias = tensors()
     target, cap = labels().flatten(), options.get("softcap")
@@ -317,7 +317,7 @@ REFUSED = [
         {"return_predicted_tokens": True},
         "return_predicted_tokens=True is not served",
     ),
-    ("LigerCrossEntropyLoss", {"lse_square_scale": 1e-4}, "lse_square_scale=0.0001 is not served"),
+    ("LigerCrossEntropyLoss", {"label_smoothing": 0.1, "weight": torch.ones(2)}, "has another meaning"),
     ("LigerCrossEntropyLoss", {"reduction": "max"}, "reduction must be"),
     ("LigerFusedLinearGRPOLoss", {"loss_type": "vespo"}, "loss_type='vespo' is not served: choose one of grpo"),
     ("LigerFusedLinearGRPOLoss", {"loss_type": "dr_grpo"}, "needs max_completion_length"),

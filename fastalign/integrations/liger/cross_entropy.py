@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,29 +33,67 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
-class _CrossEntropy(nn.Module):
-    """What both classes share."""
+class _Batch(NamedTuple):
+    """Labels ``[N]`` with -100 where ignored, what is scored, class weights of the labels, and the divisors."""
 
-    def __init__(self, weight: Tensor | None, ignore_index: int, reduction: str, softcap: float | None, **other: Any):
+    labels: Tensor
+    scored: Tensor
+    weights: Tensor
+    divisor: Tensor | int
+    z_divisor: Tensor | int
+
+
+class _CrossEntropy(nn.Module):
+    """What both classes share.
+
+    Attributes:
+        options: of the op that computes log-probs.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        softcap: float | None,
+        lse_square_scale: float,
+        label_smoothing: float,
+        return_z_loss: bool,
+        use_token_scaling: bool = False,
+    ):
         super().__init__()
-        for name, value in other.items():
-            if value:
-                refuse(name, value, "the loss is -ln p of the label alone")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+        if label_smoothing and (weight is not None or use_token_scaling):
+            refuse("label_smoothing", label_smoothing, "beside class weights or token scaling it has another meaning")
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.softcap = softcap
+        self.lse_square_scale = lse_square_scale
+        self.return_z_loss = return_z_loss
+        self.use_token_scaling = use_token_scaling
+        needs_lse = return_z_loss or lse_square_scale != 0
+        self.options: dict[str, Any] = {"softcap": softcap, "label_smoothing": label_smoothing, "lse": needs_lse}
 
-    def prepared(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels with -100 where ignored, class weights of the labels ``[N]``, and what their losses are divided by."""
+    def prepared(self, target: Tensor) -> _Batch:
+        """The batch; a divisor of 0 is taken for 1."""
         labels = target.masked_fill(target == self.ignore_index, IGNORE_INDEX)
-        weights = (labels != IGNORE_INDEX).float()
+        scored = labels != IGNORE_INDEX
+        weights = scored.float()
         if self.weight is not None:
             weights = weights * self.weight.float()[labels.clamp(min=0)]
+        if self.reduction != "mean":
+            return _Batch(labels, scored, weights, 1, 1)
         total = weights.sum()
-        return labels, weights, total + (total == 0) if self.reduction == "mean" else torch.ones_like(total)
+        return _Batch(labels, scored, weights, total + (total == 0), scored.sum().clamp(min=1))
+
+    def losses(self, batch: _Batch, logps: Tensor, lse: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's share of the loss, and of the z-loss in it."""
+        z = logps.new_zeros(logps.shape) if lse is None else self.lse_square_scale * lse.square() * batch.scored[rows]
+        scale = logps.detach().exp() if self.use_token_scaling else 1.0
+        z = z * scale / batch.z_divisor
+        return sft(logps) * scale * batch.weights[rows] / batch.divisor + z, z
 
 
 class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
@@ -91,42 +129,30 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ):
-        super().__init__(ce_weight, ignore_index, reduction, softcap, return_predicted_tokens=return_predicted_tokens)
-        if label_smoothing and (ce_weight is not None or use_token_scaling):
-            refuse("label_smoothing", label_smoothing, "with ce_weight or use_token_scaling it has another meaning")
-        self.lse_square_scale = lse_square_scale
-        self.use_token_scaling = use_token_scaling
-        self.return_z_loss = return_z_loss
+        z = (lse_square_scale, label_smoothing, return_z_loss)
+        super().__init__(ce_weight, ignore_index, reduction, softcap, *z, use_token_scaling)
+        if return_predicted_tokens:
+            refuse("return_predicted_tokens", True, "no logit is kept to name the largest")
         self.return_token_accuracy = return_token_accuracy
-        self.options: dict[str, Any] = {"softcap": softcap, "label_smoothing": label_smoothing}
-        self.options["lse"] = return_z_loss or lse_square_scale != 0
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
         """``[V, D]``, ``[N, D]``, ``[N]``, ``[V]``; the loss in fp32."""
-        labels, weights, divisor = self.prepared(target)
-        scored = labels != IGNORE_INDEX
-        count = scored.sum().clamp(min=1) if self.reduction == "mean" else 1
-
-        def losses(logps: Tensor, lse: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-            scale = logps.detach().exp() if self.use_token_scaling else 1.0
-            z = logps.new_zeros(logps.shape) if lse is None else self.lse_square_scale * lse.square() * scored[rows]
-            return sft(logps) * scale * weights[rows] / divisor + z * scale / count, z * scale / count
-
+        batch = self.prepared(target)
         if self.reduction == "none":
-            found: Any = linear_logps(_input, lin_weight, labels, bias=bias, **self.options)
+            found: Any = linear_logps(_input, lin_weight, batch.labels, bias=bias, **self.options)
             logps, lse = found if self.options["lse"] else (found, None)
-            loss, z_loss = losses(logps, lse, torch.arange(len(labels), device=labels.device))
-            accuracy = self._right(Head(lin_weight, bias), _input, labels) if self.return_token_accuracy else None
+            loss, z_loss = self.losses(batch, logps, lse, torch.arange(len(target), device=target.device))
+            accuracy = self._right(Head(lin_weight, bias), _input, batch.labels) if self.return_token_accuracy else None
         else:
 
             def loss_fn(stats: TokenStats) -> Tensor:
-                return losses(stats.logps, stats.lse, stats.rows)[0].sum()
+                return self.losses(batch, stats.logps, stats.lse, stats.rows)[0].sum()
 
-            loss, stats = linear_loss(_input, lin_weight, labels, loss_fn, bias=bias, **self.options)
-            z_loss = losses(stats.logps, stats.lse, stats.rows)[1].sum()
-            accuracy = None if stats.is_top1 is None else stats.is_top1.sum() / scored.sum().clamp(min=1)
+            loss, stats = linear_loss(_input, lin_weight, batch.labels, loss_fn, bias=bias, **self.options)
+            z_loss = self.losses(batch, stats.logps, stats.lse, stats.rows)[1].sum()
+            accuracy = None if stats.is_top1 is None else stats.is_top1.sum() / batch.scored.sum().clamp(min=1)
         if not (self.return_z_loss or self.return_token_accuracy):
             return loss
         told = z_loss.detach() if self.return_z_loss else None
@@ -142,17 +168,18 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
 
 
 class LigerCrossEntropyLoss(_CrossEntropy):
-    """Cross-entropy of logits that exist already.
+    """Cross-entropy of logits that exist already, with label smoothing and the z-loss ``scale * lse^2``.
 
-    ``lse_square_scale``, ``label_smoothing`` and ``return_z_loss`` are not served. A batch without a scored token
-    gives 0.
+    Label smoothing is not served beside class weights. A batch without a scored token gives 0.
 
     Args:
-        weight: ``[V]`` class weights; the mean divides by the sum of those of the labels.
-        return_token_accuracy, return_predicted_tokens: return a ``CrossEntropyOutput``, for one more read of logits.
+        weight: ``[V]`` class weights, as those of the fused class.
+        lse_square_scale, label_smoothing: as those of the fused class.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: return a ``CrossEntropyOutput``; the last two
+            cost one more read of the logits.
 
     Raises:
-        ValueError: an option that is not served.
+        ValueError: options that are not served.
     """
 
     def __init__(
@@ -167,25 +194,26 @@ class LigerCrossEntropyLoss(_CrossEntropy):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ):
-        unserved = {"lse_square_scale": lse_square_scale, "label_smoothing": label_smoothing}
-        super().__init__(weight, ignore_index, reduction, softcap, **unserved, return_z_loss=return_z_loss)
+        super().__init__(weight, ignore_index, reduction, softcap, lse_square_scale, label_smoothing, return_z_loss)
         self.return_token_accuracy = return_token_accuracy
         self.return_predicted_tokens = return_predicted_tokens
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
         """``[N, V]``, ``[N]``; the loss in fp32."""
-        labels, weights, divisor = self.prepared(target)
-        logps = token_logps(_input, labels, softcap=self.softcap)
-        assert isinstance(logps, Tensor)
-        losses = sft(logps) * weights / divisor
-        loss = losses if self.reduction == "none" else losses.sum()
-        if not (self.return_token_accuracy or self.return_predicted_tokens):
+        batch = self.prepared(target)
+        found: Any = token_logps(_input, batch.labels, **self.options)
+        logps, lse = found if self.options["lse"] else (found, None)
+        losses, z = self.losses(batch, logps, lse, torch.arange(len(target), device=target.device))
+        each = self.reduction == "none"
+        loss, z_loss = (losses, z) if each else (losses.sum(), z.sum())
+        if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
             return loss
-        scored, predicted = labels != IGNORE_INDEX, _input.detach().argmax(-1)
-        right = ((predicted == labels) & scored).float()
-        accuracy = right if self.reduction == "none" else right.sum() / scored.sum().clamp(min=1)
+        predicted = _input.detach().argmax(-1)
+        right = ((predicted == batch.labels) & batch.scored).float()
+        accuracy = right if each else right.sum() / batch.scored.sum().clamp(min=1)
         return CrossEntropyOutput(
             loss,
-            token_accuracy=accuracy if self.return_token_accuracy else None,
-            predicted_tokens=predicted.masked_fill(~scored, -1) if self.return_predicted_tokens else None,
+            z_loss.detach() if self.return_z_loss else None,
+            accuracy if self.return_token_accuracy else None,
+            predicted.masked_fill(~batch.scored, -1) if self.return_predicted_tokens else None,
         )
