@@ -41,11 +41,11 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def logits_inputs(generator: torch.Generator, *, n: int, v: int, dtype: torch.dtype) -> Inputs:
-    """Logits, and those of a model that differs a little."""
+    """Logits, and those of a model that differs by 1 in the standard deviation."""
     logits = draw(generator, n, v, scale=2.0)
     return {
         "logits": logits.to(dtype).requires_grad_(),
-        "ref_logits": (logits + draw(generator, n, v, scale=0.5)).to(dtype),
+        "ref_logits": (logits + draw(generator, n, v)).to(dtype),
     }
 
 
@@ -103,13 +103,13 @@ def divergence(
 
 
 def head_inputs(generator: torch.Generator, *, n: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
-    """A policy's hidden states and head, and a reference's that differ a little."""
+    """A policy's hidden states and head, and a reference's whose logits differ by about 1 in the standard deviation."""
     hidden, weight = draw(generator, n, d), draw(generator, v, d, scale=2.0 / d**0.5)
     return {
         "hidden": hidden.to(dtype).requires_grad_(),
         "weight": weight.to(dtype).requires_grad_(),
-        "ref_hidden": (hidden + draw(generator, n, d, scale=0.2)).to(dtype),
-        "ref_weight": (weight + draw(generator, v, d, scale=0.2 / d**0.5)).to(dtype),
+        "ref_hidden": (hidden + draw(generator, n, d, scale=0.4)).to(dtype),
+        "ref_weight": (weight + draw(generator, v, d, scale=0.8 / d**0.5)).to(dtype),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import peers
 from bench.cases.head import BARE, eager_logps, gemms, our_logps
 from bench.cases.head import inputs as hidden_states
-from bench.cases.policy import BETA, CLIP, clipped, dpo
+from bench.cases.policy import BETA, CLIP, clipped, dpo, log_ratios
 from bench.field import BF16, FP32, OURS, Field, Inputs, Loss, Setting, draw, in64
 from bench.measure import Case
 
@@ -103,7 +103,7 @@ def group_inputs(generator: torch.Generator, *, length: int, **sizes) -> Inputs:
     rows = len(x["labels"])
     with torch.no_grad():
         now = eager_logps(x["hidden"], x["weight"], x["labels"])
-    x["old"] = now + draw(generator, rows, scale=0.2)
+    x["old"] = now - log_ratios(generator, rows)
     x["advantages"] = draw(generator, rows // length).repeat_interleave(length)
     return x
 
