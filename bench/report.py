@@ -77,11 +77,11 @@ def key(row: dict[str, Any], kind: str) -> str:
 
 
 def grouped(rows: Rows, kind: str) -> list[Rows]:
-    """The rows of each case."""
+    """The rows of each case, cases in the order of their names: those of one op lie together."""
     found: dict[str, Rows] = {}
     for row in rows:
         found.setdefault(key(row, kind), []).append(row)
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One side of ``bench/train.py``, alone in its process: build, train, write the log."""
+"""One side of ``fastalign bench train``, alone in its process: build, train, write the log."""
 
 from __future__ import annotations
 
