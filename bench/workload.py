@@ -1,4 +1,4 @@
-"""The workload of ``fastalign bench train``: real preference pairs, a tokenizer trained on them, a Llama of fixed weights."""
+"""The workload of ``fastalign bench train``: real preference pairs, a tokenizer trained on them, a Llama."""
 
 from __future__ import annotations
 
