@@ -27,7 +27,7 @@ _SWEEP = {
 _SCAN = {"torch": "fastalign.ops.scan", "cpp": "fastalign.ops._cpp_scan", "triton": "fastalign_kernels.scan"}
 
 _POLICY = {
-    **{"torch": "fastalign.ops.policy_loss", "cpp": "fastalign.ops._cpp_policy"},
+    **{"torch": "fastalign.ops._torch_policy", "cpp": "fastalign.ops._cpp_policy"},
     "triton": "fastalign_kernels.policy_loss",
 }
 

@@ -8,19 +8,20 @@ gradient is written while the row is still in cache, for an upstream gradient of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from fastalign.ops import _functors, dispatch
-from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
+from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling
 from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._torch_token_logps import backward, forward
+from fastalign.ops._torch_policy import tabulate, write_gradient
+from fastalign.ops.token_logps import Call as TokenCall
 from fastalign.ops.token_logps import reference as token_reference
-from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.ops.token_logps import split_temperature, statistics, stats_dtype
+from fastalign.ops.vocab_parallel import agree
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -69,110 +70,79 @@ def _losses(loss: str, logps: Tensor, ratio: Tensor, a: Tensor, knobs: Knobs) ->
     return -a * logps
 
 
-# --- torch backend ---------------------------------------------------------------------------------------------------
-
-
-def run(
-    out: Tensor | None,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    *,
-    loss: str,
-    kl_estimator: str,
-    knobs: Knobs,
-    entropy: bool,
-    temperature: float | Tensor,
-    softcap: float | None,
-) -> Tensor:
-    """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``fastalign.ops._cpp_policy.run``."""
-    scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    wanted = entropy or knobs.entropy_coef != 0
-    logps, entropies, maximum, logsum, _ = forward(logits, labels, **scaling, entropy=wanted)
-    table = logps.new_zeros(len(COLUMNS), len(labels))
-    column = columns(table)
-    for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum}.items():
-        if x is not None:
-            column[name].copy_(x)
-    rows = (weights, advantages, old_logps, ref_logps)
-    _functors.fill(table, labels == IGNORE_INDEX, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)
-    if out is not None:
-        write_gradient(out, logits, labels, column, knobs, backward, **scaling)
-    return table
-
-
-def write_gradient(out: Tensor, logits: Tensor, labels: Tensor, column: dict[str, Tensor], knobs, sweep, **scaling):
-    """The gradient of the summed losses from the logits and a table, by the backward sweep of ``token_logps``."""
-    bonus = (column["alpha"], column["beta"]) if knobs.entropy_coef != 0 else ()
-    sweep(out, logits, labels, column["max"], column["logsum"], Coefficients(column["g"], *bonus), **scaling)
-
-
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-def _compute(
-    out: Tensor | None,
-    logits: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    loss: str,
-    kl_estimator: str,
-    knobs: list[float],
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the table; the gradient goes into ``out``."""
-    kernels = dispatch.kernels("policy_loss", backend, logits.device)
-    table = kernels.run(
-        out,
-        logits,
-        kernel_labels(labels, logits.shape[1]),
-        weights,
-        advantages,
-        old_logps,
-        ref_logps,
-        loss=loss,
-        kl_estimator=kl_estimator,
-        knobs=Knobs(*knobs),
-        entropy=entropy,
-        temperature=temperature if temperatures is None else temperatures,
-        softcap=softcap,
-    )
+class _Call(NamedTuple):
+    """The op's arguments, in the order of its schema."""
+
+    logits: Tensor
+    labels: Tensor
+    temperatures: Tensor | None
+    weights: Tensor
+    advantages: Tensor | None
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    loss: str
+    kl_estimator: str
+    knobs: list[float]
+    temperature: float
+    softcap: float | None
+    entropy: bool
+    backend: str | None
+    group: str | None
+    shards: list[int] | None
+
+    @property
+    def tokens(self) -> TokenCall:
+        """The same rows as ``token_logps`` is called with them."""
+        scaling = (self.temperatures, self.temperature, self.softcap)
+        return TokenCall(self.logits, self.labels, *scaling, self.backend, self.group, self.shards)
+
+
+SCHEMA = (
+    "Tensor logits, Tensor labels, Tensor? temperatures, Tensor weights, Tensor? advantages, Tensor? old_logps, "
+    "Tensor? ref_logps, str loss, str kl_estimator, float[] knobs, float temperature, float? softcap, bool entropy, "
+    "str? backend, str? group, int[]? shards"
+)
+TENSORS = 7
+"""So many of the arguments are tensors."""
+
+
+def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    """The loss and the table; the gradient goes into ``out``.
+
+    Over a split vocabulary in two phases: what is known of the whole row comes in between.
+    """
+    tokens, rows = call.tokens, (call.weights, call.advantages, call.old_logps, call.ref_logps)
+    choice = {"loss": call.loss, "kl_estimator": call.kl_estimator, "knobs": Knobs(*call.knobs)}
+    if call.group is None:
+        run = dispatch.kernels("policy_loss", call.backend, call.logits.device).run
+        table = run(out, call.logits, tokens.rows()[0], *rows, **choice, entropy=call.entropy, **tokens.scaling)
+    else:
+        table = tabulate(statistics(tokens, call.entropy, False), call.labels, *rows, **choice)
+        if out is not None:
+            _write_gradient(out, call, table)
     return columns(table)["loss"].sum(dtype=torch.float64).to(table.dtype), table
 
 
-@torch.library.custom_op("fastalign::policy_loss", mutates_args=())
-def _op(
-    logits: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    loss: str,
-    kl_estimator: str,
-    knobs: list[float],
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    backend: str | None,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _write_gradient(out: Tensor, call: _Call, table: Tensor) -> None:
+    """The gradient from the table, by the backward sweep of ``token_logps``."""
+    tokens = call.tokens
+    if out.numel():
+        sweep, (labels, _) = tokens.sweep.backward, tokens.rows()
+        write_gradient(out, call.logits, labels, columns(table), Knobs(*call.knobs), sweep, **tokens.scaling)
+
+
+@torch.library.custom_op(
+    "fastalign::policy_loss", mutates_args=(), schema=f"({SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
+)
+def _op(*args) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the table, and the gradient for an upstream of 1 (``[0]`` when it is not wanted)."""
-    grad = torch.empty(logits.shape if gradient else 0, dtype=logits.dtype, device=logits.device)
-    rows = (temperatures, weights, advantages, old_logps, ref_logps)
-    settings = (loss, kl_estimator, knobs, temperature, softcap, entropy, backend)
-    return *_compute(grad if gradient else None, logits, labels, *rows, *settings), grad
+    *args, gradient = args
+    call = _Call(*args)
+    grad = torch.empty(call.logits.shape if gradient else 0, dtype=call.logits.dtype, device=call.logits.device)
+    return *_compute(grad if gradient else None, call), grad
 
 
 @_op.register_fake
@@ -190,7 +160,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_):
     (grad,) = ctx.saved_tensors
-    return None if upstream is None else grad * upstream, *(None,) * 14
+    return None if upstream is None else grad * upstream, *(None,) * len(_Call._fields)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -200,27 +170,30 @@ class _Eager(torch.autograd.Function):
     """The same outside of a trace, where the gradient is handed over, not copied, and may take the logits' place."""
 
     @staticmethod
-    def forward(ctx, logits, inplace, *rest):
+    def forward(ctx, inplace, *args):
+        call = _Call(*args)
+        logits = call.logits
         out = logits.detach() if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        loss, table = _compute(out, logits, *rest)
+        loss, table = _compute(out, call)
         if inplace:  # whoever else saved these logits must fail, not read gradients
             torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(*(None, None, None, None) if inplace else (logits, rest[0], rest[1], table))
-        ctx.made, ctx.options = [out], (inplace, *rest[-5:-2], rest[-1])
+        ctx.save_for_backward(*((None,) * (TENSORS + 1) if inplace else (*call[:TENSORS], table)))
+        ctx.made, ctx.inplace, ctx.options = [out], inplace, call[TENSORS:]
         ctx.mark_non_differentiable(table)
         ctx.set_materialize_grads(False)
         return loss, table
 
     @staticmethod
     def backward(ctx, upstream, _):
-        if ctx.options[0] and (torch.is_grad_enabled() or not ctx.made):
+        if ctx.inplace and (torch.is_grad_enabled() or not ctx.made):
             again = "double backward" if torch.is_grad_enabled() else "a second backward"
             raise RuntimeError(f"policy_loss: {again} is not supported with inplace=True: the logits are gone")
+        others = (None,) * (len(_Call._fields) - 1)
         if upstream is None:
-            return (None,) * 16
+            return None, None, *others
         with torch.no_grad():
             grad = _scaled(ctx.made.pop() if ctx.made else _again(ctx), upstream)
-        return _Final.apply(grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *(None,) * 15
+        return None, _Final.apply(grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *others
 
 
 class _Final(torch.autograd.Function):
@@ -237,13 +210,10 @@ class _Final(torch.autograd.Function):
 
 def _again(ctx) -> Tensor:
     """The gradient once more, from the saved table: what a second backward costs."""
-    logits, labels, temperatures, table = ctx.saved_tensors
-    _, knobs, temperature, softcap, backend = ctx.options
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    scaling: dict[str, Any] = {"temperature": temperature if temperatures is None else temperatures, "softcap": softcap}
-    sweep = dispatch.kernels("token_logps", backend, logits.device).backward
-    labels = kernel_labels(labels, logits.shape[1])
-    write_gradient(out, logits, labels, columns(table), Knobs(*knobs), sweep, **scaling)
+    *tensors, table = ctx.saved_tensors
+    call = _Call(*tensors, *ctx.options)
+    out = torch.empty(call.logits.shape, dtype=call.logits.dtype, device=call.logits.device)
+    _write_gradient(out, call, table)
     return out
 
 
@@ -279,6 +249,7 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, TokenStats]:
@@ -315,6 +286,8 @@ def policy_loss(
         temperature: a positive number or ``[N]``; gets no gradient.
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         entropy: return the entropy also when it has no weight.
+        process_group: as in ``token_logps``: ``logits`` are then this rank's columns, all else is the same everywhere.
+            The logits are read twice there; loss and statistics have the same bits on every rank.
         inplace: overwrite ``logits`` with their gradient, in this call, instead of allocating ``[N, V]``: nothing else
             may use them. An earlier op that needs them in its backward raises. Ignored where no gradient is recorded,
             and under ``torch.compile``, which plans memory.
@@ -345,14 +318,18 @@ def policy_loss(
         weights = scored.sum().clamp(min=1).to(stats_dtype(logits)).reciprocal().expand(labels.shape)
     given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
     rows = (temperatures, *(_row(name, x, logits) for name, x in given.items()))
-    settings = (loss, kl_estimator, knobs, number, softcap, entropy or entropy_coef != 0, backend)
+    same = {"number of rows of logits": len(logits)}
+    group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
+    asked = entropy or entropy_coef != 0
+    settings = (loss, kl_estimator, knobs, number, softcap, asked, backend, group, shards)
+    call = _Call(logits, labels, *rows, *settings)  # pyright: ignore  # rows are five
     gradient = torch.is_grad_enabled() and logits.requires_grad
     traced = torch.compiler.is_compiling() or type(logits) not in (Tensor, Parameter)
     if gradient and not traced:
-        total, table = _Eager.apply(logits, inplace, labels, *rows, *settings)
+        total, table = _Eager.apply(inplace, *call)
     else:
-        total, table, _ = _op(logits, labels, *rows, *settings, gradient)
-    return total, _stats(table, scored, settings[5], loss, ref_logps is not None)
+        total, table, _ = _op(*call, gradient)
+    return total, _stats(table, scored, asked, loss, ref_logps is not None)
 
 
 def _row(name: str, x: Tensor | None, logits: Tensor) -> Tensor | None:

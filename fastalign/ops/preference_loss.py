@@ -53,6 +53,7 @@ def preference_loss(
     num_pairs: int | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +69,8 @@ def preference_loss(
         ref_logps: ``[N]`` log-probs under the reference; None for losses without one.
         loss_fn: gets the ``PairLogps`` of P pairs and returns losses ``[P]``, or (losses, dict of metric sums).
         num_pairs: the divisor, when pairs of other calls share the mean; P by default.
-        temperature, softcap, inplace_backward, backend: as in ``token_logps``.
+        temperature, softcap, process_group, inplace_backward, backend: as in ``token_logps``; of a split vocabulary
+            ``logits`` are this rank's columns, and the loss has the same bits on every rank.
 
     Returns:
         loss ``[]`` in fp32 (fp64 for fp64 logits), connected to the graph, and the metrics of ``loss_fn``, detached.
@@ -88,6 +90,7 @@ def preference_loss(
         labels,
         temperature=temperature,
         softcap=softcap,
+        process_group=process_group,
         inplace_backward=inplace_backward,
         backend=backend,
     )

@@ -66,7 +66,7 @@ def stats_dtype(*inputs: Tensor | None) -> torch.dtype:
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments that both ops begin with, in the order of their schemas."""
 
     logits: Tensor
@@ -80,6 +80,7 @@ class _Call(NamedTuple):
 
     @property
     def sweep(self) -> ModuleType:
+        """The kernels that serve the logits."""
         return dispatch.kernels("token_logps", self.backend, self.logits.device)
 
     @property
@@ -106,7 +107,7 @@ def columns(logits: Tensor, shards: list[int] | None) -> int:
     return logits.shape[1] if shards is None else sum(shards)
 
 
-def _statistics(call: _Call, entropy: bool, total: bool) -> Statistics:
+def statistics(call: Call, entropy: bool, total: bool) -> Statistics:
     """Those over the columns of all ranks; one all-gather where there are several."""
     (labels, owners), logits = call.rows(), call.logits
     found: Statistics
@@ -133,8 +134,8 @@ def _statistics(call: _Call, entropy: bool, total: bool) -> Statistics:
 def _op(*args) -> tuple[Tensor, ...]:
     """logps, entropy and log-sum-exp (``[0]`` when not asked for), max, logsum."""
     *args, entropy, label_smoothing, lse, _ = args
-    call = _Call(*args)
-    logps, entropies, maximum, logsum, total = _statistics(call, entropy, label_smoothing != 0)
+    call = Call(*args)
+    logps, entropies, maximum, logsum, total = statistics(call, entropy, label_smoothing != 0)
     if total is not None:
         logps = smoothed(logps, logsum, total, label_smoothing, columns(call.logits, call.shards))
     sums = maximum + logsum if lse else None
@@ -155,9 +156,9 @@ def _(logits, *args):
 )
 def _backward_op(*args) -> Tensor:
     """``d logits``, freshly allocated."""
-    call, logits = _Call(*args[: len(_Call._fields)]), args[0]
+    call, logits = Call(*args[: len(Call._fields)]), args[0]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_gradient(out, call, *args[len(_Call._fields) :])
+    _write_gradient(out, call, *args[len(Call._fields) :])
     return out
 
 
@@ -166,7 +167,7 @@ def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _write_gradient(out: Tensor, call: _Call, maximum: Tensor, logsum: Tensor, *row: Tensor | None) -> None:
+def _write_gradient(out: Tensor, call: Call, maximum: Tensor, logsum: Tensor, *row: Tensor | None) -> None:
     if out.numel():
         labels, _ = call.rows()
         call.sweep.backward(out, call.logits, labels, maximum, logsum, Coefficients(*row), **call.scaling)  # pyright: ignore
@@ -188,7 +189,7 @@ def _backward(ctx, *upstream):
 
 def _gradient(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None) -> Tensor:
     logits, labels, temperatures, maximum, logsum, entropy = ctx.saved_tensors
-    call = _Call(logits, labels, temperatures, *ctx.options[:-4])
+    call = Call(logits, labels, temperatures, *ctx.options[:-4])
     row = coefficients(
         torch.zeros_like(logsum) if grad_logps is None else grad_logps,
         entropy=entropy,
@@ -276,7 +277,7 @@ def token_logps(
     same = {"number of rows of logits": logits.shape[0]}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    call = _Call(logits, labels, rows, number, softcap, backend, group, shards)
+    call = Call(logits, labels, rows, number, softcap, backend, group, shards)
     logps, entropies, sums, *_ = _op(*call, entropy, float(label_smoothing), lse, inplace_backward)
     asked = [logps, *([entropies] if entropy else []), *([sums] if lse else [])]
     return tuple(asked) if len(asked) > 1 else logps

@@ -343,7 +343,7 @@ def test_traces_into_one_graph_and_passes_opcheck(loss):
     knobs = make_knobs(0.2, 0.2, None, 1.0, 1.05, 0.3, 0.1)
     vectors = [None if v is None else v.float().nan_to_num() for v in (rows["weights"], rows["advantages"])]
     args = (x.detach().nan_to_num().requires_grad_(), labels, None, *vectors, None, None)
-    args = (*args, loss, "k3", knobs, 1.5, 5.0, True, None, True)
+    args = (*args, loss, "k3", knobs, 1.5, 5.0, True, None, None, None, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(_op, args, test_utils=checks)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["vocab_ranks.py", "token_ranks.py", "divergence_ranks.py"])
+@pytest.mark.parametrize("name", ["vocab_ranks.py", "policy_ranks.py", "token_ranks.py", "divergence_ranks.py"])
 def test_ranks_agree_with_one(name, size):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     script = [sys.executable, str(Path(__file__).with_name(name)), str(size)]
