@@ -25,7 +25,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-# No contraction: a * b + c is fused where the source says fma, and forward and backward round alike.
+# No contraction, here and in nvcc's flags: a * b + c is fused where the source says fma, and forward and backward round
+# alike.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off"
 # GCC 12 warns that its own AVX-512 headers use uninitialised values; without OpenMP its pragmas mean nothing.
 WARNINGS = "-Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-pragmas"
@@ -35,7 +36,7 @@ LEVELS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
 }
 CUDA_ARCHS = ("80", "90", "100")
-NVCC_FLAGS = "-std=c++17 -O3 -t 0 -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings"
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -t 0 -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings"
 
 
 def demanded(name: str) -> bool | None:
@@ -73,7 +74,8 @@ def find_nvcc() -> str | None:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
     if wanted is False or not (wanted or nvcc):
         return None
-    check = ["-std=c++17", f"-I{ROOT}/csrc", "-E", *sources("cuda/*.cu")[:1]]
+    # The kernels have code for sm_90: an nvcc older than 11.8 refuses the name.
+    check = ["-std=c++17", "-arch=sm_90", f"-I{ROOT}/csrc", "-E", *sources("cuda/*.cu")[:1]]
     if nvcc and accepts(f"{nvcc} {shlex.join(check)}"):
         return nvcc
     reason = f"{nvcc} does not compile here" if nvcc else "no nvcc was found"
@@ -125,8 +127,9 @@ def objects(nvcc: str | None) -> Iterator[tuple[str, str, str, str]]:
     for source in sources("cpu/*.cpp"):
         for level, flags in levels().items():
             yield f"{Path(source).stem}.{level}.o", "cxx", source, f"{flags} -DLEVEL={level} -DLEVEL_{level}"
-    for source in sources("cuda/*.cu") if nvcc else ():
-        yield f"{Path(source).stem}.cuda.o", "cu", source, ""
+    for source in sources("cuda/*.c*") if nvcc else ():
+        rule, flags = ("cu", "") if source.endswith(".cu") else ("cxx", "-O1")
+        yield f"{Path(source).stem}.cuda.o", rule, source, flags
 
 
 def ninja_file(cxx: str, output: Path) -> str:

@@ -79,7 +79,13 @@ class Field:
 
 
 def absent(
-    setting: Setting, *, package: str | None = None, gpu: str = "", hopper: bool = False, compiled: bool = False
+    setting: Setting,
+    *,
+    package: str | None = None,
+    gpu: str = "",
+    hopper: bool = False,
+    compiled: bool = False,
+    backend: str | None = None,
 ) -> str | None:
     """Why a candidate cannot run here, or None when it can.
 
@@ -88,13 +94,18 @@ def absent(
         gpu: why it needs a GPU, "its kernels are Triton"; empty when it does not.
         hopper: it needs a GPU of capability 9.0 or newer.
         compiled: it needs torch.compile.
+        backend: the backend of fastalign that it asks for.
     """
+    from fastalign.ops import dispatch
+
     if gpu and not setting.gpu:
         return f"needs a GPU: {gpu}"
     if hopper and capability() < (9, 0):
         return "needs a GPU of capability 9.0 or newer"
     if compiled and not setting.compiled:
         return "torch.compile was not asked for (--no-compile)"
+    if backend is not None and (reason := dispatch.missing(backend)):
+        return reason
     return None if package is None else peers.missing(package)
 
 

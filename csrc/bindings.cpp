@@ -12,6 +12,10 @@
 namespace py = pybind11;
 using namespace fastalign;
 
+#if defined(FASTALIGN_CUDA)
+void bind_cuda(py::module_& m);  // in cuda/bindings.cpp
+#endif
+
 namespace fastalign {
 #if defined(FASTALIGN_AVX512)
 namespace avx512 {
@@ -90,14 +94,6 @@ void run_policy_loss(const PolicyLoss& op, int threads) {
   policy_loss(op, threads);
 }
 
-#if defined(FASTALIGN_CUDA)
-void forward_cuda(const TokenLogps& op, uint64_t stream) {
-  if (op.total) throw std::invalid_argument("token_logps on CUDA does not compute total: leave it out");
-  if (const char* error = fastalign_token_logps_forward_cuda(&op, stream))
-    throw std::runtime_error(std::string("token_logps on CUDA: ") + error);
-}
-#endif
-
 using Address = uintptr_t;  // 0: not given
 using MatrixArgument = std::tuple<Address, int64_t, int64_t>;  // address, row stride, column stride
 
@@ -139,7 +135,7 @@ PYBIND11_MODULE(_C, m) {
         "Use a lower instruction set from now on; not while a kernel runs.");
 
   const MatrixArgument none{};
-  auto op = py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
+  py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
       .def(py::init(&describe), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
            py::arg("vocabulary"), py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0,
            py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
@@ -147,7 +143,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
       .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("address", [](const TokenLogps& op) { return reinterpret_cast<Address>(&op); });
   m.def(
       "segment_scan",
       [](Address x, Address decays, double decay, Address out, bool float64, bool reverse, Address offsets,
@@ -186,7 +183,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("table"), py::arg("weights"), py::arg("advantages") = 0, py::arg("old_logps") = 0,
            py::arg("ref_logps") = 0, py::arg("ratio_low"), py::arg("ratio_high"), py::arg("ratio_cap"),
            py::arg("tau_pos"), py::arg("tau_neg"), py::arg("kl_coef"), py::arg("entropy_coef"))
-      .def("run", &run_policy_loss, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      .def("run", &run_policy_loss, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("address", [](const PolicyLoss& op) { return reinterpret_cast<Address>(&op); });
   py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
       .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
            py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0)
@@ -201,9 +199,7 @@ PYBIND11_MODULE(_C, m) {
            },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(FASTALIGN_CUDA)
-  op.def("forward_cuda", &forward_cuda, py::arg("stream"), "As forward, on addresses of the current device.");
-  m.attr("has_cuda") = true;
-#else
-  m.attr("has_cuda") = false;
+  bind_cuda(m);
 #endif
+  m.attr("has_cuda") = py::hasattr(m, "cuda");
 }

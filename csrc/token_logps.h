@@ -48,7 +48,3 @@ struct TokenLogps {
 };
 
 }  // namespace fastalign
-
-// The forward on the GPU: addresses on the current device, the stream as an integer. Enqueues and returns null, or the
-// runtime's description of what went wrong.
-extern "C" const char* fastalign_token_logps_forward_cuda(const fastalign::TokenLogps* op, uint64_t stream);

@@ -73,6 +73,8 @@ def candidates(
         enter("eager in fp32", partial(upcast, **options))
     enter("torch.compile", torch.compile(partial(upcast, **options), dynamic=False), compiled=True)
     enter(OURS, partial(ours, **options, inplace_backward=inplace))
+    native = partial(ours, **options, inplace_backward=inplace, backend="cuda")
+    enter("fastalign, CUDA C++", native, gpu="its kernels are CUDA C++", backend="cuda")
     enter("fastalign, torch backend", partial(ours, **options, backend="torch"))
     if grad:
         other = "fastalign, " + ("fresh memory" if inplace else "in place")

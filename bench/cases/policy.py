@@ -115,6 +115,8 @@ def policy_loss(
         field.add_loss("eager in fp32", partial(eager_policy, wide=True), LEAVES)
     field.add_loss("torch.compile", compiled_policy(), LEAVES, compiled=True)
     field.add_loss(OURS, partial(our_policy, inplace=inplace), LEAVES)
+    native = partial(our_policy, inplace=inplace, backend="cuda")
+    field.add_loss("fastalign, CUDA C++", native, LEAVES, gpu="its kernels are CUDA C++", backend="cuda")
     field.add_loss("fastalign, two-phase", partial(our_two_phases, inplace=inplace), LEAVES)
     liger = partial(liger_policy, inplace=inplace)
     field.add_loss("Liger GRPO from logits", liger, LEAVES, package="liger_kernel", gpu="its kernels are Triton")

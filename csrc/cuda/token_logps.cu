@@ -1,188 +1,175 @@
-// Row statistics of logits on the GPU: one block per row reads it once, 16 bytes per thread and step.
-//
-// A column belongs to the same thread whether loads are wide or not, and the block's reduction has one order: the bits
-// of a row depend on V and dtype alone, not on the row's address or its company.
+// Row statistics of logits and their gradient on the GPU. With rows enough a block takes one; few rows are shared by
+// blocks, a share of the segments each, and a warp per row puts the segments together.
 #include "token_logps.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cmath>
+#include "cuda.h"
+#include "cuda/launch.h"
+#include "cuda/rows.h"
 
 namespace fastalign {
 namespace {
 
-constexpr int kThreads = 512;  // four blocks fill an SM of sm_80 to sm_100
-constexpr int kWarp = 32;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
-__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
-
 template <class T>
-using Real = decltype(widen(T()));
+constexpr int kUnroll = sizeof(T) == sizeof(double) ? 2 : 4;
+constexpr int kFinishers = 128;  // threads of a block that finishes rows, a warp each
 
-// z = softcap(logit_scale * a) / temperature of one row.
-template <class R, bool capped>
-struct Transform {
-  R inner, outer;
-
-  __device__ Transform(const TokenLogps& op, int64_t row) {
-    double temperature = op.temperature_of(row);
-    inner = R(capped ? op.logit_scale / op.softcap : op.logit_scale / temperature);
-    outer = R(op.softcap / temperature);
-  }
-  __device__ __forceinline__ R operator()(R a) const {
-    return capped ? hyperbolic_tangent(a * inner) * outer : a * inner;
-  }
-};
-
-// max z, sum exp(z - max), sum exp(z - max) (z - max) of the columns seen so far.
+// What the blocks that share a row leave of it.
 template <class R>
-struct Online {
-  R max = -INFINITY, sum = 0, weighted = 0;
-
-  __device__ __forceinline__ void raise(R higher) {
-    if (max > -INFINITY) {
-      R shift = max - higher, factor = exponential(shift);
-      weighted = factor == 0 ? 0 : factor * (weighted + sum * shift);
-      sum *= factor;
-    }
-    max = higher;
-  }
-  __device__ __forceinline__ void add(R z) {
-    R x = max > -INFINITY ? z - max : z, e = exponential(x);  // a row that begins with -inf is not yet lost
-    sum += e;
-    weighted += e == 0 ? 0 : e * x;
-  }
-  __device__ __forceinline__ void merge(Online other) {
-    if (other.max > max) raise(other.max);
-    else other.raise(max);
-    sum += other.sum;
-    weighted += other.weighted;
-  }
-  __device__ __forceinline__ Online from_lane(int offset) const {
-    Online other;
-    other.max = __shfl_down_sync(0xffffffff, max, offset);
-    other.sum = __shfl_down_sync(0xffffffff, sum, offset);
-    other.weighted = __shfl_down_sync(0xffffffff, weighted, offset);
-    return other;
-  }
+struct Scratch {
+  Partial<R> segments[kMaxSegments];
+  R target;
 };
 
 template <class R>
-__device__ Online<R> reduce_warp(Online<R> online) {
-  for (int offset = kWarp / 2; offset; offset /= 2) online.merge(online.from_lane(offset));
-  return online;
-}
-
-// Of the whole block, in thread 0.
-template <class R>
-__device__ Online<R> reduce_block(Online<R> online) {
-  __shared__ R shared[3][kThreads / kWarp];
-  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  online = reduce_warp(online);
-  if (lane == 0) {
-    shared[0][warp] = online.max;
-    shared[1][warp] = online.sum;
-    shared[2][warp] = online.weighted;
-  }
-  __syncthreads();
-  Online<R> mine;
-  if (warp == 0 && lane < kThreads / kWarp) {
-    mine.max = shared[0][lane];
-    mine.sum = shared[1][lane];
-    mine.weighted = shared[2][lane];
-  }
-  return warp == 0 ? reduce_warp(mine) : mine;
-}
-
-template <class T>
-struct alignas(16) Pack {
-  T values[16 / sizeof(T)];
-};
-
-template <class T, bool capped>
-__device__ Online<Real<T>> sweep(const T* x, int64_t stride, int64_t columns, bool wide,
-                                 const Transform<Real<T>, capped>& transform) {
-  constexpr int kPack = 16 / sizeof(T);
-  Online<Real<T>> online;
-  for (int64_t v = int64_t(threadIdx.x) * kPack; v < columns; v += int64_t(kThreads) * kPack) {
-    Real<T> z[kPack], largest = -INFINITY;
-    Pack<T> pack;
-    if (wide && v + kPack <= columns) {
-      pack = *reinterpret_cast<const Pack<T>*>(x + v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) pack.values[i] = x[(v + i < columns ? v + i : v) * stride];
-    }
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      z[i] = v + i < columns ? transform(widen(pack.values[i])) : Real<T>(-INFINITY);
-      largest = z[i] > largest ? z[i] : largest;
-    }
-    if (largest > online.max) online.raise(largest);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) online.add(z[i]);
-  }
-  return online;
-}
-
-template <class R>
-__device__ void write_row(const TokenLogps& op, int64_t row, R logps, R max, R logsum, R entropy) {
+__device__ void write_row(const TokenLogps& op, int64_t row, R logps, const Statistics<R>& s) {
   static_cast<R*>(op.logps)[row] = logps;
-  static_cast<R*>(op.max)[row] = max;
-  static_cast<R*>(op.logsum)[row] = logsum;
-  if (op.entropy) static_cast<R*>(op.entropy)[row] = entropy;
+  static_cast<R*>(op.max)[row] = s.max;
+  static_cast<R*>(op.logsum)[row] = s.logsum;
+  if (op.entropy) static_cast<R*>(op.entropy)[row] = s.entropy;
+  if (op.total) static_cast<R*>(op.total)[row] = s.total;
 }
 
-template <class T, bool capped>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const TokenLogps op, bool wide) {
+template <class R>
+__device__ void write_ignored_row(const TokenLogps& op, int64_t row) {
+  Statistics<R> zero;
+  zero.max = zero.logsum = zero.entropy = zero.total = 0;
+  write_row<R>(op, row, 0, zero);
+}
+
+template <class T, bool capped, bool full>
+__global__ void __launch_bounds__(kTeam, kResident<T>)
+    forward_kernel(const TokenLogps op, const Cut cut, int blocks_per_row, Scratch<Real<T>>* scratch) {
   using R = Real<T>;
-  int64_t row = blockIdx.x, label = op.label(row);
+  int64_t row = blockIdx.x / blocks_per_row, label = op.label(row);
   if (label == kIgnored) {
-    if (threadIdx.x == 0) write_row<R>(op, row, 0, 0, 0, 0);
+    if (threadIdx.x == 0 && blocks_per_row == 1) write_ignored_row<R>(op, row);
     return;
   }
-  const T* x = static_cast<const T*>(op.logits.data) + row * op.logits.row_stride;
+  auto& warps = *reinterpret_cast<Partial<R>(*)[kMaxSegments][kWarps]>(machine::shared_memory());
+  int share = cut.segments / blocks_per_row, first = blockIdx.x % blocks_per_row * share, lane = threadIdx.x;
   Transform<R, capped> transform(op, row);
-  Online<R> online = reduce_block(sweep<T, capped>(x, op.logits.col_stride, op.vocabulary, wide, transform));
-  if (threadIdx.x != 0) return;
+  R target = lane == 0 ? target_of<T>(op, row, label, transform) : R(0);
+  for (int s = first; s < first + share; ++s)
+    sweep<full>(columns_of<T, kUnroll<T>>(op, row, cut.begin(s), cut.columns(s)), transform, warps[s]);
+  __syncthreads();
+  if (lane >= kWarp) return;
+  Partial<R> segment;
+  if (lane < share) segment = reduce_team(warps[first + lane]);
+  if (blocks_per_row > 1) {
+    if (lane < share) scratch[row].segments[first + lane] = segment;
+    if (lane == 0) scratch[row].target = target;
+    return;
+  }
+  Statistics<R> statistics(reduce_warp<full>(segment));
+  if (lane == 0) write_row(op, row, logps_of(op, label, target, statistics), statistics);
+}
 
-  R max = online.sum != online.sum && online.max < INFINITY ? R(NAN) : online.max;
-  R logsum = log(online.sum), logps = label == kElsewhere ? R(0) : R(NAN);
-  if (label >= 0 && label < op.vocabulary) logps = (transform(widen(x[label * op.logits.col_stride])) - max) - logsum;
-  write_row<R>(op, row, logps, max, logsum, logsum - online.weighted / online.sum);
+template <class R>
+__global__ void __launch_bounds__(kFinishers) finish_kernel(const TokenLogps op, int segments, const Scratch<R>* scratch) {
+  int64_t row = int64_t(blockIdx.x) * (kFinishers / kWarp) + threadIdx.x / kWarp;
+  int lane = threadIdx.x % kWarp;
+  if (row >= op.rows) return;
+  int64_t label = op.label(row);
+  if (label == kIgnored) {
+    if (lane == 0) write_ignored_row<R>(op, row);
+    return;
+  }
+  Partial<R> segment;
+  if (lane < segments) segment = scratch[row].segments[lane];
+  Statistics<R> statistics(reduce_warp<true>(segment));
+  if (lane == 0) write_row(op, row, logps_of(op, label, scratch[row].target, statistics), statistics);
+}
+
+template <class R>
+__device__ R number(const void* values, int64_t row) {
+  return values ? static_cast<const R*>(values)[row] : R(0);
+}
+
+template <class T, bool capped>
+__global__ void __launch_bounds__(kTeam, kResident<T>)
+    backward_kernel(const TokenLogps op, const Cut cut, int blocks_per_row) {
+  using R = Real<T>;
+  int64_t row = blockIdx.x / blocks_per_row, label = op.label(row);
+  int share = cut.segments / blocks_per_row, first = blockIdx.x % blocks_per_row * share;
+  int64_t begin = cut.begin(first), end = first + share == cut.segments ? cut.vocabulary : cut.begin(first + share);
+  int n = static_cast<int>(end > begin ? end - begin : 0);
+  T* out = row_of<T>(op.grad, row) + begin * op.grad.col_stride;
+  auto coefficients = [&]() -> RowCoefficients<R> {
+    return {number<R>(op.g, row), number<R>(op.alpha, row), number<R>(op.beta, row), number<R>(op.delta, row)};
+  };
+  bool zero = label == kIgnored || coefficients().zero();
+  if (zero || (label != kElsewhere && !inside(op, label)))
+    return fill<T>(zero ? R(0) : R(NAN), n, out, op.grad.col_stride, threadIdx.x, kTeam);
+  Gradient<R, capped> gradient(Transform<R, capped>(op, row), coefficients(), number<R>(op.max, row),
+                               number<R>(op.logsum, row));
+  differentiate(columns_of<T, kUnroll<T>>(op, row, begin, n), label - begin, gradient, coefficients, out, op.grad.col_stride,
+                threadIdx.x, kTeam);
+}
+
+template <class T, bool capped, bool full>
+cudaError_t forward_as(const TokenLogps& op, int blocks_per_row, void* scratch, uint64_t stream) {
+  using R = Real<T>;
+  const Cut cut(op.vocabulary);
+  auto* rows = static_cast<Scratch<R>*>(scratch);
+  Launch how = {op.rows * blocks_per_row, kTeam, stream, int(sizeof(Partial<R>)) * kMaxSegments * kWarps};
+  cudaError_t error = launch(how, forward_kernel<T, capped, full>, op, cut, blocks_per_row, rows);
+  if (error != cudaSuccess || blocks_per_row == 1) return error;
+  Launch after = {(op.rows * kWarp + kFinishers - 1) / kFinishers, kFinishers, stream};
+  return launch(after, finish_kernel<R>, op, cut.segments, rows);
 }
 
 template <class T>
-void launch(const TokenLogps& op, cudaStream_t stream) {
-  auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
-  bool wide = op.logits.col_stride == 1 && aligned(reinterpret_cast<intptr_t>(op.logits.data)) &&
-              aligned(op.logits.row_stride * int64_t(sizeof(T)));
-  auto kernel = op.softcap != 0 ? forward_kernel<T, true> : forward_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(op.rows), kThreads, 0, stream>>>(op, wide);
+cudaError_t forward(const TokenLogps& op, int blocks_per_row, void* scratch, uint64_t stream) {
+  constexpr bool always = sizeof(T) == sizeof(double);  // not worth a kernel of its own
+  bool full = op.entropy || op.total;
+  if (op.softcap != 0)
+    return (full ? forward_as<T, true, true> : forward_as<T, true, always>)(op, blocks_per_row, scratch, stream);
+  return (full ? forward_as<T, false, true> : forward_as<T, false, always>)(op, blocks_per_row, scratch, stream);
+}
+
+template <class T>
+cudaError_t backward(const TokenLogps& op, int blocks_per_row, uint64_t stream) {
+  Launch how = {op.rows * blocks_per_row, kTeam, stream};
+  auto kernel = op.softcap != 0 ? backward_kernel<T, true> : backward_kernel<T, false>;
+  return launch(how, kernel, op, Cut(op.vocabulary), blocks_per_row);
 }
 
 }  // namespace
 }  // namespace fastalign
 
-extern "C" const char* fastalign_token_logps_forward_cuda(const fastalign::TokenLogps* op, uint64_t stream) {
-  using namespace fastalign;
-  auto queue = reinterpret_cast<cudaStream_t>(stream);
+using namespace fastalign;
+
+const char* fastalign_use_device_cuda(int device) { return description(cudaSetDevice(device)); }
+
+int fastalign_blocks_per_row_cuda(int64_t rows, int64_t vocabulary) {
+  int64_t multiprocessors = limit(cudaDevAttrMultiProcessorCount), blocks = 1;
+  if (rows >= 2 * multiprocessors) return 1;
+  while (blocks < Cut(vocabulary).segments && rows * blocks < kResident<float> * multiprocessors) blocks *= 2;
+  return static_cast<int>(blocks);
+}
+
+int64_t fastalign_scratch_cuda(const TokenLogps* op) {
+  return op->rows * int64_t(op->dtype == Dtype::float64 ? sizeof(Scratch<double>) : sizeof(Scratch<float>));
+}
+
+const char* fastalign_token_logps_forward_cuda(const TokenLogps* op, int blocks_per_row, void* scratch, uint64_t stream) {
   if (op->rows == 0) return nullptr;
   switch (op->dtype) {
-    case Dtype::float32: launch<float>(*op, queue); break;
-    case Dtype::bfloat16: launch<__nv_bfloat16>(*op, queue); break;
-    case Dtype::float16: launch<__half>(*op, queue); break;
-    case Dtype::float64: launch<double>(*op, queue); break;
+    case Dtype::float32: return description(forward<float>(*op, blocks_per_row, scratch, stream));
+    case Dtype::bfloat16: return description(forward<__nv_bfloat16>(*op, blocks_per_row, scratch, stream));
+    case Dtype::float16: return description(forward<__half>(*op, blocks_per_row, scratch, stream));
+    case Dtype::float64: return description(forward<double>(*op, blocks_per_row, scratch, stream));
   }
-  cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return "unknown dtype";
+}
+
+const char* fastalign_token_logps_backward_cuda(const TokenLogps* op, int blocks_per_row, uint64_t stream) {
+  if (op->rows == 0) return nullptr;
+  switch (op->dtype) {
+    case Dtype::float32: return description(backward<float>(*op, blocks_per_row, stream));
+    case Dtype::bfloat16: return description(backward<__nv_bfloat16>(*op, blocks_per_row, stream));
+    case Dtype::float16: return description(backward<__half>(*op, blocks_per_row, stream));
+    case Dtype::float64: return description(backward<double>(*op, blocks_per_row, stream));
+  }
+  return "unknown dtype";
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.ops._rows import Coefficients
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+CPU = torch.device("cpu")
 
 
 def unavailable() -> str | None:
@@ -40,7 +41,7 @@ def forward(
     logit_scale: float = 1.0,
     entropy: bool = False,
     total: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+) -> Statistics:
     """Log-probs of the labels and the row statistics that the backward needs, in one read of the logits.
 
     ``z = softcap(logit_scale * logits) / temperature``, ``max = max_v z_v``, ``logsum = ln sum_v exp(z_v - max)``,
@@ -62,13 +63,11 @@ def forward(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    rows = _check(logits, labels)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps, max_, logsum = (torch.empty(rows, dtype=dtype) for _ in range(3))
-    row_entropy, totals = (torch.empty(rows, dtype=dtype) if wanted else None for wanted in (entropy, total))
-    outputs = {"logps": logps, "entropy": row_entropy, "max": max_, "logsum": logsum, "total": totals}
-    _run("forward", logits, labels, temperature, softcap, logit_scale, outputs)
-    return logps, row_entropy, max_, logsum, totals
+    _check(logits, labels)
+    outputs = _outputs(logits, entropy, total)
+    op, _alive = _describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
+    op.forward(torch.get_num_threads())
+    return outputs
 
 
 def backward(
@@ -98,16 +97,15 @@ def backward(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    rows = _check(logits, labels)
+    _check(logits, labels)
     _check_out(out, logits)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inputs = {"max": max, "logsum": logsum, **coefficients._asdict()}
-    vectors = {name: _vector(name, x, rows, dtype) for name, x in inputs.items() if x is not None}
-    _run("backward", logits, labels, temperature, softcap, logit_scale, vectors, grad=_matrix(out))
+    inputs = _vectors({"max": max, "logsum": logsum, **coefficients._asdict()}, logits)
+    op, _alive = _describe(logits, labels, temperature, softcap, logit_scale, inputs, grad=_matrix(out))
+    op.backward(torch.get_num_threads())
 
 
-def _check(logits: Tensor, labels: Tensor) -> int:
-    """The number of rows, once shapes, dtypes and devices are right."""
+def _check(logits: Tensor, labels: Tensor, backend: str = "cpp", device: str = "cpu") -> None:
+    """Shapes, dtypes and devices are right."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.shape[1]:
         raise ValueError(
             f"expected logits [N, V] and labels [N], got {tuple(logits.shape)} and {tuple(labels.shape)}: "
@@ -117,43 +115,59 @@ def _check(logits: Tensor, labels: Tensor) -> int:
         raise ValueError(
             f"expected fp32, bf16, fp16 or fp64 logits and int32 or int64 labels, got {logits.dtype} and {labels.dtype}"
         )
-    if logits.device.type != "cpu" or labels.device.type != "cpu":
+    if logits.device.type != device or labels.device != logits.device:
         raise ValueError(
-            f"the cpp backend computes on the CPU, got logits on {logits.device}, labels on {labels.device}"
+            f"the {backend} backend computes on {device} tensors of one device, "
+            f"got logits on {logits.device}, labels on {labels.device}"
         )
-    return logits.shape[0]
 
 
 def _check_out(out: Tensor, logits: Tensor) -> None:
-    if out.shape != logits.shape or out.dtype != logits.dtype:
+    if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
         raise ValueError(
-            f"out must be {logits.dtype} {tuple(logits.shape)} like the logits, not {out.dtype} {tuple(out.shape)}"
+            f"out must be {logits.dtype} {tuple(logits.shape)} on {logits.device} like the logits, "
+            f"not {out.dtype} {tuple(out.shape)} on {out.device}"
         )
 
 
-def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """``x`` as a contiguous ``[N]`` of ``dtype`` on the CPU."""
-    if x.shape != (rows,) or x.device.type != "cpu":
-        raise ValueError(f"{name} must be [{rows}] on the CPU, got {tuple(x.shape)} on {x.device}")
+def _stats_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+class Statistics(NamedTuple):
+    """What ``forward`` returns, each ``[N]``."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    max: Tensor
+    logsum: Tensor
+    total: Tensor | None
+
+
+def _outputs(logits: Tensor, entropy: bool, total: bool) -> Statistics:
+    """Fresh memory for the statistics, beside the logits."""
+
+    def fresh() -> Tensor:
+        return torch.empty(len(logits), dtype=_stats_dtype(logits), device=logits.device)
+
+    return Statistics(fresh(), fresh() if entropy else None, fresh(), fresh(), fresh() if total else None)
+
+
+def _vectors(given: Mapping[str, Tensor | None], logits: Tensor) -> dict[str, Tensor]:
+    """What is given, as contiguous ``[N]`` of the statistics' dtype beside the logits."""
+    dtype, rows = _stats_dtype(logits), len(logits)
+    return {name: _vector(name, x, rows, dtype, logits.device) for name, x in given.items() if x is not None}
+
+
+def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+    """``x`` as a contiguous ``[N]`` of ``dtype``."""
+    if x.shape != (rows,) or x.device != device:
+        raise ValueError(f"{name} must be [{rows}] on {device}, got {tuple(x.shape)} on {x.device}")
     return x.detach().to(dtype).contiguous()
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _run(
-    direction: str,
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    vectors: Mapping[str, Tensor | None],
-    **matrices: tuple[int, int, int],
-) -> None:
-    op, _alive = _describe(logits, labels, temperature, softcap, logit_scale, vectors, **matrices)
-    getattr(op, direction)(torch.get_num_threads())
 
 
 def _describe(
@@ -171,7 +185,7 @@ def _describe(
     rows, vocabulary = logits.shape
     alive = [labels.contiguous()]
     if isinstance(temperature, Tensor):
-        alive.append(_vector("temperature", temperature.expand(rows), rows, torch.float64))
+        alive.append(_vector("temperature", temperature.expand(rows), rows, torch.float64, logits.device))
         settings = {"temperatures": alive[1].data_ptr()}
     else:
         settings = {"temperature": float(temperature)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,26 +44,46 @@ def run(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
+    _cpp._check(logits, labels)
+    rows = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
+    scaling = {"temperature": temperature, "softcap": softcap}
+    settings = {"loss": loss, "kl_estimator": kl_estimator, "knobs": knobs, "entropy": entropy}
+    op, table, _alive = describe(out, logits, labels, rows, **settings, **scaling)
+    op.run(torch.get_num_threads())
+    return table
+
+
+def describe(
+    out: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    rows: dict[str, Tensor | None],
+    *,
+    loss: str,
+    kl_estimator: str,
+    knobs: Knobs,
+    entropy: bool,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> tuple[Any, Tensor, list[Any]]:
+    """The addresses, the fresh table that a kernel fills, and what must stay alive until it has."""
     from fastalign import _C
 
-    rows, dtype = _cpp._check(logits, labels), torch.float64 if logits.dtype == torch.float64 else torch.float32
-    table = torch.empty(len(COLUMNS), rows, dtype=dtype)
-    given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
-    vectors = {name: _cpp._vector(name, x, rows, dtype) for name, x in given.items() if x is not None}
     if out is not None:
         _cpp._check_out(out, logits)
-    matrices = {} if out is None else {"grad": _cpp._matrix(out)}
+    table = torch.empty(len(COLUMNS), logits.shape[0], dtype=_cpp._stats_dtype(logits), device=logits.device)
+    vectors, matrices = _cpp._vectors(rows, logits), {} if out is None else {"grad": _cpp._matrix(out)}
     fields = _statistics(table, entropy, knobs)
-    op, _alive = _cpp._describe(logits, labels, temperature, softcap, 1.0, fields, **matrices)
-    _C.PolicyLoss(
+    op, alive = _cpp._describe(logits, labels, temperature, softcap, 1.0, fields, **matrices)
+    policy = _C.PolicyLoss(
         rows=op,
         surrogate=SURROGATES[loss],
         k2=kl_estimator == "k2",
         table=table.data_ptr(),
         **{name: x.data_ptr() for name, x in vectors.items()},
         **vars(knobs),
-    ).run(torch.get_num_threads())
-    return table
+    )
+    return policy, table, [*alive, *vectors.values()]
 
 
 def _statistics(table: Tensor, entropy: bool, knobs: Knobs) -> dict[str, Tensor]:

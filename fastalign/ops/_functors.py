@@ -5,8 +5,8 @@ With ``l`` the log-prob, ``r`` the ratio, ``A`` the advantage and ``w`` the weig
     loss = -w A value(l) + w kl_coef kl(l) - w entropy_coef H
     g = d loss / d l = -w A slope + w kl_coef d kl / d l          beta = w entropy_coef          alpha = beta H
 
-A functor is one function here, one in ``fastalign_kernels.functors`` and one in ``csrc/cpu/functors.h``, all of one
-name.
+A functor is one function here, one in ``fastalign_kernels.functors`` and one in each of ``csrc/cpu/functors.h`` and
+``csrc/cuda/functors.h``, all of one name.
 """
 
 from __future__ import annotations

@@ -15,20 +15,20 @@ from types import ModuleType
 
 import torch
 
-from fastalign.ops import _cpp
+from fastalign.ops import _cpp, _cuda
 
 log = logging.getLogger("fastalign")
 
 _SWEEP = {
     **{"torch": "fastalign.ops._torch_token_logps", "cpp": "fastalign.ops._cpp"},
-    "triton": "fastalign_kernels.token_logps",
+    **{"triton": "fastalign_kernels.token_logps", "cuda": "fastalign.ops._cuda"},
 }
 
 _SCAN = {"torch": "fastalign.ops.scan", "cpp": "fastalign.ops._cpp_scan", "triton": "fastalign_kernels.scan"}
 
 _POLICY = {
     **{"torch": "fastalign.ops._torch_policy", "cpp": "fastalign.ops._cpp_policy"},
-    "triton": "fastalign_kernels.policy_loss",
+    **{"triton": "fastalign_kernels.policy_loss", "cuda": "fastalign.ops._cuda_policy"},
 }
 
 _DIVERGENCE = {
@@ -44,7 +44,8 @@ MODULES: dict[str, dict[str, str]] = {
 }
 """op -> backend -> the module that holds its kernels; the linear ops are GEMMs around the sweep of ``token_logps``."""
 
-_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
+"""Best first. The CUDA C++ kernels serve those who ask for them until a measurement puts them before Triton's."""
 
 
 def available(op: str) -> tuple[str, ...]:
@@ -61,6 +62,8 @@ def missing(backend: str) -> str | None:
     """Why ``backend`` cannot be used here, or None when it can."""
     if backend == "cpp":
         return _cpp.unavailable()
+    if backend == "cuda":
+        return _cuda.unavailable()
     if backend == "triton":
         for module in ("triton", "fastalign_kernels"):
             if _absent(module):
@@ -113,7 +116,7 @@ def _interpreted() -> bool:
 def _serves(backend: str, device: str) -> bool:
     if backend == "triton":
         return device == "cuda" or (device == "cpu" and _interpreted())
-    return backend == "torch" or device == "cpu"
+    return backend == "torch" or device == ("cuda" if backend == "cuda" else "cpu")
 
 
 def _passed_over(chosen: str, device: str) -> str:

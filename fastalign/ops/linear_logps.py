@@ -280,7 +280,7 @@ def linear_logps(
             (bias, B) placed ``Shard(0)`` over one dimension of its mesh brings its group; replicated DTensors count as
             their local tensors. Gradients are placed like their inputs.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
-        backend: "torch", "cpp", "triton" or None for the best one here.
+        backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
         batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
         num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
             the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other

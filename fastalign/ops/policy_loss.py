@@ -291,7 +291,7 @@ def policy_loss(
         inplace: overwrite ``logits`` with their gradient, in this call, instead of allocating ``[N, V]``: nothing else
             may use them. An earlier op that needs them in its backward raises. Ignored where no gradient is recorded,
             and under ``torch.compile``, which plans memory.
-        backend: "torch", "cpp", "triton" or None for the best one here.
+        backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
 
     Returns:
         loss ``[]`` in fp32 (fp64 for fp64 logits), connected to the graph, and the detached ``TokenStats`` of all rows.

@@ -254,7 +254,7 @@ def token_logps(
             shapes, and one table of what the ranks know of each row.
         inplace_backward: backward overwrites ``logits`` with their gradient instead of allocating ``[N, V]``; any other
             use of the logits in a later backward raises. Ignored under ``torch.compile``, where memory is planned.
-        backend: "torch", "cpp", "triton" or None for the best one here.
+        backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
 
     Returns:
         logps ``[N]`` in fp32 (fp64 for fp64 logits); or a tuple: logps, then entropy, then lse, as asked for.

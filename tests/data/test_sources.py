@@ -102,7 +102,11 @@ def test_a_malformed_line_of_a_compressed_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:40], r"cannot read '.*a\.jsonl\.gz': .*expected a whole gz file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode(), mtime=0)[:40],
+            r"cannot read '.*a\.jsonl\.gz': .*expected a whole gz file",
+        ),
         ("a.jsonl.gz", b"not gzip", r"cannot read '.*a\.jsonl\.gz': Not a gzipped file"),
         ("a.jsonl", LINES.encode() + b'{"prompt": "caf\xe9"}\n', r"a\.jsonl, line 6: .*not UTF-8"),
         ("a.json", b'[\n{"prompt": "caf\xe9"}]', r"a\.json, line 2: expected UTF-8"),

@@ -34,10 +34,15 @@ from fastalign.testing import (
     two_stream_example,
 )
 
-BACKENDS = ["torch", "cpp", "triton"]
+BACKENDS = ["torch", "cpp", "triton", "cuda"]
 HERE = [name for name in BACKENDS if not dispatch.missing(name)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
+
+
+def serving(op):
+    """The backends of an op that are usable here."""
+    return [backend for backend in HERE if backend in dispatch.MODULES[op]]
 
 
 def place(backend):
@@ -184,14 +189,14 @@ OPS = {
         chosen(LOGITS_STREAMS, kind=KINDS),
         plain_value(ops.divergence),
         lambda x: {"value": divergence_reference(**given(x))},
-        HERE,
+        serving("divergence"),
         factor=3.0,
     ),
     "linear_divergence": Op(
         chosen(HIDDEN_STREAMS, kind=KINDS),
         plain_value(ops.linear_divergence),
         lambda x: {"value": linear_divergence_reference(**given(x))},
-        HERE,
+        serving("linear_divergence"),
         factor=3.0,
     ),
     "policy_loss": Op(POLICIES, run_policy_loss, define_policy_loss, HERE, factor=4.0),
@@ -205,13 +210,13 @@ OPS = {
         SCANS,
         lambda x, backend: {"y": ops.segment_scan(**given(x), backend=backend)},
         lambda x: {"y": scan_reference(**given(x))},
-        HERE,
+        serving("segment_scan"),
     ),
     "gae": Op(
         {name: partial(gae_case, bootstrap=name == "bootstrap") for name in ("ended", "bootstrap")},
         lambda x, backend: both(ops.gae(**given(x), backend=backend)),
         lambda x: both(gae_reference(**given(x))),
-        HERE,
+        serving("gae"),
     ),
     "packed_attention": Op(
         {name: lambda _, dtype, heads=heads: attention_example(*heads, dtype) for name, heads in HEADS.items()},

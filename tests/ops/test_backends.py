@@ -31,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # The interpreter runs a Triton program at a time: few rows there.
-ROWS = {"torch": 123, "cpp": 123, "triton": 13}
+ROWS = {"torch": 123, "cpp": 123, "triton": 13, "cuda": 123}
 # The weight trains and memory is ample, or the head is frozen and several chunks are needed.
 SETTINGS = ["trainable", "frozen-tight"]
-MEMORY = {"torch": 800_000, "cpp": 100_000, "triton": 10_000}
+MEMORY = {"torch": 800_000, "cpp": 100_000, "triton": 10_000, "cuda": 100_000}
 
 on_backends = pytest.mark.parametrize("backend", HERE)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -283,7 +283,11 @@ def test_all_masked(level, nan_memory):
         (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), r"\(2, 0\)"),
         (torch.zeros(2, 3), torch.zeros(2), "int32 or int64 labels, got torch.float32 and torch.float32"),
         (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), "got torch.int32"),
-        (torch.zeros(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64), "on the CPU, got logits on meta"),
+        (
+            torch.zeros(2, 3, device="meta"),
+            torch.zeros(2, dtype=torch.int64),
+            "on cpu tensors of one device, got logits on meta",
+        ),
     ],
 )
 def test_wrong_arguments(logits, labels, message):
