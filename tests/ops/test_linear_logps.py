@@ -222,6 +222,6 @@ def test_the_choice_is_logged_once_with_its_reason(caplog):
             token_logps(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
     (line,) = [record.message for record in caplog.records if record.message.startswith("token_logps: ")]
     assert "(cpu tensor, " in line and dispatch.choose("token_logps", None, "cpu") in line
-    assert set(dispatch.reasons("linear_loss")) == {"torch", "cpp", "triton"}
+    assert set(dispatch.reasons("linear_loss")) == {"torch", "cpp", "triton", "cuda"}
     with pytest.raises(ValueError, match="unknown op"):
         dispatch.available("nonsense")
