@@ -49,9 +49,9 @@ def apply(folder: Path, file: str, original: str, faulty: str) -> None:
 
 
 def objects() -> Path | None:
-    """The folder of the last native build, None where there is none."""
-    found = sorted((ROOT / "build").glob("ninja-*/bindings.o"))
-    return found[-1].parent if found else None
+    """The folder of the last native build; None where there is none, or one that is instrumented."""
+    found = sorted(path.parent for path in (ROOT / "build").glob("ninja-*/bindings.o"))
+    return found[-1] if found and "-fsanitize" not in (found[-1] / "build.ninja").read_text() else None
 
 
 def compile_natively(folder: Path, sources: tuple[str, ...]) -> None:

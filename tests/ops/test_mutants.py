@@ -32,7 +32,7 @@ def test_every_fault_can_still_be_made():
 @pytest.mark.parametrize("group", QUICK)
 def test_faults_are_caught(group):
     if group == "kernels" and objects() is None:
-        pytest.skip("no objects of a native build in build/: python setup.py build_ext --inplace")
+        pytest.skip("no objects of a plain native build in build/: python setup.py build_ext --inplace")
     names = QUICK[group]
     command = [sys.executable, str(Path(__file__).with_name("run_mutants.py")), "--jobs", "1", *names]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
