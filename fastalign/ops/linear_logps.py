@@ -111,8 +111,8 @@ def _op(*args):
     plan = plan_for(head, "upstream" if gradient else "none", trained=trained, wanted=wanted)
     directions = _new_directions(call.hidden, plan.mode == "frozen")
     stats = _forward(head, plan, directions, entropy)
-    outputs = (stats.logps.new_empty(0) if x is None else x for x in reported(head, stats, wanted))
-    seen = [x.to(head.out_dtype) if not len(x) else spread(head, x, head.out_dtype) for x in outputs]
+    none, out = stats.logps.new_empty, head.out_dtype
+    seen = [none(0, dtype=out) if x is None else spread(head, x, out) for x in reported(head, stats, wanted)]
     saved = (spread(head, x, x.dtype) for x in (is_top1(stats), stats.max, stats.logsum))
     return *seen, *saved, directions
 

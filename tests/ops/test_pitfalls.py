@@ -136,8 +136,9 @@ def test_03_every_output_is_written_when_no_row_is_scored(backend, compiled, num
 
     run = torch.compile(everything, fullgraph=True, backend="aot_eager") if compiled else everything
     outputs = run(*leaves)
-    for value in (*outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), leaves)):
-        assert torch.equal(value, torch.zeros_like(value))
+    grads = torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+    for value, shape in zip((*outputs, *grads), [(num_rows,)] * len(outputs) + [x.shape for x in leaves], strict=True):
+        assert value.shape == shape and torch.equal(value, torch.zeros_like(value))
 
 
 @pytest.mark.parametrize(

@@ -328,3 +328,17 @@ def test_15_another_length_is_no_other_graph():
         logits, hidden = (torch.randn(num_rows, n, requires_grad=True) for n in (33, 3))
         function(logits, hidden, weight, torch.arange(num_rows))
     assert len(graphs) == 1
+
+
+def test_15_a_call_that_knows_its_rows_waits_for_nothing(monkeypatch):
+    """A host synchronisation per chunk stalled the device. Tensors of the meta device have no data to wait for: whoever
+    asks for some fails. All modes are in ``test_linear_waits.py``."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    x = linear_example("everything", 45, 19, 131, torch.float32)
+    x = replace(x, labels=x.labels.clamp(min=0)).on("meta")
+    loss_fn = lambda stats: stats.logps.square().sum() - stats.entropy.sum()  # noqa: E731
+    run = {**given(x), "labels": x.labels, "backend": "torch", "memory": TIGHT["torch"]}
+    loss, _ = linear_loss(**run, loss_fn=loss_fn, num_scored=45)
+    assert all(grad.is_meta for grad in torch.autograd.grad(loss, list(x.tensors.values())))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        linear_loss(**run, loss_fn=loss_fn)

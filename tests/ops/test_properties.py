@@ -189,6 +189,24 @@ def test_chunks_and_slabs_change_nothing(backend, seed, rows, vocab, memory, fro
 
 @on_backends
 @PROFILE
+@given(seeds, st.integers(1, 6), st.sampled_from([1, 33, 300]), st.sampled_from([0.0, 0.1]), st.booleans())
+def test_a_gradient_row_sums_to_that_of_the_log_sum_exp(backend, seed, rows, vocab, smoothing, masked):
+    """Of all statistics only the log-sum-exp moves when a row's logits move together: the bias feels just that."""
+    new, where = torch.Generator().manual_seed(seed), place(backend)
+    hidden, weight = (torch.randn(n, 5, generator=new, dtype=torch.float64).to(where) for n in (rows, vocab))
+    bias = torch.randn(vocab, generator=new, dtype=torch.float64).to(where).requires_grad_()
+    labels = torch.randint(-100 if masked else 0, vocab, (rows,), generator=new).clamp(min=-1)
+    labels = torch.where(labels == -1, -100, labels).to(where)
+    upstream = torch.randn(3, rows, generator=new, dtype=torch.float64).to(where)
+    options = {"label_smoothing": smoothing, "entropy": True, "lse": True, "temperature": 0.5, "backend": backend}
+    found = torch.stack(linear_logps(hidden, weight, labels, bias=bias, logit_scale=3.0, **options))
+    (grad,) = torch.autograd.grad((found * upstream).sum(), bias)
+    expected = upstream[2][labels != -100].sum() * 3.0 / 0.5
+    torch.testing.assert_close(grad.sum(), expected, rtol=1e-10, atol=1e-10)
+
+
+@on_backends
+@PROFILE
 @given(lengths, seeds, st.sampled_from([1.0, 0.9, 0.0, None]))
 def test_a_scan_is_the_loop(backend, lengths, seed, decay):
     new, where = torch.Generator().manual_seed(seed), place(backend)
