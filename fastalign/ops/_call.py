@@ -100,7 +100,7 @@ def make_call(
     if deterministic:
         check_deterministic(hidden.device, process_group)
     trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
-    number, rows = split_temperature(temperature, stats_dtype(hidden, weight))
+    number, rows = split_temperature(temperature, hidden, stats_dtype(hidden, weight))
     dtype = gemm_dtype(hidden, weight)
     if down is not None and up is not None:
         check_lora(down, up, hidden, weight)

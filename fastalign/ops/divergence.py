@@ -228,7 +228,7 @@ def divergence(
     check_device("ref_logits", ref_logits, "logits", logits)
     check_choice(kind, mix)
     check_rows(logits, "logits", labels, temperature, softcap, ref_softcap)
-    number, rows = split_temperature(temperature, stats_dtype(logits, ref_logits))
+    number, rows = split_temperature(temperature, logits, stats_dtype(logits, ref_logits))
     same = {"number of rows of logits": len(logits)}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     options = (rows, number, kind, float(mix), softcap, ref_softcap, backend, group, shards)

@@ -221,7 +221,7 @@ def linear_divergence(
     check_choice(kind, mix)
     check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
     check_memory(memory)
-    number, rows = split_temperature(temperature, stats_dtype(hidden, weight, ref_hidden, ref_weight))
+    number, rows = split_temperature(temperature, hidden, stats_dtype(hidden, weight, ref_hidden, ref_weight))
     enabled = torch.is_grad_enabled()
     trainable = enabled and (weight.requires_grad or (bias is not None and bias.requires_grad))
     same = {

@@ -312,7 +312,7 @@ def policy_loss(
     check_labels(labels, logits, "logits")
     check_loss(loss, advantages, dual_clip, kl_coef, ref_logps, kl_estimator)
     check_scaling(temperature, softcap, labels)
-    number, temperatures = split_temperature(temperature, stats_dtype(logits))
+    number, temperatures = split_temperature(temperature, logits, stats_dtype(logits))
     scored = labels != IGNORE_INDEX
     if weights is None:
         weights = scored.sum().clamp(min=1).to(stats_dtype(logits)).reciprocal().expand(labels.shape)

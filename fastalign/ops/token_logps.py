@@ -273,7 +273,7 @@ def token_logps(
     check_labels(labels, logits, "logits")
     check_scaling(temperature, softcap, labels)
     check_smoothing(label_smoothing)
-    number, rows = split_temperature(temperature, stats_dtype(logits))
+    number, rows = split_temperature(temperature, logits, stats_dtype(logits))
     same = {"number of rows of logits": logits.shape[0]}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
@@ -283,8 +283,13 @@ def token_logps(
     return tuple(asked) if len(asked) > 1 else logps
 
 
-def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """A number and an optional ``[N]`` tensor: operator schemas have no union."""
+def split_temperature(temperature: float | Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """A number and an optional ``[N]`` tensor, one per row of ``rows``: operator schemas have no union.
+
+    While tracing, a number other than 1 becomes a tensor: as an operator's argument every value of it is a new graph.
+    """
+    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1:
+        temperature = torch.full(rows.shape[:1], temperature, dtype=dtype, device=rows.device)
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype).contiguous()
     return float(temperature), None

@@ -143,17 +143,17 @@ def both(result):
 
 
 def statistics(result):
-    return dict(zip(("logps", "entropy"), result, strict=True))
+    return dict(zip(("logps", "entropy", "lse"), (x for x in result if x is not None), strict=False))
 
 
-def everything(make, *sizes):
+def richest(case, make, *sizes):
     """Examples of the case with every option, the labels among them."""
 
     def maker(num_rows, dtype):
-        x = make("everything", num_rows, *sizes, dtype)
+        x = make(case, num_rows, *sizes, dtype)
         return replace(x, options={**x.options, "labels": x.labels})
 
-    return {"everything": maker}
+    return {case: maker}
 
 
 def surrogate(stats):
@@ -173,18 +173,18 @@ def define_linear_loss(x):
 HEADS = {"one_head": (1, 1, 3), "grouped": (6, 3, 16)}
 OPS = {
     "token_logps": Op(
-        everything(logits_example, 507),
+        richest("objectives", logits_example, 507),
         lambda x, backend: statistics(ops.token_logps(**given(x), backend=backend)),
         lambda x: statistics(token_reference(**given(x))),
         HERE,
     ),
     "linear_logps": Op(
-        everything(linear_example, 37, 252),
+        richest("everything", linear_example, 37, 252),
         lambda x, backend: statistics(ops.linear_logps(**given(x), backend=backend)),
         lambda x: statistics(linear_reference(**given(x))),
         HERE,
     ),
-    "linear_loss": Op(everything(linear_example, 37, 252), run_linear_loss, define_linear_loss, HERE),
+    "linear_loss": Op(richest("everything", linear_example, 37, 252), run_linear_loss, define_linear_loss, HERE),
     "divergence": Op(
         chosen(LOGITS_STREAMS, kind=KINDS),
         plain_value(ops.divergence),
@@ -226,7 +226,7 @@ OPS = {
     ),
 }
 
-RICHEST = {"segment_scan": "per_token", "gae": "bootstrap", "packed_attention": "grouped"}
+RICHEST = {"token_logps": "objectives", "segment_scan": "per_token", "gae": "bootstrap", "packed_attention": "grouped"}
 
 
 def example_of(name, dtype, backend, num_rows=11):

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +14,16 @@ from fastalign.data.examples import TokenExample
 from fastalign.data.pack import pack
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.preference import dpo
-from fastalign.ops import gae, linear_logps, linear_loss, policy_loss, preference_loss, segment_scan, token_logps
+from fastalign.ops import (
+    divergence,
+    gae,
+    linear_logps,
+    linear_loss,
+    policy_loss,
+    preference_loss,
+    segment_scan,
+    token_logps,
+)
 from fastalign.ops.linear_logps import reference as linear_reference
 from fastalign.testing import linear_example, with_gradients
 
@@ -310,23 +318,26 @@ def test_15_more_sequences_are_not_more_calls(backend, op):
     assert few == many and sum(few.values()) > 0, many - few
 
 
-def test_15_another_length_is_no_other_graph():
-    """Recompilation per length (cut-cross-entropy #34; quack #68). The Triton kernels' own keys are tested by the
-    compile gates."""
+def test_15_another_length_or_temperature_is_no_other_graph():
+    """Recompilation per temperature or per length (cut-cross-entropy #34; quack #68). The Triton kernels' own keys are
+    tested by the compile gates."""
     graphs = []
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    @partial(torch.compile, fullgraph=True, backend=count, dynamic=True)
-    def function(logits, hidden, weight, labels):
-        return token_logps(logits, labels, temperature=0.7).sum() + linear_logps(hidden, weight, labels).sum()
+    def everything(logits, ref_logits, hidden, weight, labels, temperature):
+        settings = {"labels": labels, "temperature": temperature}
+        total = token_logps(logits, **settings).sum() + linear_logps(hidden, weight, **settings).sum()
+        total = total + divergence(logits, ref_logits, **settings).sum()
+        return total + policy_loss(logits, advantages=labels.float(), **settings)[0]
 
-    weight = torch.randn(33, 3, requires_grad=True)
-    for num_rows in (5, 9, 6, 12):
-        logits, hidden = (torch.randn(num_rows, n, requires_grad=True) for n in (33, 3))
-        function(logits, hidden, weight, torch.arange(num_rows))
+    traced, weight = torch.compile(everything, fullgraph=True, backend=count, dynamic=True), torch.randn(33, 3)
+    for num_rows, temperature in ((5, 0.7), (9, 0.9), (6, 1.3), (12, 2.0)):
+        logits, ref_logits, hidden = (torch.randn(num_rows, n, requires_grad=True) for n in (33, 33, 3))
+        arguments = (logits, ref_logits.detach(), hidden, weight, torch.arange(num_rows), temperature)
+        torch.testing.assert_close(traced(*arguments), everything(*arguments))
     assert len(graphs) == 1
 
 
