@@ -29,7 +29,7 @@ check: $(VENV)/.installed-check
 # not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.
 SANITIZED := build/sanitize
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-NATIVE_TESTS := test_cpp test_policy_loss test_divergence test_scan
+NATIVE_TESTS := test_cpp test_rows test_product test_policy_loss test_divergence test_scan
 
 sanitize: $(VENV)/.installed-test
 	CXX="g++ $(SANITIZER)" FASTALIGN_CPP=1 FASTALIGN_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)

@@ -74,6 +74,13 @@ IN_TRITON = [
         TRITON,
     ),
     Mutant(
+        "triton: the total forgets that the maximum rose",
+        ROWS,
+        "u += num_seen * tl.maximum(shift, LOWEST)",
+        "u += 0 * num_seen",
+        "ops/test_rows.py -k 'test_total and triton and float32'",
+    ),
+    Mutant(
         "triton: a label outside the vocabulary reads on",
         TOKEN_LOGPS,
         'tl.where(inside, (target - top) - logsum, float("nan"))',
@@ -178,6 +185,14 @@ IN_CPP = [
         "weighted += factor * (partials[k].weighted + partials[k].sum * shift);",
         "weighted += factor * partials[k].weighted;",
         WIDE,
+        ("token_logps",),
+    ),
+    Mutant(
+        "c++: the total forgets that the maximum rose",
+        "csrc/cpu/rows.h",
+        "if (total && columns) lift += double(columns) * (double(max) - higher);",
+        "",
+        "ops/test_rows.py -k 'test_total and cpp and float32'",
         ("token_logps",),
     ),
     Mutant(
