@@ -41,8 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 """name -> what is special about the case."""
 
 HIDDEN_ONLY = ("bias", "logit_scale")
-LOGITS_ONLY = ("label_smoothing", "lse")
-"""What only one of the two paths knows."""
+"""What the path from logits does not know."""
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,9 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def scratch_bytes(head: Head) -> int:
-    """Temporaries that do not depend on the rows of a chunk: the cast weight, the torch sweep's blocks."""
+    """What does not depend on the rows of a chunk: the cast weight, the widened hidden, the torch sweep's blocks."""
     options, columns = head.options, planned_columns(head)
-    cast = columns * head.cast * options.dtype.itemsize
+    cast = columns * head.cast * options.dtype.itemsize + (0 if head.up is None else head.hidden.nbytes)
     if head.sweep.__name__ != "fastalign.ops._torch_token_logps":
         return cast
     row = columns * kernel_dtype(options.dtype).itemsize

@@ -52,17 +52,19 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    lse: bool = False,
+) -> Any:
     """The specification: the logits of the scored rows in full, then the reference of ``token_logps``."""
     linear, scored = torch.nn.functional.linear, labels != IGNORE_INDEX
     logits = linear(hidden[scored], weight, bias)
     if lora is not None:
         logits = logits + linear(linear(hidden[scored], lora[0]), lora[1]) * lora[2]
     everywhere = logits.new_zeros(len(labels), weight.shape[0]).index_put((scored.nonzero().squeeze(1),), logits)
-    return token_reference(
-        everywhere, labels, temperature=temperature, softcap=softcap, logit_scale=logit_scale, entropy=entropy
-    )
+    scaling = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    asked = {"label_smoothing": label_smoothing, "entropy": entropy, "lse": lse}
+    return token_reference(everywhere, labels, **scaling, **asked)
 
 
 def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, wanted: Wanted, units=None) -> Plan:

@@ -19,7 +19,6 @@ from fastalign.ops.token_logps import reference as token_reference
 from fastalign.testing import (
     CASES,
     HIDDEN_ONLY,
-    LOGITS_ONLY,
     assert_matches,
     linear_example,
     logits_example,
@@ -72,7 +71,7 @@ def test_token_logps(backend, case, dtype, vocab):
 
 @on_backends
 @in_dtypes
-@pytest.mark.parametrize("case", without(*LOGITS_ONLY))
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_linear_logps(backend, case, dtype, setting):
     example = linear_example(case, ROWS[backend], 123, 252, dtype, place(backend))
@@ -86,7 +85,7 @@ def test_linear_logps(backend, case, dtype, setting):
 
 @on_backends
 @in_dtypes
-@pytest.mark.parametrize("case", without(*LOGITS_ONLY))
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_linear_loss(backend, case, dtype, setting):
     """The sum of upstream gradient times statistic is a loss like any other."""
@@ -94,15 +93,18 @@ def test_linear_loss(backend, case, dtype, setting):
     options = {"backend": backend, "memory": MEMORY[backend] if setting == "frozen-tight" else None}
 
     def run(x):
+        upstream = {"logps": x.grad_logps, "entropy": x.grad_entropy, "lse": x.grad_logps.flip(0)}
+
+        def seen(stats):
+            return {name: value for name in upstream if (value := getattr(stats, name)) is not None}
+
         def loss_fn(stats):
-            score = (stats.logps * x.grad_logps[stats.rows]).sum()
-            return score if stats.entropy is None else score + (stats.entropy * x.grad_entropy[stats.rows]).sum()
+            return sum((value * upstream[name][stats.rows]).sum() for name, value in seen(stats).items())
 
         loss, stats = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **x.options, **options)
         trained = [name for name, tensor in x.tensors.items() if tensor.requires_grad]
         made = torch.autograd.grad(loss, [x.tensors[name] for name in trained])
-        found = {"logps": stats.logps, **{f"d_{name}": grad for name, grad in zip(trained, made, strict=True)}}
-        return found if stats.entropy is None else {**found, "entropy": stats.entropy}
+        return {**seen(stats), **{f"d_{name}": grad for name, grad in zip(trained, made, strict=True)}}
 
     check_linear(run, example, trainable=setting == "trainable")
 
