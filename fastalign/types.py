@@ -49,6 +49,10 @@ class PackedBatch:
         cu_seqlens: ``[B+1]`` int32, offsets of each logical sequence in the N scored tokens; stays on the host.
         example_ids: dataset position of each example in the batch, in order; names the batch in error messages.
         logical_tokens: tokens before sharing, the prompt counted once per response.
+        cu_groups: ``[G+1]`` int32, offsets of the examples in the B sequences; stays on the host.
+        scores: ``[B]`` fp32, what the data say of each sequence: a pair's margin, a label, a candidate's score; for
+            process rewards ``[N]`` labels of the steps; empty where they say nothing.
+        mismatched: the same prompts with completions of other examples, one sequence each, for losses that compare.
         ref_logps: ``[N]`` fp32 log-probs under the reference, when known.
     """
 
@@ -61,6 +65,9 @@ class PackedBatch:
     cu_seqlens: Tensor
     example_ids: tuple[int, ...]
     logical_tokens: int
+    cu_groups: Tensor
+    scores: Tensor
+    mismatched: PackedBatch | None = None
     ref_logps: Tensor | None = None
 
     @property
@@ -83,13 +90,18 @@ class PackedBatch:
         """B: logical sequences, a pair counting two."""
         return self.cu_seqlens.numel() - 1
 
+    @property
+    def num_examples(self) -> int:
+        """G: examples; 0 in the batch of a rank without work."""
+        return len(self.example_ids)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``, layouts excepted."""
         moved = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
             for f in fields(self)
-            if f.name not in ("cu_segments", "parents", "cu_seqlens")
-            and isinstance(value := getattr(self, f.name), Tensor)
+            if f.name not in ("cu_segments", "parents", "cu_seqlens", "cu_groups")
+            and isinstance(value := getattr(self, f.name), Tensor | PackedBatch)
         }
         return replace(self, **moved)
 

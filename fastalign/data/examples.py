@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
@@ -20,11 +20,19 @@ class TokenExample:
         sequences: ``(input_ids [n], scored [n])`` of each sequence.
         example_id: position of the row in the dataset it came from; names it in error messages.
         kind: a label carried from the data (column ``kind``) to report metrics apart.
+        scores: fp32, what the data say of each sequence (see `PackedBatch.scores`), or of each scored token.
+        own_rows: a scored token's own hidden state is read, as scalar heads do, not the one that predicts it.
+        mismatched: the same prompt with the completion of another example, for losses that compare with it.
+        ref_logps: fp32 log-probs of the scored tokens of all sequences under the reference, when known.
     """
 
     sequences: tuple[Sequence, ...]
     example_id: int
     kind: str | None = None
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    own_rows: bool = False
+    mismatched: TokenExample | None = None
+    ref_logps: np.ndarray | None = None
 
 
 class TokenDataset:

@@ -2,12 +2,13 @@
 
 Layout of a group with a shared prefix of P tokens: ``[P | R1 | R2 | ...]``, every response a child of the prefix whose
 positions restart at P. A scored token is predicted by the row before it in its own sequence, so the last prefix row
-predicts the first token of every response.
+predicts the first token of every response; a scalar head reads the scored token's own row instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,14 +85,26 @@ def build_batch(examples: Sequence[TokenExample], share_prefix: bool) -> PackedB
     forest = _Forest()
     for example in examples:
         _add_group(forest, example, shared_prefix(example, share_prefix))
-    return forest.batch(tuple(e.example_id for e in examples))
+    others = [e.mismatched for e in examples if e.mismatched is not None]
+    return forest.batch(
+        tuple(e.example_id for e in examples),
+        scores=_concatenate([e.scores for e in examples], np.float32),
+        mismatched=build_batch(others, share_prefix) if others else None,
+        ref_logps=_reference(examples),
+    )
 
 
 def empty_batch() -> PackedBatch:
     """One token that nobody scores: keeps a rank without work in step with the others."""
     forest = _Forest()
     forest.add_segment(np.zeros(1, dtype=np.int64), start=0, parent=-1)
-    return forest.batch(())
+    return forest.batch((), _concatenate([], np.float32))
+
+
+def _reference(examples: Sequence[TokenExample]) -> torch.Tensor | None:
+    """The reference's log-probs, when they are known of every example."""
+    known = [e.ref_logps for e in examples if e.ref_logps is not None]
+    return _concatenate(known, np.float32) if known and len(known) == len(examples) else None
 
 
 def _add_group(forest: _Forest, example: TokenExample, prefix: int) -> None:
@@ -104,7 +117,12 @@ def _add_group(forest: _Forest, example: TokenExample, prefix: int) -> None:
         response_row = 0
         if len(ids) > prefix:
             _, response_row = forest.add_segment(np.asarray(ids[prefix:]), start=prefix, parent=parent)
-        forest.add_targets(np.asarray(ids), np.asarray(scored, dtype=bool), prefix, prefix_row, response_row)
+        ids, scored = np.asarray(ids), np.asarray(scored, dtype=bool)
+        targets = np.flatnonzero(scored) if example.own_rows else np.flatnonzero(scored[1:]) + 1
+        read = targets if example.own_rows else targets - 1
+        rows = np.where(read < prefix, prefix_row + read, response_row + read - prefix)
+        forest.add_targets(rows, ids[targets], len(ids))
+    forest.cu_groups.append(len(forest.cu_seqlens) - 1)
 
 
 class _Forest:
@@ -113,7 +131,7 @@ class _Forest:
     def __init__(self) -> None:
         self.input_ids: list[np.ndarray] = []
         self.position_ids: list[np.ndarray] = []
-        self.cu_segments, self.parents = [0], []
+        self.cu_segments, self.parents, self.cu_groups = [0], [], [0]
         self.rows: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
         self.cu_seqlens, self.logical_tokens = [0], 0
@@ -127,28 +145,30 @@ class _Forest:
         self.parents.append(parent)
         return len(self.parents) - 1, row
 
-    def add_targets(self, ids: np.ndarray, scored: np.ndarray, prefix: int, prefix_row: int, response_row: int) -> None:
-        """Appends predictor rows and labels of one sequence; its first token has no predictor and is never scored."""
-        targets = np.flatnonzero(scored[1:]) + 1
-        before = targets - 1
-        self.rows.append(np.where(before < prefix, prefix_row + before, response_row + before - prefix))
-        self.labels.append(ids[targets])
-        self.cu_seqlens.append(self.cu_seqlens[-1] + len(targets))
-        self.logical_tokens += len(ids)
+    def add_targets(self, rows: np.ndarray, labels: np.ndarray, length: int) -> None:
+        """Appends the scored tokens of one sequence and the rows that are read for them."""
+        self.rows.append(rows)
+        self.labels.append(labels)
+        self.cu_seqlens.append(self.cu_seqlens[-1] + len(labels))
+        self.logical_tokens += length
 
-    def batch(self, example_ids: tuple[int, ...]) -> PackedBatch:
+    def batch(self, example_ids: tuple[int, ...], scores: torch.Tensor, **more: Any) -> PackedBatch:
+        """The packed batch; ``more`` are its optional fields."""
         return PackedBatch(
-            input_ids=_long(self.input_ids),
-            position_ids=_long(self.position_ids),
+            input_ids=_concatenate(self.input_ids, np.int64),
+            position_ids=_concatenate(self.position_ids, np.int64),
             cu_segments=torch.tensor(self.cu_segments, dtype=torch.int32),
             parents=torch.tensor(self.parents, dtype=torch.int32),
-            rows=_long(self.rows),
-            labels=_long(self.labels),
+            rows=_concatenate(self.rows, np.int64),
+            labels=_concatenate(self.labels, np.int64),
             cu_seqlens=torch.tensor(self.cu_seqlens, dtype=torch.int32),
+            cu_groups=torch.tensor(self.cu_groups, dtype=torch.int32),
             example_ids=example_ids,
             logical_tokens=self.logical_tokens,
+            scores=scores,
+            **more,
         )
 
 
-def _long(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype=np.int64)], dtype=np.int64))
+def _concatenate(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype=dtype)], dtype=dtype))

@@ -1,6 +1,7 @@
 """The packed layout says exactly what the sequences say: same contexts, same labels, same positions."""
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_a_batch_predicts_what_its_sequences_say(raw: list, share: bool) -> None
     assert batch.example_ids == tuple(range(len(examples)))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
+def test_scalar_heads_read_the_rows_of_the_scored_tokens_themselves(raw: list, share: bool) -> None:
+    examples = [replace(make(group, i), own_rows=True) for i, group in enumerate(raw)]
+    batch = build_batch(examples, share)
+    read = [[context(batch, row) for row in batch.rows[a:b].tolist()] for a, b in pairwise(batch.cu_seqlens.tolist())]
+    assert read == [
+        [ids[: t + 1].tolist() for t in np.flatnonzero(scored)] for e in examples for ids, scored in e.sequences
+    ]
+    assert batch.cu_groups.tolist() == [0, *accumulate(len(e.sequences) for e in examples)]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(groups, min_size=1, max_size=4), st.booleans())
 def test_positions_and_segments_give_back_every_sequence(raw: list, share: bool) -> None:
@@ -119,6 +132,16 @@ def test_dtypes_are_those_of_the_contract() -> None:
         dtypes = {name: str(getattr(batch, name).dtype) for name in ("input_ids", "position_ids", "rows", "labels")}
         assert set(dtypes.values()) == {"torch.int64"}, dtypes
         assert {str(t.dtype) for t in (batch.cu_segments, batch.parents, batch.cu_seqlens)} == {"torch.int32"}
+
+
+def test_what_the_data_say_travels_with_the_examples() -> None:
+    scores, logps = np.array([0.5, 0], dtype=np.float32), np.array([-1, -2, -3], dtype=np.float32)
+    other = make([[(ord(c), i >= 2) for i, c in enumerate("abq")]])
+    first = replace(pair("abx", "abyz", prompt=2), scores=scores, ref_logps=logps, mismatched=other)
+    batch = build_batch([first] * 2, share_prefix=True)
+    assert batch.scores.tolist() == [0.5, 0, 0.5, 0] and batch.ref_logps.tolist() == [-1, -2, -3] * 2
+    assert batch.mismatched.labels.tolist() == [ord("q")] * 2 and batch.mismatched.mismatched is None
+    assert build_batch([first, pair("c", "d", 0)], True).ref_logps is None  # known of one example alone
 
 
 def test_an_empty_batch_computes_one_token_and_scores_none() -> None:

@@ -1,5 +1,7 @@
 """Small real architectures and packed rows of random tokens, laid out by hand."""
 
+from itertools import accumulate
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -121,6 +123,8 @@ def make_batch(*groups, share=True):
         cu_seqlens=torch.tensor(cu, dtype=torch.int32),
         example_ids=tuple(range(len(groups))),
         logical_tokens=sum(len(p) + len(r) for p, r in sequences),
+        cu_groups=torch.tensor([0, *accumulate(len(responses) for _, responses in groups)], dtype=torch.int32),
+        scores=torch.zeros(0),
     )
     return batch, sequences
 
