@@ -44,10 +44,12 @@ class DataConfig:
     """Split of a hub dataset or directory."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename map from the column fastalign expects to the data's own, e.g. `{prompt: question, completion: answer}`."""
-    format: Literal["auto", "text", "prompt_completion", "preference"] = "auto"
+    format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise"] = "auto"
     """Row format; `auto` recognises it from the columns."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    step_separator: str = "\n"
+    """Written after every step of a stepwise row; its last token is where a process reward model scores the step."""
     max_length: int = 1024
     """Longest sequence in tokens, prompt and completion together."""
     truncation: Literal["completion", "drop"] = "completion"

@@ -48,6 +48,26 @@ class Marked:
         return []
 
 
+@dataclass(frozen=True)
+class Steps:
+    """An answer in steps, tokenised piece by piece, so that each step ends where a token does, and followed by the
+    separator whose last token is scored.
+
+    Attributes:
+        prompt: what is given, and whether it is plain text that gets the tokenizer's special tokens.
+        steps: the pieces.
+        separator: written after every step.
+    """
+
+    prompt: tuple[str, bool]
+    steps: tuple[str, ...]
+    separator: str
+
+    def to_tokenise(self) -> list[tuple[str, bool]]:
+        """Every text that must be tokenised, each with whether it gets special tokens."""
+        return [self.prompt, (self.separator, False), *((step, False) for step in self.steps)]
+
+
 def read_template(path: str | None) -> str | None:
     """The text of a Jinja chat template file.
 
@@ -64,7 +84,9 @@ def read_template(path: str | None) -> str | None:
         raise ValueError(f"data.chat_template: expected UTF-8 in {path!r}, got other bytes ({error.reason})") from error
 
 
-def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[Rendered | Marked]:
+def render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> list[Rendered | Marked | Steps]:
     """One rendering per completion.
 
     Args:
@@ -82,6 +104,21 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: str |
     if example.prompt is None:
         return [chat.conversation(_turns(example.completions[0]))]
     return [chat.completion(_turns(example.prompt), _turns(completion)) for completion in example.completions]
+
+
+def render_steps(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, separator: str
+) -> list[Rendered | Marked | Steps]:
+    """One rendering of all steps; a prompt that is a conversation is written with its generation prompt.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    steps = tuple(map(str, example.completions))
+    if isinstance(example.prompt, str):
+        return [Steps((example.prompt, True), steps, separator)]
+    chat = Chat(tokenizer, template, example.template)
+    return [Steps((chat.text(_turns(example.prompt or ""), True), False), steps, separator)]
 
 
 class Chat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,24 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import DataConfig
-from fastalign.data import cache, chat, formats, preference
+from fastalign.data import cache, chat, feedback, formats, preference
 from fastalign.data.examples import TokenDataset
 
 logger = logging.getLogger(__name__)
 
 Tokens = tuple[list[int], np.ndarray]
 """A sequence: ids, and a bool per token that says whether it is scored."""
+Scores = tuple[float, ...]
+"""What the row says of each sequence of an example, of each step of an answer, or nothing."""
+Texts = list[chat.Rendered | chat.Marked | chat.Steps]
+Lookup = dict[tuple[str, bool], list[int]]
 
 FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
         "scored": ListOf(Value("uint8")),
         "lengths": ListOf(Value("int32")),
+        "scores": ListOf(Value("float32")),
         "example_id": Value("int64"),
         "kind": Value("string"),
     }
@@ -38,17 +44,22 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     """Tokenises rows for a method, once: the result is cached under a hash of rows, tokenizer, options and code.
 
     Scored tokens are the completion's, its EOS included; for `text` all but the first; for `messages` every assistant
-    turn's. A sequence longer than ``data.max_length`` loses the end of its completion or is dropped
-    (``data.truncation``); a row is dropped when its prompt fills ``max_length`` or a completion is empty.
+    turn's. A reward model scores the last token of each sequence alone, a process reward model that of each step.
+
+    A sequence longer than ``data.max_length`` loses the end of its completion or is dropped (``data.truncation``), with
+    the labels of the steps that ended there; a row is dropped when its prompt fills ``max_length`` or a completion is
+    empty. Of ranked rows only the candidate is, as long as another is left (two for "reward:k_wise"), and kto's
+    completions are examples of their own, a preference two.
 
     Args:
         rows: from `sources.load_rows`.
         tokenizer: with an EOS token, and a chat template when the data holds conversations.
         data: format, lengths, template and cache directory.
-        method: "sft" (one sequence per example) or "dpo" (chosen, then rejected).
+        method: "sft", "distill" or "kto" (one sequence per example), "dpo" or "reward" (chosen, then rejected),
+            "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
 
     Returns:
-        The examples in the rows' order; ``counts`` says how many rows were kept, cut and dropped, and why.
+        The examples in the rows' order; ``counts`` says how many were kept, cut and dropped, and why.
 
     Raises:
         ValueError: a ``max_length`` below 2, columns that do not fit the method, a value of the wrong type (with its
@@ -57,13 +68,14 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     if data.max_length < 2:
         raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
     form = formats.recognise(rows.column_names, method, data.format)
+    meaning = feedback.meaning(rows.column_names, form, method)
     template = chat.read_template(data.chat_template)
-    options = (form, method, template, data.max_length, data.truncation)
+    options = (form, method, template, data.max_length, data.truncation, data.step_separator)
     key = cache.key(cache.rows_content(rows), cache.tokenizer_content(tokenizer), options, cache.code_version())
     encoder = Encoder(tokenizer, data, form, method, template, _are_raw_dialogues(rows, form))
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
     _report(counts, data.max_length)
-    return TokenDataset(Dataset.from_file(str(path)), counts, key)
+    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows, meaning)
 
 
 class Encoder:
@@ -82,6 +94,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
         self.form, self.method, self.raw_dialogue = form, method, raw_dialogue
+        self.reading = formats.METHODS[method]
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
 
@@ -107,31 +120,68 @@ class Encoder:
 
     def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """The token columns of a batch of rows; dropped rows are missing."""
-        rendered = {}
+        rendered: dict[int, tuple[Texts, Scores]] = {}
         for position, index in enumerate(indices):
             row = {name: values[position] for name, values in columns.items()}
-            if (texts := _at_row(index, lambda row=row: self.render(row))) is not None:
-                rendered[position] = texts
-        lookup = self.tokenise([key for texts in rendered.values() for r in texts for key in r.to_tokenise()])
+            if (known := _at_row(index, lambda row=row: self.render(row))) is not None:
+                rendered[position] = known
+        lookup = self.tokenise([key for texts, _ in rendered.values() for text in texts for key in text.to_tokenise()])
         out: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for position, texts in rendered.items():
+        for position, known in rendered.items():
             index = indices[position]
-            sequences = _at_row(index, lambda texts=texts: self.fit([self.tokens(r, lookup) for r in texts]))
-            if sequences is not None:
-                kind = columns["kind"][position] if "kind" in columns else None
-                _append(out, sequences, index, None if kind is None else str(kind))
+            kind = columns["kind"][position] if "kind" in columns else None
+            for sequences, scores in _at_row(index, lambda known=known: self.examples(*known, lookup)):
+                _append(out, sequences, scores, index, None if kind is None else str(kind))
         return out
 
-    def render(self, row: dict[str, Any]) -> list[chat.Rendered | chat.Marked] | None:
-        """The row's texts, or None when it is dropped."""
+    def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
+        """The row's texts and what it says of them, or None when it is dropped."""
         example = formats.normalise(row, self.form, self.method, self.raw_dialogue)
         if example is None:
-            return self.drop("dropped_prompt_mismatch")
-        if any(formats.is_empty(completion) for completion in example.completions):
-            return self.drop("dropped_empty_completion")
-        return chat.render(example, self.tokenizer, self.template)
+            return self.drop("prompt_mismatch", 2 if self.reading.unit == "completion" else 1)
+        if (example := self.without_empty(example)) is None:
+            return None
+        if self.form == "stepwise":
+            texts = chat.render_steps(example, self.tokenizer, self.template, self.data.step_separator)
+        else:
+            texts = chat.render(example, self.tokenizer, self.template)
+        return texts, example.scores
 
-    def tokenise(self, keys: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
+    def without_empty(self, example: formats.Example) -> formats.Example | None:
+        """The example without its empty completions, or None when it is dropped."""
+        kept = [i for i, completion in enumerate(example.completions) if not formats.is_empty(completion)]
+        missing = len(example.completions) - len(kept)
+        if self.reading.unit == "row":
+            return example if kept and not missing else self.drop("empty_completion")
+        if missing:
+            self.drop("empty_completion", missing, self.reading.unit)
+        if not self.are_enough(len(kept)):
+            return None
+        completions, scores = (tuple(values[i] for i in kept) for values in (example.completions, example.scores))
+        return replace(example, completions=completions, scores=scores)
+
+    def examples(self, texts: Texts, scores: Scores, lookup: Lookup) -> list[tuple[list[Tokens], Scores]]:
+        """The examples of a row: none when it is dropped, one per completion where each stands by itself."""
+        sequences = [self.tokens(text, lookup) for text in texts]
+        if self.reading.unit == "row":
+            return [] if (fitted := self.fit(sequences)) is None else [self.judged(fitted, scores)]
+        kept = [(s, score) for whole, score in zip(sequences, scores, strict=True) for s in self.fit([whole]) or []]
+        if self.reading.unit == "completion":
+            return [self.judged([sequence], (score,)) for sequence, score in kept]
+        return [self.judged([s for s, _ in kept], tuple(r for _, r in kept))] if self.are_enough(len(kept)) else []
+
+    def judged(self, sequences: list[Tokens], scores: Scores) -> tuple[list[Tokens], Scores]:
+        """The sequences that fit, scored where the method reads them, and the scores that are left."""
+        if self.form == "stepwise":
+            ((ids, scored),) = sequences
+            ends = np.flatnonzero(scored)
+            self.counts["steps_cut"] += len(scores) - len(ends)
+            return [(ids[: ends[-1] + 1], scored[: ends[-1] + 1])], scores[: len(ends)]
+        if self.reading.own_rows:
+            sequences = [(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in sequences]
+        return sequences, scores
+
+    def tokenise(self, keys: Iterable[tuple[str, bool]]) -> Lookup:
         """The ids of every distinct (text, standard), in at most two calls of the tokenizer."""
         lookup = {}
         for standard in (False, True):
@@ -149,8 +199,10 @@ class Encoder:
         bos, ids = self.tokenizer.bos_token_id, ids[: len(ids) - len(self.appended)]
         return ids[1:] if self.prepended == ids[:1] == ids[1:2] == [bos] else ids
 
-    def tokens(self, rendered: chat.Rendered | chat.Marked, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
+    def tokens(self, rendered: chat.Rendered | chat.Marked | chat.Steps, lookup: Lookup) -> Tokens:
         """Ids and scored mask of a sequence, before it is cut."""
+        if isinstance(rendered, chat.Steps):
+            return step_tokens(rendered, lookup)
         if isinstance(rendered, chat.Marked):
             ids, scored = rendered.input_ids, np.array(rendered.scored, dtype=bool)
         else:
@@ -160,7 +212,7 @@ class Encoder:
             raise ValueError("a conversation without a scored token: expected an assistant turn to learn from")
         return ids, scored
 
-    def boundaries(self, rendered: chat.Rendered, lookup: dict[tuple[str, bool], list[int]]) -> Tokens:
+    def boundaries(self, rendered: chat.Rendered, lookup: Lookup) -> Tokens:
         """Finds the scored stretches by comparing token sequences, never texts."""
         eos, standard = self.tokenizer.eos_token_id, rendered.standard
         ids = lookup[rendered.whole, standard]
@@ -180,15 +232,36 @@ class Encoder:
         if all(len(ids) <= limit for ids, _ in sequences):
             return sequences
         if any(not scored[:limit].any() for _, scored in sequences):
-            return self.drop("dropped_prompt_too_long")
+            return self.drop("no_step_fits" if self.form == "stepwise" else "prompt_too_long", unit=self.reading.unit)
         if self.data.truncation == "drop":
-            return self.drop("dropped_too_long")
-        self.counts["truncated"] += 1
+            return self.drop("too_long", unit=self.reading.unit)
+        self.counts["candidates_truncated" if self.reading.unit == "candidate" else "truncated"] += 1
         return [(ids[:limit], scored[:limit]) for ids, scored in sequences]
 
-    def drop(self, reason: str) -> None:
-        """Counts a row that is left out, and why."""
-        self.counts[reason] += 1
+    def are_enough(self, completions: int) -> bool:
+        """Whether so many completions of a row teach something; says so when they would be candidates."""
+        if completions < self.reading.least and self.reading.unit == "candidate":
+            self.drop("too_few_candidates")
+        return completions >= self.reading.least
+
+    def drop(self, reason: str, number: int = 1, unit: str = "row") -> None:
+        """Counts what is left out, and why: ``dropped_REASON`` examples, or ``candidates_REASON`` of rows that stay."""
+        self.counts[f"{'candidates' if unit == 'candidate' else 'dropped'}_{reason}"] += number
+
+
+def step_tokens(rendered: chat.Steps, lookup: Lookup) -> Tokens:
+    """An answer in steps, with the last token of each scored.
+
+    Raises:
+        ValueError: a step without tokens.
+    """
+    separator = lookup[rendered.separator, False]
+    pieces = [lookup[rendered.prompt], *(lookup[step, False] + separator for step in rendered.steps)]
+    if not all(pieces[1:]):
+        raise ValueError("a step without tokens: set data.step_separator, or remove it")
+    scored = np.zeros(sum(map(len, pieces)), dtype=bool)
+    scored[np.cumsum([len(piece) for piece in pieces])[1:] - 1] = True
+    return [token for piece in pieces for token in piece], scored
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -242,10 +315,11 @@ def turn_length(before: list[int], through: list[int], rest: list[int]) -> int:
     raise ValueError(f"{message}: give a template with {{% generation %}} markers in data.chat_template")
 
 
-def _append(out: dict[str, list[Any]], sequences: list[Tokens], index: int, kind: str | None) -> None:
+def _append(out: dict[str, list[Any]], sequences: list[Tokens], scores: Scores, index: int, kind: str | None) -> None:
     out["input_ids"].append([token for ids, _ in sequences for token in ids])
     out["scored"].append(np.concatenate([scored for _, scored in sequences]).astype(np.uint8))
     out["lengths"].append([len(ids) for ids, _ in sequences])
+    out["scores"].append(scores)
     out["example_id"].append(index)
     out["kind"].append(kind)
 

@@ -39,16 +39,26 @@ class TokenDataset:
     """Tokenised examples in arrow files, read by position.
 
     Attributes:
-        table: columns ``input_ids``, ``scored`` (the sequences of an example back to back), ``lengths``, ``example_id``
-            and ``kind``.
+        table: columns ``input_ids``, ``scored`` (the sequences of an example back to back), ``lengths``, ``scores``,
+            ``example_id`` and ``kind``.
         counts: what happened on the way: ``kept``, ``truncated`` and the reasons for which rows were dropped.
         fingerprint: hash of rows, tokenizer and options.
+        own_rows: see `TokenExample`.
+        meaning: what the scores are: `margin` or `probability` of a pair, `label`, `score`, `step`; None without any.
     """
 
-    def __init__(self, table: Dataset, counts: dict[str, int], fingerprint: str) -> None:
+    def __init__(
+        self,
+        table: Dataset,
+        counts: dict[str, int],
+        fingerprint: str,
+        own_rows: bool = False,
+        meaning: str | None = None,
+    ) -> None:
         self.table = table.with_format("numpy")
         self.counts = counts
         self.fingerprint = fingerprint
+        self.own_rows, self.meaning = own_rows, meaning
 
     def __len__(self) -> int:
         return len(self.table)
@@ -62,11 +72,16 @@ class TokenDataset:
     def fetch(self, indices: list[int]) -> list[TokenExample]:
         """The examples at ``indices``, in that order, read at once."""
         batch = self.table[indices]
+        columns = [batch[name] for name in ("input_ids", "scored", "lengths", "example_id", "kind", "scores")]
         return [
-            TokenExample(_split(ids, scored, lengths), int(example_id), kind or None)
-            for ids, scored, lengths, example_id, kind in zip(
-                batch["input_ids"], batch["scored"], batch["lengths"], batch["example_id"], batch["kind"], strict=True
+            TokenExample(
+                _split(ids, scored, lengths),
+                int(example_id),
+                kind or None,
+                np.asarray(scores, dtype=np.float32),
+                self.own_rows,
             )
+            for ids, scored, lengths, example_id, kind, scores in zip(*columns, strict=True)
         ]
 
 

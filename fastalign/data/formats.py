@@ -5,16 +5,23 @@
 | `text`              | `text`, or `messages`, or ShareGPT `conversations` | a string | a list of `{role, content}` |
 | `prompt_completion` | `prompt`, `completion`                             | strings  | lists of `{role, content}`  |
 | `preference`        | `prompt` (optional), `chosen`, `rejected`          | strings  | lists of `{role, content}`  |
+| `unpaired`          | `prompt`, `completion`, `label`                    | strings  | lists of `{role, content}`  |
+| `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of `{role, content}`  |
+| `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone            |
+
+For reward models a preference may say more: `margin` (a number, by how much chosen is better) or `probability` (that
+it is). A `label` is true or false, or 1 or 0. `completions` is a list: of candidates with a score each, larger is
+better, or of the steps of one answer, each with a label.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from fastalign.data import preference
+from fastalign.data import feedback, preference
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -24,11 +31,44 @@ FORMATS: dict[str, tuple[set[str], ...]] = {
     "prompt_completion": ({"prompt", "completion"},),
     "text": ({"messages"}, {"conversations"}, {"text"}),
     "preference": ({"chosen", "rejected"},),
+    "unpaired": ({"prompt", "completion", "label"},),
+    "ranked": ({"prompt", "completions", "scores"},),
+    "stepwise": ({"prompt", "completions", "labels"},),
 }
-"""The column sets that make a row of each format, in the order in which `auto` tries them."""
+"""The column sets that make a row of each format."""
 
-METHODS = {"sft": ("prompt_completion", "text", "preference"), "dpo": ("preference",)}
-"""The formats a method trains on; sft takes the chosen side of a preference."""
+
+@dataclass(frozen=True)
+class Reading:
+    """How a method reads rows.
+
+    Attributes:
+        formats: those it trains on, in the order in which `auto` tries them.
+        unit: what is dropped by itself: a whole `row`; a `candidate`, whose row stays while ``least`` others do; or a
+            `completion`, each of which is an example.
+        least: candidates without which a row teaches nothing.
+        imitates: of a preference only the chosen side counts.
+        own_rows: the last token of a sequence is scored, or of a step, by its own hidden state.
+    """
+
+    formats: tuple[str, ...]
+    unit: Literal["row", "candidate", "completion"] = "row"
+    least: int = 1
+    imitates: bool = False
+    own_rows: bool = False
+
+
+METHODS = {
+    "sft": Reading(("prompt_completion", "text", "preference"), imitates=True),
+    "distill": Reading(("prompt_completion", "text", "preference"), imitates=True),
+    "dpo": Reading(("preference",)),
+    "reward": Reading(("preference",), own_rows=True),
+    "reward:k_wise": Reading(("ranked",), unit="candidate", least=2, own_rows=True),
+    "reward:process": Reading(("stepwise",), own_rows=True),
+    "kto": Reading(("unpaired", "preference"), unit="completion"),
+    "rrhf": Reading(("ranked", "preference"), unit="candidate"),
+}
+"""The methods that train on rows; kto and rrhf read a preference as a good and a bad completion."""
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -43,17 +83,19 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """The normal form of a row: what is given, and the one or two completions to learn from.
+    """The normal form of a row: what is given, and the completions to learn from.
 
     Attributes:
         prompt: a string, a list of messages, or None when the whole text or conversation is learnt from.
-        completions: one for sft; chosen and rejected for a pair.
+        completions: one for sft; chosen and rejected for a pair; the candidates; the steps of one answer.
         template: arguments for the chat template: ``tools`` and the row's ``chat_template_kwargs``.
+        scores: what the row says of each completion, if anything.
     """
 
     prompt: Text | None
     completions: tuple[Text, ...]
     template: dict[str, Any]
+    scores: tuple[float, ...] = ()
 
 
 def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
@@ -72,9 +114,10 @@ def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
         raise ValueError(f"column {min(images)!r}: images are not supported, remove the column to train on text alone")
     if method not in METHODS:
         raise ValueError(f"expected a method among {sorted(METHODS)}, got {method!r}")
-    if wanted != "auto" and wanted not in METHODS[method]:
-        raise ValueError(f"{method} trains on {' or '.join(METHODS[method])}, got data.format={wanted!r}")
-    accepted = METHODS[method] if wanted == "auto" else (wanted,)
+    known = METHODS[method].formats
+    if wanted != "auto" and wanted not in known:
+        raise ValueError(f"{method} trains on {' or '.join(known)}, got data.format={wanted!r}")
+    accepted = known if wanted == "auto" else (wanted,)
     for name in accepted:
         if any(need <= present for need in FORMATS[name]):
             return name
@@ -90,22 +133,57 @@ def normalise(row: dict[str, Any], form: str, method: str, raw_dialogue: bool) -
     Args:
         row: one row of a dataset of format ``form``.
         form: what `recognise` answered.
-        method: `dpo` keeps both completions, `sft` the chosen one.
+        method: decides which completions of a preference count, and what its scores are.
         raw_dialogue: whether the strings are whole hh-rlhf dialogues, see `preference.is_raw_dialogue`.
 
     Raises:
-        ValueError: a value of the wrong type.
+        ValueError: a value of the wrong type, or lists that do not fit together.
     """
-    if form == "text":
-        return _example(row, None, _whole(row))
-    if form == "prompt_completion":
-        return _example(row, *_same_kind(_text(row, "prompt"), _text(row, "completion")))
+    return _preference(row, method, raw_dialogue) if form == "preference" else _NORMAL_FORMS[form](row)
+
+
+def _preference(row: dict[str, Any], method: str, raw_dialogue: bool) -> Example | None:
     given = None if row.get("prompt") is None else _text(row, "prompt")
     pair = preference.split_pair(given, _text(row, "chosen"), _text(row, "rejected"), raw_dialogue)
     if pair is None:
         return None
     prompt, chosen, rejected = pair
-    return _example(row, prompt, chosen, rejected) if method == "dpo" else _example(row, prompt, chosen)
+    if METHODS[method].imitates:
+        return _example(row, prompt, (chosen,))
+    return _example(row, prompt, (chosen, rejected), feedback.of_pair(row, method))
+
+
+def _prompt_completion(row: dict[str, Any]) -> Example:
+    prompt, completion = _text(row, "prompt"), _text(row, "completion")
+    _check_kinds("completion", prompt, completion)
+    return _example(row, prompt, (completion,))
+
+
+def _unpaired(row: dict[str, Any]) -> Example:
+    return replace(_prompt_completion(row), scores=(feedback.label(row.get("label")),))
+
+
+def _ranked(row: dict[str, Any]) -> Example:
+    candidates, scores = feedback.matched(row, "completions", "scores")
+    prompt, texts = _text(row, "prompt"), tuple(_as_text(candidate, "completions") for candidate in candidates)
+    _check_kinds("completions", prompt, *texts)
+    return _example(row, prompt, texts, tuple(feedback.number(score, "scores") for score in scores))
+
+
+def _stepwise(row: dict[str, Any]) -> Example:
+    steps, labels = feedback.matched(row, "completions", "labels")
+    if odd := {type(step).__name__ for step in steps} - {"str"}:
+        raise ValueError(f"column 'completions': expected a list of steps, each a string, got {min(odd)}")
+    return _example(row, _text(row, "prompt"), tuple(steps), tuple(feedback.label(value, "labels") for value in labels))
+
+
+_NORMAL_FORMS: dict[str, Callable[[dict[str, Any]], Example]] = {
+    "text": lambda row: _example(row, None, (_whole(row),)),
+    "prompt_completion": _prompt_completion,
+    "unpaired": _unpaired,
+    "ranked": _ranked,
+    "stepwise": _stepwise,
+}
 
 
 def is_empty(text: Text) -> bool:
@@ -120,10 +198,12 @@ def _says_something(turn: Message) -> bool:
     return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
-def _example(row: dict[str, Any], prompt: Text | None, *completions: Text) -> Example:
+def _example(
+    row: dict[str, Any], prompt: Text | None, completions: tuple[Text, ...], scores: tuple[float, ...] = ()
+) -> Example:
     """An example; only a conversation is rendered with the row's template arguments."""
     conversation = any(isinstance(text, list) for text in (prompt, *completions))
-    return Example(prompt, completions, _template_arguments(row) if conversation else {})
+    return Example(prompt, completions, _template_arguments(row) if conversation else {}, scores)
 
 
 def _whole(row: dict[str, Any]) -> Text:
@@ -151,7 +231,10 @@ def _from_turn(turn: dict[str, Any]) -> Message:
 
 
 def _text(row: dict[str, Any], name: str) -> Text:
-    value = row.get(name)
+    return _as_text(row.get(name), name)
+
+
+def _as_text(value: Any, name: str) -> Text:
     if value is None:
         return ""
     return value if isinstance(value, str) else _messages([value] if isinstance(value, dict) else value, name)
@@ -169,10 +252,10 @@ def _kind(value: Any) -> str:
     return type(value).__name__ + (f" of {' and '.join(sorted(inner))}" if inner else "")
 
 
-def _same_kind(prompt: Text, completion: Text) -> tuple[Text, Text]:
-    if prompt and completion and type(prompt) is not type(completion):
-        raise ValueError("'prompt' and 'completion' must both be strings or both be lists of {role, content}")
-    return prompt, completion
+def _check_kinds(name: str, prompt: Text, *completions: Text) -> None:
+    """Refuses strings beside lists; what is empty is neither."""
+    if len({type(text) for text in (prompt, *completions) if text}) > 1:
+        raise ValueError(f"'prompt' and {name!r} must all be strings or all be lists of {{role, content}}")
 
 
 def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:

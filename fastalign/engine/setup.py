@@ -68,10 +68,10 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
 
 
 def hash_tokens(dataset: TokenDataset) -> str:
-    """A hash of the tokens of all examples in their order, and of nothing else: not of files, caches or versions."""
+    """A hash of all examples in their order, tokens and scores, and of nothing else: no files, caches or versions."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.table.with_format("arrow").iter(batch_size=1000):
-        for name in ("input_ids", "scored", "lengths"):
+        for name in ("input_ids", "scored", "lengths", "scores"):
             column = cast(pa.Table, batch)[name].combine_chunks()
             digest.update(column.value_lengths().to_numpy().tobytes())
             digest.update(column.flatten().to_numpy().tobytes())

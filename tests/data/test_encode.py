@@ -279,7 +279,7 @@ def test_nothing_left_is_an_error_with_the_counts(make_tokenizer: Make) -> None:
         ({"prompt": "a", "completion": "b"}, "dpo", r"dpo expects the columns rejected\+chosen; found"),
         ({**PROMPTED, "images": ["x"]}, "dpo", "'images': images are not supported"),
         ({"prompt": "a", "completion": 3}, "sft", "row 0: column 'completion': expected a string or a list .* got int"),
-        ({"prompt": "a", "completion": [assistant("b")]}, "sft", "row 0: 'prompt' and 'completion' must both be"),
+        ({"prompt": "a", "completion": [assistant("b")]}, "sft", "row 0: 'prompt' and 'completion' must all be"),
         ({"chosen": "a", "rejected": [assistant("b")]}, "dpo", "row 0: 'chosen' and 'rejected' must both be"),
         ({**PROMPTED, "prompt": 5}, "dpo", "row 0: column 'prompt': expected a string or a list .* got int"),
         ({"messages": [user("a")]}, "sft", "row 0: a conversation without a scored token"),
