@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastalign.arguments import parse_config
-from fastalign.config import ModelConfig
 from fastalign.data.sources import load_rows
 from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.metrics import read_metrics
@@ -76,9 +75,10 @@ def write_held_out(directory: Path) -> Counter[str]:
 
 def judge(model: Path, reference: Path, pairs: Path) -> dict[str, float]:
     """Metrics of ``model`` on preference pairs, margins measured from ``reference``."""
-    settings = ["--model.path", str(model / "model"), "--data.path", str(pairs)]
-    config = parse_config("dpo", ["--config", str(EXAMPLES / "demo-dpo.yaml"), *settings])
-    return evaluate_model(config, ModelConfig(path=str(reference / "model")))
+    models = ["--model.path", str(model / "model"), "--reference.path", str(reference / "model")]
+    return evaluate_model(
+        parse_config("dpo", ["--config", str(EXAMPLES / "demo-dpo.yaml"), *models, "--data.path", str(pairs)])
+    )
 
 
 def show_alignment(console: Console, counts: Counter[str], scores: dict[str, tuple[dict, dict]]) -> None:

@@ -20,7 +20,11 @@ from fastalign.config import Config
 
 METHODS = {
     "sft": "fine-tune on demonstrations or plain text",
+    "reward": "train a reward model on preference pairs, rankings or steps",
     "dpo": "align on preference pairs",
+    "kto": "align on single completions that were called good or bad",
+    "rrhf": "align on ranked completions of a prompt",
+    "distill": "match the distribution of a teacher",
 }
 """The methods of ``engine.methods`` with their line of help; a copy, because the engine is slow to import."""
 
@@ -37,6 +41,8 @@ TRL_NAMES = {
     "warmup_ratio": "optim.warmup",
     "warmup_steps": "optim.warmup",
     "max_grad_norm": "optim.clip_norm",
+    "ref_model_name_or_path": "reference.path",
+    "teacher_model_name_or_path": "reference.path",
     "loss_type": "loss.name",
     "loss_weights": "loss.loss_weights",
     "simpo_gamma": "loss.gamma_beta_ratio",

@@ -35,6 +35,16 @@ class ModelConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """The frozen model that the policy is compared with: the reference of preference losses, the teacher of distill."""
+
+    path: str | None = None
+    """Hub name or local directory; default: the policy as it starts. distill needs one."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Parameter dtype; default: that of `model.dtype`."""
+
+
+@dataclass
 class DataConfig:
     """Which examples, and how they become tokens."""
 
@@ -69,11 +79,11 @@ class BatchConfig:
     """How much is computed at once."""
 
     size: int = 8
-    """Examples per optimizer step over all ranks: sequences for sft, pairs for dpo."""
+    """Examples per optimizer step over all ranks: sequences, pairs or prompts, as the method counts."""
     tokens: int = 4096
     """Budget of computed tokens per micro-batch; a longer group gets a micro-batch of its own."""
     share_prefix: bool = True
-    """Compute the prompt of a pair once."""
+    """Compute the prompt that several completions share once."""
 
 
 @dataclass
@@ -140,6 +150,7 @@ class Config:
 
     method: str
     model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, Any] = field(default_factory=dict)
     batch: BatchConfig = field(default_factory=BatchConfig)

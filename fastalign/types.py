@@ -122,6 +122,7 @@ class TokenStats:
         cu_seqlens: ``[b+1]`` int64 offsets of those sequences in the chunk's rows, when aligned.
         metrics: sums of the metrics that ``loss_fn`` returned, over all chunks.
         lse: ``[n]`` log-sum-exp of the logits, when asked for.
+        divergence: ``[n]`` divergence between the distributions of policy and reference, for losses that read it.
     """
 
     logps: Tensor
@@ -132,6 +133,7 @@ class TokenStats:
     cu_seqlens: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     lse: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from fastalign.config import BatchConfig, Config, ModelConfig
+from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import TokenDataset, evaluation_steps
-from fastalign.engine.methods import Objective, StepFacts, make_objective
+from fastalign.engine.heads import Models, run_head
+from fastalign.engine.method import Objective, StepFacts
+from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
-from fastalign.engine.reference import frozen_copy
-from fastalign.engine.setup import load_data, verified, wants_autocast
-from fastalign.engine.step import Models, add_sums, look_ahead, run_head, score_reference
-from fastalign.models.load import load_policy
+from fastalign.engine.prelude import Carried, look_ahead, score_reference
+from fastalign.engine.setup import load_data, load_models
+from fastalign.engine.step import add_sums
 from fastalign.parallel.mesh import World, world
-from fastalign.parallel.shard import reshard, shard
+from fastalign.parallel.shard import reshard
 from fastalign.types import PackedBatch
 
 
 @torch.no_grad()
 def evaluate(
-    models: Models, dataset: TokenDataset, objective: Objective, batch: BatchConfig, world: World
+    models: Models,
+    dataset: TokenDataset,
+    objective: Objective,
+    batch: BatchConfig,
+    world: World,
+    carried: Carried | None = None,
 ) -> dict[str, float]:
     """Means over a dataset of the metrics of a training step, weights unchanged.
 
@@ -29,6 +37,7 @@ def evaluate(
         objective: the method and its loss.
         batch: budget and prefix sharing; the step size plays no part.
         world: the ranks; each takes its share and all get the same result.
+        carried: what training has carried so far, left as it is; unpaired losses find their baseline per 256 examples.
 
     Returns:
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
@@ -36,7 +45,7 @@ def evaluate(
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
     watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
     for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size):
-        known = look_ahead(models, batches, objective, per_unit, world, watch)
+        known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
         sums = [evaluate_batch(models, micro.to(world.device), objective, facts, world) for micro, facts in known]
         total += add_sums(sums, objective.metric_names, world.device)
     reshard(models.policy)
@@ -48,7 +57,7 @@ def imitated_per_unit(dataset: TokenDataset, objective: Objective, batch: BatchC
     if not objective.imitates:
         return None
     method, steps = objective.method, evaluation_steps(dataset, batch.tokens, batch.share_prefix)
-    counts = [(method.imitated(micro), method.count(micro)) for step in steps for micro in step]
+    counts = [(method.imitated(micro), objective.count(micro)) for step in steps for micro in step]
     tokens, units = map(sum, zip(*counts, strict=True))
     return max(tokens, 1) / max(units, 1)
 
@@ -57,18 +66,18 @@ def evaluate_batch(
     models: Models, batch: PackedBatch, objective: Objective, facts: StepFacts, world: World
 ) -> dict[str, torch.Tensor]:
     """``[2]`` (sum, count) of each metric of one micro-batch."""
-    ref_logps = score_reference(models, batch, objective, world.device, Stopwatch(torch.device("cpu")))
+    watch = Stopwatch(torch.device("cpu"))
+    batch = replace(batch, ref_logps=score_reference(models, batch, objective, world.device, watch))
     with models.precision(world.device):
-        _, stats = run_head(models.policy, batch, objective.loss_fn(ref_logps, 1.0, facts), objective.method.align)
-    return stats.metrics
+        return run_head(models, batch, objective, 1.0, facts)[1]
 
 
-def evaluate_model(config: Config, reference: ModelConfig | None = None) -> dict[str, float]:
+def evaluate_model(config: Config) -> dict[str, float]:
     """Metrics of the model that ``config.model`` names, without training it.
 
     Args:
-        config: the held-out rows of ``data`` are used, or all of them when none are held out.
-        reference: where the reference comes from; default: the model itself, whose margins are then 0.
+        config: the held-out rows of ``data`` are used, or all of them when none are held out; ``reference.path`` names
+            the reference, by default the model itself, whose margins are then 0.
 
     Returns:
         as `evaluate`; for dpo among them ``rewards/accuracies``, ``rewards/margins`` and ``perplexity/chosen``.
@@ -79,10 +88,5 @@ def evaluate_model(config: Config, reference: ModelConfig | None = None) -> dict
     objective = make_objective(config.method, config.loss)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:
-        autocast = wants_autocast(config.model, ranks.device)
-        policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device)
-        other = load_policy(reference, tokenizer=tokenizer).to(ranks.device) if reference else policy
-        batch = verified(config, Models(policy, None, autocast), dataset, ranks.device)
-        ref = shard(frozen_copy(other), ranks, bf16=autocast) if objective.needs_reference else None
-        models = Models(shard(policy, ranks, bf16=autocast), ref, autocast)
-        return evaluate(models, held_out or dataset, objective, batch, ranks)
+        models, config = load_models(config, objective, tokenizer, dataset, ranks)
+        return evaluate(models, held_out or dataset, objective, config.batch, ranks)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastalign.engine.errors import RunError
-from fastalign.engine.methods import Objective
+from fastalign.engine.method import Objective
 from fastalign.parallel.mesh import World
 
 SCHEMA = 1
@@ -165,16 +165,10 @@ class MetricsLog:
 
 def means(objective: Objective, sums: Tensor) -> dict[str, float]:
     """Metrics from their ``[m, 2]`` (sum, count), ``loss`` first; nan where nothing was counted."""
-    values = {
-        name: s / n if n else math.nan for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)
-    }
-    source, name = objective.method.perplexity
-    values[name] = math.exp(min(values[source], MAX_EXPONENT))
-    return {"loss": values.pop("loss"), **values}
-
-
-MAX_EXPONENT = 700.0
-"""exp of more overflows a double."""
+    pairs = {name: (s, n) for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)}
+    values = {name: s / n if n else math.nan for name, (s, n) in pairs.items()}
+    told = {name: value for name, value in (values | dict(objective.method.derive(pairs))).items() if value is not None}
+    return {"loss": told.pop("loss"), **told}
 
 
 def tidy(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.engine.methods import Align
+from fastalign.engine.heads import chunks
+from fastalign.engine.method import Objective
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss
 from fastalign.types import PackedBatch, TokenStats
@@ -21,17 +22,15 @@ def frozen_copy(policy: Policy) -> Policy:
 
 
 @torch.no_grad()
-def reference_logps(reference: Policy, batch: PackedBatch, align: Align) -> Tensor:
+def reference_logps(reference: Policy, batch: PackedBatch, objective: Objective) -> Tensor:
     """``[N]`` fp32 log-probs of the batch's labels.
 
-    With ``align`` that of the policy's pass the head is cut into the same chunks, so that equal weights give equal bits
-    and the first margins are exactly 0.
+    The head is cut into the chunks of the policy's pass, so that equal weights give equal bits and the first margins
+    are exactly 0.
     """
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> TokenStats:
-        offsets = None if align == "token" else batch.cu_seqlens
-        cut = {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored}
-        return linear_loss(hidden, weight, labels, sum_logps, **cut, **options)[1]
+        return linear_loss(hidden, weight, labels, sum_logps, **chunks(batch, objective), **options)[1]
 
     return reference(batch, head).logps
 

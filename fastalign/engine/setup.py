@@ -18,9 +18,15 @@ from fastalign.data.loader import TokenDataset, encode_dataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.console import check_trackers
-from fastalign.engine.step import Models
-from fastalign.models.load import load_tokenizer
+from fastalign.engine.heads import Models
+from fastalign.engine.method import Objective
+from fastalign.engine.methods import make_objective
+from fastalign.engine.reference import frozen_copy
+from fastalign.models.load import load_policy, load_tokenizer, separate_padding
+from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
+from fastalign.parallel.mesh import World
+from fastalign.parallel.shard import shard
 from fastalign.types import PackedBatch
 
 LEAST = (
@@ -63,8 +69,9 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     """The tokenizer, and the training and held-out examples in tokens."""
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
-    dataset = encode_dataset(rows, tokenizer, config.data, config.method)
-    return tokenizer, dataset, encode_dataset(held_out, tokenizer, config.data, config.method) if held_out else None
+    kind = make_objective(config.method, config.loss).data
+    dataset = encode_dataset(rows, tokenizer, config.data, kind)
+    return tokenizer, dataset, encode_dataset(held_out, tokenizer, config.data, kind) if held_out else None
 
 
 def hash_tokens(dataset: TokenDataset) -> str:
@@ -88,6 +95,44 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
     """Whether forwards run under bf16 autocast: as the section says, else on CUDA."""
     return device.type == "cuda" if model.autocast is None else model.autocast
+
+
+def load_models(
+    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, dataset: TokenDataset, ranks: World
+) -> tuple[Models, Config]:
+    """Policy and reference, checked against their plain forwards and sharded; and the settings that the check leaves.
+
+    Raises:
+        ValueError: a model that cannot be used, or a method without its teacher.
+    """
+    autocast = wants_autocast(config.model, ranks.device)
+    scalar = objective.method.scalar_head
+    policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
+    policy = policy.to(ranks.device).train()
+    if scalar:
+        separate_padding(policy, tokenizer)
+    config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
+    reference = load_reference(config, objective, policy, tokenizer)
+    if reference is not None and config.reference.path is not None:
+        verified(config, Models(reference.to(ranks.device), None, autocast), dataset, ranks.device)
+    reference = None if reference is None else shard(reference, ranks, bf16=autocast)
+    return Models(shard(policy, ranks, bf16=autocast), reference, autocast), config
+
+
+def load_reference(
+    config: Config, objective: Objective, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Policy | None:
+    """The frozen model that the loss reads: another one, or the policy as it starts; None when it reads none."""
+    if not objective.needs_reference:
+        return None
+    path = config.reference.path
+    if path is None and objective.method.teacher:
+        raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
+    if path is None:
+        return frozen_copy(policy)
+    dtype = config.reference.dtype or config.model.dtype
+    described = replace(config.model, path=path, config=None, tokenizer=None, dtype=dtype, gradient_checkpointing=False)
+    return frozen_copy(load_policy(described, tokenizer=tokenizer))
 
 
 def verified(config: Config, models: Models, dataset: TokenDataset, device: torch.device) -> BatchConfig:

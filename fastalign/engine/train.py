@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,20 @@ from fastalign.data.loader import Loader, TokenDataset
 from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
-from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.heads import Models
+from fastalign.engine.method import Objective
+from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
-from fastalign.engine.reference import frozen_copy
+from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
-from fastalign.engine.setup import check_settings, hash_tokens, load_data, seed_everything, verified, wants_autocast
-from fastalign.engine.step import Models, Work, accumulate_gradients, add_sums, measure_work
-from fastalign.models.load import load_policy, save_pretrained
+from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything
+from fastalign.engine.step import Work, accumulate_gradients, add_sums, measure_work
+from fastalign.models.load import save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
-from fastalign.parallel.shard import shard
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Job:
     loader: Loader
     held_out: TokenDataset | None
     total: int
+    carried: Carried = field(default_factory=Carried)
 
     @property
     def directory(self) -> Path:
@@ -89,16 +91,11 @@ class Job:
 def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
     tokenizer, dataset, held_out = load_data(config)
-    policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device).train()
-    autocast = wants_autocast(config.model, ranks.device)
-    config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
-    reference = shard(frozen_copy(policy), ranks, bf16=autocast) if objective.needs_reference else None
-    models = Models(shard(policy, ranks, bf16=autocast), reference, autocast)
-
+    models, config = load_models(config, objective, tokenizer, dataset, ranks)
     batch = config.batch
     loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
     total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
-    optimizer = make_optimizer(policy, config.optim)
+    optimizer = make_optimizer(models.policy, config.optim)
     return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total)
 
 
@@ -137,7 +134,7 @@ def train_step(job: Job, step: int) -> StepResult:
         batches = next(job.loader)
         work = measure_work(batches, job.objective, world, peak_memory(world.device))
 
-    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch)
+    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
     with watch("optimizer"):
         sums = world.sum(add_sums(losses, job.objective.metric_names, world.device))
         loss = sums[job.objective.metric_names.index("loss")]
@@ -176,13 +173,14 @@ def held_out_metrics(job: Job) -> dict[str, float]:
     """``eval_`` metrics, if anything is held out."""
     if job.held_out is None:
         return {}
-    metrics = evaluate(job.models, job.held_out, job.objective, job.config.batch, job.world)
+    metrics = evaluate(job.models, job.held_out, job.objective, job.config.batch, job.world, job.carried)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def save(job: Job, step: int) -> None:
     """A checkpoint of everything that the next step depends on."""
-    state = {"loader": job.loader.state_dict(), "data": job.data_content, "config": asdict(job.config)}
+    carried, config = job.carried.state_dict(), asdict(job.config)
+    state = {"loader": job.loader.state_dict(), "data": job.data_content, "carried": carried, "config": config}
     directory = job.directory / "checkpoints"
     save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
 
@@ -196,6 +194,7 @@ def resume(job: Job, checkpoint: Path) -> int:
             f"{checkpoint} was trained on other data: as many examples, but other tokens or another order; "
             "resume with the same rows and tokenizer, or choose another run.output_dir"
         )
+    job.carried.load_state_dict(state["carried"], job.world.device)
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:

@@ -31,13 +31,13 @@ def settings(losses: Losses) -> dict[str, Any]:
     return known
 
 
-def weighted_sum(losses: Losses, data: Any, options: Mapping[str, Any]) -> Tensor:
-    """``sum_i loss_weights_i loss_i(data)``, each loss with the keywords it has.
+def weighted_sum(losses: Losses, options: Mapping[str, Any], *data: Any) -> Tensor:
+    """``sum_i loss_weights_i loss_i(*data)``, each loss with the keywords it has.
 
     Args:
         losses: the losses by name.
-        data: what each of them reads, the same for all.
         options: values of ``settings``, all or some.
+        data: what each of them reads, the same for all.
 
     Raises:
         ValueError: not as many weights as losses.
@@ -45,7 +45,7 @@ def weighted_sum(losses: Losses, data: Any, options: Mapping[str, Any]) -> Tenso
     weights = options.get("loss_weights") or [1.0] * len(losses)
     if len(weights) != len(losses):
         raise ValueError(f"loss_weights: expected {len(losses)}, one for each of {', '.join(losses)}; got {weights}")
-    parts = [loss(data, **{k: options[k] for k in keywords(loss) if k in options}) for loss in losses.values()]
+    parts = [loss(*data, **{k: options[k] for k in keywords(loss) if k in options}) for loss in losses.values()]
     return add([part if weight == 1 else weight * part for weight, part in zip(weights, parts, strict=True)])
 
 

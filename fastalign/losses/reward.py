@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
@@ -135,5 +137,44 @@ def calibration_error(bins: Tensor) -> Tensor:
     return bins[:, 0].abs().sum() / bins[:, 1].sum().clamp(min=1)
 
 
+# --- how each loss reads the head's outputs ---------------------------------------------------------------------------
+
+Reading = tuple[tuple[Tensor | None, ...], Callable[[Tensor], dict[str, Tensor]]]
+"""The arguments of a loss, and its metrics as a function of its losses."""
+
+
+def read_pairs(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+    """Rewards of neighbours, chosen first; the data may say by how much the chosen is better."""
+    chosen, rejected = outputs[0::2], outputs[1::2]
+    margins = given[0::2] - given[1::2] if len(given) else None
+    return (chosen, rejected, margins), lambda losses: metrics(chosen, rejected, losses)
+
+
+def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+    """Rewards of neighbours; the data say how likely the first is the better."""
+    if len(given) != len(outputs):
+        raise ValueError("soft_label reads a probability beside each pair: give the data a column `probability`")
+    first, second = outputs[0::2], outputs[1::2]
+    return (first, second, given[0::2]), lambda losses: metrics(first, second, losses)
+
+
+def read_rankings(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+    """Rewards of each prompt's candidates, which the data score; metrics are over the pairs that they rank."""
+    group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(cu_groups.diff().long())
+    better, worse = ((group[:, None] == group) & (given[:, None] > given)).nonzero(as_tuple=True)
+    return (outputs, -given, cu_groups), lambda losses: metrics(outputs[better], outputs[worse], losses)
+
+
+def read_steps(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+    """One output per reasoning step, which the data call right or wrong."""
+    margins = torch.where(given > 0, outputs, -outputs)
+    told = {"accuracy": sum_and_count(margins > 0), **calibration_bins(margins)}
+    return (outputs, given), lambda losses: {"loss": sum_and_count(losses), **told}
+
+
 BINS = 10
 LOSSES = {"reward": reward, "soft_label": soft_label, "k_wise": k_wise, "process": process}
+READERS = {"reward": read_pairs, "soft_label": read_probabilities, "k_wise": read_rankings, "process": read_steps}
+"""``(outputs [n], what the data say of them, cu_groups) -> Reading`` of each loss."""
+PER_TOKEN = frozenset({"process"})
+"""Losses that are a mean over steps, not over examples."""

@@ -151,5 +151,7 @@ def where_sum(values: Tensor, mask: Tensor) -> Tensor:
 LOSSES = {"kto": kto, "bco": bco}
 BASELINES = {"kto": kto_baseline, "bco": bco_baseline}
 """How a loss's baseline follows from the previous one and the step: ``kto`` reads mismatched rows, ``bco`` its own."""
+READS_MISMATCHED = frozenset({"kto"})
+"""Losses whose baseline is of prompts with completions of other examples."""
 STEP_COUPLED = frozenset(LOSSES)
 """Losses that need statistics of the whole step before any of it has a coefficient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastalign.config import ModelConfig
 from fastalign.models import inline
 from fastalign.models.policy import Policy
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFUSALS = (
@@ -25,6 +35,8 @@ REFUSALS = (
     *(AttributeError, ArithmeticError, RuntimeError),
 )
 """What transformers raises on files that are damaged and on values that make no model."""
+SCALAR_HEAD = "score.weight"
+"""What transformers calls the head of a sequence classifier."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -34,6 +46,7 @@ def load_policy(
     vocab_size: int | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    scalar_head: bool = False,
 ) -> Policy:
     """The policy that a model section describes.
 
@@ -42,6 +55,8 @@ def load_policy(
         vocab_size: tokens the tokenizer can produce; an inline config without one gets it, a smaller model is refused.
         seed: of random initial weights; the global generator is left as it was.
         tokenizer: gives an inline config its special token ids, and `vocab_size` when that is not given.
+        scalar_head: one output per token in place of the LM head, as reward models have; that of the checkpoint, or
+            a new one where it has none.
 
     Raises:
         ValueError: when path and config are both set or both missing, the model cannot be found, its vocabulary is too
@@ -51,28 +66,59 @@ def load_policy(
         raise ValueError("set exactly one of model.path (hub name or directory) and model.config (inline config)")
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
-    loaded = _pretrained(model) if model.config is None else _from_scratch(model, vocab_size, seed)
+    auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    loaded = _pretrained(model, auto, seed) if model.config is None else _from_scratch(model, auto, vocab_size, seed)
     if model.config is not None and tokenizer is not None:
         _set_special_tokens(loaded, tokenizer)
     policy = Policy(loaded, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
-    if vocab_size is not None and vocab_size > (rows := policy.head.weight.shape[0]):
+    known: Any = loaded.get_input_embeddings() if scalar_head else policy.head
+    if vocab_size is not None and vocab_size > (rows := known.weight.shape[0]):
         raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
     return policy
 
 
-def _pretrained(model: ModelConfig) -> PreTrainedModel:
+def _pretrained(model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
     assert model.path is not None
+    scalar: dict[str, Any] = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
     with _readable("model", model.path, "config.json and safetensors weights"):
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        both: Any = auto.from_pretrained(
             model.path,
             dtype=DTYPES.get(model.dtype, "auto"),
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the shapes
+            **scalar,
         )
     loaded, info = both
-    check_loaded(model.path, info)
+    missing = set(info["missing_keys"])
+    if scalar and SCALAR_HEAD in missing:
+        _new_scalar_head(loaded, seed)
+    check_loaded(model.path, {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
     return loaded
+
+
+def _new_scalar_head(model: PreTrainedModel, seed: int) -> None:
+    """Scores of about unit size: normal weights with a deviation of ``1 / sqrt(D + 1)``."""
+    if (head := getattr(model, "score", None)) is None:
+        return  # refused when the policy is made
+    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
+
+
+def separate_padding(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a reward model a padding token that ends no sequence, in its config and the tokenizer.
+
+    transformers reads the score at the last token that is not padding: with EOS as padding that would be the token
+    before EOS, and training reads EOS.
+    """
+    ends = [None, tokenizer.eos_token_id]
+    free = [name for name in ("pad_token", "unk_token", "bos_token") if getattr(tokenizer, f"{name}_id") not in ends]
+    if free:
+        tokenizer.pad_token = getattr(tokenizer, free[0])
+    else:
+        log.warning("no padding token other than EOS: the saved reward model scores one sequence at a time")
+    policy.config.pad_token_id = tokenizer.pad_token_id if free else None
 
 
 def check_loaded(name: str, info: Mapping[str, Any]) -> None:
@@ -90,8 +136,9 @@ def check_loaded(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def _from_scratch(model: ModelConfig, vocab_size: int | None, seed: int) -> PreTrainedModel:
-    options = dict(model.config or {})
+def _from_scratch(model: ModelConfig, auto: Any, vocab_size: int | None, seed: int) -> PreTrainedModel:
+    scalar = auto is AutoModelForSequenceClassification
+    options: dict[str, Any] = dict(model.config or {}) | ({"num_labels": 1} if scalar else {})
     kind = options.pop("model_type", None)
     if kind is None:
         raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
@@ -105,9 +152,12 @@ def _from_scratch(model: ModelConfig, vocab_size: int | None, seed: int) -> PreT
         dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            made = auto.from_config(config, dtype=dtype)
     except REFUSALS as error:
         raise ValueError(f"model.config makes no {kind}: {_one_line(error)}") from error
+    if scalar:
+        _new_scalar_head(made, seed)
+    return made
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

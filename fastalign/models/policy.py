@@ -29,10 +29,11 @@ HARMLESS = {"position_ids", "use_cache", "is_causal", "cache_position", "output_
 
 
 class Policy(nn.Module):
-    """A causal LM as backbone and head.
+    """A causal LM as backbone and head; the head may be a scalar one, of a reward model.
 
     Args:
-        model: the HF model; its attention is set to ours and its dropout to zero.
+        model: the HF model, a causal LM or a sequence classifier with one label; its attention is set to ours and its
+            dropout to zero.
         attention: backend of the packed attention, `auto` for the best one here.
         gradient_checkpointing: recompute each layer's activations in backward.
 
@@ -62,10 +63,15 @@ class Policy(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The LM head."""
-        head = self.model.get_output_embeddings()
+        """The LM head, or the scalar head of a reward model."""
+        head = support.output_layer(self.model)
         assert isinstance(head, nn.Linear)  # checked when the policy was made
         return head
+
+    @property
+    def has_scalar_head(self) -> bool:
+        """Whether it scores tokens instead of predicting them."""
+        return self.model.get_output_embeddings() is None
 
     @property
     def config(self) -> Any:
@@ -106,13 +112,13 @@ class Policy(nn.Module):
     def plain_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """`[n, p, V]` logits at p positions of `[n, L]` ordinary rows, by the model's own forward and active attention.
 
-        Rows may be padded on the right: causal attention never reads the padding.
+        Rows may be padded on the right: causal attention never reads the padding. V is 1 for a scalar head.
         """
         at = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        output = self.model(
-            input_ids=input_ids, position_ids=at, attention_mask=None, use_cache=False, logits_to_keep=positions
-        )
-        return output.logits
+        row = {"input_ids": input_ids, "position_ids": at, "attention_mask": None, "use_cache": False}
+        if self.has_scalar_head:
+            return self.head(self.backbone(**row).last_hidden_state[:, positions])
+        return self.model(**row, logits_to_keep=positions).logits
 
     def check_batch(self, plan: Layout) -> None:
         """Refuses a batch that the model cannot compute exactly."""

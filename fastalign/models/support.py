@@ -36,9 +36,15 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state across sequence boundaries"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not behind transformers' AttentionInterface"
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        return f"its LM head is {type(model.get_output_embeddings()).__name__}; a Linear is expected"
+    if not isinstance(head := output_layer(model), nn.Linear):
+        return f"its head is {type(head).__name__}; a Linear is expected"
     return _numerical_refusal(config)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The LM head, or the `score` layer of a sequence classifier."""
+    head = model.get_output_embeddings()
+    return getattr(model, "score", None) if head is None else head
 
 
 def _numerical_refusal(config: Any) -> str | None:

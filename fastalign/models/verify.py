@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -70,21 +70,24 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
     """
     if batch.num_scored == 0:
         return True
-    sequences = unpack_group(batch)
+    scalar = policy.has_scalar_head
+    what = "scores" if scalar else "log-probs"
+    sequences = unpack_group(batch, own_rows=scalar)
     with torch.no_grad():
-        packed = policy(batch, lambda *args, **options: _logps(*args, keep=sequences.scored, **options))
+        read = _scores if scalar else _logps
+        packed = policy(batch, lambda *args, **options: read(*args, keep=sequences.scored, **options))
         plain, peak = _plain_logps(policy, sequences, batch.labels[sequences.scored])
     if not plain.isfinite().all():
         bad = int((~plain.isfinite()).sum())
         raise ValueError(
-            f"the model's own log-probs are not finite on {bad} of {plain.numel()} tokens in a plain forward, without "
+            f"the model's own {what} are not finite on {bad} of {plain.numel()} tokens in a plain forward, without "
             "any packing: its weights hold NaN or infinity, or overflow in model.dtype; load another checkpoint"
         )
     difference = (packed.double() - plain.double()).abs()
     largest, mean = difference.max().item(), difference.mean().item()
     worst, average = (limit * max(1.0, peak / PEAK) for limit in TOLERANCES[_precision(policy, batch)])
     text = (
-        f"packed and plain log-probs differ by {largest:.2g} at most and {mean:.2g} on average "
+        f"packed and plain {what} differ by {largest:.2g} at most and {mean:.2g} on average "
         f"over {packed.numel()} tokens (allowed {worst:.2g} and {average:.2g})"
     )
     if largest <= worst and mean <= average:  # false for NaN
@@ -97,12 +100,18 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
     return False
 
 
-def unpack_group(batch: PackedBatch) -> Sequences:
-    """The sequences of the group to compare: one with a shared prefix, not the first, small; as far as there is one."""
+def unpack_group(batch: PackedBatch, own_rows: bool = False) -> Sequences:
+    """The sequences of the group to compare: one with a shared prefix, not the first, small; as far as there is one.
+
+    With ``own_rows`` a scored token is read at its own row, not at the one before.
+    """
     tree, leaves = _choose_group(batch)
     chains = [_chain_rows(batch, leaf) for leaf in leaves[tree]]
     ids = batch.input_ids.tolist()
-    places = [{(row, ids[after]): t for t, (row, after) in enumerate(pairwise(rows))} for rows in chains]
+    if own_rows:
+        places = [{(row, ids[row]): t for t, row in enumerate(rows)} for rows in chains]
+    else:
+        places = [{(row, ids[after]): t for t, (row, after) in enumerate(pairwise(rows))} for rows in chains]
     group_rows = {row for rows in chains for row in rows}
     scored, where = [], []
     for start, stop in pairwise(batch.cu_seqlens.tolist()):
@@ -166,14 +175,20 @@ def _logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, **op
     return logps
 
 
+def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Outputs of a scalar head at some scored tokens."""
+    return nn.functional.linear(hidden[keep], weight, bias)[:, 0]
+
+
 def _plain_logps(policy: Policy, sequences: Sequences, labels: Tensor) -> tuple[Tensor, float]:
-    """The same log-probs from the model's own forward in stock attention, and the largest logit."""
+    """The same log-probs (or scores) from the model's own forward in stock attention, and the largest logit."""
     register_fsdp_forward_method(policy, "plain_logits")  # does nothing to a policy that is not sharded
     positions, index = sequences.position.unique(return_inverse=True)
     with stock_attention(policy):
         logits = policy.plain_logits(sequences.input_ids, positions)[sequences.sequence, index]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1).gather(1, labels[:, None])[:, 0], wide.abs().max().item()
+    chosen = wide[:, 0] if policy.has_scalar_head else wide.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return chosen, wide.abs().max().item()
 
 
 @contextmanager

@@ -43,6 +43,11 @@ class World:
         """Whether this rank writes files and talks to the console."""
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None for a single process."""
+        return None if self.mesh is None else dist.group.WORLD
+
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over ranks, in place when there is more than one."""
         if self.mesh is not None:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fastalign.data.loader import Loader
 from fastalign.data.pack import pack
+from fastalign.engine.heads import Models
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch
+from fastalign.engine.prelude import Carried, gather_pairs
 from fastalign.engine.reference import frozen_copy
 from fastalign.engine.setup import load_data
-from fastalign.engine.step import Models, accumulate_gradients, add_sums, gather_pairs, measure_work
+from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy
 from fastalign.parallel.mesh import World
 from fastalign.types import PairLogps
@@ -58,7 +60,7 @@ def drifted(config, tokenizer) -> Models:
 def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Tensor]]:
     models.policy.zero_grad()
     work = measure_work(batches, objective, WORLD, 0)
-    sums = accumulate_gradients(models, batches, objective, work, WORLD, Stopwatch(WORLD.device))
+    sums = accumulate_gradients(models, batches, objective, work, WORLD, Stopwatch(WORLD.device), Carried())
     total = add_sums(sums, objective.metric_names, WORLD.device)[objective.metric_names.index("loss")]
     assert total[1] == work.units
     return total[0] / total[1], {name: p.grad.clone() for name, p in models.policy.named_parameters()}

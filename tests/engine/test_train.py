@@ -127,6 +127,8 @@ def test_evaluation_alone_gives_what_the_run_reported(configure, materials):
     config = configure("dpo", **{"run.steps": 3, **held_out})
     train(config)
     last = {k.removeprefix("eval_"): v for k, v in records(config.run.output_dir)[-1].items() if k.startswith("eval_")}
-    start, config.model = config.model, ModelConfig(path=str(Path(config.run.output_dir) / "model"))
-    assert evaluate_model(config, reference=start) == pytest.approx(last, rel=1e-6, abs=1e-6)
+    start = load_policy(config.model, tokenizer=load_data(config)[0])
+    config.model = ModelConfig(path=str(Path(config.run.output_dir) / "model"))
     assert evaluate_model(config)["rewards/margins"] == 0
+    config.reference.path = str(save_pretrained(start, None, Path(config.run.output_dir) / "start"))
+    assert evaluate_model(config) == pytest.approx(last, rel=1e-6, abs=1e-6)

@@ -197,6 +197,6 @@ def test_a_weighted_sum_gives_each_loss_its_own_keywords():
     pair = pair_logps(-torch.rand(12), torch.tensor([0, 2, 5, 9, 12]), -torch.rand(12))
     options = {"beta": 0.7, "gamma_beta_ratio": 0.2, "loss_weights": [1.0, 0.5, -2.0]}
     expected = preference.dpo(pair, beta=0.7) + 0.5 * preference.simpo(pair, beta=0.7, gamma_beta_ratio=0.2)
-    torch.testing.assert_close(weighted_sum(losses, pair, options), expected - 2 * preference.sft(pair))
-    alone = weighted_sum({"dpo": preference.dpo}, pair, {"beta": 0.7})
+    torch.testing.assert_close(weighted_sum(losses, options, pair), expected - 2 * preference.sft(pair))
+    alone = weighted_sum({"dpo": preference.dpo}, {"beta": 0.7}, pair)
     assert torch.equal(alone, preference.dpo(pair, beta=0.7))

@@ -129,7 +129,7 @@ def test_pair_losses_and_their_metrics(name):
     pair = pair_logps(leaf[order][pick], cu_seqlens, ref[order][pick], tails=True)
     names = [preference.ALIASES.get(one, one) for one in name.split("+")]
     losses = {one: preference.LOSSES[one] for one in names}
-    per_pair = weighted_sum(losses, pair, options)
+    per_pair = weighted_sum(losses, options, pair)
     (grad,) = torch.autograd.grad(per_pair.mean(), leaf)
     tolerance = 1e-6 if name == "exo_pair" else 1e-12  # TRL keeps exo's epsilon in fp32
     torch.testing.assert_close(per_pair.mean(), theirs, rtol=tolerance, atol=0)

@@ -124,7 +124,7 @@ def dpo_plus_sft(inputs, params):
     given = Pairs(inputs)
     options = {"beta": params["beta"], "loss_weights": [1.0, params["alpha"]]}
     chosen = {name: preference.LOSSES[name] for name in ("dpo", "sft")}
-    loss = weighted_sum(chosen, given.pair, options).mean()
+    loss = weighted_sum(chosen, options, given.pair).mean()
     return {"loss": loss, **given.coefficients(loss)}
 
 

@@ -1,0 +1,143 @@
+"""The policy's forward up to the loss: hidden states go through a head inside the module, no logits are kept."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.engine.method import NO_FACTS, Objective, StepFacts
+from fastalign.models.policy import Policy
+from fastalign.ops import linear_divergence, linear_logps, linear_loss
+from fastalign.types import PackedBatch, TokenStats
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
+
+    policy: Policy
+    reference: Policy | None
+    autocast: bool
+
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """The context in which both run forward."""
+        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def run_head(
+    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts = NO_FACTS
+) -> tuple[Tensor, Metrics]:
+    """A batch's share of the loss, and ``[2]`` (sum, count) of each metric; none when no row is scored."""
+    if objective.head == "distributions":
+        return run_distributions(models, batch, objective, scale, facts)
+    head = score_head if objective.head == "scores" else logps_head
+    return models.policy(batch, partial(head, batch=batch, objective=objective, scale=scale, facts=facts))
+
+
+def logps_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    batch: PackedBatch,
+    objective: Objective,
+    scale: float,
+    facts: StepFacts,
+    **options: Any,
+) -> tuple[Tensor, Metrics]:
+    """Losses of log-probs, one pass: gradients are made in the forward."""
+    loss_fn = objective.loss_fn(batch, scale, facts)
+    loss, stats = linear_loss(hidden, weight, labels, loss_fn, **chunks(batch, objective), **options)
+    return loss, stats.metrics
+
+
+def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
+    """How `linear_loss` cuts a batch; the reference's pass is cut alike, so that equal weights give equal bits."""
+    align = objective.method.align
+    groups = {"cu_groups": batch.cu_groups} if align == "group" else {}
+    offsets = None if align == "token" else batch.cu_seqlens
+    return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
+
+
+def score_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    batch: PackedBatch,
+    objective: Objective,
+    scale: float,
+    facts: StepFacts,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Losses of a scalar head's outputs."""
+    return objective.loss_fn(batch, scale, facts)(scores(hidden, weight, labels, bias=bias))
+
+
+def scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``[N]`` outputs of a scalar head, in fp32 whatever computes the backbone."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shift = None if bias is None else bias.to(wide)
+        return torch.nn.functional.linear(hidden.to(wide), weight.to(wide), shift)[:, 0]
+
+
+def run_distributions(
+    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts
+) -> tuple[Tensor, Metrics]:
+    """Losses that compare whole distributions: the policy runs inside the reference's head, both weights at hand."""
+    assert models.reference is not None
+    trains = torch.is_grad_enabled()
+
+    def beside(ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, **ref_options: Any) -> tuple[Tensor, Metrics]:
+        reference = (ref_hidden, ref_weight, ref_options)
+        with torch.set_grad_enabled(trains):
+            both = partial(both_heads, batch=batch, objective=objective, scale=scale, facts=facts, reference=reference)
+            return models.policy(batch, both)
+
+    with torch.no_grad():
+        return models.reference(batch, beside)
+
+
+def both_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    batch: PackedBatch,
+    objective: Objective,
+    scale: float,
+    facts: StepFacts,
+    reference: tuple[Tensor, Tensor, dict[str, Any]],
+    **options: Any,
+) -> tuple[Tensor, Metrics]:
+    """The divergence between both models and their log-probs, then the losses."""
+    ref_hidden, ref_weight, ref_options = reference
+    theirs = {f"ref_{name}": value for name, value in ref_options.items()}
+    divergence = partial(linear_divergence, hidden, weight, ref_hidden, ref_weight, labels=labels, **options, **theirs)
+    if objective.method.align == "token":  # the divergence is the loss; log-probs only tell how the policy fares
+        losses = objective.losses(divergence)
+        with torch.no_grad():
+            logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
+    else:
+        losses = divergence(kind="forward_kl")
+        logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
+        with torch.no_grad():
+            batch = replace(batch, ref_logps=linear_logps(ref_hidden, ref_weight, labels, **ref_options))
+    rows = torch.arange(len(labels), device=labels.device)
+    stats = TokenStats(logps, rows, entropy.detach(), divergence=losses)
+    return objective.loss_fn(batch, scale, facts)(with_sequences(stats, batch))
+
+
+def with_sequences(stats: TokenStats, batch: PackedBatch) -> TokenStats:
+    """The statistics of a whole batch with its sequences."""
+    device = stats.logps.device
+    sequences = torch.arange(batch.num_sequences, device=device)
+    return replace(stats, sequences=sequences, cu_seqlens=batch.cu_seqlens.to(device, torch.int64))

@@ -1,0 +1,140 @@
+"""What some losses must know of the whole optimizer step before any of it has a coefficient: a first pass over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.engine.heads import Models
+from fastalign.engine.method import Objective, StepFacts
+from fastalign.engine.metrics import Stopwatch
+from fastalign.engine.reference import reference_logps
+from fastalign.losses import unpaired
+from fastalign.losses.pairs import pair_logps
+from fastalign.losses.reduce import segment_sum
+from fastalign.losses.unpaired import Baseline, make_baseline
+from fastalign.parallel.mesh import World
+from fastalign.types import PackedBatch, PairLogps
+
+Known = list[tuple[PackedBatch, StepFacts]]
+
+
+@dataclass
+class Carried:
+    """What a method takes from one step to the next.
+
+    Attributes:
+        baseline: what unpaired losses measured from in the last step.
+    """
+
+    baseline: Baseline = field(default_factory=make_baseline)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return {"baseline": self.baseline.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go back to a checkpoint."""
+        self.baseline = make_baseline(**state["baseline"], device=device)
+
+
+def look_ahead(
+    models: Models,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    imitated_per_unit: float | None,
+    world: World,
+    watch: Stopwatch,
+    carried: Carried,
+) -> Known:
+    """What each micro-batch's loss may know of the step; a step-coupled loss costs a forward pass of all of them.
+
+    That pass cuts the head into the chunks of the training pass, so that both see the same bits, and keeps the
+    reference's log-probs with the batches.
+    """
+    if not objective.is_step_coupled:
+        return [(batch, StepFacts(imitated_per_unit)) for batch in batches]
+    batches = [batch.to(world.device) for batch in batches]
+    if objective.method.align == "pair":
+        return all_pairs(models, batches, objective, imitated_per_unit, world, watch)
+    return with_baseline(models, batches, objective, world, watch, carried)
+
+
+def all_pairs(
+    models: Models,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    imitated_per_unit: float | None,
+    world: World,
+    watch: Stopwatch,
+) -> Known:
+    """The log-probs of the step's pairs, over all ranks."""
+    scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in batches]
+    logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
+    mine = [pair_logps(one, batch.cu_seqlens, batch.ref_logps) for one, batch in zip(logps, scored, strict=True)]
+    pairs, first = gather_pairs(mine, world)
+    places = accumulate((len(pair.chosen) for pair in mine), initial=first)
+    return [(b, StepFacts(imitated_per_unit, pairs, place)) for b, place in zip(scored, places, strict=False)]
+
+
+def with_baseline(
+    models: Models,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    world: World,
+    watch: Stopwatch,
+    carried: Carried,
+) -> Known:
+    """The baseline of an unpaired loss: from the mismatched completions, or from the step's own."""
+    name = objective.names[0]
+    own = name not in unpaired.READS_MISMATCHED
+    scored = [batch if own else batch.mismatched or batch for batch in batches]
+    scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in scored]
+    logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
+    sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
+    policy, reference = (torch.cat(part) for part in zip(*sums, strict=True))
+    baseline = unpaired.BASELINES[name](
+        carried.baseline, policy, reference, beta=objective.options["beta"], process_group=world.group
+    )
+    if torch.is_grad_enabled():  # an evaluation leaves no trace
+        carried.baseline = baseline
+    return [(batch, StepFacts(baseline=baseline)) for batch in (scored if own else batches)]
+
+
+def sequence_sums(logps: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """``[B]`` sequence log-probs of policy and reference."""
+    assert batch.ref_logps is not None
+    return segment_sum(logps, batch.cu_seqlens), segment_sum(batch.ref_logps.to(logps.dtype), batch.cu_seqlens)
+
+
+def score_policy(models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch) -> Tensor:
+    """``[N]`` log-probs under the policy, without gradient."""
+    with watch("forward"), models.precision(world.device):
+        return reference_logps(models.policy, batch, objective)
+
+
+def score_reference(
+    models: Models, batch: PackedBatch, objective: Objective, device: torch.device, watch: Stopwatch
+) -> Tensor | None:
+    """``[N]`` reference log-probs: those that came with the batch, or computed now; None for losses without any."""
+    if models.reference is None or batch.ref_logps is not None or objective.head == "distributions":
+        return batch.ref_logps
+    with watch("reference"), models.precision(device):
+        return reference_logps(models.reference, batch, objective)
+
+
+def gather_pairs(mine: Sequence[PairLogps], world: World) -> tuple[PairLogps, int]:
+    """The pairs of all micro-batches and ranks, in the order of ranks, and the position of this rank's first."""
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
+    table = torch.cat([torch.stack([getattr(pair, name).double() for name in names], 1) for pair in mine]).cpu()
+    counts = world.gather([len(table)])[:, 0].long().tolist()
+    padded = torch.nn.functional.pad(table, (0, 0, 0, max(counts) - len(table)))
+    everyone = world.gather(padded.flatten().tolist()).view(world.size, -1, len(names))
+    rows = torch.cat([rank[:count] for rank, count in zip(everyone, counts, strict=True)])
+    columns = rows.to(mine[0].chosen.device, mine[0].chosen.dtype).unbind(1)
+    return PairLogps(**dict(zip(names, columns, strict=True))), sum(counts[: world.rank])
