@@ -164,7 +164,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """Set after construction: an embedding made with a padding id starts that row at zero."""
     for name in SPECIAL_TOKENS:
         setattr(model.config, name, getattr(tokenizer, name))
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
 

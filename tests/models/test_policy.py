@@ -237,7 +237,7 @@ def test_encoder_decoder_is_refused():
 def test_a_head_that_is_not_linear_is_refused():
     model = make_model("llama")
     model.lm_head = torch.nn.Identity()
-    assert "LM head is Identity" in support.refusal(model)
+    assert "head is Identity" in support.refusal(model)
 
 
 def test_unknown_attention_backend_is_refused():
