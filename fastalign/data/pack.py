@@ -1,8 +1,9 @@
 """From groups of sequences to packed micro-batches: no padding, and a shared prompt computed once.
 
 Layout of a group with a shared prefix of P tokens: ``[P | R1 | R2 | ...]``, every response a child of the prefix whose
-positions restart at P. A scored token is predicted by the row before it in its own sequence, so the last prefix row
-predicts the first token of every response; a scalar head reads the scored token's own row instead.
+positions restart at P; responses that agree further share further segments below it. A scored token is predicted by the
+row before it in its own sequence, so the last prefix row predicts the first token of every response; a scalar head
+reads the scored token's own row instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from fastalign.data.examples import TokenExample
+from fastalign.data.forest import LEAST_SHARED, Node, grow
 from fastalign.types import PackedBatch
 
 
@@ -26,7 +28,7 @@ def pack(examples: Sequence[TokenExample], tokens: int, share_prefix: bool) -> l
     Args:
         examples: the groups to pack.
         tokens: budget of computed tokens per micro-batch.
-        share_prefix: compute the longest common token prefix of a group once.
+        share_prefix: compute what the sequences of a group begin with once.
 
     Returns:
         The micro-batches; empty when there are no examples.
@@ -59,37 +61,39 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
     return [sorted(members) for members in bins]
 
 
-def shared_prefix(example: TokenExample, share_prefix: bool = True) -> int:
-    """P: the length of the longest common token prefix of the group's sequences; 0 when nothing is shared."""
-    sequences = [ids for ids, _ in example.sequences]
-    if not share_prefix or len(sequences) < 2:
-        return 0
-    length = min(len(ids) for ids in sequences)
-    equal = np.ones(length, dtype=bool)
-    for ids in sequences[1:]:
-        equal &= np.asarray(ids[:length]) == np.asarray(sequences[0][:length])
-    return length if equal.all() else int(equal.argmin())
+def group_forest(example: TokenExample, share_prefix: bool, least: int = LEAST_SHARED) -> tuple[list[Node], list[int]]:
+    """The segments of an example and the one in which each of its sequences ends; see `fastalign.data.forest.grow`.
+
+    Raises:
+        ValueError: a sequence has no token.
+    """
+    sequences = [np.asarray(ids) for ids, _ in example.sequences]
+    if any(len(ids) == 0 for ids in sequences):
+        raise ValueError(f"example {example.example_id} has a sequence without tokens: drop it before packing")
+    if share_prefix:
+        return grow(sequences, least)
+    return [Node(i, 0, len(ids), -1) for i, ids in enumerate(sequences)], list(range(len(sequences)))
 
 
-def group_tokens(example: TokenExample, share_prefix: bool) -> int:
+def group_tokens(example: TokenExample, share_prefix: bool, least: int = LEAST_SHARED) -> int:
     """The tokens that the backbone computes for one example."""
-    prefix = shared_prefix(example, share_prefix)
-    return prefix + sum(len(ids) - prefix for ids, _ in example.sequences)
+    return sum(node.length for node in group_forest(example, share_prefix, least)[0])
 
 
-def build_batch(examples: Sequence[TokenExample], share_prefix: bool) -> PackedBatch:
+def build_batch(examples: Sequence[TokenExample], share_prefix: bool, least: int = LEAST_SHARED) -> PackedBatch:
     """Lays the examples out in one packed row, whatever their size.
 
-    A segment without tokens is left out: of identical sequences only the prefix remains.
+    A segment without tokens is left out: of identical sequences only the prefix remains. Common beginnings below
+    ``least`` tokens are not shared.
     """
     forest = _Forest()
     for example in examples:
-        _add_group(forest, example, shared_prefix(example, share_prefix))
+        _add_group(forest, example, *group_forest(example, share_prefix, least))
     others = [e.mismatched for e in examples if e.mismatched is not None]
     return forest.batch(
         tuple(e.example_id for e in examples),
         scores=_concatenate([e.scores for e in examples], np.float32),
-        mismatched=build_batch(others, share_prefix) if others else None,
+        mismatched=build_batch(others, share_prefix, least) if others else None,
         ref_logps=_reference(examples),
     )
 
@@ -107,21 +111,17 @@ def _reference(examples: Sequence[TokenExample]) -> torch.Tensor | None:
     return _concatenate(known, np.float32) if known and len(known) == len(examples) else None
 
 
-def _add_group(forest: _Forest, example: TokenExample, prefix: int) -> None:
-    parent, prefix_row = -1, 0
-    if prefix:
-        parent, prefix_row = forest.add_segment(np.asarray(example.sequences[0][0][:prefix]), start=0, parent=-1)
-    for ids, scored in example.sequences:
-        if len(ids) == 0:
-            raise ValueError(f"example {example.example_id} has a sequence without tokens: drop it before packing")
-        response_row = 0
-        if len(ids) > prefix:
-            _, response_row = forest.add_segment(np.asarray(ids[prefix:]), start=prefix, parent=parent)
+def _add_group(forest: _Forest, example: TokenExample, nodes: Sequence[Node], ends: Sequence[int]) -> None:
+    base, chains = len(forest.parents), []  # per node, the row of every position up to its last
+    for node in nodes:
+        ids = np.asarray(example.sequences[node.source][0])[node.start : node.stop]
+        row = forest.add_segment(ids, node.start, base + node.parent if node.parent >= 0 else -1)
+        before = chains[node.parent] if node.parent >= 0 else np.empty(0, dtype=np.int64)
+        chains.append(np.concatenate([before, np.arange(row, row + node.length)]))
+    for (ids, scored), end in zip(example.sequences, ends, strict=True):
         ids, scored = np.asarray(ids), np.asarray(scored, dtype=bool)
         targets = np.flatnonzero(scored) if example.own_rows else np.flatnonzero(scored[1:]) + 1
-        read = targets if example.own_rows else targets - 1
-        rows = np.where(read < prefix, prefix_row + read, response_row + read - prefix)
-        forest.add_targets(rows, ids[targets], len(ids))
+        forest.add_targets(chains[end][targets if example.own_rows else targets - 1], ids[targets], len(ids))
     forest.cu_groups.append(len(forest.cu_seqlens) - 1)
 
 
@@ -136,14 +136,14 @@ class _Forest:
         self.labels: list[np.ndarray] = []
         self.cu_seqlens, self.logical_tokens = [0], 0
 
-    def add_segment(self, ids: np.ndarray, start: int, parent: int) -> tuple[int, int]:
-        """Appends a segment whose positions begin at ``start``; returns its index and its first row."""
+    def add_segment(self, ids: np.ndarray, start: int, parent: int) -> int:
+        """Appends a segment whose positions begin at ``start``; returns its first row."""
         row = self.cu_segments[-1]
         self.input_ids.append(ids)
         self.position_ids.append(np.arange(start, start + len(ids)))
         self.cu_segments.append(row + len(ids))
         self.parents.append(parent)
-        return len(self.parents) - 1, row
+        return row
 
     def add_targets(self, rows: np.ndarray, labels: np.ndarray, length: int) -> None:
         """Appends the scored tokens of one sequence and the rows that are read for them."""

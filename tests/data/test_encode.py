@@ -15,7 +15,8 @@ from fastalign.config import DataConfig
 from fastalign.data import encode, formats, sources
 from fastalign.data.encode import encode_dataset, turn_length
 from fastalign.data.examples import TokenDataset, TokenExample
-from fastalign.data.pack import build_batch, shared_prefix
+from fastalign.data.forest import agreement
+from fastalign.data.pack import build_batch
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
@@ -385,7 +386,7 @@ def test_real_preferences(make_tokenizer: Make, shared_file: Callable[[str], Pat
         assert len(prompts) == 1 and prompts.pop().endswith("\n\nAssistant:"), f"row {example.example_id}"
     saved = build_batch(examples, False).num_tokens / build_batch(examples, True).num_tokens
     assert saved > 1.4, "sharing prompts saves 1.58x of the tokens on the whole set"
-    assert all(shared_prefix(e) >= np.argmax(e.sequences[0][1]) - 1 for e in examples)
+    assert all(agreement([ids for ids, _ in e.sequences]) >= np.argmax(e.sequences[0][1]) - 1 for e in examples)
 
 
 def test_real_word_problems(make_tokenizer: Make, shared_file: Callable[[str], Path]) -> None:

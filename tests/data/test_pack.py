@@ -9,12 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastalign.data.examples import TokenExample
-from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_tokens, pack, shared_prefix
+from fastalign.data.forest import LEAST_SHARED, grow
+from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_forest, group_tokens, pack
 from fastalign.types import PackedBatch
 
 # Three tokens only, so that groups share prefixes, contain each other and are equal often.
 sequences = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=7)
-groups = st.lists(sequences, min_size=1, max_size=4)
+groups = st.lists(sequences, min_size=1, max_size=5)
+leasts = st.sampled_from([1, 2, 3, LEAST_SHARED])
 
 
 def make(group: list[list[tuple[int, bool]]], example_id: int = 0) -> TokenExample:
@@ -51,23 +53,23 @@ def expected(examples: list[TokenExample]) -> list[list[tuple[list[int], int]]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
-@example([[[(1, True)], [(1, True)]]], True)  # one equal token each: nothing to predict
-@example([[[(0, False), (1, True)], [(0, False), (1, True)]]], True)  # equal responses: only the prefix remains
-def test_a_batch_predicts_what_its_sequences_say(raw: list, share: bool) -> None:
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans(), leasts)
+@example([[[(1, True)], [(1, True)]]], True, 1)  # one equal token each: nothing to predict
+@example([[[(0, False), (1, True)], [(0, False), (1, True)]]], True, 1)  # equal responses: only the prefix remains
+def test_a_batch_predicts_what_its_sequences_say(raw: list, share: bool, least: int) -> None:
     examples = [make(group, i) for i, group in enumerate(raw)]
-    batch = build_batch(examples, share)
+    batch = build_batch(examples, share, least)
     assert predictions(batch) == expected(examples)
-    assert batch.num_tokens == sum(group_tokens(e, share) for e in examples)
+    assert batch.num_tokens == sum(group_tokens(e, share, least) for e in examples)
     assert batch.logical_tokens == sum(len(ids) for e in examples for ids, _ in e.sequences)
     assert batch.example_ids == tuple(range(len(examples)))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
-def test_scalar_heads_read_the_rows_of_the_scored_tokens_themselves(raw: list, share: bool) -> None:
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans(), leasts)
+def test_scalar_heads_read_the_rows_of_the_scored_tokens_themselves(raw: list, share: bool, least: int) -> None:
     examples = [replace(make(group, i), own_rows=True) for i, group in enumerate(raw)]
-    batch = build_batch(examples, share)
+    batch = build_batch(examples, share, least)
     read = [[context(batch, row) for row in batch.rows[a:b].tolist()] for a, b in pairwise(batch.cu_seqlens.tolist())]
     assert read == [
         [ids[: t + 1].tolist() for t in np.flatnonzero(scored)] for e in examples for ids, scored in e.sequences
@@ -76,29 +78,70 @@ def test_scalar_heads_read_the_rows_of_the_scored_tokens_themselves(raw: list, s
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(groups, min_size=1, max_size=4), st.booleans())
-def test_positions_and_segments_give_back_every_sequence(raw: list, share: bool) -> None:
+@given(st.lists(groups, min_size=1, max_size=4), st.booleans(), leasts)
+def test_positions_and_segments_give_back_every_sequence(raw: list, share: bool, least: int) -> None:
     examples = [make(group, i) for i, group in enumerate(raw)]
-    batch = build_batch(examples, share)
+    batch = build_batch(examples, share, least)
     offsets, parents = batch.cu_segments.tolist(), batch.parents.tolist()
     assert offsets[0] == 0 and offsets[-1] == batch.num_tokens and len(offsets) == len(parents) + 1
     assert all(a < b for a, b in pairwise(offsets)), "no segment is empty"
     assert all(parent < s for s, parent in enumerate(parents))
     assert batch.position_ids.tolist() == [len(context(batch, row)) - 1 for row in range(batch.num_tokens)]
-    leaves = [context(batch, offsets[s + 1] - 1) for s in range(len(parents)) if s not in parents]
-    wanted = [[int(t) for t in ids] for e in examples for ids in distinct_paths(e, share)]
-    assert leaves == wanted
+    chains = [context(batch, offsets[s + 1] - 1) for s in range(len(parents))]
+    leaves = sorted(chains[s] for s in range(len(parents)) if s not in parents)
+    assert leaves == sorted(c for e in examples for c in distinct_ends(e, share, least))
 
 
-def distinct_paths(e: TokenExample, share: bool) -> list[np.ndarray]:
-    """The sequences that are leaves of the forest: all of them, but a bare prefix only when nothing continues it."""
-    prefix = shared_prefix(e, share)
-    paths = [ids for ids, _ in e.sequences if len(ids) > prefix]
-    return paths or [e.sequences[0][0]]
+def distinct_ends(e: TokenExample, share: bool, least: int) -> list[list[int]]:
+    """The sequences that end in a leaf of the forest: each of them but those that another continues or repeats."""
+    nodes, ends = group_forest(e, share, least)
+    inner = {node.parent for node in nodes}
+    return [e.sequences[ends.index(end)][0].tolist() for end in dict.fromkeys(ends) if end not in inner]
+
+
+@settings(max_examples=300, deadline=None)
+@given(groups, leasts)
+def test_every_agreement_that_is_long_enough_is_computed_once(raw: list, least: int) -> None:
+    """Computed tokens by the definition: a prefix tree over the tokens, its short shared stretches multiplied out."""
+    sequences = [[t for t, _ in s] for s in raw]
+
+    def tokens(members: list[list[int]], start: int, at: int) -> int:
+        going, ended = [s for s in members if len(s) > at], [s for s in members if len(s) == at]
+        branches = [[s for s in going if s[at] == t] for t in dict.fromkeys(s[at] for s in going)]
+        if len(branches) == 1 and not ended:
+            return tokens(going, start, at + 1)  # they still agree
+        shared = len(members) == 1 or at - start >= least
+        rest = sum(tokens(branch, at if shared else start, at) for branch in branches)
+        return rest + (at - start) * (1 if shared else len(ended))
+
+    nodes, ends = grow([np.array(s) for s in sequences], least)
+    assert sum(node.length for node in nodes) == tokens(sequences, 0, 0)
+    assert all(node.parent < i for i, node in enumerate(nodes))
+    first_children = {node.parent: i for i, node in reversed(list(enumerate(nodes))) if node.parent >= 0}
+    assert all(child == parent + 1 for parent, child in first_children.items()), "attention would not fuse them"
+
+
+def test_turns_of_a_conversation_share_all_that_went_before() -> None:
+    """A group that branches at every turn: one path through the longest conversation, one segment per answer."""
+    texts = ("SYSTEM:hi.REPLY_A:more.TURN2a", "SYSTEM:hi.REPLY_A:more.TURN2b", "SYSTEM:hi.REPLY_B", "SYSTEM:hello")
+    example = make([[(ord(c), i >= 8) for i, c in enumerate(text)] for text in texts])
+    batch = build_batch([example], True)
+    assert batch.parents.tolist() == [-1, 0, 1, 2, 2, 1, 0]
+    assert batch.cu_segments.diff().tolist() == [8, 8, 12, 1, 1, 1, 4]
+    assert batch.logical_tokens == sum(map(len, texts))
+    assert predictions(batch) == expected([example])
+
+
+def test_short_agreements_below_a_shared_prefix_are_computed_twice() -> None:
+    example = make([[(ord(c), True) for c in text] for text in ("prompt_abX", "prompt_abY", "prompt_cd")])
+    assert build_batch([example], True, least=3).cu_segments.diff().tolist() == [7, 3, 3, 2]
+    assert build_batch([example], True, least=2).cu_segments.diff().tolist() == [7, 2, 1, 1, 2]
+    assert build_batch([example], True, least=8).parents.tolist() == [-1, 0, 0, -1]
+    assert build_batch([example], True, least=10).parents.tolist() == [-1] * 3
 
 
 def test_a_shared_pair_is_a_prompt_and_two_children() -> None:
-    batch = build_batch([pair("pqrab", "pqrxyz", prompt=3)], True)
+    batch = build_batch([pair("pqrab", "pqrxyz", prompt=3)], True, least=1)
     assert batch.cu_segments.tolist() == [0, 3, 5, 8]
     assert batch.parents.tolist() == [-1, 0, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
@@ -108,13 +151,13 @@ def test_a_shared_pair_is_a_prompt_and_two_children() -> None:
 
 
 def test_leftover_prompt_tokens_go_unscored_into_the_response() -> None:
-    batch = build_batch([pair("pqrab", "pqxyz", prompt=3)], True)
+    batch = build_batch([pair("pqrab", "pqxyz", prompt=3)], True, least=1)
     assert batch.cu_segments.tolist() == [0, 2, 5, 8]
     assert batch.labels.tolist() == [ord(c) for c in "abyz"]
 
 
 def test_a_response_that_ends_within_the_other_has_no_segment() -> None:
-    batch = build_batch([pair("pqab", "pqabcd", prompt=2)], True)
+    batch = build_batch([pair("pqab", "pqabcd", prompt=2)], True, least=1)
     assert batch.cu_segments.tolist() == [0, 4, 6]
     assert batch.rows.tolist() == [1, 2, 1, 2, 3, 4]
     assert batch.cu_seqlens.tolist() == [0, 2, 6]
@@ -161,9 +204,9 @@ def test_bins_hold_everything_once_and_only_giants_exceed_the_budget(sizes: list
 
 
 def test_a_group_is_never_split() -> None:
-    examples = [pair("pqrab", "pqrxyz", 3), make([[(1, True)] * 30]), pair("pa", "pb", 1)]
-    batches = pack(examples, tokens=11, share_prefix=True)
-    assert sorted(b.num_tokens for b in batches) == [11, 30]
+    examples = [pair("pqrsab", "pqrsxyz", 4), make([[(1, True)] * 30]), pair("pqrsa", "pqrsb", 4)]
+    batches = pack(examples, tokens=15, share_prefix=True)
+    assert sorted(b.num_tokens for b in batches) == [15, 30]
 
 
 def test_bad_arguments_are_named() -> None:

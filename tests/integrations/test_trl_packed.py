@@ -103,15 +103,15 @@ def test_left_and_right_padding_give_the_same_fields():
 
 
 def test_rows_of_one_prompt_share_it_wherever_they_stand():
-    prompt, other = [5, 6, 7], [5, 8, 7]
+    prompt, other = [5, 6, 7, 4], [5, 8, 7, 4]
     rows = [[*prompt, 9, 10], [*other, 9, 10], [*prompt, 11, 12], [*prompt, 9, 13], [*other, 9, 11]]
     ids = torch.tensor(rows)
     labels = ids.clone()
-    labels[:, :3] = -100
+    labels[:, :4] = -100
     labels[1] = -100  # not scored at all: left out
     batch, places = pack_rows(ids, torch.ones_like(ids), labels)
-    assert batch.num_tokens == 3 + 3 * 2 + 5 and batch.logical_tokens == 20
-    assert sorted(places.tolist()) == [2, 3, 10, 11, 14, 15, 18, 19]
+    assert batch.num_tokens == 4 + 3 * 2 + 6 and batch.logical_tokens == 24
+    assert sorted(places.tolist()) == [3, 4, 13, 14, 18, 19, 23, 24]
     assert torch.equal(ids[:, 1:].flatten()[places], batch.labels)
 
 
