@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,6 +41,7 @@ TEST_SHARE = 10  # one module in so many is held out
 MIN_WORDS = 3  # shorter docstrings say nothing
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "_bundled"}
 _CANDIDATES = 16  # docstrings of other objects among which the one nearest in length becomes the rejected side
+_OWN = 0.5  # of the steps, the share that stays
 _SENTENCE_END = re.compile(r"(?<=[.!?:])(\s+)")
 
 
@@ -67,11 +69,12 @@ def load(name: str, split: str = "train", seed: int = 0) -> Dataset:
 
 
 def docstring_pairs(split: str = "train", seed: int = 0) -> Dataset:
-    """One row per docstring, for sft and dpo alike.
+    """One row per docstring, for every method that reads completions or preferences, or ranks candidates.
 
     Columns: ``prompt`` (heading and a line break), ``completion`` and ``chosen`` (the docstring), ``text`` (both),
     ``rejected`` and its ``kind``: ``other`` (another object's docstring of like length), ``shuffled`` (sentences in
-    another order, a different one first) or ``truncated`` (ends in mid sentence), drawn evenly among those possible.
+    another order, a different one first) or ``truncated`` (ends in mid sentence), drawn evenly among those possible;
+    ``completions`` and their ``scores``: the docstring (1), truncated where possible (0.5) and another's (0).
 
     Args:
         split: ``train``, or ``test``: the modules held out.
@@ -81,7 +84,22 @@ def docstring_pairs(split: str = "train", seed: int = 0) -> Dataset:
     return Dataset.from_list([_pair(d, documents, random.Random(f"{seed}:{d.heading}")) for d in documents])
 
 
-SOURCES = {"docstrings": docstring_pairs}
+def docstring_steps(split: str = "train", seed: int = 0) -> Dataset:
+    """One row per docstring of several sentences, for process rewards: are these sentences its own?
+
+    Columns: ``prompt`` (heading and a line break), ``completions`` (the sentences, of which each was exchanged by the
+    toss of a coin for one of another docstring) and ``labels`` (true for its own).
+
+    Args:
+        split, seed: as in `docstring_pairs`.
+    """
+    documents = [(d, _sentences(d.text)) for d in corpus() if is_held_out(d.module) == (split == "test")]
+    pool = [sentence for _, own in documents for sentence in own]
+    long = [(d, own, random.Random(f"{seed}:{d.heading}")) for d, own in documents if len(own) > 1]
+    return Dataset.from_list([_steps(d, own, pool, draw) for d, own, draw in long])
+
+
+SOURCES = {"docstrings": docstring_pairs, "docstring-steps": docstring_steps}
 """The built-in datasets by name: f(split, seed) -> rows."""
 
 
@@ -192,7 +210,7 @@ def _heading(node: ast.AST, name: str) -> str:
     return f"module {name}"
 
 
-def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) -> dict[str, str]:
+def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) -> dict[str, Any]:
     worse = {"other": _other(document, documents, draw), "shuffled": _shuffled(document.text, draw)}
     worse["truncated"] = _truncated(document.text, draw)
     kind = draw.choice([name for name, text in worse.items() if text])
@@ -204,7 +222,25 @@ def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) 
         "rejected": worse[kind],
         "kind": kind,
         "text": prompt + document.text,
+        **_ranked(document.text, worse["truncated"], worse["other"]),
     }
+
+
+def _ranked(text: str, truncated: str, other: str) -> dict[str, Any]:
+    candidates = {1.0: text, 0.5: truncated, 0.0: other}
+    kept = {score: candidate for score, candidate in candidates.items() if candidate}
+    return {"completions": list(kept.values()), "scores": list(kept)}
+
+
+def _steps(document: Docstring, sentences: list[str], pool: list[str], draw: random.Random) -> dict[str, Any]:
+    """The sentences, some exchanged; a sentence drawn that is the document's own stays right."""
+    steps = [sentence if draw.random() < _OWN else draw.choice(pool) for sentence in sentences]
+    labels = [step in sentences for step in steps]
+    return {"prompt": f"{document.heading}\n", "completions": steps, "labels": labels}
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence for sentence in _SENTENCE_END.split(text)[::2] if sentence.strip()]
 
 
 def _other(document: Docstring, documents: list[Docstring], draw: random.Random) -> str:

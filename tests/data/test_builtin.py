@@ -74,16 +74,36 @@ def test_its_template_marks_assistant_turns(tokenizer: PreTrainedTokenizerFast) 
     assert tokenizer.decode(scored) == "four.<|eos|>"
 
 
-@pytest.mark.parametrize(("method", "sequences"), [("sft", 1), ("dpo", 2)])
-def test_both_methods_train_on_it(tokenizer: PreTrainedTokenizerFast, method: str, sequences: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "sequences", "scores"),
+    [
+        ("sft", {1}, {0}),
+        ("distill", {1}, {0}),
+        ("dpo", {2}, {0}),
+        ("reward", {2}, {0}),
+        ("kto", {1}, {1}),
+        ("rrhf", {3}, {3}),
+        ("reward:k_wise", {3}, {3}),
+    ],
+)
+def test_every_method_trains_on_it(
+    tokenizer: PreTrainedTokenizerFast, method: str, sequences: set[int], scores: set[int]
+) -> None:
     rows = load_rows("builtin:docstrings", "test", limit=50)
     encoded = encode_dataset(rows, tokenizer, DataConfig(max_length=256), method)
     assert encoded.counts["kept"] > 45
-    assert all(len(e.sequences) == sequences and e.kind in ("other", "shuffled", "truncated") for e in encoded)
+    assert {len(e.sequences) for e in encoded} == sequences and {len(e.scores) for e in encoded} == scores
+    assert {e.kind for e in encoded} == {"other", "shuffled", "truncated"}
+
+
+def test_process_rewards_train_on_steps(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows("builtin:docstring-steps", "test", limit=50)
+    encoded = encode_dataset(rows, tokenizer, DataConfig(max_length=256), "reward:process")
+    assert len(encoded) > 45 and all(e.scores.size == e.sequences[0][1].sum() > 0 for e in encoded)
 
 
 def test_unknown_names_splits_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of builtin:docstrings, got 'builtin:poems'"):
+    with pytest.raises(ValueError, match=r"expected one of builtin:docstrings, .*, got 'builtin:poems'"):
         load_rows("builtin:poems")
     with pytest.raises(ValueError, match="the splits train and test, got 'validation'"):
         load_rows("builtin:docstrings", "validation")
@@ -116,3 +136,26 @@ def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write the cache .*set data\.cache_dir"):
         cache.entry(str(tmp_path / "file"), "x/entry", lambda _: None)
+
+
+def test_candidates_are_ranked(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows("builtin:docstrings", "test")
+    for row in rows:
+        assert row["scores"] in ([1, 0.5, 0], [1, 0]) and row["completions"][0] == row["chosen"]
+        assert len(set(row["completions"])) == len(row["scores"]) == len(row["completions"])
+        assert len(row["scores"]) == 2 or row["chosen"].startswith(row["completions"][1])
+    assert sum(len(scores) == 3 for scores in rows["scores"]) > 0.8 * len(rows)
+
+
+def test_steps_are_its_own_sentences_or_anothers(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows("builtin:docstring-steps", "test")
+    documents = collections.defaultdict(str)
+    for document in builtin.corpus():
+        documents[f"{document.heading}\n"] += document.text
+    labels = [label for row in rows for label in row["labels"]]
+    assert len(rows) > 100 and 0.45 < sum(labels) / len(labels) < 0.6
+    for row in rows:
+        assert len(row["completions"]) == len(row["labels"]) > 1
+        for step, label in zip(row["completions"], row["labels"], strict=True):
+            assert step.strip() and (not label or step in documents[row["prompt"]])
+    assert rows.to_list() == builtin.load("docstring-steps", "test").to_list()
