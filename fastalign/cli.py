@@ -112,6 +112,15 @@ def report(argv: list[str]) -> int:
     return 0
 
 
+def methods(argv: list[str]) -> int:
+    """Print every loss with formula, source, settings and a command."""
+    argparse.ArgumentParser(prog="fastalign methods", description=methods.__doc__).parse_args(argv)
+    from fastalign.losses.catalogue import page  # brings torch
+
+    print(page(), end="")
+    return 0
+
+
 def version(argv: list[str]) -> int:
     """Print the version of fastalign."""
     argparse.ArgumentParser(prog="fastalign version", description=version.__doc__).parse_args(argv)
@@ -135,4 +144,10 @@ def bench(argv: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "bench", *argv], env=environment).returncode
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"info": info, "report": report, "bench": bench, "version": version}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "info": info,
+    "methods": methods,
+    "report": report,
+    "bench": bench,
+    "version": version,
+}

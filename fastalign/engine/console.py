@@ -13,7 +13,10 @@ from typing import Any
 
 Sink = Callable[[dict[str, Any]], None]
 
-SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm")
+SHOWN = (
+    *("loss", "eval_loss", "accuracy", "rank_accuracy", "rewards/accuracies", "rewards/margins"),
+    *("mean_token_accuracy", "grad_norm"),
+)
 """Metrics on the console, those that a run has."""
 
 

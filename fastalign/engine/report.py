@@ -14,7 +14,8 @@ from fastalign.engine.metrics import read_metrics
 from fastalign.engine.rundir import read_settings
 
 PLOTTED = (
-    *("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+    *("loss", "accuracy", "margin", "ece", "rank_accuracy", "best_is_top1", "rank_loss", "sft_loss", "nll", "kl"),
+    *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "grad_norm", "lr", "tokens_per_second"),
 )
 """Metrics that get a plot, in this order, if a run has them; ``eval_`` twins share it."""

@@ -15,16 +15,94 @@ from typing import Any
 from fastalign.losses import distillation, policy, preference, ranking, reward, supervised, unpaired
 from fastalign.losses.mixture import keywords
 
-FAMILIES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "supervised": supervised.LOSSES,
-    "preference": preference.LOSSES,
-    "unpaired": unpaired.LOSSES,
-    "ranking": ranking.LOSSES,
-    "reward": reward.LOSSES,
-    "distillation": distillation.LOSSES,
-    "policy": policy.LOSSES,
+
+@dataclass(frozen=True)
+class Family:
+    """Losses of one kind of feedback.
+
+    Attributes:
+        title: heading on the page of methods.
+        about: what all of them read and what their symbols mean.
+        losses: the dict at the foot of the family's file: an entry added there is known here, to the command line and
+            to the tests.
+        command: how one of them is trained with, ``{name}`` in place of the loss; None for functions without a loop.
+        watch: metrics to watch, and what they should do.
+    """
+
+    title: str
+    about: str
+    losses: Mapping[str, Callable[..., Any]]
+    command: str | None
+    watch: str
+
+
+FAMILIES: Mapping[str, Family] = {
+    "supervised": Family(
+        "Demonstrations",
+        "Rows of `prompt` and `completion`, `messages` or plain `text`; every assistant turn of a conversation is "
+        "scored, with the token that ends it. The mean is over scored tokens of the whole step, on all ranks.",
+        supervised.LOSSES,
+        "fastalign sft --config examples/sft.yaml",
+        "`loss` and `perplexity` fall, `mean_token_accuracy` rises, also in their `eval_` twins; `entropy` near 0 is "
+        "memorising.",
+    ),
+    "preference": Family(
+        "Preference pairs",
+        "Rows of `chosen` and `rejected`, with or without `prompt`. `L_w`, `L_x` are the log-probs of the chosen and the "
+        "rejected completion summed over their tokens, `n_w`, `n_x` the numbers of tokens, `a` and `b` the log-ratios "
+        "to the reference, `s` the logistic function. The reference is the policy as it starts, or `reference.path`. "
+        "Several losses make a weighted sum: `--loss.name dpo,sft --loss.loss_weights [1,0.2]`. TRL's names "
+        "(`sigmoid`, `exo_pair`, `nca_pair`, `sppo_hard`, `sigmoid_norm`) are understood.",
+        preference.LOSSES,
+        "fastalign dpo --config examples/dpo.yaml --loss.name {name}",
+        "`rewards/accuracies` and `rewards/margins` rise; `logps/chosen` may fall a little, a steady fall asks for "
+        "`dpop`, an imitation term or a larger `beta`; `logps/accuracies` judges without the reference.",
+    ),
+    "unpaired": Family(
+        "Completions called good or bad",
+        "Rows of `prompt`, `completion` and `label`; preference rows count as one good and one bad completion. `d` is "
+        "the log-ratio to the reference summed over the completion, `y` +1 for a good and -1 for a bad one. Both "
+        "losses measure `d` from a baseline of the whole step over all ranks.",
+        unpaired.LOSSES,
+        "fastalign kto --config examples/kto.yaml --loss.name {name}",
+        "`rewards/margins` rises, by `rewards/chosen` and not only by a fall of `rewards/rejected`; `kl` (kto) stays "
+        "small; balance `desirable_weight` and `undesirable_weight` when labels are uneven.",
+    ),
+    "ranking": Family(
+        "Ranked completions",
+        "Rows of `prompt`, `completions` and `scores`, any number of candidates per prompt. No reference.",
+        ranking.LOSSES,
+        "fastalign rrhf --config examples/rrhf.yaml",
+        "`rank_accuracy` and `best_is_top1` rise, `rank_loss` falls to 0, `sft_loss` falls.",
+    ),
+    "reward": Family(
+        "Reward models",
+        "A scalar head on the last token of each completion; the model is saved as a Hugging Face sequence classifier. "
+        "Preference rows for `reward` (with `margin`, if there is one) and `soft_label` (with `probability`), rows of "
+        "`completions` and `scores` for `k_wise`, of `completions` (steps) and `labels` for `process`.",
+        reward.LOSSES,
+        "fastalign reward --config examples/reward.yaml --loss.name {name}",
+        "`accuracy` of held-out pairs, `margin`, and `ece`, the calibration error of `s(margin)`: an accuracy that "
+        "stands still while `margin` and `ece` grow is overfitting.",
+    ),
+    "distillation": Family(
+        "Distillation",
+        "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`. No distribution is "
+        "kept: both heads are swept together.",
+        distillation.LOSSES,
+        "fastalign distill --config examples/distill.yaml",
+        "`loss` falls towards 0; `nll` says how the student fares on the data themselves; `entropy`.",
+    ),
+    "policy": Family(
+        "Policy gradients",
+        "Functions of log-probs and advantages for a loop of your own, through `linear_loss`, or straight from logits "
+        "by the op `policy_loss`; advantages are in `fastalign.rl.advantages`, reductions in `fastalign.losses.reduce`. "
+        "`r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
+        policy.LOSSES,
+        None,
+        "`ratio`, `clip_ratio/*`, `entropy` and the KL to the reference: a collapse shows there before the reward falls.",
+    ),
 }
-"""The dict at the foot of each file: an entry added there is known here, to the command line and to the tests."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +154,43 @@ def arguments(loss: Callable[..., Any], text: str) -> dict[str, str]:
 
 def catalogue() -> Iterator[tuple[str, str, Description]]:
     """(family, name, description) of every loss."""
-    for family, losses in FAMILIES.items():
-        for name, loss in losses.items():
+    for family, members in FAMILIES.items():
+        for name, loss in members.losses.items():
             yield family, name, describe(loss)
 
 
-def missing_from(page: str) -> list[str]:
-    """The losses that a page does not name in backquotes."""
-    return [name for _, name, _ in catalogue() if f"`{name}`" not in page]
+def page() -> str:
+    """The page of methods in Markdown: what ``fastalign methods`` prints and ``docs/methods.md`` holds."""
+    return "\n".join([PREFACE, *map(section, FAMILIES.values()), algorithms()])
+
+
+def section(family: Family) -> str:
+    """A family with its losses."""
+    entries = [entry(name, describe(loss), family) for name, loss in family.losses.items()]
+    return "\n".join([f"## {family.title}\n\n{family.about}\n\nWatch: {family.watch}\n", *entries])
+
+
+def entry(name: str, loss: Description, family: Family) -> str:
+    """One loss: what it is for, formula, source, settings and command."""
+    settings = [f"- `{key}` ({value!r}): {loss.arguments[key]}" for key, value in loss.defaults.items()]
+    lines = [f"### `{name}`\n", f"**{loss.title}**: {loss.purpose}", loss.formula, f"Source: {loss.source}\n"]
+    text = "\n".join([*lines, *settings, *([""] if settings else [])]).replace("``", "`")
+    return text if family.command is None else f"{text}\n```\n{family.command.format(name=name)}\n```\n"
+
+
+def algorithms() -> str:
+    """The objectives of published on-policy algorithms as a table."""
+    rows = [
+        f"| `{name}` | `{v.loss}` | {v.reduction} | {', '.join(f'{k} {x}' for k, x in v.options.items()) or '-'} "
+        f"| {'-' if v.kl is None else f'{v.kl[1]} in the {v.kl[0]}'} |"
+        for name, v in policy.VARIANTS.items()
+    ]
+    head = ["| algorithm | loss | reduction | settings | KL to the reference |", "|---|---|---|---|---|"]
+    return "\n".join(["### Algorithms\n", "Which loss and reduction each of them is made of:\n", *head, *rows, ""])
+
+
+PREFACE = """# Methods
+
+Every objective: its formula, where it comes from, its settings with their defaults, a command, and what to watch.
+`fastalign methods` prints this page from the docstrings, which is where it is edited.
+"""
