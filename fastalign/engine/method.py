@@ -59,6 +59,7 @@ class Method:
         imitated: how many tokens of a batch an imitation term is a mean over.
         imitates: losses with an imitation term.
         step_coupled: losses that need statistics of the whole step before any coefficient.
+        mismatched: losses that read prompts with completions of other examples.
         derive: metrics that follow from the sums of others, and None for those that are not to be told themselves.
     """
 
@@ -74,6 +75,7 @@ class Method:
     imitated: Callable[[PackedBatch], int] = lambda batch: 0
     imitates: frozenset[str] = frozenset()
     step_coupled: frozenset[str] = frozenset()
+    mismatched: frozenset[str] = frozenset()
     derive: Callable[[Sums], Mapping[str, float | None]] = lambda sums: {}
 
 
@@ -116,6 +118,11 @@ class Objective:
     def imitates(self) -> bool:
         """Whether a loss has an imitation term."""
         return not self.method.imitates.isdisjoint(self.names)
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether a loss reads prompts with completions of other examples."""
+        return not self.method.mismatched.isdisjoint(self.names)
 
     @property
     def is_step_coupled(self) -> bool:

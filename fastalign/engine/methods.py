@@ -109,6 +109,7 @@ METHODS = {
         losses=unpaired.LOSSES,
         build=readings.unpaired_loss,
         step_coupled=unpaired.STEP_COUPLED,
+        mismatched=unpaired.READS_MISMATCHED,
         derive=readings.margin_of_means,
     ),
     "rrhf": Method(

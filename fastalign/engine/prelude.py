@@ -92,7 +92,7 @@ def with_baseline(
 ) -> Known:
     """The baseline of an unpaired loss: from the mismatched completions, or from the step's own."""
     name = objective.names[0]
-    own = name not in unpaired.READS_MISMATCHED
+    own = not objective.reads_mismatched
     scored = [batch if own else batch.mismatched or batch for batch in batches]
     scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in scored]
     logps = [score_policy(models, batch, objective, world, watch) for batch in scored]

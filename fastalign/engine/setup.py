@@ -10,11 +10,13 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
 from fastalign.data import builtin
 from fastalign.data.loader import TokenDataset, encode_dataset
+from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.console import check_trackers
@@ -69,9 +71,15 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     """The tokenizer, and the training and held-out examples in tokens."""
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
-    kind = make_objective(config.method, config.loss).data
-    dataset = encode_dataset(rows, tokenizer, config.data, kind)
-    return tokenizer, dataset, encode_dataset(held_out, tokenizer, config.data, kind) if held_out else None
+    dataset = encode(rows, tokenizer, config)
+    return tokenizer, dataset, encode(held_out, tokenizer, config) if held_out else None
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> TokenDataset:
+    """Rows as the tokens that the method's loss reads."""
+    objective = make_objective(config.method, config.loss)
+    dataset = encode_dataset(rows, tokenizer, config.data, objective.data)
+    return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
 
 
 def hash_tokens(dataset: TokenDataset) -> str:

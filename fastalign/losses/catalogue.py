@@ -48,8 +48,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "preference": Family(
         "Preference pairs",
-        "Rows of `chosen` and `rejected`, with or without `prompt`. `L_w`, `L_x` are the log-probs of the chosen and the "
-        "rejected completion summed over their tokens, `n_w`, `n_x` the numbers of tokens, `a` and `b` the log-ratios "
+        "Rows of `chosen` and `rejected`, with or without `prompt`. `L_w`, `L_x` are the log-probs of the chosen and "
+        "the rejected completion summed over their tokens, `n_w`, `n_x` their counts, `a` and `b` the log-ratios "
         "to the reference, `s` the logistic function. The reference is the policy as it starts, or `reference.path`. "
         "Several losses make a weighted sum: `--loss.name dpo,sft --loss.loss_weights [1,0.2]`. TRL's names "
         "(`sigmoid`, `exo_pair`, `nca_pair`, `sppo_hard`, `sigmoid_norm`) are understood.",
@@ -87,8 +87,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "distillation": Family(
         "Distillation",
-        "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`. No distribution is "
-        "kept: both heads are swept together.",
+        "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`. No distribution "
+        "is kept: both heads are swept together.",
         distillation.LOSSES,
         "fastalign distill --config examples/distill.yaml",
         "`loss` falls towards 0; `nll` says how the student fares on the data themselves; `entropy`.",
@@ -96,11 +96,11 @@ FAMILIES: Mapping[str, Family] = {
     "policy": Family(
         "Policy gradients",
         "Functions of log-probs and advantages for a loop of your own, through `linear_loss`, or straight from logits "
-        "by the op `policy_loss`; advantages are in `fastalign.rl.advantages`, reductions in `fastalign.losses.reduce`. "
-        "`r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
+        "by the op `policy_loss`; advantages are in `fastalign.rl.advantages`, reductions in `fastalign.losses.reduce`"
+        ". `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
         policy.LOSSES,
         None,
-        "`ratio`, `clip_ratio/*`, `entropy` and the KL to the reference: a collapse shows there before the reward falls.",
+        "`ratio`, `clip_ratio/*`, `entropy` and the KL to the reference: a collapse shows there first.",
     ),
 }
 
