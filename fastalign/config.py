@@ -82,8 +82,10 @@ class BatchConfig:
     """Examples per optimizer step over all ranks: sequences, pairs or prompts, as the method counts."""
     tokens: int = 4096
     """Budget of computed tokens per micro-batch; a longer group gets a micro-batch of its own."""
+    max_group_tokens: int | None = None
+    """Most computed tokens of one group, a pair with its prompt; a larger one ends the run with both numbers."""
     share_prefix: bool = True
-    """Compute the prompt that several completions share once."""
+    """Compute what several sequences of a group begin with once: prompts, turns of a conversation."""
 
 
 @dataclass

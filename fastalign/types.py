@@ -91,6 +91,16 @@ class PackedBatch:
         return self.cu_seqlens.numel() - 1
 
     @property
+    def num_attended(self) -> int:
+        """Pairs of a query and a key that attention multiplies in one head."""
+        offsets, depths, total = self.cu_segments.tolist(), [], 0
+        for s, parent in enumerate(self.parents.tolist()):
+            length, before = offsets[s + 1] - offsets[s], depths[parent] if parent >= 0 else 0
+            depths.append(before + length)
+            total += attended(length, before)
+        return total
+
+    @property
     def num_examples(self) -> int:
         """G: examples; 0 in the batch of a rank without work."""
         return len(self.example_ids)
@@ -104,6 +114,30 @@ class PackedBatch:
             and isinstance(value := getattr(self, f.name), Tensor | PackedBatch)
         }
         return replace(self, **moved)
+
+
+def attended(length: int, before: int = 0) -> int:
+    """Pairs of a query and a key in a causal segment of ``length`` tokens after a prefix of ``before``."""
+    return length * before + length * (length + 1) // 2
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Multiply-adds of a model's forward pass, by what they grow with; only their proportions matter to a packer.
+
+    Attributes:
+        per_token: for a token that the backbone computes.
+        per_attended: for a pair of a query and a key.
+        per_scored: for a row that the head scores.
+    """
+
+    per_token: float = 1.0
+    per_attended: float = 0.0
+    per_scored: float = 0.0
+
+    def of(self, tokens: int, attended: int, scored: int) -> float:
+        """The whole."""
+        return self.per_token * tokens + self.per_attended * attended + self.per_scored * scored
 
 
 @dataclass(frozen=True)

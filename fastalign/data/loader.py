@@ -10,12 +10,16 @@ import numpy as np
 
 from fastalign.data.encode import encode_dataset
 from fastalign.data.examples import TokenDataset, TokenExample
-from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_tokens
-from fastalign.types import PackedBatch
+from fastalign.data.forest import Node
+from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_forest
+from fastalign.types import ForwardCost, PackedBatch, attended
 
 __all__ = ["Loader", "TokenDataset", "TokenExample", "encode_dataset", "evaluation_steps"]
 
 logger = logging.getLogger(__name__)
+
+TOKENS_ALONE = ForwardCost()
+"""Work counted in tokens, where the model is not known."""
 
 
 class Examples(Protocol):
@@ -42,6 +46,8 @@ class Loader:
         share_prefix: compute a group's common prefix once.
         seed: of the order.
         rank, world_size: which share of each step is this process's.
+        cost: of the model, by which ranks get equal work.
+        max_group_tokens: an example of more computed tokens is refused when it is drawn.
 
     Raises:
         ValueError: an empty dataset, or a size, budget, seed or rank out of range.
@@ -60,10 +66,13 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        cost: ForwardCost = TOKENS_ALONE,
+        max_group_tokens: int | None = None,
     ) -> None:
         _check(dataset, size, tokens, seed, rank, world_size)
         self.dataset, self.size, self.tokens, self.share_prefix = dataset, size, tokens, share_prefix
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.cost, self.max_group_tokens = cost, max_group_tokens
         self.drawn = 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         if size > len(dataset):
@@ -80,7 +89,8 @@ class Loader:
     def __next__(self) -> list[PackedBatch]:
         examples = self.dataset.fetch([self._at(i) for i in range(self.drawn, self.drawn + self.size)])
         self.drawn += self.size
-        return rank_share(examples, self.tokens, self.share_prefix, self.rank, self.world_size)
+        check_sizes(examples, self.share_prefix, self.max_group_tokens)
+        return rank_share(examples, self.tokens, self.share_prefix, self.rank, self.world_size, self.cost)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step handed out, as JSON scalars; the same on every rank."""
@@ -108,7 +118,13 @@ class Loader:
 
 
 def evaluation_steps(
-    dataset: Examples, tokens: int, share_prefix: bool, rank: int = 0, world_size: int = 1, size: int = 256
+    dataset: Examples,
+    tokens: int,
+    share_prefix: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    size: int = 256,
+    cost: ForwardCost = TOKENS_ALONE,
 ) -> Iterator[list[PackedBatch]]:
     """Every example exactly once over all ranks, in the dataset's order, ``size`` examples at a time.
 
@@ -117,34 +133,86 @@ def evaluation_steps(
     _check(dataset, size, tokens, 0, rank, world_size)
     for start in range(0, len(dataset), size):
         examples = dataset.fetch(list(range(start, min(start + size, len(dataset)))))
-        yield rank_share(examples, tokens, share_prefix, rank, world_size)
+        yield rank_share(examples, tokens, share_prefix, rank, world_size, cost)
+
+
+def check_sizes(examples: Sequence[TokenExample], share_prefix: bool, limit: int | None) -> None:
+    """Refuses an example of more computed tokens than ``limit``, which no micro-batch may hold."""
+    if limit is None:
+        return
+    for example in examples:
+        if (tokens := _tokens(group_forest(example, share_prefix)[0])) > limit:
+            raise ValueError(
+                f"example {example.example_id} takes {tokens} computed tokens, more than batch.max_group_tokens "
+                f"{limit}: lower data.max_length or raise the limit"
+            )
 
 
 def rank_share(
-    examples: Sequence[TokenExample], tokens: int, share_prefix: bool, rank: int, world_size: int
+    examples: Sequence[TokenExample],
+    tokens: int,
+    share_prefix: bool,
+    rank: int,
+    world_size: int,
+    cost: ForwardCost = TOKENS_ALONE,
 ) -> list[PackedBatch]:
-    """This rank's micro-batches of a step: examples go to ranks by computed tokens, then into bins."""
-    costs = [group_tokens(e, share_prefix) for e in examples]
-    shares = balance(costs, world_size)
-    bins = [first_fit_decreasing([costs[i] for i in share], tokens) for share in shares]
-    mine = [build_batch([examples[shares[rank][i]] for i in members], share_prefix) for members in bins[rank]]
-    return mine + [empty_batch() for _ in range(max(map(len, bins)) - len(mine))]
+    """This rank's micro-batches of a step, packed so that all ranks work equally long on each; see `deal`."""
+    forests = [group_forest(e, share_prefix)[0] for e in examples]
+    costs = [example_cost(e, nodes, cost) for e, nodes in zip(examples, forests, strict=True)]
+    mine = deal([_tokens(nodes) for nodes in forests], costs, tokens, world_size)[rank]
+    return [build_batch([examples[i] for i in members], share_prefix) if members else empty_batch() for members in mine]
 
 
-def balance(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices of ``costs`` per rank: longest first, each to the rank with least work so far (ties: fewest, lowest).
+def example_cost(example: TokenExample, nodes: Sequence[Node], cost: ForwardCost) -> float:
+    """What a model pays for an example: attention grows with the square of the lengths, the head with scored tokens."""
+    pairs = sum(attended(node.length, node.start) for node in nodes)
+    return cost.of(_tokens(nodes), pairs, sum(int(np.sum(scored)) for _, scored in example.sequences))
+
+
+def _tokens(nodes: Sequence[Node]) -> int:
+    return sum(node.length for node in nodes)
+
+
+def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks: int) -> list[list[list[int]]]:
+    """Members of each micro-batch of each rank: as few as the budget allows, equally many and of equal cost.
+
+    Ranks wait for each other in every micro-batch, so those of one round are made alike: examples are spread over all
+    micro-batches of all ranks, dearest first, each into the cheapest that has room; where that needs more micro-batches
+    than first-fit-decreasing, its bins are taken. Sorted by cost, they go to the ranks round by round, in turns.
+
+    Args:
+        sizes: computed tokens of each example.
+        costs: what the model pays for each.
+        capacity: tokens per micro-batch; an example above it has one of its own.
+        num_ranks: ranks.
 
     Example:
-        >>> balance([5, 3, 4, 2], num_ranks=2)
-        [[0, 3], [1, 2]]
+        >>> deal([5, 3, 4, 2], [5, 3, 4, 2], capacity=7, num_ranks=2)
+        [[[0, 3]], [[1, 2]]]
     """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], len(shares[r]), r))
-        shares[rank].append(item)
-        loads[rank] += costs[item]
-    return [sorted(share) for share in shares]
+    bins = first_fit_decreasing(sizes, capacity)
+    rounds = -(-len(bins) // num_ranks)
+    if num_ranks > 1:
+        bins = spread(sizes, costs, capacity, rounds * num_ranks) or bins
+        bins = sorted(bins, key=lambda members: -sum(costs[i] for i in members))
+    bins += [[] for _ in range(rounds * num_ranks - len(bins))]
+    turns = [bins[r * num_ranks : (r + 1) * num_ranks][:: -1 if r % 2 else 1] for r in range(rounds)]
+    return [list(rank) for rank in zip(*turns, strict=True)] or [[] for _ in range(num_ranks)]
+
+
+def spread(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_bins: int) -> list[list[int]] | None:
+    """Indices in ``num_bins`` bins of like cost: dearest first, each to the cheapest with room; None if it has none."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads, room = [0.0] * num_bins, [capacity] * num_bins
+    for item in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
+        fitting = [b for b in range(num_bins) if not bins[b] or room[b] >= sizes[item]]
+        if not fitting:
+            return None
+        place = min(fitting, key=lambda b: (loads[b], b))
+        bins[place].append(item)
+        loads[place] += costs[item]
+        room[place] -= sizes[item]
+    return [sorted(members) for members in bins]
 
 
 def _check(dataset: Examples, size: int, tokens: int, seed: int, rank: int, world_size: int) -> None:

@@ -7,10 +7,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastalign.data.examples import TokenExample
-from fastalign.data.loader import Loader, balance, evaluation_steps
-from fastalign.types import PackedBatch
+from fastalign.data.loader import Loader, deal, evaluation_steps
+from fastalign.data.pack import first_fit_decreasing
+from fastalign.types import ForwardCost, PackedBatch
 
 Step = list[PackedBatch]
 
@@ -117,11 +120,49 @@ def test_a_step_above_the_dataset_repeats_examples_and_says_so(caplog: pytest.Lo
     assert sorted(ids(take(loader, 3))) == sorted(list(range(3)) * 7)
 
 
-def test_balance_is_even_and_deterministic() -> None:
-    costs = [9, 1, 1, 1, 6, 6, 4, 2]
-    shares = balance(costs, 3)
-    assert sorted(i for share in shares for i in share) == list(range(8))
-    assert [sum(costs[i] for i in share) for share in shares] == [10, 10, 10]
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=24), st.integers(1, 60), st.integers(1, 4))
+def test_ranks_are_dealt_everything_once_within_the_budget(sizes: list[int], capacity: int, num_ranks: int) -> None:
+    hands = deal(sizes, [size**2 for size in sizes], capacity, num_ranks)
+    assert sorted(i for hand in hands for members in hand for i in members) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in m) <= capacity or len(m) == 1 for hand in hands for m in hand)
+    assert {len(hand) for hand in hands} == {-(-len(first_fit_decreasing(sizes, capacity)) // num_ranks)}
+
+
+def test_ranks_wait_little_for_each_other() -> None:
+    """Where attention of 1536 tokens costs as much as all else, equal tokens are unequal work."""
+    waits = []
+    for seed in range(8):
+        sizes = np.random.default_rng(seed).lognormal(5.3, 0.8, 64).astype(int).clip(1, 2048)
+        costs = sizes + sizes**2 / 1536
+        waits.append([waiting(deal(sizes, known, 4096, 4), costs) for known in (costs, sizes)])
+    by_cost, by_tokens = np.mean(waits, 0)
+    assert by_cost < 1.04 < by_tokens, "1.02 and 1.10"
+
+
+def waiting(hands: list[list[list[int]]], costs: np.ndarray) -> float:
+    """Time until the slowest rank is done in every round, relative to perfect balance."""
+    work = np.array([[costs[members].sum() for members in hand] for hand in hands])
+    return work.max(0).sum() / work.mean(0).sum()
+
+
+def test_the_cost_of_a_step_is_shared_out_not_its_tokens() -> None:
+    long, short = [(np.arange(n), np.arange(n) >= n - 1) for n in (90, 30)]
+    examples = Pairs(0)
+    examples.examples = [TokenExample((s,), i) for i, s in enumerate([long, short, short, short])]
+    quadratic = ForwardCost(per_token=0.0, per_attended=1.0)
+    for cost, expected in ((ForwardCost(), [90, 90]), (quadratic, [90, 90])):
+        loaders = [Loader(examples, 4, 200, True, rank=r, world_size=2, cost=cost) for r in (0, 1)]
+        assert [sum(b.num_tokens for b in next(loader)) for loader in loaders] == expected
+    examples.examples[1:] = [TokenExample((s,), i + 1) for i, s in enumerate([short] * 6)]
+    loaders = [Loader(examples, 7, 400, True, rank=r, world_size=2, cost=quadratic) for r in (0, 1)]
+    assert [sum(b.num_tokens for b in next(loader)) for loader in loaders] == [90, 180]
+
+
+def test_a_group_above_the_limit_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"example \d+ takes \d+ computed tokens, more than batch.max_group_tokens 99"):
+        take(Loader(Pairs(23), 23, 100, True, max_group_tokens=99), 1)
+    assert len(take(Loader(Pairs(23), 23, 100, True, max_group_tokens=150), 1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_every_agreement_that_is_long_enough_is_computed_once(raw: list, least: 
         rest = sum(tokens(branch, at if shared else start, at) for branch in branches)
         return rest + (at - start) * (1 if shared else len(ended))
 
-    nodes, ends = grow([np.array(s) for s in sequences], least)
+    nodes, _ = grow([np.array(s) for s in sequences], least)
     assert sum(node.length for node in nodes) == tokens(sequences, 0, 0)
     assert all(node.parent < i for i, node in enumerate(nodes))
     first_children = {node.parent: i for i, node in reversed(list(enumerate(nodes))) if node.parent >= 0}
