@@ -28,6 +28,8 @@ SCHEMA = 1
 """Version of the fields of metrics.jsonl."""
 PARTS = ("data", "reference", "forward", "backward", "optimizer")
 """The parts of a step that are timed; ``t_other`` is the rest."""
+WORK = ("tokens", "tokens_computed", "tokens_response", "examples", "sequences")
+"""Counts of a step that are also given per second."""
 
 
 class Stopwatch:
@@ -97,10 +99,18 @@ class MetricsLog:
         objective: names the metrics.
         world: the ranks.
         sinks: functions of a record beside the file: console and trackers.
+        peak_flops: what all devices together can do in a second, where that is known.
     """
 
-    def __init__(self, path: Path, objective: Objective, world: World, sinks: Sequence[Callable[[dict], None]]) -> None:
-        self.objective, self.world, self.sinks = objective, world, sinks
+    def __init__(
+        self,
+        path: Path,
+        objective: Objective,
+        world: World,
+        sinks: Sequence[Callable[[dict], None]],
+        peak_flops: float | None = None,
+    ) -> None:
+        self.objective, self.world, self.sinks, self.peak_flops = objective, world, sinks, peak_flops
         self.pending: list[tuple[StepResult, dict[str, Any]]] = []
         self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
 
@@ -126,8 +136,8 @@ class MetricsLog:
         times = result.watch.seconds()
         known = {"schema": SCHEMA, "step": result.record["step"], "epoch": result.record["epoch"]}
         learned = {**means(self.objective, result.sums), "grad_norm": result.grad_norm.item()}
-        work = ("tokens", "tokens_computed", "examples")
-        speeds = {f"{name}_per_second": result.record[name] / times["t_step"] for name in work}
+        speeds = {f"{name}_per_second": result.record[name] / times["t_step"] for name in WORK}
+        speeds["mfu"] = result.record["flops_model"] / (times["t_step"] * self.peak_flops) if self.peak_flops else None
         return {**known, **learned, **result.record, **speeds, **times, "wall_time": time.time()}
 
     def diagnosis(self, result: StepResult, record: dict[str, Any]) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from fastalign.engine.metrics import read_metrics
+from fastalign.engine.metrics import PARTS, read_metrics
 from fastalign.engine.rundir import read_settings
 
 PLOTTED = (
     *("loss", "accuracy", "margin", "ece", "rank_accuracy", "best_is_top1", "rank_loss", "sft_loss", "nll", "kl"),
     *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
-    *("logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "grad_norm", "lr", "tokens_per_second"),
+    *("logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "grad_norm", "lr"),
+    *("tokens_per_second", "tokens_computed_per_second", "share_ratio", "packing_efficiency", "mfu"),
 )
 """Metrics that get a plot, in this order, if a run has them; ``eval_`` twins share it."""
 
@@ -59,7 +60,7 @@ def page(name: str, settings: dict[str, Any], records: list[dict[str, Any]]) -> 
     config = html.escape(yaml.safe_dump(settings, sort_keys=False))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1>{summary_table(records)}{plots(records)}<h2>Settings</h2><pre>{config}</pre></html>\n"
+        f"<h1>{title}</h1>{summary_table(records)}{time_table(records)}{plots(records)}<h2>Settings</h2><pre>{config}</pre></html>\n"
     )
 
 
@@ -73,6 +74,16 @@ def summary_table(records: list[dict[str, Any]]) -> str:
     )
     steps = f"{records[-1]['step']} steps" if records else "no step finished yet"
     return f"<h2>Metrics ({steps})</h2><table><tr><th>metric<th>first<th>last<th>lowest<th>highest{cells}</table>"
+
+
+def time_table(records: list[dict[str, Any]]) -> str:
+    """Where the time of all steps went: seconds and share of each part."""
+    totals = {f"t_{part}": sum(y for _, y in series(records, f"t_{part}")) for part in ("step", *PARTS, "other")}
+    whole = totals["t_step"]
+    if not whole:
+        return ""
+    cells = "".join(f"<tr><td>{name}<td>{t:.4g}<td>{t / whole:.1%}" for name, t in totals.items())
+    return f"<h2>Time</h2><table><tr><th>part<th>seconds<th>share{cells}</table>"
 
 
 def plots(records: list[dict[str, Any]]) -> str:

@@ -24,7 +24,10 @@ class Work:
     Attributes:
         units: what the loss is a mean over: scored tokens or examples.
         imitated: tokens that an imitation term is a mean over.
-        examples, tokens, computed: examples, logical tokens, tokens that the backbone computes.
+        examples, sequences, tokens: as the data has them, a shared prompt counted once per sequence.
+        scored: rows of the head.
+        computed, attended: tokens that the backbone computes, and pairs of a query and a key.
+        idle: tokens of ranks without work, which belong to no sequence.
         micro_batches: per rank.
         memory: peak bytes of the rank that has used most so far.
     """
@@ -32,8 +35,12 @@ class Work:
     units: int
     imitated: int
     examples: int
+    sequences: int
     tokens: int
+    scored: int
     computed: int
+    attended: int
+    idle: int
     micro_batches: int
     memory: int
 
@@ -45,14 +52,16 @@ def measure_work(batches: Sequence[PackedBatch], objective: Objective, world: Wo
             objective.count(b),
             objective.method.imitated(b),
             b.num_examples,
+            b.num_sequences,
             b.logical_tokens,
-            b.num_tokens if b.num_examples else 0,
+            b.num_scored,
+            *((b.num_tokens, b.num_attended, 0) if b.num_examples else (0, 0, b.num_tokens)),
         ]
         for b in batches
     ]
     everyone = world.gather([*map(sum, zip(*mine, strict=True)), memory])
-    units, imitated, examples, tokens, computed, _ = (int(x) for x in everyone.sum(0))
-    return Work(units, imitated, examples, tokens, computed, len(batches), int(everyone[:, -1].max()))
+    counts = (int(x) for x in everyone[:, :-1].sum(0))
+    return Work(*counts, micro_batches=len(batches), memory=int(everyone[:, -1].max()))
 
 
 def accumulate_gradients(

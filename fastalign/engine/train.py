@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.loader import Loader, TokenDataset
+from fastalign.engine.accounting import Accounting, account
 from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
@@ -29,7 +29,7 @@ from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
 from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything
-from fastalign.engine.step import Work, accumulate_gradients, add_sums, measure_work
+from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
@@ -75,6 +75,7 @@ class Job:
     loader: Loader
     held_out: TokenDataset | None
     total: int
+    accounting: Accounting
     carried: Carried = field(default_factory=Carried)
 
     @property
@@ -93,10 +94,14 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     tokenizer, dataset, held_out = load_data(config)
     models, config = load_models(config, objective, tokenizer, dataset, ranks)
     batch = config.batch
-    loader = Loader(dataset, batch.size, batch.tokens, batch.share_prefix, config.run.seed, ranks.rank, ranks.size)
+    accounting = account(models.policy, batch.tokens, ranks.size, ranks.device, models.autocast)
+    ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
+    loader = Loader(
+        dataset, batch.size, batch.tokens, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours
+    )
     total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
     optimizer = make_optimizer(models.policy, config.optim)
-    return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total)
+    return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total, accounting)
 
 
 def run(job: Job, done: int) -> None:
@@ -122,7 +127,7 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
         sinks = open_sinks(run.trackers, job.directory, asdict(job.config), job.total, done, run.log_every)
         opened = stack.enter_context(sinks) if job.world.is_main else []
         yield stack.enter_context(
-            closing(MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, opened))
+            closing(MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, opened, job.accounting.peak))
         )
 
 
@@ -145,22 +150,9 @@ def train_step(job: Job, step: int) -> StepResult:
         optimizer.step()
         optimizer.zero_grad()
     watch.stop()
-    return StepResult(describe(job, step, lr, work), sums, grad_norm, culprits(losses, batches), watch)
-
-
-def describe(job: Job, step: int, lr: float, work: Work) -> dict[str, Any]:
-    """What the host knows of a step."""
-    return {
-        "step": step,
-        "epoch": step * job.loader.size / len(job.loader.dataset),
-        "lr": lr,
-        "examples": work.examples,
-        "tokens": work.tokens,
-        "tokens_computed": work.computed,
-        "share_ratio": work.tokens / max(work.computed, 1),
-        "num_micro_batches": work.micro_batches,
-        "peak_memory_rank_max": work.memory,
-    }
+    epoch = step * job.loader.size / len(job.loader.dataset)
+    known = {"step": step, "epoch": epoch, "lr": lr, **job.accounting.describe(work)}
+    return StepResult(known, sums, grad_norm, culprits(losses, batches), watch)
 
 
 def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:

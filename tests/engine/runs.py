@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fastalign.config import Config
+from fastalign.engine.metrics import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
@@ -21,9 +22,16 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-LAYOUT = ("num_micro_batches", "share_ratio", "tokens_computed")
+LAYOUT = (
+    "num_micro_batches",
+    "share_ratio",
+    "tokens_computed",
+    "flops_model",
+    "packing_efficiency",
+    "padding_fraction",
+)
 """Fields that tell how the work was split; everything else is about the run itself."""
-CLOCK = ("t_", "wall_time", "peak_memory", "tokens_per_second", "tokens_computed_per_second", "examples_per_second")
+CLOCK = ("t_", "wall_time", "peak_memory", "mfu", *(f"{name}_per_second" for name in WORK))
 
 
 def override(config: Config, values: dict[str, Any]) -> Config:

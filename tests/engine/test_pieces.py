@@ -93,13 +93,15 @@ def test_metrics_are_cut_back_and_a_broken_line_is_named(tmp_path):
 
 def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
     objective, seen = make_objective("sft", {}), []
-    log = metrics.MetricsLog(tmp_path / "metrics.jsonl", objective, World(0, 1, torch.device("cpu")), [seen.append])
+    log = metrics.MetricsLog(
+        tmp_path / "metrics.jsonl", objective, World(0, 1, torch.device("cpu")), [seen.append], 32.0
+    )
 
     def add(step, loss, grad_norm):
         watch = metrics.Stopwatch(torch.device("cpu"))
         watch.end = watch.start + 0.5
         sums = torch.tensor([[0.0, 1.0], [loss, 1.0], [0.0, 1.0]], dtype=torch.float64)
-        work = {"step": step, "epoch": 0.0, "tokens": 5, "tokens_computed": 4, "examples": 1}
+        work = {"step": step, "epoch": 0.0, "flops_model": 8.0, **dict.fromkeys(metrics.WORK, 1), "tokens": 5}
         log.add(
             metrics.StepResult(work, sums, torch.tensor(grad_norm), [(sums[1], (step,))], watch), {"eval_loss": 9.0}
         )
@@ -111,6 +113,7 @@ def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
     lines = metrics.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["loss"] for line in lines] == [record["loss"] for record in seen] == [0.5, 0.25]
     assert lines[0]["tokens_per_second"] == pytest.approx(10) and lines[0]["eval_loss"] == 9
+    assert lines[0]["mfu"] == pytest.approx(0.5)  # 8 operations in half a second of 32 a second
     add(3, 0.5, math.inf)
     add(4, math.nan, 1.0)
     with pytest.raises(RunError, match=r"step 3: loss is 0.5 and grad_norm is inf on examples \[3\]"):

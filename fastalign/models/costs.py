@@ -1,0 +1,43 @@
+"""What a forward pass of a policy costs, in multiply-adds."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastalign.models.policy import Policy
+from fastalign.types import ForwardCost
+
+
+def forward_cost(policy: Policy, trained: bool = False) -> ForwardCost:
+    """Multiply-adds per computed token, per query-key pair of all layers and heads, and per scored row.
+
+    A token meets every weight of the backbone once, embeddings excepted, which are looked up; of a layer's experts it
+    meets those that it is routed to. Norms, activations and rotations are not counted.
+
+    Args:
+        policy: before it is sharded or after.
+        trained: count only weights that are trained, and attention, whose backward has the same shape as theirs.
+    """
+    config = policy.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head = policy.head.weight
+    return ForwardCost(
+        per_token=sum(_weights(policy, trained)),
+        per_attended=2 * config.num_hidden_layers * heads * size,  # scores and their product with the values
+        per_scored=head.numel() if head.requires_grad or not trained else 0,
+    )
+
+
+def _weights(policy: Policy, trained: bool) -> list[float]:
+    looked_up = {id(p) for m in policy.backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    looked_up |= {id(p) for p in policy.head.parameters()}  # an adapter's wrapping may put it below the backbone
+    met = [p for p in policy.backbone.named_parameters() if p[1].dim() > 1 and id(p[1]) not in looked_up]
+    return [w.numel() * _routed(policy, name) for name, w in met if w.requires_grad or not trained]
+
+
+def _routed(policy: Policy, name: str) -> float:
+    """The share of a weight that one token meets."""
+    config = policy.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if experts and ".experts." in f".{name}" else 1.0
