@@ -1,6 +1,7 @@
 // The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
 #include <pybind11/pybind11.h>
 
+#include "attention.h"
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
 #include "divergence.h"
@@ -22,6 +23,7 @@ namespace avx512 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
+void attention(const Attention& op, bool backward, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
@@ -29,12 +31,14 @@ namespace avx2 {
 void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
+void attention(const Attention& op, bool backward, int threads);
 }
 #endif
 namespace scalar {
 void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
+void attention(const Attention& op, bool backward, int threads);
 }
 }  // namespace fastalign
 
@@ -61,6 +65,18 @@ void policy_loss(const PolicyLoss& op, int threads) {
     case Level::avx2: return avx2::policy_loss(op, threads);
 #endif
     default: return scalar::policy_loss(op, threads);
+  }
+}
+
+void attention(const Attention& op, bool backward, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::attention(op, backward, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::attention(op, backward, threads);
+#endif
+    default: return scalar::attention(op, backward, threads);
   }
 }
 
@@ -126,6 +142,23 @@ Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& refer
   return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value)};
 }
 
+using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
+
+Heads heads(const HeadsArgument& x) {
+  return {pointer(std::get<0>(x)), static_cast<Dtype>(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
+}
+
+void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
+                   Address lse, const HeadsArgument& grad_out, const HeadsArgument& grad_q, Address grad_k,
+                   Address grad_v, const std::tuple<int64_t, int64_t, int64_t>& shape, double scale, Address calls,
+                   int64_t num_calls, Address spans, Address trees, int64_t num_trees, int threads) {
+  Attention op{heads(q), heads(k), heads(v), heads(out), pointer<float>(lse), heads(grad_out), heads(grad_q),
+               pointer<float>(grad_k), pointer<float>(grad_v), std::get<0>(shape), std::get<1>(shape),
+               std::get<2>(shape), static_cast<float>(scale), pointer<AttentionCall>(calls), num_calls,
+               pointer<Span>(spans), pointer<int64_t>(trees), num_trees};
+  attention(op, grad_k != 0, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -168,6 +201,13 @@ PYBIND11_MODULE(_C, m) {
       py::arg("out_stride"), py::arg("a_row_stride"), py::arg("a_col_stride"), py::arg("b_stride"),
       py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
       "A product of bf16 matrices into, or added to, an fp32 one.");
+  const HeadsArgument no_heads{};
+  m.def("attention", &run_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out") = no_heads,
+        py::arg("lse"), py::arg("grad_out") = no_heads, py::arg("grad_q") = no_heads, py::arg("grad_k") = 0,
+        py::arg("grad_v") = 0, py::arg("shape"), py::arg("scale"), py::arg("calls"), py::arg("num_calls"),
+        py::arg("spans"), py::arg("trees"), py::arg("num_trees"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Causal attention over a packed row, or, with grad_k, its gradients.");
   m.def(
       "gae",
       [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,

@@ -24,7 +24,7 @@ class ModelConfig:
     """Parameter dtype; `auto` is the checkpoint's own."""
     autocast: bool | None = None
     """bf16 autocast over fp32 parameters; default: on CUDA only."""
-    attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
+    attention: Literal["auto", "sdpa", "cpp", "varlen", "flash"] = "auto"
     """Backend of the packed attention; `auto` takes the best one present and logs which."""
     on_mismatch: Literal["raise", "fallback"] = "raise"
     """When the first packed batch disagrees with the plain forward: stop, or go on without sharing prefixes."""

@@ -8,8 +8,9 @@ Letters: T packed tokens, H query heads, K key/value heads, d head size, S segme
 calls once per batch; every layer then runs the same calls. A response that directly follows its prompt is fused with
 it, so `[P | R1]` is one ordinary causal call, and each later response is one call over its prefix and itself.
 
-Backends: `sdpa` (one call of PyTorch's attention per segment, anywhere), `varlen` (torch's own variable-length kernel,
-CUDA, half precision), `flash` (the flash-attn package, CUDA, half precision).
+Backends: `sdpa` (one call of PyTorch's attention per segment, anywhere), `cpp` (native, all segments in one call, CPU),
+`varlen` (torch's own variable-length kernel, CUDA, half precision), `flash` (the flash-attn package, CUDA, half
+precision).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.ops import _cpp, _cpp_attention
 from fastalign.types import Segments
 
 log = logging.getLogger(__name__)
@@ -165,7 +167,7 @@ def packed_attention(
         segments: the segments of the row, or their `layout`, which many layers can share.
         scale: factor of the scores; default `d ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`; `sdpa` (slower) and `flash` know it.
-        backend: `sdpa`, `varlen`, `flash` or None for the best one here.
+        backend: `sdpa`, `cpp`, `varlen`, `flash` or None for the best one here.
 
     Returns:
         `[T, H, d]` in the dtype of q (the autocast dtype under autocast).
@@ -179,17 +181,22 @@ def packed_attention(
     """
     plan = segments if isinstance(segments, Layout) else layout(segments)
     _check_shapes(q, k, v, plan)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    name = backend or choose_backend(q.device.type, q.dtype, softcap is not None)
+    dtype = _out_dtype(q)
+    name = backend or choose_backend(q.device.type, dtype, softcap is not None)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
-    if reason := unavailable(name, q.device.type, q.dtype, softcap is not None):
+    if reason := unavailable(name, q.device.type, dtype, softcap is not None):
         raise ValueError(f"attention backend {name!r} cannot serve this call: {reason}")
     if plan.num_tokens == 0:
         return q * 1.0
+    if name != "cpp":  # which widens inside
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return BACKENDS[name](q, k, v, plan, _scale(q, scale), softcap)
+
+
+def _out_dtype(q: Tensor) -> torch.dtype:
+    device = q.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Layout) -> None:
@@ -219,6 +226,8 @@ def unavailable(name: str, device: str, dtype: torch.dtype, softcap: bool = Fals
     """Why a backend cannot serve tensors of this device and dtype; None when it can."""
     if name == "sdpa":
         return None
+    if name == "cpp":
+        return _cpp_unavailable(device, dtype, softcap)
     if device != "cuda":
         return f"needs CUDA tensors, got {device}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -226,6 +235,14 @@ def unavailable(name: str, device: str, dtype: torch.dtype, softcap: bool = Fals
     if name == "varlen":
         return _varlen_unavailable(softcap)
     return _flash_unavailable(softcap)
+
+
+def _cpp_unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
+    if device != "cpu":
+        return f"needs CPU tensors, got {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
+    return "the native attention has no softcap" if softcap else _cpp.unavailable()
 
 
 def _varlen_unavailable(softcap: bool) -> str | None:
@@ -247,7 +264,7 @@ def _flash_unavailable(softcap: bool) -> str | None:
 def choose_backend(device: str, dtype: torch.dtype, softcap: bool = False) -> str:
     """The best backend for these tensors, logged with the reasons against the ones before it."""
     reasons = []
-    for name in ("flash", "varlen", "sdpa"):
+    for name in ("flash", "varlen", "cpp", "sdpa"):
         reason = unavailable(name, device, dtype, softcap)
         if reason is None:
             break
@@ -310,6 +327,14 @@ def _corner_mask(num_queries: int, num_keys: int, plan: Layout, device: torch.de
     return plan.cache[key]
 
 
+# ---------------------------------------------------------------- cpp
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
+    """All calls at once; it widens inside, so what autocast would round beforehand stays exact."""
+    return _cpp_attention.attend(q, k, v, plan, scale, _out_dtype(q))
+
+
 # ---------------------------------------------------------------- one call over gathered keys (CUDA)
 
 
@@ -362,6 +387,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap:
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, float, float | None], Tensor]] = {
     "sdpa": _sdpa,
+    "cpp": _native,
     "varlen": _varlen,
     "flash": _flash,
 }

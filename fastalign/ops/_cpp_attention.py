@@ -1,0 +1,99 @@
+"""The native attention over a packed row behind tensors: one call for all segments and heads, forward or backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastalign.ops import _cpp
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, dtype: torch.dtype) -> Tensor:
+    """Causal attention of the calls of a layout, in fp32 inside.
+
+    Args:
+        q: ``[T, H, d]`` fp32, bf16 or fp16; so are ``k`` and ``v``, ``[T, K, d]``, each in a dtype of its own.
+        plan: the `Layout`.
+        scale: factor of the scores.
+        dtype: of the result.
+
+    Returns:
+        ``[T, H, d]``.
+    """
+    return _Attend.apply(q, k, v, plan, scale, dtype)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, scale, dtype):
+        q, k, v = (_neighbours(x) for x in (q, k, v))
+        out = torch.empty(q.shape, dtype=dtype)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        _call(q, k, v, plan, scale, lse, out=_heads(out))
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        q, k, v, lse = ctx.saved_tensors
+        grad_out, grad_q = _neighbours(grads[0]), torch.empty(q.shape, dtype=q.dtype)
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        new = {"grad_out": _heads(grad_out), "grad_q": _heads(grad_q)}
+        _call(q, k, v, ctx.plan, ctx.scale, lse, **new, grad_k=grad_k.data_ptr(), grad_v=grad_v.data_ptr())
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, lse: Tensor, **more: Any) -> None:
+    from fastalign import _C
+
+    calls, spans, trees = _tables(plan)
+    _C.attention(
+        q=_heads(q),
+        k=_heads(k),
+        v=_heads(v),
+        lse=lse.data_ptr(),
+        shape=(q.shape[1], k.shape[1], q.shape[2]),
+        scale=scale,
+        calls=calls.data_ptr(),
+        num_calls=len(calls),
+        spans=spans.data_ptr(),
+        trees=trees.data_ptr(),
+        num_trees=len(trees) - 1,
+        threads=torch.get_num_threads(),
+        **more,
+    )
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """The numbers of one head beside each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
+
+
+def _tables(plan: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 ``[C, 4]`` query start, stop and range of spans of each call; ``[n, 2]`` spans; ``[trees+1]`` offsets.
+
+    Calls of one tree, which share keys, come one after the other, in the order of the layout.
+    """
+    if "cpp" not in plan.cache:
+        tree: list[int] = []  # the first call of each call's tree
+        for i, call in enumerate(plan.calls):
+            tree.append(tree[call.prefix[0].call] if call.prefix else i)
+        order = sorted(range(len(tree)), key=lambda i: (tree[i], i))
+        calls, spans = [], []
+        for i in order:
+            call, first = plan.calls[i], len(spans)
+            spans += [(span.start, span.stop) for span in (*call.prefix, call)]
+            calls.append((call.start, call.stop, first, len(spans)))
+        ends = [n for n in range(1, len(order)) if tree[order[n]] != tree[order[n - 1]]]
+        rows = (calls, spans, [0, *ends, len(order)])
+        plan.cache["cpp"] = tuple(torch.tensor(x, dtype=torch.int64) for x in rows)
+    return plan.cache["cpp"]
