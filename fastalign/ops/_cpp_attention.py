@@ -11,6 +11,15 @@ from torch.autograd.function import once_differentiable
 from fastalign.ops import _cpp
 
 
+def unavailable() -> str | None:
+    """Why the native attention cannot be used, or None when it can."""
+    if reason := _cpp.unavailable():
+        return reason
+    from fastalign import _C
+
+    return None if hasattr(_C, "attention") else "fastalign._C is older than its sources: build it again"
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, dtype: torch.dtype) -> Tensor:
     """Causal attention of the calls of a layout, in fp32 inside.
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops import _cpp, _cpp_attention
+from fastalign.ops import _cpp_attention
 from fastalign.types import Segments
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def _cpp_unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | No
         return f"needs CPU tensors, got {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
-    return "the native attention has no softcap" if softcap else _cpp.unavailable()
+    return "the native attention has no softcap" if softcap else _cpp_attention.unavailable()
 
 
 def _varlen_unavailable(softcap: bool) -> str | None:
