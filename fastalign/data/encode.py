@@ -55,8 +55,8 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
         rows: from `sources.load_rows`.
         tokenizer: with an EOS token, and a chat template when the data holds conversations.
         data: format, lengths, template and cache directory.
-        method: "sft", "distill" or "kto" (one sequence per example), "dpo" or "reward" (chosen, then rejected),
-            "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
+        method: "sft", "distill" or "kto" (one sequence per example), "dpo", "reward" or "reward:soft_label" (chosen,
+            then rejected), "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
 
     Returns:
         The examples in the rows' order; ``counts`` says how many were kept, cut and dropped, and why.
@@ -68,14 +68,14 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     if data.max_length < 2:
         raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
     form = formats.recognise(rows.column_names, method, data.format)
-    meaning = feedback.meaning(rows.column_names, form, method)
+    feedback.check_columns(rows.column_names, method)
     template = chat.read_template(data.chat_template)
     options = (form, method, template, data.max_length, data.truncation, data.step_separator)
     key = cache.key(cache.rows_content(rows), cache.tokenizer_content(tokenizer), options, cache.code_version())
     encoder = Encoder(tokenizer, data, form, method, template, _are_raw_dialogues(rows, form))
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
     _report(counts, data.max_length)
-    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows, meaning)
+    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows)
 
 
 class Encoder:

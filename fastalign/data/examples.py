@@ -44,21 +44,13 @@ class TokenDataset:
         counts: what happened on the way: ``kept``, ``truncated`` and the reasons for which rows were dropped.
         fingerprint: hash of rows, tokenizer and options.
         own_rows: see `TokenExample`.
-        meaning: what the scores are: `margin` or `probability` of a pair, `label`, `score`, `step`; None without any.
     """
 
-    def __init__(
-        self,
-        table: Dataset,
-        counts: dict[str, int],
-        fingerprint: str,
-        own_rows: bool = False,
-        meaning: str | None = None,
-    ) -> None:
+    def __init__(self, table: Dataset, counts: dict[str, int], fingerprint: str, own_rows: bool = False) -> None:
         self.table = table.with_format("numpy")
         self.counts = counts
         self.fingerprint = fingerprint
-        self.own_rows, self.meaning = own_rows, meaning
+        self.own_rows = own_rows
 
     def __len__(self) -> int:
         return len(self.table)

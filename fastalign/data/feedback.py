@@ -5,42 +5,32 @@ Every function raises a ValueError that names the column, what was expected and 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 GOOD, BAD = 1.0, 0.0
 """The label of a completion that people liked, or not; and the scores of a pair's two sides."""
 
-PAIR_COLUMNS = ("margin", "probability")
-"""What a preference row may say beside which side is better: by how much, or with which probability."""
 
-
-def meaning(columns: Iterable[str], form: str, method: str) -> str | None:
-    """What the scores of a method's examples are: `margin`, `probability`, `label`, `score`, `step`; None without any.
-
-    Raises:
-        ValueError: preferences with a margin and a probability.
-    """
-    if form == "preference" and method == "reward":
-        found = [name for name in PAIR_COLUMNS if name in set(columns)]
-        if len(found) > 1:
-            raise ValueError(
-                "columns 'margin' and 'probability': reward models learn from one of them, remove a column"
-            )
-        return found[0] if found else None
-    return {"kto": "label", "rrhf": "score", "reward:k_wise": "score", "reward:process": "step"}.get(method)
+def check_columns(columns: Iterable[str], method: str) -> None:
+    """Refuses preferences without the column that a soft-label reward model reads; warns of one that is not read."""
+    stated = "probability" in set(columns)
+    if method == "reward:soft_label" and not stated:
+        raise ValueError(
+            "loss.name=soft_label reads how likely the chosen side is the better: expected a column 'probability' "
+            f"beside chosen and rejected, found {sorted(columns)}: rename with data.columns"
+        )
+    if method == "reward" and stated:
+        logger.warning("column 'probability' is not read: set loss.name=soft_label to learn from it")
 
 
 def of_pair(row: dict[str, Any], method: str) -> tuple[float, ...]:
     """The scores of chosen and rejected for this method; a reward model's are (margin, 0) or (p, 1 - p)."""
-    if method in ("kto", "rrhf"):
-        return GOOD, BAD
-    if method != "reward":
-        return ()
-    if "margin" in row:
-        return number(row["margin"], "margin"), 0.0
-    return _probabilities(row["probability"]) if "probability" in row else ()
+    return _PAIR_SCORES[method](row) if method in _PAIR_SCORES else ()
 
 
 def label(value: Any, name: str = "label") -> float:
@@ -73,11 +63,23 @@ def matched(row: dict[str, Any], texts: str, judgements: str) -> tuple[list[Any]
     return first, second
 
 
-def _probabilities(value: Any) -> tuple[float, float]:
-    chosen = number(value, "probability")
+def _margin(row: dict[str, Any]) -> tuple[float, ...]:
+    return (number(row["margin"], "margin"), 0.0) if "margin" in row else ()
+
+
+def _probability(row: dict[str, Any]) -> tuple[float, ...]:
+    chosen = number(row["probability"], "probability")
     if not 0 <= chosen <= 1:
         raise ValueError(f"column 'probability': expected a number from 0 to 1 (that chosen is better), got {chosen:g}")
     return chosen, 1 - chosen
+
+
+_PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
+    "reward": _margin,
+    "reward:soft_label": _probability,
+    "kto": lambda row: (GOOD, BAD),
+    "rrhf": lambda row: (GOOD, BAD),
+}
 
 
 def _spell(value: Any) -> str:

@@ -9,9 +9,9 @@
 | `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of `{role, content}`  |
 | `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone            |
 
-For reward models a preference may say more: `margin` (a number, by how much chosen is better) or `probability` (that
-it is). A `label` is true or false, or 1 or 0. `completions` is a list: of candidates with a score each, larger is
-better, or of the steps of one answer, each with a label.
+For reward models a preference may say more: `margin` (a number, by how much chosen is better); for soft labels it must
+say `probability` (that it is). A `label` is true or false, or 1 or 0. `completions` is a list: of candidates with a
+score each, larger is better, or of the steps of one answer, each with a label.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ METHODS = {
     "distill": Reading(("prompt_completion", "text", "preference"), imitates=True),
     "dpo": Reading(("preference",)),
     "reward": Reading(("preference",), own_rows=True),
+    "reward:soft_label": Reading(("preference",), own_rows=True),
     "reward:k_wise": Reading(("ranked",), unit="candidate", least=2, own_rows=True),
     "reward:process": Reading(("stepwise",), own_rows=True),
     "kto": Reading(("unpaired", "preference"), unit="completion"),

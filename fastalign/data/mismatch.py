@@ -31,7 +31,7 @@ class MismatchedDataset(TokenDataset):
     """
 
     def __init__(self, dataset: TokenDataset, max_length: int) -> None:
-        super().__init__(dataset.table, dataset.counts, dataset.fingerprint, dataset.own_rows, dataset.meaning)
+        super().__init__(dataset.table, dataset.counts, dataset.fingerprint, dataset.own_rows)
         self.max_length = max_length
         self.partners = choose_partners(np.asarray(self.table["example_id"]))
 

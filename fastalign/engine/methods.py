@@ -71,7 +71,7 @@ def nothing(objective: Objective) -> Any:
     return replace(stats, divergence=floats, is_top1=None) if objective.head == "distributions" else stats
 
 
-SPECIAL_DATA = frozenset({"reward:k_wise", "reward:process"})
+SPECIAL_DATA = frozenset({"reward:soft_label", "reward:k_wise", "reward:process"})
 """Losses that read other rows than their method's default."""
 
 METHODS = {

@@ -59,16 +59,22 @@ def places(example: TokenExample) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("said", "meaning", "scores"),
-    [({}, None, []), ({"margin": 1.5}, "margin", [1.5, 0]), ({"probability": 0.75}, "probability", [0.75, 0.25])],
+    ("method", "said", "scores"),
+    [
+        ("reward", {}, []),
+        ("reward", {"margin": 1.5}, [1.5, 0]),
+        ("reward", {"margin": -2, "probability": 0.75}, [-2, 0]),
+        ("reward:soft_label", {"probability": 0.75}, [0.75, 0.25]),
+        ("reward:soft_label", {"margin": 1.5, "probability": 1}, [1, 0]),
+    ],
 )
 def test_a_reward_model_scores_the_last_token_of_each_side(
-    make_tokenizer: Make, said: dict, meaning: str | None, scores: list[float]
+    make_tokenizer: Make, method: str, said: dict, scores: list[float]
 ) -> None:
     tokenizer = make_tokenizer("bos")
-    pairs = run([{**PAIR, **said}], tokenizer, "reward")
+    pairs = run([{**PAIR, **said}], tokenizer, method)
     assert texts(tokenizer, pairs[0]) == ["<s>Two cats sat</s>", "<s>Two dogs</s>"] and places(pairs[0]) == [[0], [0]]
-    assert pairs[0].own_rows and pairs.own_rows and pairs.meaning == meaning
+    assert pairs[0].own_rows and pairs.own_rows
     assert pairs[0].scores.dtype == np.float32 and pairs[0].scores.tolist() == scores
     batch = build_batch([pairs[0]], share_prefix=True)
     assert batch.labels.tolist() == batch.input_ids[batch.rows].tolist() == [tokenizer.eos_token_id] * 2
@@ -100,7 +106,7 @@ def test_a_cut_reward_pair_is_scored_where_it_now_ends(make_tokenizer: Make) -> 
 def test_candidates_keep_their_order_and_scores(make_tokenizer: Make, row: dict) -> None:
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     ranked = run([row, row], tokenizer, "rrhf")
-    assert ranked[1].scores.tolist() == row["scores"] and not ranked[1].own_rows and ranked.meaning == "score"
+    assert ranked[1].scores.tolist() == row["scores"] and not ranked[1].own_rows
     ends = [" cats sat</s>", " dogs</s>", " door</s>"] if row is RANKED else ["four.<|end|>\n", "five.<|end|>\n"]
     assert scored(tokenizer, ranked[1]) == ends, "rrhf learns from every token of a completion"
     ends = run([row, row], tokenizer, "reward:k_wise")[0]
@@ -139,7 +145,7 @@ def test_an_unpaired_row_is_one_labelled_completion(make_tokenizer: Make, row: d
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     for label in (True, False, 1, 0, 1.0):
         labelled = run([{**row, "label": label}], tokenizer, "kto")
-        assert labelled[0].scores.tolist() == [float(label)] and labelled.meaning == "label"
+        assert labelled[0].scores.tolist() == [float(label)]
         assert scored(tokenizer, labelled[0]) == [end]
 
 
@@ -160,7 +166,7 @@ def test_every_step_is_scored_at_its_separator(make_tokenizer: Make, adds: str, 
     tokenizer = make_tokenizer(adds)
     steps = run([STEPS, STEPS], tokenizer, "reward:process", step_separator=separator)
     ((ids, mask),) = steps[1].sequences
-    assert steps[1].scores.tolist() == [1, 0] and steps[1].own_rows and steps.meaning == "step"
+    assert steps[1].scores.tolist() == [1, 0] and steps[1].own_rows
     start = ("<s>" if "bos" in adds else "") + STEPS["prompt"]
     through = [tokenizer.decode(ids[: end + 1]) for end in np.flatnonzero(mask)]
     first, second = STEPS["completions"]
@@ -204,7 +210,7 @@ def test_distillation_reads_what_sft_does(make_tokenizer: Make, row: dict) -> No
         ({**PAIR, "margin": "large"}, "reward", "row 1: column 'margin': expected a finite number, got str$"),
         ({**PAIR, "margin": float("nan")}, "reward", "row 1: column 'margin': expected a finite number, got nan$"),
         ({**PAIR, "margin": None}, "reward", "row 1: column 'margin': expected a finite number, got None$"),
-        ({**PAIR, "probability": 1.5}, "reward", r"row 1: column 'probability': expected a number from 0 to .* 1\.5$"),
+        ({**PAIR, "probability": 1.5}, "reward:soft_label", r"row 1: column 'probability': expected a number .* 1\.5$"),
         ({**UNPAIRED, "label": 2}, "kto", "row 1: column 'label': expected true or false, or 1 or 0, got 2$"),
         ({**UNPAIRED, "label": None}, "kto", "row 1: column 'label': expected true or false, or 1 or 0, got None$"),
         ({**UNPAIRED, "label": "good"}, "kto", "row 1: column 'label': expected true or false, .* got str$"),
@@ -233,7 +239,11 @@ def test_malformed_rows_are_named(make_tokenizer: Make, row: dict, method: str, 
 @pytest.mark.parametrize(
     ("row", "method", "message"),
     [
-        ({**PAIR, "margin": 1.0, "probability": 0.5}, "reward", "learn from one of them"),
+        (
+            {**PAIR, "margin": 1.0},
+            "reward:soft_label",
+            r"expected a column 'probability' .*found \['chosen', 'margin', ",
+        ),
         (PAIR, "reward:k_wise", r"reward:k_wise expects the columns scores\+prompt\+completions; found"),
         (PAIR, "reward:process", r"reward:process expects the columns prompt\+labels\+completions; found"),
         ({"prompt": "a", "completion": "b"}, "kto", r"kto expects the columns prompt\+label\+completion or rejected"),
@@ -265,6 +275,11 @@ def test_columns_may_have_their_own_names(make_tokenizer: Make, write: Callable[
     file = write("votes.jsonl", '{"question": "Two", "answer": " cats", "liked": 1}\n')
     rows = sources.load_rows(file, columns={"prompt": "question", "completion": "answer", "label": "liked"})
     assert encode_dataset(rows, make_tokenizer(), DataConfig(), "kto")[0].scores.tolist() == [1]
+
+
+def test_a_probability_that_is_not_read_is_said(make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run([{**PAIR, "probability": 0.5}], make_tokenizer(), "reward")
+    assert "column 'probability' is not read: set loss.name=soft_label" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["reward", "kto"])
