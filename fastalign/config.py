@@ -42,6 +42,9 @@ class ReferenceConfig:
     """Hub name or local directory; default: the policy as it starts. distill needs one."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Parameter dtype; default: that of `model.dtype`."""
+    cache: str = "auto"
+    """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
+    of tokenised data, where that means less work."""
 
 
 @dataclass

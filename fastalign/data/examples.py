@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from datasets import Dataset
@@ -33,6 +34,16 @@ class TokenExample:
     own_rows: bool = False
     mismatched: TokenExample | None = None
     ref_logps: np.ndarray | None = None
+
+
+class Examples(Protocol):
+    """What a loader reads: a `TokenDataset`, or anything with a length and ``fetch``."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: list[int]) -> list[TokenExample]:
+        """The examples at ``indices``, in that order."""
+        ...
 
 
 class TokenDataset:

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fastalign.data.encode import encode_dataset
-from fastalign.data.examples import TokenDataset, TokenExample
+from fastalign.data.examples import Examples, TokenDataset, TokenExample
 from fastalign.data.forest import Node
 from fastalign.data.pack import build_batch, empty_batch, first_fit_decreasing, group_forest
 from fastalign.types import ForwardCost, PackedBatch, attended
 
-__all__ = ["Loader", "TokenDataset", "TokenExample", "encode_dataset", "evaluation_steps"]
+__all__ = ["Examples", "Loader", "TokenDataset", "TokenExample", "encode_dataset", "evaluation_steps"]
 
 logger = logging.getLogger(__name__)
 
 TOKENS_ALONE = ForwardCost()
 """Work counted in tokens, where the model is not known."""
-
-
-class Examples(Protocol):
-    """What a loader reads: a `TokenDataset`, or anything with a length and ``fetch``."""
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, indices: list[int]) -> list[TokenExample]: ...
 
 
 class Loader:
@@ -81,7 +73,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Steps until every example has been seen once, rounded up."""
-        return -(-len(self.dataset) // self.size)
+        return steps_per_epoch(len(self.dataset), self.size)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         return self
@@ -113,8 +105,24 @@ class Loader:
         epoch, offset = divmod(position, len(self.dataset))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            self._order = epoch_order(len(self.dataset), self.seed, epoch)
         return int(self._order[offset])
+
+
+def steps_per_epoch(num_examples: int, size: int) -> int:
+    """Steps of ``size`` until every example has been seen once, rounded up."""
+    return -(-num_examples // size)
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """``[num_examples]`` int64, the order in which an epoch visits them; drawn from a generator of its own."""
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def visited(num_examples: int, size: int, seed: int, steps: int) -> list[int]:
+    """The examples that the first ``steps`` steps read, each once, ascending."""
+    first = epoch_order(num_examples, seed, epoch=0)[: steps * size]  # all of them from one epoch on
+    return np.sort(first).tolist()
 
 
 def evaluation_steps(

@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from fastalign.config import BatchConfig, Config
-from fastalign.data.loader import TokenDataset, evaluation_steps
+from fastalign.data.loader import Examples, evaluation_steps
 from fastalign.engine.heads import Models, run_head
 from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
+from fastalign.engine.reference import Demand
 from fastalign.engine.setup import load_data, load_models
 from fastalign.engine.step import add_sums
 from fastalign.parallel.mesh import World, world
@@ -23,7 +24,7 @@ from fastalign.types import PackedBatch
 @torch.no_grad()
 def evaluate(
     models: Models,
-    dataset: TokenDataset,
+    dataset: Examples,
     objective: Objective,
     batch: BatchConfig,
     world: World,
@@ -52,7 +53,7 @@ def evaluate(
     return means(objective, world.sum(total))
 
 
-def imitated_per_unit(dataset: TokenDataset, objective: Objective, batch: BatchConfig) -> float | None:
+def imitated_per_unit(dataset: Examples, objective: Objective, batch: BatchConfig) -> float | None:
     """Imitated tokens per unit over the whole dataset, counted without a model; None if the loss imitates nothing."""
     if not objective.imitates:
         return None
@@ -88,5 +89,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     objective = make_objective(config.method, config.loss)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:
-        models, config = load_models(config, objective, tokenizer, dataset, ranks)
-        return evaluate(models, held_out or dataset, objective, config.batch, ranks)
+        examples = held_out or dataset
+        demands = [Demand(examples, range(len(examples)), len(examples))]
+        models, (data,), config = load_models(config, objective, tokenizer, demands, ranks)
+        return evaluate(models, data, objective, config.batch, ranks)

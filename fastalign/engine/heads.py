@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.config import ModelConfig
 from fastalign.engine.method import NO_FACTS, Objective, StepFacts
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss
@@ -29,6 +30,11 @@ class Models:
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The context in which both run forward."""
         return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
+    """Whether forwards run under bf16 autocast: as the section says, else on CUDA."""
+    return device.type == "cuda" if model.autocast is None else model.autocast
 
 
 def run_head(

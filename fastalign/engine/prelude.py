@@ -122,8 +122,11 @@ def score_reference(
     models: Models, batch: PackedBatch, objective: Objective, device: torch.device, watch: Stopwatch
 ) -> Tensor | None:
     """``[N]`` reference log-probs: those that came with the batch, or computed now; None for losses without any."""
-    if models.reference is None or batch.ref_logps is not None or objective.head == "distributions":
+    if batch.ref_logps is not None or not objective.needs_reference or objective.head == "distributions":
         return batch.ref_logps
+    if models.reference is None:
+        assert batch.num_scored == 0, "a batch without reference log-probs, and no reference to compute them"
+        return torch.zeros(0, device=device)
     with watch("reference"), models.precision(device):
         return reference_logps(models.reference, batch, objective)
 

@@ -24,7 +24,7 @@ FREE = {
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
     *("batch.tokens", "batch.share_prefix", "parallel.dp_replicate", "parallel.dp_shard", "run.deterministic"),
-    *("model.attention", "model.on_mismatch", "model.gradient_checkpointing"),
+    *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
 RUN_STATE = {"config": dict, "loader": dict, "data": str}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,22 +14,21 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
+from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
-from fastalign.data.loader import TokenDataset, encode_dataset
+from fastalign.data.loader import Examples, TokenDataset, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.console import check_trackers
-from fastalign.engine.heads import Models
+from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import frozen_copy
+from fastalign.engine.reference import Demand, frozen_copy, with_reference
 from fastalign.models.load import load_policy, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import World
-from fastalign.parallel.shard import shard
 from fastalign.types import PackedBatch
 
 LEAST = (
@@ -100,50 +100,47 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return builtin.train_tokenizer()
 
 
-def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
-    """Whether forwards run under bf16 autocast: as the section says, else on CUDA."""
-    return device.type == "cuda" if model.autocast is None else model.autocast
-
-
 def load_models(
-    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, dataset: TokenDataset, ranks: World
-) -> tuple[Models, Config]:
-    """Policy and reference, checked against their plain forwards and sharded; and the settings that the check leaves.
+    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, demands: Sequence[Demand], ranks: World
+) -> tuple[Models, list[Examples], Config]:
+    """Policy and reference, checked against their plain forwards and sharded; the data, and the settings that are left.
+
+    The data bring the reference's log-probs when these are kept; no reference is in memory then. The check may take
+    prefix sharing from the settings.
 
     Raises:
         ValueError: a model that cannot be used, or a method without its teacher.
     """
-    autocast = wants_autocast(config.model, ranks.device)
+    autocast, dataset = wants_autocast(config.model, ranks.device), demands[0].dataset
     scalar = objective.method.scalar_head
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
     policy = policy.to(ranks.device).train()
     if scalar:
         separate_padding(policy, tokenizer)
     config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
-    reference = load_reference(config, objective, policy, tokenizer)
-    if reference is not None and config.reference.path is not None:
-        verified(config, Models(reference.to(ranks.device), None, autocast), dataset, ranks.device)
-    reference = None if reference is None else shard(reference, ranks, bf16=autocast)
-    return Models(shard(policy, ranks, bf16=autocast), reference, autocast), config
+    source = load_reference(config, objective, policy, tokenizer)
+    if source is not None and source is not policy:
+        verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device)
+    return *with_reference(config, objective, policy, source, demands, ranks), config
 
 
 def load_reference(
     config: Config, objective: Objective, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Policy | None:
-    """The frozen model that the loss reads: another one, or the policy as it starts; None when it reads none."""
+    """The model that the loss reads: another, frozen, or the policy itself as it starts; None when it reads none."""
     if not objective.needs_reference:
         return None
     path = config.reference.path
     if path is None and objective.method.teacher:
         raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
     if path is None:
-        return frozen_copy(policy)
+        return policy
     dtype = config.reference.dtype or config.model.dtype
     described = replace(config.model, path=path, config=None, tokenizer=None, dtype=dtype, gradient_checkpointing=False)
     return frozen_copy(load_policy(described, tokenizer=tokenizer))
 
 
-def verified(config: Config, models: Models, dataset: TokenDataset, device: torch.device) -> BatchConfig:
+def verified(config: Config, models: Models, dataset: Examples, device: torch.device) -> BatchConfig:
     """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees."""
     with models.precision(device):
         first = first_batch(dataset, config.batch).to(device)
@@ -154,7 +151,7 @@ def verified(config: Config, models: Models, dataset: TokenDataset, device: torc
         return unshared
 
 
-def first_batch(dataset: TokenDataset, batch: BatchConfig) -> PackedBatch:
+def first_batch(dataset: Examples, batch: BatchConfig) -> PackedBatch:
     """A packed batch of the first examples, with a shared prefix if any has; the loader's position is left alone."""
     batches = pack(dataset.fetch(list(range(min(batch.size, len(dataset))))), batch.tokens, batch.share_prefix)
     return max(batches, key=lambda packed: bool((packed.parents >= 0).any()))

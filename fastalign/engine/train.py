@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
-from fastalign.data.loader import Loader, TokenDataset
+from fastalign.data.loader import Examples, Loader, TokenDataset, steps_per_epoch, visited
 from fastalign.engine.accounting import Accounting, account
 from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
@@ -26,6 +26,7 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.prelude import Carried
+from fastalign.engine.reference import Demand
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
 from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything
@@ -73,7 +74,7 @@ class Job:
     optimizer: AdamW
     dataset: TokenDataset
     loader: Loader
-    held_out: TokenDataset | None
+    held_out: Examples | None
     total: int
     accounting: Accounting
     carried: Carried = field(default_factory=Carried)
@@ -92,16 +93,26 @@ class Job:
 def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
     tokenizer, dataset, held_out = load_data(config)
-    models, config = load_models(config, objective, tokenizer, dataset, ranks)
+    total = config.run.steps or math.ceil(config.run.epochs * steps_per_epoch(len(dataset), config.batch.size))
+    demands = what_is_read(config, dataset, held_out, total)
+    models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks)
     batch = config.batch
     accounting = account(models.policy, batch.tokens, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
-    loader = Loader(
-        dataset, batch.size, batch.tokens, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours
-    )
-    total = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
+    loader = Loader(data, batch.size, batch.tokens, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
+    held_out = next(iter(rest), None)
     optimizer = make_optimizer(models.policy, config.optim)
     return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total, accounting)
+
+
+def what_is_read(config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int) -> list[Demand]:
+    """The examples that a run of ``total`` steps reads, training's first, and how often."""
+    size, run = config.batch.size, config.run
+    demands = [Demand(dataset, visited(len(dataset), size, run.seed, total), total * size)]
+    if held_out is not None:
+        times = sum(is_due(step, run.eval_every, total) for step in range(1, total + 1))
+        demands.append(Demand(held_out, range(len(held_out)), times * len(held_out)))
+    return demands
 
 
 def run(job: Job, done: int) -> None:

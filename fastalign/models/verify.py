@@ -85,7 +85,9 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
         )
     difference = (packed.double() - plain.double()).abs()
     largest, mean = difference.max().item(), difference.mean().item()
-    worst, average = (limit * max(1.0, peak / PEAK) for limit in TOLERANCES[_precision(policy, batch)])
+    worst, average = (
+        limit * max(1.0, peak / PEAK) for limit in TOLERANCES[forward_precision(policy, batch.input_ids.device)]
+    )
     text = (
         f"packed and plain {what} differ by {largest:.2g} at most and {mean:.2g} on average "
         f"over {packed.numel()} tokens (allowed {worst:.2g} and {average:.2g})"
@@ -202,9 +204,8 @@ def stock_attention(policy: Policy) -> Iterator[None]:
         model.set_attn_implementation(policy.attention)
 
 
-def _precision(policy: Policy, batch: PackedBatch) -> Literal["full", "half"]:
-    """Which tolerances apply: TF32 rounds like half precision."""
-    device = batch.input_ids.device.type
-    tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+def forward_precision(policy: Policy, device: torch.device) -> Literal["full", "half"]:
+    """Which of ``TOLERANCES`` holds for a forward on ``device`` under the present autocast: TF32 rounds like half."""
+    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     half = policy.head.weight.dtype in (torch.bfloat16, torch.float16)
-    return "half" if half or tf32 or torch.is_autocast_enabled(device) else "full"
+    return "half" if half or tf32 or torch.is_autocast_enabled(device.type) else "full"
