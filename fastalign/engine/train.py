@@ -100,7 +100,7 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     accounting = account(models.policy, batch.tokens, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
     loader = Loader(data, batch.size, batch.tokens, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
-    held_out = next(iter(rest), None)
+    held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim)
     return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total, accounting)
 
