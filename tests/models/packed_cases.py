@@ -2,10 +2,13 @@
 
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from fastalign.data.examples import TokenExample
+from fastalign.data.pack import build_batch
 from fastalign.models.policy import Policy
 from fastalign.types import PackedBatch
 
@@ -54,14 +57,31 @@ ARCHITECTURES = {
 
 
 class WideRMSNorm(nn.Module):
-    """RMSNorm in the dtype of its input: the Hugging Face one computes in fp32, which caps agreement near 1e-7."""
+    """RMSNorm in the dtype of its input: the Hugging Face one computes in fp32, which caps agreement near 1e-7.
 
-    def __init__(self, weight, eps):
+    Gemma's weights are offsets from 1.
+    """
+
+    def __init__(self, norm):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(weight.detach().clone()), eps
+        self.weight, self.offset = nn.Parameter(norm.weight.detach().clone()), 1.0 if hasattr(norm, "eps") else 0.0
+        self.eps = norm.eps if self.offset else norm.variance_epsilon
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.offset + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, softcap=None, **other):
+    """Causal attention of ordinary rows by its definition, in the dtype of its inputs."""
+    repeat = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeat, 1).transpose(-1, -2) * scaling
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    out = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ value.repeat_interleave(repeat, 1)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("plain", plain_attention)
 
 
 def make_model(kind, dtype=torch.float64, **options):
@@ -81,7 +101,7 @@ def make_policy(kind, dtype=torch.float64, gradient_checkpointing=False, **optio
 def widen_norms(module):
     for name, child in module.named_children():
         if "RMSNorm" in type(child).__name__:
-            setattr(module, name, WideRMSNorm(child.weight, child.variance_epsilon))
+            setattr(module, name, WideRMSNorm(child))
         else:
             widen_norms(child)
 
@@ -138,9 +158,35 @@ def logps_head(hidden, weight, labels, *, bias=None, softcap=None, logit_scale=1
     return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def separate_logps(policy, sequences):
+def nested_batch(least=1):
+    """A conversation that branches at each turn beside a pair, packed by the engine; and the sequences."""
+    torch.manual_seed(3)
+
+    def turn(length, first):
+        return [first, *torch.randint(VOCAB, (length - 1,)).tolist()]
+
+    opening, reply, other = turn(6, 1), turn(4, 2), turn(5, 3)
+    deep = opening + reply + turn(3, 4)
+    group = [
+        (deep, turn(2, 5)),
+        (deep, turn(4, 6)),
+        (opening + reply, turn(3, 7)),
+        (opening, other),
+        (deep, turn(1, 8)),
+    ]
+    group += [(opening, other + turn(2, 9))]  # goes on where another ends
+    prompt = turn(5, 1)
+    sequences = [group, [(prompt, turn(3, 2)), (prompt, turn(6, 3))]]
+    examples = [
+        TokenExample(tuple((np.array(p + r), np.arange(len(p + r)) >= len(p)) for p, r in one), i)
+        for i, one in enumerate(sequences)
+    ]
+    return build_batch(examples, True, least), sum(sequences, [])
+
+
+def separate_logps(policy, sequences, attention=None):
     """Each sequence alone in a row, by the model's own forward and PyTorch's attention (eager if it has no other)."""
-    policy.model.set_attn_implementation("sdpa" if policy.model._supports_sdpa else "eager")
+    policy.model.set_attn_implementation(attention or ("sdpa" if policy.model._supports_sdpa else "eager"))
     logps = []
     for prompt, response in sequences:
         logits = policy.model(torch.tensor([prompt + response]), use_cache=False).logits[0]
@@ -156,3 +202,9 @@ def gradients(policy, logps):
     return torch.autograd.grad(
         (weights * logps).sum(), list(policy.parameters()), allow_unused=True, materialize_grads=True
     )
+
+
+def relative_error(got, want):
+    """Largest difference over all tensors, relative to the largest element of any."""
+    scale = max(x.abs().max().item() for x in want)
+    return max((a - b).abs().max().item() for a, b in zip(got, want, strict=True)) / scale
