@@ -114,6 +114,13 @@ def metrics(chosen: Tensor, rejected: Tensor, losses: Tensor) -> dict[str, Tenso
     return {name: sum_and_count(value) for name, value in values.items()} | calibration_bins(chosen - rejected)
 
 
+def summable(chosen: Tensor, rejected: Tensor, losses: Tensor) -> dict[str, Tensor]:
+    """`metrics` whose sums do not depend on how a step is cut into calls: the least and largest reward of each pair."""
+    least, largest = torch.minimum(chosen, rejected), torch.maximum(chosen, rejected)
+    extremes = {"min_reward": sum_and_count(least), "max_reward": sum_and_count(largest)}
+    return metrics(chosen, rejected, losses) | extremes
+
+
 def calibration_bins(margins: Tensor) -> dict[str, Tensor]:
     """Sums from which `calibration_error` follows: per bin of confidence, (how often right - confidence, pairs).
 
@@ -147,7 +154,7 @@ def read_pairs(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
     """Rewards of neighbours, chosen first; the data may say by how much the chosen is better."""
     chosen, rejected = outputs[0::2], outputs[1::2]
     margins = given[0::2] - given[1::2] if len(given) else None
-    return (chosen, rejected, margins), lambda losses: metrics(chosen, rejected, losses)
+    return (chosen, rejected, margins), lambda losses: summable(chosen, rejected, losses)
 
 
 def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
@@ -155,14 +162,14 @@ def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Rea
     if len(given) != len(outputs):
         raise ValueError("soft_label reads a probability beside each pair: give the data a column `probability`")
     first, second = outputs[0::2], outputs[1::2]
-    return (first, second, given[0::2]), lambda losses: metrics(first, second, losses)
+    return (first, second, given[0::2]), lambda losses: summable(first, second, losses)
 
 
 def read_rankings(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
     """Rewards of each prompt's candidates, which the data score; metrics are over the pairs that they rank."""
     group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(cu_groups.diff().long())
     better, worse = ((group[:, None] == group) & (given[:, None] > given)).nonzero(as_tuple=True)
-    return (outputs, -given, cu_groups), lambda losses: metrics(outputs[better], outputs[worse], losses)
+    return (outputs, -given, cu_groups), lambda losses: summable(outputs[better], outputs[worse], losses)
 
 
 def read_steps(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:

@@ -181,7 +181,7 @@ def nested_batch(least=1):
         TokenExample(tuple((np.array(p + r), np.arange(len(p + r)) >= len(p)) for p, r in one), i)
         for i, one in enumerate(sequences)
     ]
-    return build_batch(examples, True, least), sum(sequences, [])
+    return build_batch(examples, True, least), [s for one in sequences for s in one]
 
 
 def separate_logps(policy, sequences, attention=None):
