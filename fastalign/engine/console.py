@@ -14,7 +14,7 @@ from typing import Any
 Sink = Callable[[dict[str, Any]], None]
 
 SHOWN = (
-    *("loss", "eval_loss", "accuracy", "rank_accuracy", "rewards/accuracies", "rewards/margins"),
+    *("loss", "eval_loss", "accuracy", "eval_accuracy", "rank_accuracy", "rewards/accuracies", "rewards/margins"),
     *("mean_token_accuracy", "grad_norm"),
 )
 """Metrics on the console, those that a run has."""

@@ -55,6 +55,18 @@ def test_a_step_is_never_written_twice(configure, finished):
     assert numbers(finished.run.output_dir) == expected
 
 
+def test_a_running_mean_goes_on_where_it_was(configure):
+    settings = {"run.steps": 4, "run.save_every": 2, "loss.name": "bco", "data.format": "preference", "data.columns": {}}
+    config = configure("kto", **settings)
+    train(config)
+    expected = numbers(config.run.output_dir)
+    assert all(line["rewards/baseline"] for line in expected[1:])
+    shutil.rmtree(Path(config.run.output_dir) / "checkpoints" / "step-4")
+    config.run.resume = True
+    train(config)
+    assert numbers(config.run.output_dir) == expected
+
+
 def test_going_back_to_a_named_checkpoint_drops_what_came_after(configure, finished):
     expected, directory = numbers(finished.run.output_dir), Path(finished.run.output_dir) / "checkpoints"
     train(configure("sft", **{"run.steps": 4, "run.save_every": 3, "run.resume": str(directory / "step-2")}))
