@@ -5,6 +5,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
 #include "divergence.h"
+#include "layers.h"
 #include "policy_loss.h"
 #include "product.h"
 #include "scan.h"
@@ -24,6 +25,8 @@ void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
+void rms_norm(const RmsNorm& op, bool backward, int threads);
+void silu_mul(const SiluMul& op, bool backward, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
@@ -32,6 +35,8 @@ void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
+void rms_norm(const RmsNorm& op, bool backward, int threads);
+void silu_mul(const SiluMul& op, bool backward, int threads);
 }
 #endif
 namespace scalar {
@@ -39,6 +44,8 @@ void token_logps(const TokenLogps& op, bool backward, int threads);
 void divergence(const Divergence& op, Walk walk, int threads);
 void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
+void rms_norm(const RmsNorm& op, bool backward, int threads);
+void silu_mul(const SiluMul& op, bool backward, int threads);
 }
 }  // namespace fastalign
 
@@ -77,6 +84,30 @@ void attention(const Attention& op, bool backward, int threads) {
     case Level::avx2: return avx2::attention(op, backward, threads);
 #endif
     default: return scalar::attention(op, backward, threads);
+  }
+}
+
+void rms_norm(const RmsNorm& op, bool backward, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::rms_norm(op, backward, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::rms_norm(op, backward, threads);
+#endif
+    default: return scalar::rms_norm(op, backward, threads);
+  }
+}
+
+void silu_mul(const SiluMul& op, bool backward, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::silu_mul(op, backward, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::silu_mul(op, backward, threads);
+#endif
+    default: return scalar::silu_mul(op, backward, threads);
   }
 }
 
@@ -159,6 +190,26 @@ void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsAr
   attention(op, grad_k != 0, threads);
 }
 
+using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
+
+Rows rows_of(const RowsArgument& x) {
+  return {pointer(std::get<0>(x)), static_cast<Dtype>(std::get<1>(x)), std::get<2>(x)};
+}
+
+void run_rms_norm(const RowsArgument& x, const RowsArgument& y, const RowsArgument& weight, Address inverse,
+                  const RowsArgument& grad_y, const RowsArgument& grad_x, Address grad_weight, int64_t rows,
+                  int64_t columns, double eps, int threads) {
+  rms_norm({rows_of(x), rows_of(y), rows_of(weight), pointer<float>(inverse), rows_of(grad_y), rows_of(grad_x),
+            pointer<float>(grad_weight), rows, columns, eps}, grad_weight != 0, threads);
+}
+
+void run_silu_mul(const RowsArgument& gate, const RowsArgument& up, const RowsArgument& y, const RowsArgument& grad_y,
+                  const RowsArgument& grad_gate, const RowsArgument& grad_up, int64_t rows, int64_t columns,
+                  int threads) {
+  silu_mul({rows_of(gate), rows_of(up), rows_of(y), rows_of(grad_y), rows_of(grad_gate), rows_of(grad_up), rows,
+            columns}, std::get<0>(grad_y) != 0, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -208,6 +259,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("spans"), py::arg("trees"), py::arg("num_trees"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
         "Causal attention over a packed row, or, with grad_k, its gradients.");
+  const RowsArgument no_rows{};
+  m.def("rms_norm", &run_rms_norm, py::kw_only(), py::arg("x"), py::arg("y") = no_rows, py::arg("weight"),
+        py::arg("inverse"), py::arg("grad_y") = no_rows, py::arg("grad_x") = no_rows, py::arg("grad_weight") = 0,
+        py::arg("rows"), py::arg("columns"), py::arg("eps"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "RMS norm of rows, or, with grad_weight, its gradients.");
+  m.def("silu_mul", &run_silu_mul, py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("y") = no_rows,
+        py::arg("grad_y") = no_rows, py::arg("grad_gate") = no_rows, py::arg("grad_up") = no_rows, py::arg("rows"),
+        py::arg("columns"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "silu(gate) up, or, with grad_y, its gradients.");
   m.def(
       "gae",
       [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,

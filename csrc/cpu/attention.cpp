@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/tiles.h"
+#include "cpu/typed.h"
 
 namespace fastalign::LEVEL {
 namespace {
@@ -29,13 +30,6 @@ Floats floats(int64_t count) {
   float* data = static_cast<float*>(std::aligned_alloc(64, bytes));
   std::memset(data, 0, bytes);  // columns beyond the size of a head stay zero
   return Floats(data);
-}
-
-template <class F>
-void with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::float32) return f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::bfloat16) return f(static_cast<bfloat16*>(nullptr));
-  return f(static_cast<float16*>(nullptr));
 }
 
 template <class T>

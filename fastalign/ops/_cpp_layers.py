@@ -1,0 +1,107 @@
+"""The native layers between the products of a transformer behind tensors, on a CPU: each one pass over its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastalign.ops import _cpp
+
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    """Why the native layers cannot be used, or None when they can."""
+    if reason := _cpp.unavailable():
+        return reason
+    from fastalign import _C
+
+    return None if hasattr(_C, "rms_norm") else "fastalign._C is older than its sources: build it again"
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether these are plain CPU tensors of a dtype that is computed in fp32, outside of a trace."""
+    plain = all(x.device.type == "cpu" and x.dtype in SERVED and type(x) in PLAIN for x in tensors)
+    return plain and not torch.compiler.is_compiling()
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, computed in fp32.
+
+    Args:
+        x: ``[..., D]`` fp32, bf16 or fp16.
+        weight: ``[D]``, of such a dtype too.
+        eps: added to the mean square.
+        dtype: of the result.
+    """
+    return _RmsNorm.apply(x, weight, eps, dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of two ``[..., D]`` tensors of one dtype, rounded once."""
+    return _SiluMul.apply(gate, up)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        x = x.contiguous()
+        y = torch.empty(x.shape, dtype=dtype)
+        inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
+        _norm(x, weight, inverse, eps, y=_rows(y))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight, inverse = ctx.saved_tensors
+        grad_y, grad_x = grads[0].contiguous(), torch.empty_like(x)
+        grad_weight = torch.empty(weight.shape, dtype=torch.float32)
+        new = {"grad_y": _rows(grad_y), "grad_x": _rows(grad_x), "grad_weight": grad_weight.data_ptr()}
+        _norm(x, weight, inverse, ctx.eps, **new)
+        return grad_x, grad_weight.to(weight.dtype), None, None
+
+
+def _norm(x: Tensor, weight: Tensor, inverse: Tensor, eps: float, **more: Any) -> None:
+    from fastalign import _C
+
+    weight = weight.detach().contiguous()
+    given = {"x": _rows(x), "weight": _rows(weight), "inverse": inverse.data_ptr(), "eps": eps}
+    _C.rms_norm(**given, **more, rows=inverse.numel(), columns=x.shape[-1], threads=torch.get_num_threads())
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _silu(gate, up, y=_rows(y))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        gate, up = ctx.saved_tensors
+        grad_y, grad_gate, grad_up = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        _silu(gate, up, grad_y=_rows(grad_y), grad_gate=_rows(grad_gate), grad_up=_rows(grad_up))
+        return grad_gate, grad_up
+
+
+def _silu(gate: Tensor, up: Tensor, **more: Any) -> None:
+    from fastalign import _C
+
+    size = {"rows": gate.numel() // max(gate.shape[-1], 1), "columns": gate.shape[-1]}
+    _C.silu_mul(gate=_rows(gate), up=_rows(up), **more, **size, threads=torch.get_num_threads())
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.shape[-1]

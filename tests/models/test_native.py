@@ -1,0 +1,175 @@
+"""The native CPU layers: against their definition in float64, and in place of a Hugging Face model's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packed_cases import PAIRS, logps_head, make_batch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from fastalign.models import native
+from fastalign.models.policy import Policy
+from fastalign.ops import _cpp_layers, _onednn
+
+if _cpp_layers.unavailable():
+    pytest.skip(_cpp_layers.unavailable(), allow_module_level=True)
+
+from fastalign import _C
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(131, 64), (2, 3, 37), (1, 5), (0, 8)]
+"""More and fewer rows than are summed together, whole and broken vectors, no row."""
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def level(request):
+    before = _C.cpu_level()
+    try:
+        _C.set_cpu_level(request.param)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    yield
+    _C.set_cpu_level(before)
+
+
+def draw(*shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def assert_right(f, exact, inputs, upstream):
+    """Within two roundings of the result's dtype, and sums of 131 fp32 terms, of the largest value."""
+    out, wide = f(*inputs), [x.detach().double().requires_grad_() for x in inputs]
+    got = (out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
+    truth = exact(*wide)
+    want = (truth, *torch.autograd.grad(truth, wide, upstream.to(out.dtype).double()))
+    for mine, true in zip(got, want, strict=True):
+        scale = true.abs().max() if true.numel() else 1.0
+        assert torch.all((mine - true).abs() <= (2 * torch.finfo(mine.dtype).eps + 1e-6) * scale)
+
+
+def norm64(x, weight):
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_norm_and_gate(shape, dtype, level):
+    x, y, upstream = draw(shape, shape, shape, dtype=dtype)
+    (weight,) = draw(shape[-1:], dtype=torch.float32)
+    assert_right(lambda a, w: _cpp_layers.rms_norm(a, w, 1e-5, dtype), norm64, [x, weight], upstream.detach())
+    assert_right(_cpp_layers.silu_mul, lambda a, b: F.silu(a) * b, [x, y], upstream.detach())
+
+
+def test_gates_far_from_zero(level):
+    x = torch.tensor([[-1e4, -200.0, -90.0, 90.0, 200.0, 1e4, 0.0, torch.nan]], requires_grad=True)
+    ones = torch.ones_like(x)
+    y = _cpp_layers.silu_mul(x, ones)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y, F.silu(x.detach()), equal_nan=True, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(slope[0, :7], torch.tensor([0.0, 0, 0, 1, 1, 1, 0.5]), rtol=1e-6, atol=1e-30)
+    assert slope[0, 7].isnan()
+
+
+def test_bits_do_not_depend_on_threads():
+    x, upstream = draw((1000, 48), (1000, 48), dtype=torch.float32)
+    (weight,) = draw((48,), dtype=torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            y = _cpp_layers.rms_norm(x, weight, 1e-5, torch.float32)
+            results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 33), (1, 40, 33)])
+def test_linear_by_onednn(bias, shape):
+    x, weight, b, upstream = draw(shape, (21, 33), (21,), (*shape[:-1], 21), dtype=torch.float32)
+    inputs = [x, weight, b] if bias else [x, weight]
+    f = _onednn.linear if bias else lambda x, w: _onednn.linear(x, w, None)
+    out, wide = f(*inputs), [v.detach().double().requires_grad_() for v in inputs]
+    truth = F.linear(*wide)
+    want = (truth, *torch.autograd.grad(truth, wide, upstream.double()))
+    got = (out, *torch.autograd.grad(out, inputs, upstream))
+    for mine, true in zip(got, want, strict=True):
+        assert (mine - true).abs().max() <= 40 * torch.finfo(torch.float32).eps * true.abs().max()  # sums of 40 terms
+
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, **more))
+
+
+def qwen(**more):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, **more))
+
+
+@pytest.mark.parametrize("make", [llama, qwen])
+@pytest.mark.parametrize("always", [True, False])
+def test_a_model_computes_the_same(make, always, monkeypatch):
+    monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    batch, _ = make_batch(*PAIRS)
+    ours = Policy(make())
+    with monkeypatch.context() as patch:
+        patch.setattr("fastalign.models.policy.use_native_layers", lambda model: None)
+        theirs = Policy(make())
+    assert any(isinstance(m, native.Norm) for m in ours.modules())
+    assert not any(isinstance(m, native.Norm | native.Linear) for m in theirs.modules())
+    results = []
+    for policy in (ours, theirs):
+        logps = policy(batch, logps_head)
+        logps.sum().backward()
+        results.append((logps.detach(), {name: p.grad for name, p in policy.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[1][1].items():
+        assert (results[0][1][name] - grad).abs().max() <= 1e-5 * max(grad.abs().max(), 1.0), name
+
+
+def test_autocast_agrees_within_its_rounding():
+    batch, _ = make_batch(*PAIRS)
+    model = llama()
+    want = Policy(copy.deepcopy(model).double())(batch, logps_head)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = Policy(model)(batch, logps_head)
+    assert 0 < (got - want).abs().max() < 3e-2
+
+
+def test_a_changed_model_is_copied_and_saved_as_before(tmp_path):
+    model = llama()
+    names = {name: value.clone() for name, value in model.state_dict().items()}
+    policy = Policy(model)
+    twin = copy.deepcopy(policy)
+    batch, _ = make_batch(*PAIRS)
+    assert torch.equal(twin(batch, logps_head), policy(batch, logps_head))
+    assert next(twin.parameters()) is not next(policy.parameters())
+    assert {type(m).__name__ for m in policy.modules()} == {type(m).__name__ for m in twin.modules()}
+    policy.model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == names.keys() and all(torch.equal(loaded[name], names[name]) for name in names)
+
+
+def test_other_activations_and_wide_weights_keep_their_own_code():
+    batch, _ = make_batch(*PAIRS)
+    for model in (llama(hidden_act="gelu"), llama().double()):
+        assert Policy(model)(batch, logps_head).isfinite().all()
+
+
+def test_layers_of_other_classes_stay():
+    class LlamaRMSNorm(nn.Module):
+        """Not the one of transformers."""
+
+    holder = nn.ModuleList([LlamaRMSNorm(), nn.Identity()])
+    native.use_native_layers(holder)
+    assert type(holder[0]) is LlamaRMSNorm
