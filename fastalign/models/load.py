@@ -25,6 +25,7 @@ from transformers import (
 
 from fastalign.config import ModelConfig
 from fastalign.models import inline
+from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def load_policy(
     known: Any = loaded.get_input_embeddings() if scalar_head else policy.head
     if vocab_size is not None and vocab_size > (rows := known.weight.shape[0]):
         raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
+    use_native_layers(loaded)
     return policy
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastalign.models import support
-from fastalign.models.native import use_native_layers
 from fastalign.ops.attention import BACKENDS, Layout, layout, packed_attention
 from fastalign.types import PackedBatch
 
@@ -47,7 +46,6 @@ class Policy(nn.Module):
         support.check(model)
         support.disable_dropout(model)
         support.train_every_embedding(model)
-        use_native_layers(model)
         self.model = model
         self.attention = register_attention(attention)
         self.max_length = support.max_length(model.config)

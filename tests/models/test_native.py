@@ -115,15 +115,17 @@ def qwen(**more):
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, **more))
 
 
+def native_policy(model):
+    native.use_native_layers(model)
+    return Policy(model)
+
+
 @pytest.mark.parametrize("make", [llama, qwen])
 @pytest.mark.parametrize("always", [True, False])
 def test_a_model_computes_the_same(make, always, monkeypatch):
     monkeypatch.setattr(_onednn, "preferred", lambda: always)
     batch, _ = make_batch(*PAIRS)
-    ours = Policy(make())
-    with monkeypatch.context() as patch:
-        patch.setattr("fastalign.models.policy.use_native_layers", lambda model: None)
-        theirs = Policy(make())
+    ours, theirs = native_policy(make()), Policy(make())
     assert any(isinstance(m, native.Norm) for m in ours.modules())
     assert not any(isinstance(m, native.Norm | native.Linear) for m in theirs.modules())
     results = []
@@ -142,14 +144,14 @@ def test_autocast_agrees_within_its_rounding():
     model = llama()
     want = Policy(copy.deepcopy(model).double())(batch, logps_head)
     with torch.autocast("cpu", torch.bfloat16):
-        got = Policy(model)(batch, logps_head)
+        got = native_policy(model)(batch, logps_head)
     assert 0 < (got - want).abs().max() < 3e-2
 
 
 def test_a_changed_model_is_copied_and_saved_as_before(tmp_path):
     model = llama()
     names = {name: value.clone() for name, value in model.state_dict().items()}
-    policy = Policy(model)
+    policy = native_policy(model)
     twin = copy.deepcopy(policy)
     batch, _ = make_batch(*PAIRS)
     assert torch.equal(twin(batch, logps_head), policy(batch, logps_head))
@@ -163,7 +165,7 @@ def test_a_changed_model_is_copied_and_saved_as_before(tmp_path):
 def test_other_activations_and_wide_weights_keep_their_own_code():
     batch, _ = make_batch(*PAIRS)
     for model in (llama(hidden_act="gelu"), llama().double()):
-        assert Policy(model)(batch, logps_head).isfinite().all()
+        assert native_policy(model)(batch, logps_head).isfinite().all()
 
 
 def test_layers_of_other_classes_stay():
