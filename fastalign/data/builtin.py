@@ -37,6 +37,9 @@ CHAT_TEMPLATE = (
 )
 """Of the built-in tokenizer: a role token and a line per message, assistant turns marked and ended by EOS."""
 
+CONFIDENCE = {"other": 0.95, "truncated": 0.9, "shuffled": 0.8}
+"""The probability, by the kind of the rejected side, that the true docstring is found the better."""
+
 TEST_SHARE = 10  # one module in so many is held out
 MIN_WORDS = 3  # shorter docstrings say nothing
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "_bundled"}
@@ -74,7 +77,8 @@ def docstring_pairs(split: str = "train", seed: int = 0) -> Dataset:
     Columns: ``prompt`` (heading and a line break), ``completion`` and ``chosen`` (the docstring), ``text`` (both),
     ``rejected`` and its ``kind``: ``other`` (another object's docstring of like length), ``shuffled`` (sentences in
     another order, a different one first) or ``truncated`` (ends in mid sentence), drawn evenly among those possible;
-    ``completions`` and their ``scores``: the docstring (1), truncated where possible (0.5) and another's (0).
+    ``probability``: how sure a reader is of the true one (`CONFIDENCE`); ``completions`` and their ``scores``: the
+    docstring (1), truncated where possible (0.5) and another's (0).
 
     Args:
         split: ``train``, or ``test``: the modules held out.
@@ -221,6 +225,7 @@ def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) 
         "chosen": document.text,
         "rejected": worse[kind],
         "kind": kind,
+        "probability": CONFIDENCE[kind],
         "text": prompt + document.text,
         **_ranked(document.text, worse["truncated"], worse["other"]),
     }

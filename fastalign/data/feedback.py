@@ -17,7 +17,7 @@ GOOD, BAD = 1.0, 0.0
 
 
 def check_columns(columns: Iterable[str], method: str) -> None:
-    """Refuses preferences without the column that a soft-label reward model reads; warns of one that is not read."""
+    """Refuses preferences without the column that a soft-label reward model reads; tells of one that is not read."""
     stated = "probability" in set(columns)
     if method == "reward:soft_label" and not stated:
         raise ValueError(
@@ -25,7 +25,7 @@ def check_columns(columns: Iterable[str], method: str) -> None:
             f"beside chosen and rejected, found {sorted(columns)}: rename with data.columns"
         )
     if method == "reward" and stated:
-        logger.warning("column 'probability' is not read: set loss.name=soft_label to learn from it")
+        logger.info("column 'probability' is not read: loss.name=soft_label learns from it")
 
 
 def of_pair(row: dict[str, Any], method: str) -> tuple[float, ...]:

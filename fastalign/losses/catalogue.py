@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastalign.losses import distillation, policy, preference, ranking, reward, supervised, unpaired
@@ -27,6 +27,7 @@ class Family:
             to the tests.
         command: how one of them is trained with, ``{name}`` in place of the loss; None for functions without a loop.
         watch: metrics to watch, and what they should do.
+        flags: what the command of a loss needs beside, when it reads other rows than the example.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Family:
     losses: Mapping[str, Callable[..., Any]]
     command: str | None
     watch: str
+    flags: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -84,6 +86,7 @@ FAMILIES: Mapping[str, Family] = {
         "fastalign reward --config examples/reward.yaml --loss.name {name}",
         "`accuracy` of held-out pairs, `margin`, and `ece`, the calibration error of `s(margin)`: an accuracy that "
         "stands still while `margin` and `ece` grow is overfitting.",
+        {"process": " --data.path builtin:docstring-steps --data.eval_path builtin:docstring-steps"},
     ),
     "distillation": Family(
         "Distillation",
@@ -175,7 +178,9 @@ def entry(name: str, loss: Description, family: Family) -> str:
     settings = [f"- `{key}` ({value!r}): {loss.arguments[key]}" for key, value in loss.defaults.items()]
     lines = [f"### `{name}`\n", f"**{loss.title}**: {loss.purpose}", loss.formula, f"Source: {loss.source}\n"]
     text = "\n".join([*lines, *settings, *([""] if settings else [])]).replace("``", "`")
-    return text if family.command is None else f"{text}\n```\n{family.command.format(name=name)}\n```\n"
+    if family.command is None:
+        return text
+    return f"{text}\n```\n{family.command.format(name=name)}{family.flags.get(name, '')}\n```\n"
 
 
 def algorithms() -> str:

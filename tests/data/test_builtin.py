@@ -83,6 +83,7 @@ def test_its_template_marks_assistant_turns(tokenizer: PreTrainedTokenizerFast) 
         ("reward", {2}, {0}),
         ("kto", {1}, {1}),
         ("rrhf", {3}, {3}),
+        ("reward:soft_label", {2}, {2}),
         ("reward:k_wise", {3}, {3}),
     ],
 )

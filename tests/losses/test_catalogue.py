@@ -94,14 +94,17 @@ def test_a_docstring_without_a_part_is_refused(monkeypatch):
     assert catalogue.describe(mine).formula == "``l = gamma (b - a)``."
 
 
+IN_ORDER = ("sft", "dpo", "kto", "rrhf", "reward", "distill")
+"""The methods as the page has them."""
+
+
 def test_the_page_of_methods_is_what_the_losses_say_of_themselves(monkeypatch):
     page = (ROOT / "docs" / "methods.md").read_text()
     assert page == catalogue.page(), "write it anew: fastalign methods > docs/methods.md"
     commands = re.findall(r"^fastalign (\w+) (--config .*)$", page, re.M)
     monkeypatch.chdir(ROOT)
-    known = [(method, words) for method, words in commands if method in ("sft", "dpo")]
-    named = [parse_config(method, words.split()).loss["name"] for method, words in known]
-    assert named == ["sft", *preference.LOSSES]
+    named = [(method, parse_config(method, words.split()).loss["name"]) for method, words in commands]
+    assert named == [(method, loss) for method in IN_ORDER for loss in METHODS[method].losses]
 
 
 @pytest.mark.parametrize("name", [*PAIRS, "sft"])
