@@ -91,6 +91,14 @@ class PackedBatch:
         return self.cu_seqlens.numel() - 1
 
     @property
+    def depth(self) -> int:
+        """Segments on the longest way from a root: 1 when nothing is shared, 2 for prompts with their responses."""
+        depths: list[int] = []
+        for parent in self.parents.tolist():
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths)
+
+    @property
     def num_attended(self) -> int:
         """Pairs of a query and a key that attention multiplies in one head."""
         offsets, depths, total = self.cu_segments.tolist(), [], 0

@@ -64,6 +64,13 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(write):
     assert config.loss == {"name": "ipo", "beta": 0.7}
 
 
+@pytest.mark.parametrize("word", ["off", "false", "no", "False"])
+def test_sharing_is_switched_off_in_yamls_words(write, word):
+    assert parse_config("dpo", []).batch.share_prefix
+    assert not parse_config("dpo", ["--batch.share_prefix", word]).batch.share_prefix
+    assert not parse_config("dpo", ["--config", write(f"batch: {{share_prefix: {word}}}")]).batch.share_prefix
+
+
 def test_mappings_and_unions_are_settable_from_flags():
     flags = "--data.columns.prompt question --model.config.model_type llama --run.resume true --run.trackers+ wandb"
     config = parse_config("sft", flags.split())

@@ -16,6 +16,7 @@ from fastalign.engine.prelude import Carried, look_ahead, score_reference
 from fastalign.engine.reference import Demand
 from fastalign.engine.setup import load_data, load_models
 from fastalign.engine.step import add_sums
+from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import reshard
 from fastalign.types import PackedBatch
@@ -45,7 +46,8 @@ def evaluate(
     """
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
     watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
-    for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size):
+    cost = forward_cost(models.policy)
+    for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size, cost=cost):
         known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
         sums = [evaluate_batch(models, micro.to(world.device), objective, facts, world) for micro, facts in known]
         total += add_sums(sums, objective.metric_names, world.device)

@@ -152,6 +152,6 @@ def verified(config: Config, models: Models, dataset: Examples, device: torch.de
 
 
 def first_batch(dataset: Examples, batch: BatchConfig) -> PackedBatch:
-    """A packed batch of the first examples, with a shared prefix if any has; the loader's position is left alone."""
+    """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone."""
     batches = pack(dataset.fetch(list(range(min(batch.size, len(dataset))))), batch.tokens, batch.share_prefix)
-    return max(batches, key=lambda packed: bool((packed.parents >= 0).any()))
+    return max(batches, key=lambda packed: packed.depth)

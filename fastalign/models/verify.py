@@ -146,19 +146,24 @@ def _choose_group(batch: PackedBatch) -> tuple[int, dict[int, list[int]]]:
     """The root segment of the group, and the leaf segments below each root that has scored rows."""
     segments = batch.segments
     roots: list[int] = []
+    depths: list[int] = []
     for s, parent in enumerate(segments.parents):
         roots.append(s if parent < 0 else roots[parent])
+        depths.append(0 if parent < 0 else depths[parent] + 1)
     sizes: dict[int, int] = {}
+    deepest: dict[int, int] = {}
     leaves: dict[int, list[int]] = {}
     for s, root in enumerate(roots):
         sizes[root] = sizes.get(root, 0) + segments.offsets[s + 1] - segments.offsets[s]
+        deepest[root] = max(deepest.get(root, 0), depths[s])
         if s not in segments.parents:
             leaves.setdefault(root, []).append(s)
     ends = torch.tensor(segments.offsets[1:])
     homes = torch.searchsorted(ends, batch.rows.cpu(), right=True)
     scored_roots = {roots[s] for s in homes.unique().tolist()}
     first = min(scored_roots)
-    return min(scored_roots, key=lambda root: (len(leaves[root]) < 2, root == first, sizes[root])), leaves
+    best = min(scored_roots, key=lambda root: (-deepest[root], len(leaves[root]) < 2, root == first, sizes[root]))
+    return best, leaves
 
 
 def _chain_rows(batch: PackedBatch, leaf: int) -> list[int]:

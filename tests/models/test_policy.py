@@ -14,14 +14,16 @@ from packed_cases import (
     make_batch,
     make_model,
     make_policy,
+    nested_batch,
     relative_error,
     separate_logps,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import support
 from fastalign.models.policy import Policy, gather_rows
 from fastalign.ops.attention import layout
+from fastalign.types import Segments
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -203,6 +205,54 @@ def small(kind, **options):
 def test_a_model_that_cannot_be_exact_is_refused(kind, options, reason):
     with pytest.raises(ValueError, match=reason):
         Policy(small(kind, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("falcon", {"alibi": True}, "AttentionInterface"),
+        ("llama", {"alibi": True}, "position biases"),
+        ("llama", {"position_embedding_type": "relative_key"}, "position biases"),
+        ("llama", {"is_causal": False}, "both directions"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv layers carry state"),
+        ("recurrent_gemma", {}, "linear_attention layers carry state"),
+        ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention layers"),
+    ],
+)
+def test_attention_of_another_shape_is_refused(kind, options, reason):
+    assert reason in (support.refusal(small(kind, **options)) or "accepted")
+
+
+def test_an_encoder_is_refused_at_its_first_layer():
+    with pytest.raises(ValueError, match="BertSelfAttention is bidirectional"):
+        Policy(small("bert"))(make_batch((7, [5, 3]))[0], logps_head)
+
+
+def test_routed_experts_are_exact_without_their_auxiliary_loss():
+    """A token's experts are its own affair, whoever shares its row."""
+    policy = Policy(small("mixtral", num_local_experts=4, num_experts_per_tok=2))
+    batch, sequences = nested_batch()
+    packed, plain = policy(batch, logps_head), separate_logps(policy, sequences)
+    assert (packed - plain).abs().max() < 5e-6  # fp32: the products of experts know no float64
+    assert relative_error(gradients(policy, packed), gradients(policy, plain)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.1}, "LlamaAttention has dropout 0.1: copies of a shared prefix would draw different masks"),
+        ({"sliding_window": 6}, "sees 6 tokens back and a sequence has 7"),
+        ({"is_causal": False}, "bidirectional"),
+        ({"position_bias": 1}, "passes position_bias, which the packed attention does not compute"),
+        ({"attention_mask": torch.ones(1, 1, 7, 7)}, "take no attention mask"),
+    ],
+)
+def test_each_call_refuses_what_it_would_leave_out(options, reason):
+    module = make_policy("llama").backbone.layers[0].self_attn
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    arguments = {"attention_mask": None, "packed_layout": layout(Segments([0, 7], [-1])), **options}
+    with pytest.raises(ValueError, match=reason):
+        AttentionInterface()["fastalign"](module, q, k, k, **arguments)
 
 
 def test_attention_sinks_are_refused():

@@ -5,9 +5,11 @@ import logging
 
 import pytest
 import torch
-from packed_cases import ARCHITECTURES, PAIRS, make_batch, make_policy
+from packed_cases import ARCHITECTURES, PAIRS, SIZES, make_batch, make_policy, nested_batch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import policy as policy_module
+from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention, unpack_group, verify_packed
 from fastalign.ops import attention
 from fastalign.types import Segments
@@ -49,6 +51,29 @@ def test_prefers_a_shared_group_that_is_not_the_first():
     ]
     assert group.scored.tolist() == [14, 15, 16, 17]
     assert group.sequence.tolist() == [0, 0, 0, 1] and group.position.tolist() == [1, 2, 3, 1]
+
+
+def test_prefers_the_group_that_shares_deepest():
+    batch, sequences = nested_batch()
+    group = unpack_group(batch)
+    assert len(group.scored) == sum(len(r) for _, r in sequences[:6])
+    for kind in ("llama", "gemma2", "gpt2"):
+        assert verify_packed(make_policy(kind, torch.float32), batch)
+
+
+def test_a_forgotten_grandparent_is_caught(monkeypatch):
+    real = attention.layout
+
+    def parents_alone(segments):
+        plan = real(segments)
+        calls = tuple(dataclasses.replace(call, prefix=call.prefix[-1:]) for call in plan.calls)
+        return dataclasses.replace(plan, calls=calls)
+
+    monkeypatch.setattr(policy_module, "layout", parents_alone)
+    policy = make_policy("llama", torch.float32)
+    assert verify_packed(policy, make_batch(*PAIRS)[0])  # prompts and responses have none
+    with pytest.raises(ValueError, match="differ by"):
+        verify_packed(policy, nested_batch()[0])
 
 
 def forget_parents(monkeypatch):
@@ -113,6 +138,13 @@ def test_nan_in_the_packed_forward_alone_is_a_mismatch(monkeypatch):
     monkeypatch.setattr(policy_module, "gather_rows", lambda *arguments: real(*arguments) * torch.nan)
     with pytest.raises(ValueError, match="differ by nan"):
         verify_packed(make_policy("llama", torch.float32), make_batch(*PAIRS)[0])
+
+
+def test_a_transform_between_backbone_and_head_is_caught():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, **SIZES))
+    with pytest.raises(ValueError, match="differ by"):
+        verify_packed(Policy(model), make_batch(*PAIRS)[0])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
