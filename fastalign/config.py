@@ -15,7 +15,7 @@ class ModelConfig:
     """Which model, in which precision."""
 
     path: str | None = None
-    """Hub name or local directory of a causal LM."""
+    """Hub name or local directory of a causal LM, or directory of a saved adapter."""
     config: dict[str, Any] | None = None
     """Inline Hugging Face config (with `model_type`) to start from random weights instead of `path`."""
     tokenizer: str | None = None
@@ -32,6 +32,11 @@ class ModelConfig:
     """Recompute each layer's activations in backward."""
     trust_remote_code: bool = False
     """Run model code shipped with the checkpoint."""
+    lora: dict[str, Any] | None = None
+    """Train a LoRA adapter over frozen weights: settings of `peft.LoraConfig`, e.g. `{r: 16, lora_alpha: 32}`; without
+    `target_modules` every linear layer but the head. A `path` that is a saved adapter goes on training."""
+    quantization: dict[str, Any] | None = None
+    """Quantise the frozen weights below an adapter: settings of `BitsAndBytesConfig`, e.g. `{load_in_4bit: true}`."""
 
 
 @dataclass

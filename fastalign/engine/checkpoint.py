@@ -179,9 +179,13 @@ def one_line(error: BaseException) -> str:
 
 
 def weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once; the live tensors, not copies."""
-    tied = tied_names(policy)
-    return {f"model.{name}": x for name, x in policy.state_dict().items() if name not in tied}
+    """Trained parameters and saved buffers by name, tied ones once; the live tensors, not copies.
+
+    What is frozen is loaded again from where it came from.
+    """
+    kept = {name for name, p in policy.named_parameters() if p.requires_grad}
+    kept |= {name for name, _ in policy.named_buffers()}
+    return {f"model.{name}": x for name, x in policy.state_dict().items() if name in kept}
 
 
 def tied_names(policy: nn.Module) -> set[str]:

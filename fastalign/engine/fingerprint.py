@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from fastalign.data import cache
+from fastalign.models import lora
 from fastalign.models.policy import Policy
 from fastalign.ops import attention
 from fastalign.ops.dispatch import choose
@@ -33,11 +34,12 @@ CODE = (
 
 
 def fingerprint(policy: Policy, world: World) -> str:
-    """A hash of everything that makes a policy the model it is: parameters, buffers, architecture.
+    """A hash of everything that makes a policy the model it is: parameters, buffers, architecture, adapter.
 
     Call it before the policy is sharded, on all ranks: each reads its share of the tensors.
     """
-    return fingerprint_of([*policy.named_parameters(), *policy.named_buffers()], policy.config.to_dict(), world)
+    tensors, adapter = lora.identity(policy)
+    return fingerprint_of(tensors, {**policy.config.to_dict(), **adapter}, world)
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], architecture: Mapping[str, Any], world: World) -> str:

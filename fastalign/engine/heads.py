@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.config import ModelConfig
 from fastalign.engine.method import NO_FACTS, Objective, StepFacts
+from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss
 from fastalign.types import PackedBatch, TokenStats
@@ -24,7 +25,7 @@ class Models:
     """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
 
     policy: Policy
-    reference: Policy | None
+    reference: Policy | WithoutAdapter | None
     autocast: bool
 
     def precision(self, device: torch.device) -> AbstractContextManager:

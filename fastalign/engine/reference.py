@@ -29,6 +29,7 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.heads import Models, chunks, wants_autocast
 from fastalign.engine.method import Objective
+from fastalign.models.lora import WithoutAdapter, why_not_its_own_reference
 from fastalign.models.policy import Policy
 from fastalign.models.verify import PEAK, TOLERANCES, forward_precision
 from fastalign.ops import linear_loss
@@ -55,14 +56,37 @@ Precision = Literal["full", "half"]
 """Of the forward passes: which tolerance holds."""
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, for reading only; taken before it is sharded or trained."""
-    reference = copy.deepcopy(policy)
+def starting_reference(policy: Policy, objective: Objective, *, share: bool) -> Policy | WithoutAdapter:
+    """The policy as it is now, before it is sharded or trained: itself without its adapter where that is exact.
+
+    Args:
+        policy: plain; trained later.
+        objective: of whole distributions, which two models make at once, needs a copy.
+        share: see `frozen_copy`.
+    """
+    reason = why_not_its_own_reference(policy)
+    if reason is None and objective.head == "distributions":
+        reason = "the loss compares both models' whole distributions at once"
+    if reason is None:
+        log.info("reference: the policy without its adapter (nothing else trains, and it starts at zero)")
+        return WithoutAdapter(policy)
+    shared = " of what trains; the frozen weights are shared" if share and policy.adapted is not None else ""
+    log.info("reference: a frozen copy%s (%s)", shared, reason)
+    return frozen_copy(policy, share=share)
+
+
+def frozen_copy(policy: Policy, *, share: bool = False) -> Policy:
+    """The policy as it is now, for reading only; taken before it is sharded or trained.
+
+    With ``share`` its frozen parameters are the policy's own, which sharding would tear apart.
+    """
+    shared = {id(p): p for p in policy.parameters() if share and not p.requires_grad}
+    reference = copy.deepcopy(policy, shared)
     return reference.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def reference_logps(reference: Policy, batch: PackedBatch, objective: Objective) -> Tensor:
+def reference_logps(reference: Policy | WithoutAdapter, batch: PackedBatch, objective: Objective) -> Tensor:
     """``[N]`` fp32 log-probs of the batch's labels.
 
     The head is cut into the chunks of the policy's pass, so that equal weights give equal bits and the first margins
@@ -178,13 +202,14 @@ def windows(indices: Sequence[int]) -> Iterator[list[int]]:
 
 
 def is_memory_short(policy: Policy, world: World) -> bool:
-    """Whether weights, gradients, two moments and a reference would leave less than a quarter of a GPU."""
+    """Whether weights and, of what trains, gradients, moments and a reference leave less than a quarter of a GPU."""
     if world.device.type != "cuda":
         return False
     shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
     free, total = torch.cuda.mem_get_info(world.device)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    return free + weights - 5 * weights / shards < total / 4
+    trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad) or weights
+    return free + weights - (weights + 4 * trained) / shards < total / 4
 
 
 def cannot_share(directory: Path, world: World) -> str | None:
@@ -306,13 +331,14 @@ def with_reference(
     filling = None
     if source is not None and objective.head == "logps":
         filling = open_cache(config, source, demands, world, autocast=autocast)
+    reference: Policy | WithoutAdapter | None = source
     if source is policy and filling is None:
-        source = frozen_copy(policy)
-    if source is not None and source is not policy:
-        source = shard(source, world, bf16=autocast)
+        reference = starting_reference(policy, objective, share=world.mesh is None)
+    if isinstance(reference, Policy) and reference is not policy:
+        shard(reference, world, bf16=autocast)
     models = Models(shard(policy, world, bf16=autocast), None, autocast)
     if filling is None or source is None:
-        return replace(models, reference=source), [demand.dataset for demand in demands]
+        return replace(models, reference=reference), [demand.dataset for demand in demands]
     return models, fill_cache(filling, replace(models, policy=source), objective, config.batch, world)
 
 

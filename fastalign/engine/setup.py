@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import Demand, frozen_copy, with_reference
+from fastalign.models import lora
+from fastalign.models.head import head_of
 from fastalign.models.load import load_policy, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
@@ -57,6 +59,7 @@ def check_settings(config: Config) -> None:
     if run.steps is None and not run.epochs > 0:
         raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
     check_trackers(run.trackers)
+    lora.check(config.model)
 
 
 def seed_everything(run: RunConfig) -> None:
@@ -119,9 +122,19 @@ def load_models(
         separate_padding(policy, tokenizer)
     config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
     source = load_reference(config, objective, policy, tokenizer)
+    if objective.head == "distributions":
+        refuse_head_adapters(objective, policy, source)
     if source is not None and source is not policy:
         verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device)
     return *with_reference(config, objective, policy, source, demands, ranks), config
+
+
+def refuse_head_adapters(objective: Objective, *models: Any) -> None:
+    """Refuse what the divergence of two heads leaves out."""
+    if any(head_of(model.head).lora is not None for model in models):
+        raise ValueError(
+            f"loss {objective.name} serves no adapter on a head: leave it out of model.lora.target_modules"
+        )
 
 
 def load_reference(
@@ -136,7 +149,8 @@ def load_reference(
     if path is None:
         return policy
     dtype = config.reference.dtype or config.model.dtype
-    described = replace(config.model, path=path, config=None, tokenizer=None, dtype=dtype, gradient_checkpointing=False)
+    plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
+    described = replace(config.model, path=path, dtype=dtype, **plain)
     return frozen_copy(load_policy(described, tokenizer=tokenizer))
 
 

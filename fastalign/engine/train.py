@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.loader import Examples, Loader, TokenDataset, steps_per_epoch, visited
@@ -31,7 +31,7 @@ from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
 from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything
 from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
-from fastalign.models.load import save_pretrained
+from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
@@ -207,17 +207,33 @@ def resume(job: Job, checkpoint: Path) -> int:
 
 
 def export(job: Job) -> None:
-    """``model/``: a Hugging Face directory of the final weights; and the report."""
-    state = whole_weights(job.models.policy) if job.world.size > 1 else None
+    """``model/``: a Hugging Face directory of the final weights, or of the adapter; and the report."""
+    policy, model = job.models.policy, job.config.model
+    state = whole_weights(policy) if job.world.size > 1 else None
     if job.world.is_main:
-        save_pretrained(job.models.policy, job.tokenizer, job.directory / "model", state)
+        base = None if policy.adapted is None or model.config is None else make_base_again(job)
+        save_pretrained(policy, job.tokenizer, job.directory / "model", state, base)
         write_report(job.directory)
     job.world.barrier()
 
 
+def make_base_again(job: Job) -> PreTrainedModel:
+    """The base of an adapter that no directory holds: from its config and seed, with the special tokens of now."""
+    config, policy = job.config, job.models.policy
+    scalar = policy.has_scalar_head
+    base = load_base(config.model, seed=config.run.seed, tokenizer=job.tokenizer, scalar_head=scalar)
+    base.config.pad_token_id = policy.config.pad_token_id
+    return base
+
+
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
-    """Full tensors of a sharded policy, tied ones once, on the host of the main rank; all ranks must call it."""
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Full tensors of a sharded policy, tied ones once, on the host of the main rank; all ranks must call it.
+
+    Of a policy with an adapter, only what trains.
+    """
+    adapted = policy.adapted is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
+    state = get_model_state_dict(policy, options=options)
     tied = tied_names(policy)
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in tied}
 

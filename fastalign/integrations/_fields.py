@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.integrations._model import Head
+from fastalign.models.head import Head
 from fastalign.ops._call import make_call
 from fastalign.ops._head import Wanted
 from fastalign.ops.linear_logps import linear_logps, row_stats

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastalign.integrations._model import Head, causal_lm, head_of, on_head
+from fastalign.integrations._model import causal_lm, on_head
+from fastalign.models.head import Head, head_of
 from fastalign.models.support import head_options
 from fastalign.models.verify import PEAK, TOLERANCES
 from fastalign.ops import linear_logps, linear_loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastalign.models.head import head_of
 from fastalign.models.policy import Policy
 from fastalign.types import ForwardCost
 
@@ -21,11 +22,11 @@ def forward_cost(policy: Policy, trained: bool = False) -> ForwardCost:
     config = policy.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    head = policy.head.weight
+    weight, _, lora = head_of(policy.head)
     return ForwardCost(
         per_token=sum(_weights(policy, trained)),
         per_attended=2 * config.num_hidden_layers * heads * size,  # scores and their product with the values
-        per_scored=head.numel() if head.requires_grad or not trained else 0,
+        per_scored=sum(w.numel() for w in (weight, *(lora or ())[:2]) if w.requires_grad or not trained),
     )
 
 
@@ -33,6 +34,7 @@ def _weights(policy: Policy, trained: bool) -> list[float]:
     looked_up = {id(p) for m in policy.backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     looked_up |= {id(p) for p in policy.head.parameters()}  # an adapter's wrapping may put it below the backbone
     met = [p for p in policy.backbone.named_parameters() if p[1].dim() > 1 and id(p[1]) not in looked_up]
+    met = [(name, w) for name, w in met if ".original_module." not in name]  # a trained copy serves in its place
     return [w.numel() * _routed(policy, name) for name, w in met if w.requires_grad or not trained]
 
 

@@ -28,11 +28,11 @@ def check_keys(kind: str, options: Mapping[str, Any]) -> None:
         ValueError: with the nearest known name, if one is near.
     """
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"unknown model_type {kind!r} in model.config{_nearest(kind, CONFIG_MAPPING)}")
+        raise ValueError(f"unknown model_type {kind!r} in model.config{nearest(kind, CONFIG_MAPPING)}")
     known = known_keys(CONFIG_MAPPING[kind])
     for key in options:
         if not {key, key.lstrip("_")} & known:  # a saved config has some under private names
-            raise ValueError(f"unknown key {key!r} in model.config of a {kind}{_nearest(key, known)}")
+            raise ValueError(f"unknown key {key!r} in model.config of a {kind}{nearest(key, known)}")
 
 
 def known_keys(config: type) -> set[str]:
@@ -52,6 +52,7 @@ def _read_in_construction(config: type) -> Iterable[str]:
                 yield from (value for value in code.co_consts if isinstance(value, str) and value.isidentifier())
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

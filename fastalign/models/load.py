@@ -19,12 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from fastalign.config import ModelConfig
-from fastalign.models import inline
+from fastalign.models import inline, lora
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 
@@ -67,36 +68,70 @@ def load_policy(
         raise ValueError("set exactly one of model.path (hub name or directory) and model.config (inline config)")
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
-    auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
-    loaded = _pretrained(model, auto, seed) if model.config is None else _from_scratch(model, auto, vocab_size, seed)
-    if model.config is not None and tokenizer is not None:
-        _set_special_tokens(loaded, tokenizer)
-    policy = Policy(loaded, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
-    known: Any = loaded.get_input_embeddings() if scalar_head else policy.head
+    saved = lora.saved_adapter(model, scalar_head)
+    base = load_base(model, saved, vocab_size=vocab_size, seed=seed, tokenizer=tokenizer, scalar_head=scalar_head)
+    adapted = lora.adapt(base, model, saved, seed)
+    policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
+    known: Any = base.get_input_embeddings() if scalar_head else policy.head
     if vocab_size is not None and vocab_size > (rows := known.weight.shape[0]):
         raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
-    use_native_layers(loaded)
+    use_native_layers(base)
     return policy
 
 
-def _pretrained(model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
-    assert model.path is not None
-    scalar: dict[str, Any] = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
-    with _readable("model", model.path, "config.json and safetensors weights"):
+def load_base(
+    model: ModelConfig,
+    saved: Any = None,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scalar_head: bool = False,
+) -> PreTrainedModel:
+    """The model of `load_policy` without its adapter; ``saved`` is the config of a saved one, which names its base."""
+    auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    if model.path is not None:
+        return _pretrained(model.path if saved is None else saved.base_model_name_or_path, model, auto, seed)
+    size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
+    base = _from_scratch(model, auto, size, seed)
+    if tokenizer is not None:
+        _set_special_tokens(base, tokenizer)
+    return base
+
+
+def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
+    options: dict[str, Any] = {"num_labels": 1} if (scalar := auto is AutoModelForSequenceClassification) else {}
+    if model.quantization is not None:
+        options["quantization_config"] = _quantization(model.quantization)
+    with _readable("model", path, "config.json and safetensors weights"):
         both: Any = auto.from_pretrained(
-            model.path,
+            path,
             dtype=DTYPES.get(model.dtype, "auto"),
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the shapes
-            **scalar,
+            **options,
         )
     loaded, info = both
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{path!r} is an adapter on the hub: download it and set model.path to its directory")
     missing = set(info["missing_keys"])
     if scalar and SCALAR_HEAD in missing:
         _new_scalar_head(loaded, seed)
-    check_loaded(model.path, {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
+    check_loaded(path, {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
     return loaded
+
+
+def _quantization(options: Mapping[str, Any]) -> BitsAndBytesConfig:
+    """bitsandbytes' config of a `model.quantization`."""
+    try:
+        made: Any = BitsAndBytesConfig.from_dict(dict(options), return_unused_kwargs=True)
+    except REFUSALS as error:
+        raise ValueError(f"model.quantization: {_one_line(error)}") from error
+    config, unknown = made
+    if unknown:
+        raise ValueError(f"unknown key {next(iter(unknown))!r} in model.quantization: see BitsAndBytesConfig")
+    return config
 
 
 def _new_scalar_head(model: PreTrainedModel, seed: int) -> None:
@@ -180,7 +215,7 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
     Raises:
         ValueError: when none is named, it cannot be found, or a built-in one is asked for without a fallback.
     """
-    name = model.tokenizer or model.path
+    name = model.tokenizer or _tokenizer_home(model)
     if name is None:
         raise ValueError(
             "model.config has no tokenizer of its own: set model.tokenizer (a name, a path or builtin:bpe)"
@@ -191,6 +226,14 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         return fallback(name)
     with _readable("tokenizer", name, "tokenizer.json"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+
+
+def _tokenizer_home(model: ModelConfig) -> str | None:
+    """Where the tokenizer of a path lies: an adapter without one has that of its base."""
+    saved = lora.saved_adapter(model)
+    if saved is None or model.path is None or (Path(model.path) / "tokenizer_config.json").is_file():
+        return model.path
+    return saved.base_model_name_or_path
 
 
 @contextmanager
@@ -224,14 +267,18 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase | None,
     directory: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
+    base: PreTrainedModel | None = None,
 ) -> Path:
     """Writes a Hugging Face directory that `from_pretrained` loads with equal logits, whole or not at all.
+
+    Of a policy with an adapter it is the adapter's directory, in PEFT's format.
 
     Args:
         policy: the policy.
         tokenizer: written beside it, if any.
         directory: replaced when it exists.
         state_dict: full (unsharded) tensors under the policy's names, when its own parameters are shards.
+        base: the model below an adapter when it came from an inline config: it is written beside the adapter.
 
     Returns:
         The directory.
@@ -241,7 +288,10 @@ def save_pretrained(
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     tensors = None if state_dict is None else {name.removeprefix("model."): x for name, x in state_dict.items()}
-    policy.model.save_pretrained(fresh, state_dict=tensors)
+    if policy.adapted is None:
+        policy.model.save_pretrained(fresh, state_dict=tensors)
+    else:
+        lora.save_adapter(policy, fresh, final, tensors, base)
     if tokenizer is not None:
         tokenizer.save_pretrained(fresh)
     _sync(fresh)
@@ -254,7 +304,7 @@ def save_pretrained(
 
 def _sync(directory: Path) -> None:
     """Files reach the disk before the rename does."""
-    for path in [*directory.iterdir(), directory]:
+    for path in [*directory.rglob("*"), directory]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastalign.models import support
+from fastalign.models.head import head_of
 from fastalign.ops.attention import BACKENDS, Layout, layout, packed_attention
 from fastalign.types import PackedBatch
 
@@ -32,8 +33,8 @@ class Policy(nn.Module):
     """A causal LM as backbone and head; the head may be a scalar one, of a reward model.
 
     Args:
-        model: the HF model, a causal LM or a sequence classifier with one label; its attention is set to ours and its
-            dropout to zero.
+        model: the HF model, a causal LM or a sequence classifier with one label, or a `peft.PeftModel` of one; its
+            attention is set to ours and its dropout to zero.
         attention: backend of the packed attention, `auto` for the best one here.
         gradient_checkpointing: recompute each layer's activations in backward.
 
@@ -41,12 +42,16 @@ class Policy(nn.Module):
         ValueError: for a model that cannot be computed exactly on packed rows, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, *, attention: str = "auto", gradient_checkpointing: bool = False):
+    def __init__(self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False):
         super().__init__()
+        adapted = None if isinstance(model, PreTrainedModel) else model
+        model = model if adapted is None else adapted.get_base_model()
         support.check(model)
+        head_of(support.output_layer(model))  # refuses adapters that the fused head cannot serve
         support.disable_dropout(model)
         support.train_every_embedding(model)
-        self.model = model
+        self.model: PreTrainedModel = model
+        self._adapted = (adapted,)  # in a tuple: as a submodule it would name every parameter twice
         self.attention = register_attention(attention)
         self.max_length = support.max_length(model.config)
         self.head_options = support.head_options(model)
@@ -62,11 +67,14 @@ class Policy(nn.Module):
         return self.model.base_model
 
     @property
-    def head(self) -> nn.Linear:
-        """The LM head, or the scalar head of a reward model."""
-        head = support.output_layer(self.model)
-        assert isinstance(head, nn.Linear)  # checked when the policy was made
-        return head
+    def head(self) -> Any:
+        """The LM head, or the scalar head of a reward model: a `nn.Linear`, or what PEFT put around it."""
+        return support.output_layer(self.model)
+
+    @property
+    def adapted(self) -> Any:
+        """The `peft.PeftModel` around `model`; None without adapters."""
+        return self._adapted[0]
 
     @property
     def has_scalar_head(self) -> bool:
@@ -84,16 +92,16 @@ class Policy(nn.Module):
         Args:
             batch: the packed batch; N may be 0.
             head_fn: called as `head_fn(hidden [N, D], weight [V, D], labels [N], **options)`, where options are those
-                of `bias`, `softcap`, `logit_scale` that the model defines. It runs inside the module, where FSDP has
-                gathered the weights and autocast is on.
+                of `bias`, `lora`, `softcap`, `logit_scale` that the model defines. It runs inside the module, where
+                FSDP has gathered the weights and autocast is on.
 
         Returns:
             What `head_fn` returns.
         """
         hidden = self.hidden_states(batch)
-        head = self.head
-        options = dict(self.head_options) if head.bias is None else {"bias": head.bias, **self.head_options}
-        return head_fn(hidden, head.weight, batch.labels, **options)
+        weight, bias, lora = head_of(self.head)
+        options = {name: x for name, x in (("bias", bias), ("lora", lora)) if x is not None}
+        return head_fn(hidden, weight, batch.labels, **options, **self.head_options)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """`[N, D]` hidden states that predict the batch's labels; the engine calls `forward`, which FSDP hooks."""

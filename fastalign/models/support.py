@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastalign.models.head import unwrapped
+
 log = logging.getLogger(__name__)
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -36,7 +38,7 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state across sequence boundaries"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not behind transformers' AttentionInterface"
-    if not isinstance(head := output_layer(model), nn.Linear):
+    if not isinstance(head := unwrapped(output_layer(model)), nn.Linear):
         return f"its head is {type(head).__name__}; a Linear is expected"
     return _numerical_refusal(config)
 

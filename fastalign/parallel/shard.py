@@ -23,9 +23,13 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
         model: the same weights on every rank.
         world: the ranks.
         bf16: gather and compute in bf16, reduce gradients and keep master weights in their own dtype.
+
+    Raises:
+        ValueError: weights that FSDP cannot shard together.
     """
     if world.mesh is None:
         return model
+    check_dtypes(model)
     precision = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
@@ -33,6 +37,18 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
         fully_shard(block, mesh=world.mesh, mp_policy=precision)
     fully_shard(model, mesh=world.mesh, mp_policy=precision)
     return model
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Refuse quantised weights, and trainable ones of several dtypes, whose gradients FSDP reduces together."""
+    if any(not p.is_floating_point() for p in model.parameters()):
+        raise ValueError("quantised weights cannot be sharded: leave model.quantization out, or run one process")
+    trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    if len(trained) > 1:
+        raise ValueError(
+            f"trainable weights in {' and '.join(trained)} cannot be sharded together: set model.dtype to float32 "
+            "(model.autocast still computes in bf16)"
+        )
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

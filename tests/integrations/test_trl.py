@@ -11,8 +11,8 @@ from trl.trainer import utils  # noqa: E402
 
 from fastalign.integrations import trl as ours  # noqa: E402
 from fastalign.integrations._fields import SOFTCAP_ELEMENTS, Scaling, head_fields  # noqa: E402
-from fastalign.integrations._model import Head  # noqa: E402
 from fastalign.integrations.trl import head  # noqa: E402
+from fastalign.models.head import Head  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
 THEIRS = utils._ChunkedLogProbFunction, utils._use_triton

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.integrations._fields import Scaling, head_fields
-from fastalign.integrations._model import Head
 from fastalign.integrations.liger.rows import refuse
 from fastalign.losses.supervised import sft
+from fastalign.models.head import Head
 from fastalign.ops import linear_logps, linear_loss, token_logps
 from fastalign.types import IGNORE_INDEX, TokenStats
 

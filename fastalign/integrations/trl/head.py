@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.integrations._fields import Scaling, head_fields
-from fastalign.integrations._model import Head
+from fastalign.models.head import Head
 
 SUPPORTED = "1.16"
 UTILS = "trl.trainer.utils"
