@@ -176,6 +176,14 @@ def schema_of(losses: Losses) -> dict[str, str]:
     }
 
 
+def asked_method(argv: list[str], default: str) -> str:
+    """The method that the last file with any was written for."""
+    named = [tree["method"] for tree in map(read_yaml, split_config(argv)[0]) if "method" in tree]
+    if named and named[-1] not in METHODS:
+        raise UsageError(f"unknown method {named[-1]!r}{nearest(str(named[-1]), METHODS)} (all: {', '.join(METHODS)})")
+    return named[-1] if named else default
+
+
 def check_method(path: str, tree: dict[str, Any], method: str) -> None:
     """Refuse a file that was written for another method."""
     if tree.get("method", method) != method:

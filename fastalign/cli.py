@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fastalign.arguments import METHODS, UsageError, nearest, parse_config
+from fastalign.arguments import METHODS, UsageError, asked_method, nearest, parse_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def usage() -> str:
     """The text of ``fastalign --help``."""
     lines = list(METHODS.items())
     lines += [(name, str(command.__doc__)) for name, command in COMMANDS.items()]
-    commands = "\n".join(f"  {name:9}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
+    commands = "\n".join(f"  {name:11}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
     return (
         "usage: fastalign COMMAND [--config run.yaml] [--section.key value ...]\n\n"
         f"Align language models.\n\ncommands:\n{commands}\n\n"
@@ -77,17 +77,36 @@ def usage() -> str:
 def train(method: str, argv: list[str]) -> int:
     """Train with one method."""
     config = parse_config(method, argv)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
-    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal
-        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    prepare_process()
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
     run(config)
     if is_rank_0():
         print(f"done: {config.run.output_dir} holds model/, metrics.jsonl and report.html")
     return 0
+
+
+def ref_logps(argv: list[str]) -> int:
+    """Compute the reference's log-probs ahead of runs: fastalign ref-logps [METHOD] --config run.yaml."""
+    named = argv[:1] if argv and argv[0] in METHODS else []
+    words = argv[len(named) :]
+    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
+    prepare_process()
+    from fastalign.engine.precompute import precompute  # brings transformers and datasets
+
+    summary = precompute(config)
+    if is_rank_0():
+        print(summary)
+    return 0
+
+
+def prepare_process() -> None:
+    """Set what must be set before the engine is imported: bars and logs of this process."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
+    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal
+        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
 
 
 def info(argv: list[str]) -> int:
@@ -147,6 +166,7 @@ def bench(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "methods": methods,
+    "ref-logps": ref_logps,
     "report": report,
     "bench": bench,
     "version": version,

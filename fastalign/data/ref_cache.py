@@ -110,6 +110,11 @@ class RefCache:
         files = list(self._files.values())
         return [_slice(files[file], start, stop) for file, start, stop in self._places[positions].tolist()]
 
+    def num_tokens(self, keys: Sequence[bytes]) -> int:
+        """How many log-probs the known ones among the keys have together."""
+        positions, known = self._find(keys)
+        return int(np.diff(self._places[positions[known], 1:]).sum())
+
     def write(self, entries: Mapping[bytes, np.ndarray]) -> Path:
         """Add a shard, whole or not at all, and on the disk when this returns; `refresh` makes it readable.
 

@@ -131,18 +131,23 @@ class Filling:
     Attributes:
         store: the cache.
         demands: all that the run reads.
-        lacking: keys that are not there, the same on every rank.
-        hits: examples that are there.
+        keys: of the different examples among them.
+        lacking: those that are not there, the same on every rank.
     """
 
     store: RefCache
     demands: Sequence[Demand]
+    keys: Sequence[bytes]
     lacking: frozenset[bytes]
-    hits: int
+
+    @property
+    def hits(self) -> int:
+        """Examples that are there already."""
+        return len(self.keys) - len(self.lacking)
 
 
 def open_cache(
-    config: Config, reference: Policy, demands: Sequence[Demand], world: World, *, autocast: bool, always: bool = False
+    config: Config, reference: Policy, demands: Sequence[Demand], world: World, *, autocast: bool
 ) -> Filling | None:
     """The cache that a run takes its reference log-probs from, or None when it computes them with every batch.
 
@@ -157,7 +162,6 @@ def open_cache(
         demands: what will be read.
         world: the ranks, all of which call this.
         autocast: whether the forwards run under it.
-        always: fill whatever it costs.
 
     Raises:
         ValueError: a directory was named that not all ranks see.
@@ -168,20 +172,25 @@ def open_cache(
         return None
     how = {"share_prefix": config.batch.share_prefix, "temperature": TEMPERATURE, "autocast": autocast}
     space = cache.key(fingerprint(reference, world), computation(reference, world, **how))
-    root = cache.root(config.data.cache_dir) / "ref_logps" if asked == "auto" else Path(asked).expanduser()
+    root = default_directory(config) if asked == "auto" else Path(asked).expanduser()
     filling = look_up(RefCache(root / space), demands, world)
     uses = sum(demand.uses for demand in demands)
-    wanted = always or asked != "auto" or len(filling.lacking) <= WORTH * uses
+    wanted = asked != "auto" or len(filling.lacking) <= WORTH * uses
     if not wanted and not is_memory_short(reference, world):
         log.info("reference: with every batch, each example being read once (reference.cache is auto)")
         return None
     problem = cannot_share(filling.store.directory, world) if filling.lacking else None
-    if problem and asked == "auto" and not always:
+    if problem and asked == "auto":
         log.warning("reference: with every batch, as %s", problem)
         return None
     if problem:
         raise OSError(f"{problem}: set reference.cache to a directory that every rank can write, or to off")
     return filling
+
+
+def default_directory(config: Config) -> Path:
+    """Where log-probs are kept unless the configuration says otherwise."""
+    return cache.root(config.data.cache_dir) / "ref_logps"
 
 
 def look_up(store: RefCache, demands: Sequence[Demand], world: World) -> Filling:
@@ -193,7 +202,7 @@ def look_up(store: RefCache, demands: Sequence[Demand], world: World) -> Filling
     keys = list(every)
     mine = [key for key, known in zip(keys, store.has(keys), strict=True) if not known]
     lacking = frozenset(key for rank in world.gather_objects(mine) for key in rank)
-    return Filling(store, demands, lacking, len(keys) - len(lacking))
+    return Filling(store, demands, keys, lacking)
 
 
 def windows(indices: Sequence[int]) -> Iterator[list[int]]:
@@ -214,17 +223,19 @@ def is_memory_short(policy: Policy, world: World) -> bool:
 
 def cannot_share(directory: Path, world: World) -> str | None:
     """Why the ranks cannot fill a directory together, or None."""
-    name, problem = f".probe-{uuid.uuid4().hex}", None
+    probe, problem = directory / f".probe-{uuid.uuid4().hex}", None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / name).touch()
+        probe.touch()
     except OSError as error:
         problem = f"the reference cache {directory} cannot be written ({error.strerror})"
-    names = world.gather_objects(name)
-    if problem is None and not all((directory / other).exists() for other in names):
+    written = problem is None
+    others = world.gather_objects(probe.name)
+    if written and not all((directory / name).exists() for name in others):
         problem = f"the reference cache {directory} is not the same directory for all ranks"
     problems = world.gather_objects(problem)  # nobody removes a probe before all have looked
-    (directory / name).unlink(missing_ok=True)
+    if written:
+        probe.unlink()
     return next((problem for problem in problems if problem), None)
 
 
@@ -346,11 +357,7 @@ def fill_cache(
     filling: Filling, models: Models, objective: Objective, batch: BatchConfig, world: World
 ) -> list[Examples]:
     """The data with log-probs under ``models.policy``, computed now as far as the cache lacks them."""
-
-    def score(micro: PackedBatch) -> Tensor:
-        with models.precision(world.device):
-            return reference_logps(models.policy, micro, objective)
-
+    score = scorer(models, objective, world)
     fill(filling, score, batch, world)
     referenced = [Referenced(demand.dataset, filling.store) for demand in filling.demands]
     first = referenced[0].fetch(list(filling.demands[0].indices[: batch.size]))
@@ -359,3 +366,13 @@ def fill_cache(
     check_agreement(first, score, batch, world, precision)
     reshard(models.policy)
     return [*referenced]
+
+
+def scorer(models: Models, objective: Objective, world: World) -> Score:
+    """Log-probs under ``models.policy``, as the training pass of an objective computes them."""
+
+    def score(batch: PackedBatch) -> Tensor:
+        with models.precision(world.device):
+            return reference_logps(models.policy, batch, objective)
+
+    return score

@@ -114,8 +114,15 @@ def load_models(
     Raises:
         ValueError: a model that cannot be used, or a method without its teacher.
     """
-    autocast, dataset = wants_autocast(config.model, ranks.device), demands[0].dataset
-    scalar = objective.method.scalar_head
+    policy, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
+    return *with_reference(config, objective, policy, source, demands, ranks), config
+
+
+def load_weights(
+    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, dataset: Examples, ranks: World
+) -> tuple[Policy, Policy | None, Config]:
+    """The policy and what its loss compares it with, checked, not yet sharded; and the settings that are left."""
+    autocast, scalar = wants_autocast(config.model, ranks.device), objective.method.scalar_head
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
     policy = policy.to(ranks.device).train()
     if scalar:
@@ -126,7 +133,7 @@ def load_models(
         refuse_head_adapters(objective, policy, source)
     if source is not None and source is not policy:
         verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device)
-    return *with_reference(config, objective, policy, source, demands, ranks), config
+    return policy, source, config
 
 
 def refuse_head_adapters(objective: Objective, *models: Any) -> None:

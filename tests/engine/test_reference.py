@@ -3,16 +3,28 @@
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
-from fastalign.engine import train
+from fastalign.config import ModelConfig
+from fastalign.data.ref_cache import KEY_BYTES, RefCache
+from fastalign.engine import reference, train
+from fastalign.engine.checkpoint import rng_state
+from fastalign.engine.errors import RunError
+from fastalign.engine.evaluate import evaluate_model
+from fastalign.engine.fingerprint import computation, fingerprint
+from fastalign.engine.precompute import precompute
+from fastalign.engine.reference import Demand, cannot_share, frozen_copy, open_cache
+from fastalign.engine.setup import load_data
+from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops.attention import choose_backend
 from fastalign.parallel.mesh import World
-from runs import numbers, records
+from runs import LLAMA, finish, launch, numbers, records
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXAMPLES = 96
@@ -87,21 +99,208 @@ def test_the_first_loss_is_ln_2_to_the_bit_and_no_reference_is_in_memory(cached,
 def test_only_what_changes_a_log_prob_is_a_miss(cached, caplog, materials, tmp_path):
     caplog.set_level(logging.INFO, "fastalign")
     whole = {"run.steps": 16}  # one epoch
-    train.train(cached("first", **whole))
-    assert tally(caplog) == (0, EXAMPLES)
-    for number, same in enumerate(({"optim.lr": 0.5}, {"batch.size": 12, "run.steps": 8}, {"batch.tokens": 90})):
-        train.train(cached(f"same{number}", **whole | same))
-        assert tally(caplog) == (EXAMPLES, 0), same
-    chosen = {"model.attention": choose_backend("cpu", torch.float32)}  # what `auto` means
-    other = [{"run.seed": 1}, {"model.autocast": True}, {"batch.share_prefix": False}, chosen]
-    for number, changed in enumerate(other[1:]):
-        train.train(cached(f"other{number}", **whole | changed))
-        assert tally(caplog)[0] == (EXAMPLES if changed == chosen else 0), changed
+    auto = {"model.attention": choose_backend("cpu", torch.float32)}
+    same = {"optim.lr": 0.5}, {"batch.size": 12, "run.steps": 8}, {"batch.tokens": 90}, auto
+    other = {"run.seed": 1}, {"model.autocast": True}, {"batch.share_prefix": False}
+    for number, changed in enumerate(({}, *same, *other)):
+        train.train(cached(f"run{number}", **whole | changed))
+        assert tally(caplog) == ((EXAMPLES, 0) if changed in same else (0, EXAMPLES)), changed
     rows = (materials / "rows.jsonl").read_text().splitlines()
     new = [json.loads(rows[0]) | {"chosen": f"answer {i}"} for i in range(5)]
     (tmp_path / "more.jsonl").write_text("\n".join([*map(json.dumps, new), *rows[::-1]]) + "\n")
-    more = {"data.path": str(tmp_path / "more.jsonl"), "batch.size": EXAMPLES + 5, "run.steps": 1}
-    train.train(cached("more", **more))
+    train.train(
+        cached("more", **{"data.path": str(tmp_path / "more.jsonl"), "batch.size": EXAMPLES + 5, "run.steps": 1})
+    )
     assert tally(caplog) == (EXAMPLES, 5)
-    train.train(cached("seed", **whole | other[0]))  # other initial weights
-    assert tally(caplog) == (0, EXAMPLES)
+
+
+def test_the_fingerprint_is_the_weights_and_the_architecture(tmp_path):
+    policy = load_policy(ModelConfig(config={**LLAMA, "vocab_size": 64}))
+    before = fingerprint(policy, ALONE)
+    save_pretrained(policy, None, tmp_path / "model")
+    loaded = load_policy(ModelConfig(path=str(tmp_path / "model"), attention="sdpa"))
+    assert fingerprint(loaded, ALONE) == fingerprint(frozen_copy(policy), ALONE) == before
+    found = {before, fingerprint(frozen_copy(policy).bfloat16(), ALONE)}
+    tensors = [*policy.named_parameters(), *policy.named_buffers()]
+    for _, tensor in tensors:
+        value = tensor.detach().flatten()[-1].clone()
+        tensor.data.view(-1)[-1] = torch.nextafter(value, value + 1)  # one bit of one number
+        found.add(fingerprint(policy, ALONE))
+        tensor.data.view(-1)[-1] = value
+    assert fingerprint(policy, ALONE) == before
+    assert len(found) == 2 + len(tensors)
+    policy.config.rms_norm_eps *= 2
+    assert fingerprint(policy, ALONE) not in found
+
+
+def test_how_log_probs_are_computed_is_part_of_their_place():
+    policy = load_policy(ModelConfig(config={**LLAMA, "vocab_size": 64}))
+    usual = {"autocast": False, "share_prefix": True, "temperature": 1.0}
+    others = [{}, {"autocast": True}, {"share_prefix": False}, {"temperature": 0.7}]
+    found = [computation(policy, ALONE, **usual | other) for other in others]
+    two = World(0, 2, torch.device("cpu"))
+    assert computation(policy, two, **usual) == found[0]
+    assert len({*found, computation(policy, two, **usual | {"autocast": True})}) == 5  # FSDP gathers bf16
+
+
+def test_filling_draws_from_no_generator(cached, monkeypatch):
+    states = []
+    filling = reference.fill
+
+    def watched(*args):
+        states.append(rng_state())
+        filling(*args)
+        states.append(rng_state())
+
+    monkeypatch.setattr(reference, "fill", watched)
+    train.train(cached("run"))
+    assert states[0] == states[1]
+
+
+def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
+    def opened(uses: int, where: str = "auto", directory: str = "cache") -> reference.Filling | None:
+        config.reference.cache, config.data.cache_dir = where, str(tmp_path / directory)
+        return open_cache(config, policy, [Demand(dataset, range(20), uses)], ALONE, autocast=False)
+
+    config = configure("dpo")
+    tokenizer, dataset, _ = load_data(config)
+    policy = load_policy(config.model, tokenizer=tokenizer)
+    assert opened(20) is None and opened(20, "off") is None  # a single pass is the same work either way
+    twice = opened(40)
+    assert twice is not None and len(twice.lacking) == 20 and twice.hits == 0
+    assert opened(20, str(tmp_path / "named")) is not None
+    monkeypatch.setattr(reference, "is_memory_short", lambda policy, world: True)
+    assert opened(20) is not None
+    monkeypatch.undo()
+    twice.store.write({key: np.zeros(1) for key in twice.keys[:5]})
+    warm = opened(20)
+    assert warm is not None and (warm.hits, len(warm.lacking)) == (5, 15)
+    assert opened(18) is None
+    (tmp_path / "file").write_text("")
+    assert opened(40, directory="file") is None  # nothing can be written there: a run goes on without
+    with pytest.raises(OSError, match=r"cannot be written .*: set reference.cache to a directory that"):
+        opened(40, str(tmp_path / "file"))
+
+
+def test_ranks_that_see_different_directories_are_told(tmp_path):
+    class Elsewhere(World):
+        def gather_objects(self, value: object) -> list:
+            return [value, ".probe-of-another-machine" if str(value).startswith(".probe") else value]
+
+    assert cannot_share(tmp_path / "here", ALONE) is None
+    assert "not the same directory for all ranks" in str(cannot_share(tmp_path / "here", Elsewhere(0, 2, ALONE.device)))
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_cache_of_something_else_is_refused(cached, tmp_path):
+    train.train(cached("first"))
+    (shard,) = shards(tmp_path / "logps")
+    cache = RefCache(shard.parent)
+    keys = [key.ljust(KEY_BYTES, b"\0") for key in cache._keys.tolist()]
+    wrong = dict(zip(keys, (logps + 1 for logps in cache.read(keys)), strict=True))
+    shard.unlink()
+    cache.write(wrong)
+    with pytest.raises(RunError, match="cached reference log-probs differ by 1 from computed ones"):
+        train.train(cached("second"))
+
+
+def test_whole_distributions_are_never_kept(cached, monkeypatch, tmp_path):
+    jobs = []
+    monkeypatch.setattr(train, "run", lambda job, done: jobs.append(job))
+    train.train(cached("tdpo", **{"loss.name": "tdpo2"}))
+    assert jobs[0].models.reference is not None and not (tmp_path / "logps").exists()
+    with pytest.raises(ValueError, match="reads whole distributions of its reference: there are no log-probs to keep"):
+        precompute(cached("tdpo", **{"loss.name": "tdpo2"}))
+    with pytest.raises(ValueError, match="reads no reference"):
+        precompute(cached("simpo", **{"loss.name": "simpo"}))
+
+
+def test_evaluation_reads_the_cache_also_of_another_reference(cached, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "fastalign")
+    config = cached("run")
+    policy = load_policy(config.model, tokenizer=load_data(config)[0], seed=5)
+    save_pretrained(policy, load_data(config)[0], tmp_path / "other")
+    config.reference.path = str(tmp_path / "other")
+    online = cached("online", **{"reference.path": config.reference.path, "reference.cache": "off"})
+    expected = evaluate_model(online)
+    assert expected["rewards/margins"] != 0
+    for counted in ((0, EXAMPLES), (EXAMPLES, 0)):
+        assert evaluate_model(config) == expected
+        assert tally(caplog) == counted
+    train.train(config)
+    assert tally(caplog) == (36, 0)
+    train.train(online)
+    assert numbers(config.run.output_dir) == numbers(online.run.output_dir)
+
+
+def test_the_command_on_two_ranks_beside_a_process_that_is_killed(cached, materials, caplog, tmp_path):
+    held_out = {"data.eval_path": str(materials / "held_out.jsonl"), "run.eval_every": 3}
+    shared, alone = cached("shared", **held_out), cached("alone", **held_out)
+    alone.reference.cache = str(tmp_path / "alone logps")
+    killed, both = launch(shared, words=("ref-logps",)), launch(shared, ranks=2, words=("ref-logps", "dpo"))
+    while not list((tmp_path / "logps").glob("*/*")) and killed.poll() is None:
+        time.sleep(0.01)  # until one of them has begun to write
+    killed.kill()
+    killed.communicate()
+    for summary in (finish(both), precompute(alone)):
+        assert f"{EXAMPLES + 16} examples, " in summary and " tokens: " in summary and " bytes in " in summary
+    theirs, mine = (RefCache(next(folder.iterdir())) for folder in (tmp_path / "logps", tmp_path / "alone logps"))
+    assert mine.directory.name == theirs.directory.name and len(mine) == len(theirs) == EXAMPLES + 16
+    keys = [key.ljust(KEY_BYTES, b"\0") for key in mine._keys.tolist()]
+    assert all(map(np.array_equal, mine.read(keys), theirs.read(keys)))
+    caplog.set_level(logging.INFO, "fastalign")
+    train.train(shared)
+    assert tally(caplog) == (36 + 16, 0)
+    train.train(cached("off", **held_out, **{"reference.cache": "off"}))
+    assert numbers(shared.run.output_dir) == numbers(tmp_path / "off")
+
+
+def test_a_filling_that_was_stopped_goes_on_and_a_damaged_shard_is_made_again(cached, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(reference, "WINDOW", 12)
+    monkeypatch.setattr(reference, "SHARD_SECONDS", 0.0)  # a shard per window
+    monkeypatch.setattr(reference, "rank_share", stop_after(7, reference.rank_share))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(cached("stopped", **{"run.steps": 16}))
+    monkeypatch.undo()
+    caplog.set_level(logging.INFO, "fastalign")
+    train.train(cached("again", **{"run.steps": 16}))
+    assert tally(caplog) == (7 * 12, EXAMPLES - 7 * 12)
+    victim = shards(tmp_path / "logps")[3]
+    lost = len(load_file(victim)["keys"])
+    victim.write_bytes(victim.read_bytes()[:-4])
+    train.train(cached("mended", **{"run.steps": 16}))
+    assert tally(caplog) == (EXAMPLES - lost, lost)
+    assert numbers(tmp_path / "again") == numbers(tmp_path / "mended")
+
+
+def stop_after(times: int, function):
+    """The function, which is interrupted at its next call after so many."""
+    calls = []
+
+    def stopped(*args):
+        if len(calls) == times:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return function(*args)
+
+    return stopped
+
+
+@pytest.mark.parametrize(("method", "loss"), [("kto", "kto"), ("kto", "bco"), ("dpo", "aot"), ("dpo", "ipo")])
+def test_losses_read_the_cache_as_they_read_a_reference(cached, method, loss, tmp_path):
+    for name, where in (("kept", {}), ("online", {"reference.cache": "off"})):
+        config = cached(name, **{"loss.name": loss, "run.steps": 2, **where})
+        config.method = method
+        train.train(config)
+    assert numbers(tmp_path / "kept") == numbers(tmp_path / "online")
+
+
+def test_a_rank_without_work_needs_no_reference_either(cached, tmp_path):
+    online, kept = (cached(name, **{"batch.size": 1, "loss.name": "kto"}) for name in ("online", "kept"))
+    online.method = kept.method = "kto"
+    online.reference.cache = "off"
+    both = launch(kept, ranks=2)  # one example per step
+    train.train(online)
+    finish(both)
+    for mine, theirs in zip(records(kept.run.output_dir), records(online.run.output_dir), strict=True):
+        assert (mine["loss"], mine["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=1e-4)

@@ -1,0 +1,54 @@
+"""Reference log-probs ahead of any run: all examples, training's and held-out, in the cache that runs will read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from fastalign.config import Config
+from fastalign.engine.heads import Models, wants_autocast
+from fastalign.engine.methods import make_objective
+from fastalign.engine.reference import Demand, default_directory, fill, open_cache, scorer
+from fastalign.engine.setup import check_settings, load_data, load_weights
+from fastalign.parallel.mesh import world
+from fastalign.parallel.shard import shard
+
+
+def precompute(config: Config) -> str:
+    """Fill the cache that runs with this configuration read, from all ranks.
+
+    Args:
+        config: of such a run; what does not change a log-prob plays no part.
+
+    Returns:
+        a line that says what was there, what was computed, and what it took.
+
+    Raises:
+        ValueError: a loss that reads no reference log-probs, or settings, data and models that cannot be used.
+        OSError: the cache cannot be written.
+    """
+    objective, started = make_objective(config.method, config.loss), time.perf_counter()
+    if not objective.needs_reference or objective.head != "logps":
+        reads = "whole distributions of its reference" if objective.needs_reference else "no reference"
+        raise ValueError(f"{config.method} with loss {objective.name} reads {reads}: there are no log-probs to keep")
+    if config.reference.cache == "off":
+        raise ValueError("reference.cache is off: leave it out, or set it to a directory, to keep log-probs")
+    if config.reference.cache == "auto":  # a directory is filled whatever it costs
+        section = replace(config.reference, cache=str(default_directory(config)))
+        config = replace(config, reference=section)
+    check_settings(config)
+    tokenizer, *datasets = load_data(config)
+    demands = [Demand(data, range(len(data)), len(data)) for data in datasets if data is not None]
+    with world(config.parallel) as ranks:
+        _, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
+        assert source is not None
+        autocast = wants_autocast(config.model, ranks.device)
+        filling = open_cache(config, source, demands, ranks, autocast=autocast)
+        assert filling is not None
+        models = Models(shard(source, ranks, bf16=autocast), None, autocast)
+        fill(filling, scorer(models, objective, ranks), config.batch, ranks)
+    store, misses = filling.store, len(filling.lacking)
+    return (
+        f"{len(filling.keys)} examples, {store.num_tokens(filling.keys)} tokens: {filling.hits} hits, {misses} misses, "
+        f"{time.perf_counter() - started:.1f} s; {store.num_bytes} bytes in {store.directory}"
+    )
