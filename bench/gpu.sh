@@ -106,7 +106,7 @@ fi
 RESERVE=30
 if wanted train; then
     chosen=(--model 0.5b --dtype bfloat16 --steps 12)
-    [[ -n $QUICK ]] && chosen=(--steps 3 --pairs 2 --peer none)
+    [[ -n $QUICK ]] && chosen=(--steps 3 --examples 2 --peer none)
     bench bench 90 train "${chosen[@]}" --record --results "$OUT"
 fi
 RESERVE=0

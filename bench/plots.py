@@ -145,19 +145,19 @@ def training(rows: Case, where: str) -> Figure:
         steps = range(1, len(row["losses"]) + 1)
         curves.plot(steps, row["losses"], label=name(row), **CURVES[min(index, 2)])
     curves.set(
-        title=f"{rows[0]['task'].upper()} loss, same pairs in the same order", xlabel=f"step\n{where}", ylabel="loss"
+        title=f"{rows[0]['task'].upper()} loss, same rows in the same order", xlabel=f"step\n{where}", ylabel="loss"
     )
     curves.legend(frameon=False, fontsize=9)
     bars.barh(
         [name(row) for row in rows],
-        [row["pairs_per_second"] for row in rows],
+        [row["examples_per_second"] for row in rows],
         color=[colour(r) for r in rows],
         height=0.6,
     )
     for y, row in enumerate(rows):
-        bars.text(row["pairs_per_second"], y, f" {row['pairs_per_second']:.2f}", va="center")
-    bars.set(title="Speed", xlabel="pairs per second")
-    bars.set_xlim(0, 1.2 * max(row["pairs_per_second"] for row in rows))
+        bars.text(row["examples_per_second"], y, f" {row['examples_per_second']:.2f}", va="center")
+    bars.set(title="Speed", xlabel=f"{rows[0].get('unit', 'examples')} per second")
+    bars.set_xlim(0, 1.2 * max(row["examples_per_second"] for row in rows))
     bars.invert_yaxis()
     bars.spines["left"].set_visible(False)
     bars.tick_params(axis="y", length=0)

@@ -73,7 +73,8 @@ def newest(rows: Rows, kind: str) -> Rows:
 
 def key(row: dict[str, Any], kind: str) -> str:
     """What a row is compared within."""
-    return f"{row['task']}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
+    known = ", precomputed reference" if row.get("precomputed") else ""
+    return f"{row['task']}{known}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
 
 
 def grouped(rows: Rows, kind: str) -> list[Rows]:
@@ -235,10 +236,11 @@ def train_section(rows: Rows, draw: Drawer) -> str:
 
 def train_table(rows: Rows) -> str:
     """A run's sides."""
-    columns = ("side", "pairs/s", "s/step p20", "p50", "p80", "peak MiB", "over start", "last loss")
+    columns = ("side", "examples/s", "s/step p20", "p50", "p80", "peak MiB", "over start", "last loss")
     steps = ("step_seconds_p20", "step_seconds_p50", "step_seconds_p80")
     lines = (
-        (kind_of(row["side"]), (row["side"], f"{row['pairs_per_second']:.2f}", *(f"{row[name]:.3f}" for name in steps),
+        (kind_of(row["side"]),
+         (row["side"], f"{row['examples_per_second']:.2f}", *(f"{row[name]:.3f}" for name in steps),
          f"{row['peak_mib']:.0f}", f"{row['peak_mib'] - row['ready_mib']:.0f}", f"{row['losses'][-1]:.5f}"))
         for row in rows
     )  # fmt: skip

@@ -11,21 +11,22 @@ from unittest import mock
 
 import torch
 
-from bench import workload
-from bench.workload import StepLog, Workload
+from bench import rollouts, roof, workload
+from bench.workload import TASKS, StepLog, Workload
 
 
-def fastalign_dpo(work: Workload, log: StepLog) -> Callable[[], Any]:
+def fastalign_job(work: Workload, log: StepLog) -> Callable[[], Any]:
     """fastalign's own training job on the workload, with a clock around each of its steps."""
-    from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+    from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
     from fastalign.engine import train as engine
 
     config = Config(
-        method="dpo",
+        method=work.task,
         model=ModelConfig(path=str(work.model), autocast=work.dtype == "bfloat16"),
         data=DataConfig(path=str(work.data), max_length=work.max_length, cache_dir=str(work.path / "cache")),
-        loss={"name": "dpo", "beta": work.beta},
-        batch=BatchConfig(size=work.pairs),
+        loss={"beta": work.beta} if TASKS[work.task].reference else {},
+        reference=ReferenceConfig(cache=str(work.path / "logps") if work.precomputed else "off"),
+        batch=BatchConfig(size=work.examples),
         optim=OptimConfig(lr=work.lr, schedule="constant", clip_norm=1.0),
         run=RunConfig(output_dir=tempfile.mkdtemp(dir=work.path), steps=work.steps, seed=work.seed),
     )
@@ -34,74 +35,13 @@ def fastalign_dpo(work: Workload, log: StepLog) -> Callable[[], Any]:
         with mock.patch.object(engine, "train_step", timed(engine.train_step, log)):
             engine.train(config)
         metrics = Path(config.run.output_dir, "metrics.jsonl").read_text().splitlines()
-        log.losses.extend(json.loads(line)["loss"] for line in metrics)
+        for record in map(json.loads, metrics):
+            log.losses.append(record["loss"])
+            log.tokens.append(record["tokens_computed"])
+            log.scored.append(record["tokens_response"])
+            log.flops.append(record["flops_model"])
 
     return train
-
-
-def trl_dpo(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[], Any]:
-    """TRL's DPOTrainer on the workload: everything is built here, the returned function trains.
-
-    Args:
-        select_rows: score completion rows only, as TRL does on a GPU. As installed it scores every padded row on a CPU.
-    """
-    import trl.trainer.utils
-    from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    if select_rows:
-        trl.trainer.utils._use_triton = lambda device: True
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            log.tick()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            log.tick()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                log.losses.append(logs["loss"])
-
-    trainer = DPOTrainer(
-        model=str(work.model),
-        args=_trl_config(DPOConfig, work),
-        train_dataset=load_dataset(
-            "json", data_files=str(work.ordered), split="train", cache_dir=str(work.path / "hf")
-        ),
-        processing_class=AutoTokenizer.from_pretrained(work.model),
-        callbacks=[Clock()],
-    )
-    return trainer.train
-
-
-def _trl_config(config: Callable[..., Any], work: Workload) -> Any:
-    """The settings that make both sides equal: no checkpointing, same optimizer, same order of pairs.
-
-    TRL's own choices that differ are gradient checkpointing and bf16, both on by default, and AdamW's second decay.
-    """
-    return config(
-        output_dir=str(work.path / "trl"),
-        model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=work.pairs,
-        max_steps=work.steps,
-        max_length=work.max_length,
-        beta=work.beta,
-        learning_rate=work.lr,
-        adam_beta2=0.95,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        bf16=work.dtype == "bfloat16",
-        train_sampling_strategy="sequential",
-        use_cpu=work.device == "cpu",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=work.seed,
-    )
 
 
 def timed(train_step: Callable[..., Any], log: StepLog) -> Callable[..., Any]:
@@ -117,17 +57,28 @@ def timed(train_step: Callable[..., Any], log: StepLog) -> Callable[..., Any]:
     return step
 
 
+def build(side: str, work: Workload, log: StepLog) -> Callable[[], Any]:
+    """What trains a side."""
+    if side != "fastalign":
+        from bench.trl_sides import trl_side
+
+        return trl_side(work, log, select_rows=side == "trl-fair")
+    return rollouts.fastalign_update(work, log) if work.task == "grpo-update" else fastalign_job(work, log)
+
+
 def run(side: str, work: Workload, profile: bool) -> None:
     """Train ``side`` on ``work`` and write its clock readings, losses and memory to ``<side>.json``."""
     torch.set_num_threads(work.threads)
+    if side == "roof":
+        (work.path / "roof.json").write_text(json.dumps(roof.measure(work)))
+        return
     log = StepLog(
         device=work.device,
         profiler=torch.profiler.profile(record_shapes=True) if profile else None,
         profile_after=work.warmup,
     )
-    train = fastalign_dpo(work, log) if side == "fastalign" else trl_dpo(work, log, select_rows=side == "trl-fair")
-    train()
-    result = {"wall": log.wall, "cpu": log.cpu, "losses": log.losses}
+    build(side, work, log)()
+    result = {name: getattr(log, name) for name in ("wall", "cpu", "losses", "tokens", "scored", "flops")}
     result |= {"ready_mib": log.ready_mib, "peak_mib": workload.peak_mib(work.device)}
     (work.path / f"{side}.json").write_text(json.dumps(result))
     if log.profiler is not None:

@@ -1,12 +1,14 @@
 """``fastalign bench train``: whole training steps beside a peer.
 
-Every side trains the same model on the same pairs in the same order, in a process of its own. The first steps are not
-timed. Beside the speed stand the losses of every side: a faster step that learns something else is no result.
+Every side trains the same model on the same rows in the same order, in a process of its own. The first steps are not
+timed. Beside the speed stand the losses of every side: a faster step that learns something else is no result. Beside
+our own stands the share of the machine's speed at bare matrix products, measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -19,11 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import common, peers, run, sides, workload
-from bench.workload import Workload
+from bench import common, peers, report, run, sides, workload
+from bench.workload import TASKS, Workload
 
 SIDES = {"fastalign": "fastalign", "trl": "TRL as installed", "trl-fair": "TRL, rows selected as on a GPU"}
-
+ROOF = "roof"
+"""The process that measures matrix products alone."""
 
 SIZES = {
     "9m": {"hidden_size": 256, "layers": 6, "vocab_size": 8192},
@@ -37,10 +40,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new = parser.add_argument
     run.device_argument(parser)
     new("--peer", choices=["trl", "none"], default="trl", help="whom to measure beside fastalign")
-    new("--task", choices=["dpo"], default="dpo", help="what is trained")
+    new("--task", choices=list(TASKS), default="dpo", help="what is trained")
     new("--model", choices=list(SIZES), default="9m", help="parameters of the Llama that is trained (default 9m)")
     new("--steps", type=run.positive, default=12, help="optimizer steps, the untimed ones included")
-    new("--pairs", type=run.positive, default=8, help="preference pairs per step")
+    new("--examples", type=run.positive, help="pairs, sequences, completions or groups per step (default: the task's)")
+    new("--precomputed", action="store_true", help="reference log-probs are known before the first step, on both sides")
     new("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast on both sides")
     new("--threads", type=run.positive, default=2, help="CPU threads of each side")
     new("--repeats", type=run.positive, default=1, help="runs of each side, in random order")
@@ -48,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new("--profile", action="store_true", help="print where the time of fastalign's steps goes")
     new("--record", action="store_true", help="append the figures to the results")
     new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
-    new("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    new("--side", choices=[*SIDES, ROOF], help=argparse.SUPPRESS)
     new("--workload", help=argparse.SUPPRESS)
 
 
@@ -62,19 +66,23 @@ def run_side(side: str, work: Workload, profile: bool) -> dict[str, Any]:
         command += ["--profile"] * profile
         done = subprocess.run(command, cwd=common.ROOT, env={**os.environ, **threads}, stdout=file, stderr=file)
     if done.returncode:
-        raise SystemExit(f"{SIDES[side]} failed:\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"{SIDES.get(side, side)} failed:\n{log.read_text()[-3000:]}")
     if profile:
         print(log.read_text())
     return json.loads((work.path / f"{side}.json").read_text())
 
 
 def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
-    """One side's figures over its runs: pairs per second over all timed steps, spread over steps, memory, losses."""
+    """One side's figures over its runs: examples per second over all timed steps, memory, losses, operations."""
     seconds = [b - a for run in runs for a, b in list(zip(run["wall"], run["wall"][1:], strict=False))[work.warmup :]]
     cpu = [run["cpu"][-1] - run["cpu"][work.warmup] for run in runs]
     low, middle, high = common.quantiles(seconds)
+    flops = [step for run in runs for step in run.get("flops", [])[work.warmup :]]
+    tokens = [step for run in runs for step in run.get("tokens", [])[work.warmup :]]
     return {
-        "pairs_per_second": work.pairs * len(seconds) / sum(seconds),
+        "examples_per_second": work.examples * len(seconds) / sum(seconds),
+        "tokens_computed_per_second": sum(tokens) / sum(seconds) if tokens else None,
+        "gflops": sum(flops) * passes(work) / sum(seconds) / 1e9 if flops else None,
         "cpu_seconds_per_step": statistics.median(cpu) / (work.steps - work.warmup),
         "step_seconds_p20": low,
         "step_seconds_p50": middle,
@@ -85,28 +93,57 @@ def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
     }
 
 
+def passes(work: Workload) -> float:
+    """Operations of a step in units of the policy's forward and backward: a reference adds a forward, a third of them.
+
+    The passes of kto on mismatched completions are not counted: its share of the roof is understated.
+    """
+    return 4 / 3 if TASKS[work.task].reference and not work.precomputed else 1.0
+
+
 def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work: Workload) -> None:
-    """Pairs per second, the ratio to each peer, memory."""
+    """Examples per second, the ratio to each peer, memory."""
     ours = figures.get("fastalign")
     rows = []
     for side, row in figures.items():
-        ratios = ("-", "-")
+        ratios = ("-", "-", "-")
         if ours and row is not ours:
-            wall = ours["pairs_per_second"] / row["pairs_per_second"]
-            ratios = (f"{wall:.2f}x", f"{row['cpu_seconds_per_step'] / ours['cpu_seconds_per_step']:.2f}x")
+            wall = ours["examples_per_second"] / row["examples_per_second"]
+            cpu = row["cpu_seconds_per_step"] / ours["cpu_seconds_per_step"]
+            ratios = (f"{wall:.2f}x", f"{cpu:.2f}x", f"{ours['peak_mib'] / row['peak_mib']:.2f}")
         steps = "/".join(f"{row[f'step_seconds_p{p}']:.2f}" for p in (20, 50, 80))
         memory = (f"{row['peak_mib']:.0f}", f"{row['peak_mib'] - row['ready_mib']:.0f}")
-        speed, cpu = f"{row['pairs_per_second']:.2f}", f"{row['cpu_seconds_per_step']:.2f}"
-        rows.append((SIDES[side], speed, ratios[0], steps, cpu, ratios[1], *memory))
+        speed, cpu = f"{row['examples_per_second']:.2f}", f"{row['cpu_seconds_per_step']:.2f}"
+        rows.append((SIDES[side], speed, ratios[0], steps, cpu, ratios[1], *memory, ratios[2]))
     model = f"{facts['parameters'] / 1e6:.1f}M-parameter Llama"
     where = f"{work.threads} threads" if work.device == "cpu" else work.device
+    unit, known = TASKS[work.task].unit, "precomputed" if work.precomputed else "online"
+    reference = f"{known} reference; " if TASKS[work.task].reference else ""
     timed = f"{work.steps - work.warmup} timed steps after {work.warmup}"
     common.print_table(
-        f"DPO on {facts['data']}, {model}, {work.dtype}, {work.pairs} pairs a step, {where}",
-        ("", "pairs/s", "we are", "s/step p20/50/80", "CPU s/step", "CPU we are", "peak MiB", "over start"),
+        f"{work.task} on {facts['data']}, {model}, {work.dtype}, {work.examples} {unit} a step, {where}",
+        (
+            "",
+            f"{unit.split()[0]}/s",
+            "we are",
+            "s/step p20/50/80",
+            "CPU s",
+            "CPU we",
+            "peak MiB",
+            "over start",
+            "of theirs",
+        ),
         rows,
-        caption=f"{timed}; online reference; no gradient checkpointing",
+        caption=f"{timed}; {reference}no gradient checkpointing",
     )
+
+
+def roof_table(ours: dict[str, Any], roof: dict[str, float]) -> None:
+    """Our operations per second beside those of bare products; attention's are among ours."""
+    rows = [(name, f"{rate:.0f}", f"{ours['gflops'] / rate:.0%}") for name, rate in roof.items()]
+    tokens = f"{ours['tokens_computed_per_second']:.0f} computed tokens/s"
+    title = f"fastalign: {ours['gflops']:.0f} GFLOP/s of products, {tokens}"
+    common.print_table(title, ("bare products of the model's shapes by", "GFLOP/s", "we reach"), rows)
 
 
 def loss_table(figures: dict[str, dict[str, Any]]) -> None:
@@ -120,12 +157,13 @@ def loss_table(figures: dict[str, dict[str, Any]]) -> None:
         )
     steps = min(6, len(first))
     columns = ("loss at step", *map(str, range(1, steps + 1)), f"last ({len(first)})", "max distance")
-    common.print_table("Same pairs, same order, same optimizer", columns, rows)
+    common.print_table("Same rows, same order, same optimizer", columns, rows)
 
 
 def chosen_sides(options: argparse.Namespace) -> list[str]:
     """The sides to run; an absent peer is left out with its reason."""
-    every = [name for name in SIDES if name != "trl-fair" or options.device == "cpu"]  # on a GPU both are one
+    one = options.device != "cpu" or not TASKS[options.task].scores_rows  # then both of TRL's are the same
+    every = [name for name in SIDES if name != "trl-fair" or not one]
     names = options.only or (["fastalign"] if options.peer == "none" else every)
     reason = peers.missing("trl")
     if reason and any(name.startswith("trl") for name in names):
@@ -145,24 +183,59 @@ def measure(options: argparse.Namespace, work: Workload) -> dict[str, dict[str, 
     return {name: summarise(runs[name], work) for name in names}
 
 
+def plot(figures: dict[str, dict[str, Any]], what: dict[str, Any], where: dict[str, Any], results: Path) -> None:
+    """Losses over each other and speeds, as a file beside the results; a line why not where there is none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install fastalign[report])")
+        return
+    from bench import plots
+
+    rows = [{**what, "side": side, **row} for side, row in figures.items()]
+    figure = plots.training(rows, report.short_machine(where))
+    results.mkdir(parents=True, exist_ok=True)
+    known = "-precomputed" if what["precomputed"] else ""
+    path = results / f"train-{what['task']}-{what['dtype']}{known}.png"
+    figure.savefig(path, dpi=130)
+    print("plotted in", path)
+
+
+def make_work(options: argparse.Namespace, directory: str, work: Workload | None) -> Workload:
+    """The workload that the options describe."""
+    wanted = {name: getattr(options, name) for name in ("task", "steps", "dtype", "threads", "device", "precomputed")}
+    wanted["examples"] = options.examples or TASKS[options.task].examples
+    return replace(work or Workload(directory, **SIZES[options.model]), directory=directory, **wanted)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what cannot be measured."""
+    if options.steps <= Workload.warmup:
+        raise ValueError(f"--steps: the first {Workload.warmup} are not timed, expected more, got {options.steps}")
+    if options.precomputed and not TASKS[options.task].reference:
+        having = ", ".join(name for name, task in TASKS.items() if task.reference)
+        raise ValueError(f"--precomputed: {options.task} has no reference; expected one of {having}")
+
+
 def main(options: argparse.Namespace, work: Workload | None = None) -> int:
     """Prepare the data once, run the sides, print the tables, record; the exit code."""
     if options.side:
         sides.run(options.side, Workload.load(options.workload), options.profile)
         return 0
-    device = run.setting_of(options).device
-    if options.steps <= Workload.warmup:
-        raise ValueError(f"--steps: the first {Workload.warmup} are not timed, expected more, got {options.steps}")
+    options.device = run.setting_of(options).device
+    check(options)
     with tempfile.TemporaryDirectory(prefix="fastalign-bench-") as directory:
-        wanted = {name: getattr(options, name) for name in ("steps", "pairs", "dtype", "threads", "device")}
-        work = replace(work or Workload(directory, **SIZES[options.model]), directory=directory, **wanted)
+        work = make_work(options, directory, work)
         facts = workload.prepare(work)
         figures = measure(options, work)
+        roof = run_side(ROOF, work, False) if "fastalign" in figures else {}
     speed_table(figures, facts, work)
+    if roof and figures["fastalign"]["gflops"]:
+        roof_table(figures["fastalign"], roof)
     loss_table(figures)
+    what = {"bench": "train", "task": work.task, "dtype": work.dtype, "steps": work.steps, **facts}
+    what |= {"examples": work.examples, "unit": TASKS[work.task].unit, "precomputed": work.precomputed, "roof": roof}
+    where = {**common.environment(options.device), "threads": work.threads}
+    plot(figures, what, where, options.results)
     if options.record:
-        what = {"bench": "train", "task": options.task, "dtype": work.dtype, "steps": work.steps, **facts}
-        rows = [{**what, "side": side, "pairs": work.pairs, **row} for side, row in figures.items()]
-        where = {**common.environment(device), "threads": work.threads}
-        print("recorded in", common.record(f"train-{options.task}", rows, where, options.results))
+        rows = [{**what, "side": side, **row} for side, row in figures.items()]
+        print("recorded in", common.record(f"train-{work.task}", rows, where, options.results))
     return 0

@@ -1,4 +1,4 @@
-"""The workload of ``fastalign bench train``: real preference pairs, a tokenizer trained on them, a Llama."""
+"""The workload of ``fastalign bench train``: real preference data, a tokenizer trained on it, a Llama."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import gzip
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from bench import common
+from bench import common, rollouts
 from bench.timing import synchronize
 from fastalign.data import builtin
 from fastalign.data.loader import Loader, TokenExample
@@ -22,21 +30,74 @@ from fastalign.data.loader import Loader, TokenExample
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
+Row = dict[str, Any]
+
+
+def as_is(pair: Row) -> Row:
+    """A preference pair."""
+    return pair
+
+
+def chosen_only(pair: Row) -> Row:
+    """The better answer, to imitate."""
+    return {"prompt": pair["prompt"], "completion": pair["chosen"]}
+
+
+def labelled(pair: Row) -> Row:
+    """One of the answers, called good or bad: which is decided by the prompt's length."""
+    good = len(pair["prompt"]) % 2 == 0
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        row: a preference pair as a row of the task's data.
+        unit: what is counted, in the plural.
+        examples: of a step, by default.
+        trainer: TRL's.
+        scores_rows: TRL scores rows with an LM head, so that its selection of rows matters.
+        reference: passes of the reference per pass of the policy.
+    """
+
+    row: Callable[[Row], Row]
+    unit: str
+    examples: int
+    trainer: str
+    scores_rows: bool = True
+    reference: bool = False
+
+
+TASKS = {
+    "sft": Task(chosen_only, "sequences", 16, "SFTTrainer"),
+    "reward": Task(as_is, "pairs", 8, "RewardTrainer", scores_rows=False),
+    "dpo": Task(as_is, "pairs", 8, "DPOTrainer", reference=True),
+    "kto": Task(labelled, "completions", 16, "KTOTrainer", reference=True),
+    "grpo-update": Task(as_is, "groups of 8", 2, "GRPOTrainer"),
+}
+
+
 @dataclass(frozen=True)
 class Workload:
     """A training run that every side executes alike.
 
     Attributes:
-        directory: where the model, the pairs and the results lie.
-        steps: optimizer steps, ``pairs`` preference pairs each.
+        directory: where the model, the rows and the results lie.
+        task: what is trained, a key of ``TASKS``.
+        steps: optimizer steps, ``examples`` of the task's units each.
+        precomputed: the reference's log-probs are known before the first step.
         warmup: first steps left out of the timing.
         tokens: entries of the tokenizer that is trained; the model's vocabulary may be larger.
     """
 
     directory: str
+    task: str = "dpo"
     steps: int = 12
     warmup: int = 2
-    pairs: int = 8
+    examples: int = 8
+    precomputed: bool = False
     max_length: int = 512
     tokens: int = 8192
     vocab_size: int = 8192
@@ -59,11 +120,11 @@ class Workload:
 
     @property
     def data(self) -> Path:
-        return self.path / "pairs.jsonl"
+        return self.path / "rows.jsonl"
 
     @property
     def ordered(self) -> Path:
-        """The pairs in the order in which fastalign's loader visits them."""
+        """The rows in the order in which fastalign's loader visits them."""
         return self.path / "ordered.jsonl"
 
     def save(self) -> Path:
@@ -85,6 +146,7 @@ class StepLog:
     Attributes:
         wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
         losses: one per step.
+        tokens, scored, flops: what a step computed, where the side tells.
         ready_mib: peak memory before the first step.
         profiler: started after ``profile_after`` steps, when there is one.
     """
@@ -92,6 +154,9 @@ class StepLog:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
     ready_mib: float = 0.0
     device: str = "cpu"
     profiler: torch.profiler.profile | None = None
@@ -160,14 +225,19 @@ def llama_config(work: Workload, tokenizer: PreTrainedTokenizerBase) -> LlamaCon
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({"num_labels": 1} if work.task == "reward" else {}),
     )
 
 
 def _choose(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, work: Workload) -> list[dict[str, str]]:
-    """``steps * pairs`` pairs in a seeded order, none of which a side would drop for its long prompt."""
+    """``steps * examples`` pairs in a seeded order, none of which a side would drop or cut: all fit ``max_length``."""
     random.Random(work.seed).shuffle(pairs)
-    short = [pair for pair in pairs if len(tokenizer(pair["prompt"]).input_ids) < work.max_length - 1]
-    return short[: work.steps * work.pairs]
+
+    def fits(pair: dict[str, str]) -> bool:
+        longest = max(len(tokenizer(pair["prompt"] + pair[side]).input_ids) for side in ("chosen", "rejected"))
+        return longest < work.max_length
+
+    return list(islice(filter(fits, pairs), work.steps * work.examples))
 
 
 ONE_TOKEN = (np.zeros(1, np.int64), np.zeros(1, bool))
@@ -190,7 +260,7 @@ class _Recorder:
 def visiting_order(length: int, work: Workload) -> list[int]:
     """The order in which fastalign's loader visits ``length`` examples in the run's steps."""
     recorder = _Recorder(length)
-    steps = Loader(recorder, work.pairs, tokens=1, share_prefix=True, seed=work.seed)
+    steps = Loader(recorder, work.examples, tokens=1, share_prefix=True, seed=work.seed)
     for _ in range(work.steps):
         next(steps)
     return recorder.visited
@@ -201,15 +271,19 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[str, Any]:
-    """Write tokenizer, initial weights and pairs; returns what the data is like."""
+    """Write tokenizer, initial weights and rows; returns what the data is like."""
     name, pairs = read_pairs() if pairs is None else ("given", list(pairs))
     texts = [text for pair in pairs for text in pair.values()]
     tokenizer = train_tokenizer(texts, min(work.tokens, work.vocab_size))
-    torch.manual_seed(work.seed)
-    model = LlamaForCausalLM(llama_config(work, tokenizer))
     tokenizer.save_pretrained(work.model)
+    torch.manual_seed(work.seed)
+    kind = LlamaForSequenceClassification if work.task == "reward" else LlamaForCausalLM
+    model = kind(llama_config(work, tokenizer))
     model.save_pretrained(work.model)
     chosen = _choose(pairs, tokenizer, work)
-    _write(work.data, chosen)
-    _write(work.ordered, [chosen[i] for i in visiting_order(len(chosen), work)])
-    return {"data": name, "pairs": len(chosen), "parameters": model.num_parameters()}
+    rows = [TASKS[work.task].row(pair) for pair in chosen]
+    _write(work.data, rows)
+    _write(work.ordered, [rows[i] for i in visiting_order(len(rows), work)])
+    if work.task == "grpo-update":
+        rollouts.prepare(work, chosen, tokenizer)
+    return {"data": name, "examples_seen": len(chosen), "parameters": model.num_parameters()}

@@ -56,7 +56,13 @@ def test_a_step_is_never_written_twice(configure, finished):
 
 
 def test_a_running_mean_goes_on_where_it_was(configure):
-    settings = {"run.steps": 4, "run.save_every": 2, "loss.name": "bco", "data.format": "preference", "data.columns": {}}
+    settings = {
+        "run.steps": 4,
+        "run.save_every": 2,
+        "loss.name": "bco",
+        "data.format": "preference",
+        "data.columns": {},
+    }
     config = configure("kto", **settings)
     train(config)
     expected = numbers(config.run.output_dir)
