@@ -233,6 +233,20 @@ def test_python_dash_m_is_the_same_command():
     assert done.returncode == 0 and done.stdout.startswith("fastalign ")
 
 
+def test_ref_logps_takes_the_method_from_its_word_or_the_file(monkeypatch, capsys, write):
+    module = types.ModuleType("fastalign.engine.precompute")
+    seen = []
+    module.precompute = lambda config: seen.append(config.method) or "4 examples"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    file = ["--config", write("method: kto")]
+    for words in ([], ["kto"], file, ["--optim.lr", "1", *file]):
+        assert cli.main(["ref-logps", *words]) == 0
+    assert seen == ["dpo", "kto", "kto", "kto"] and capsys.readouterr().out == "4 examples\n" * 4
+    assert cli.main(["ref-logps", "--config", write("method: kot")]) == 2
+    assert "unknown method 'kot': did you mean 'kto'?" in capsys.readouterr().err
+    assert cli.main(["ref-logps", "dpo", *file]) == 2
+
+
 def test_usage_errors_are_value_errors():
     assert issubclass(UsageError, ValueError)
 

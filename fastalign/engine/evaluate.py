@@ -8,12 +8,12 @@ import torch
 
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, evaluation_steps
+from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models, run_head
 from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
-from fastalign.engine.reference import Demand
 from fastalign.engine.setup import load_data, load_models
 from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost

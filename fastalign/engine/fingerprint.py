@@ -44,7 +44,7 @@ def fingerprint(policy: Policy, world: World) -> str:
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], architecture: Mapping[str, Any], world: World) -> str:
     """A hash of tensors, each with its name, dtype and shape, and of an architecture without what is inert in it."""
-    mine = {n: hash_tensor(x) for i, (n, x) in enumerate(sorted(tensors)) if i % world.size == world.rank}
+    mine = {n: hash_tensor(x) for i, (n, x) in enumerate(sorted(dict(tensors).items())) if i % world.size == world.rank}
     every = sorted(item for part in world.gather_objects(mine) for item in part.items())
     described = {key: value for key, value in architecture.items() if key not in INERT}
     return cache.key(every, json.dumps(described, sort_keys=True, default=str))

@@ -6,9 +6,10 @@ import time
 from dataclasses import replace
 
 from fastalign.config import Config
+from fastalign.engine.filling import Demand, default_directory, fill, open_cache
 from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import Demand, default_directory, fill, open_cache, scorer
+from fastalign.engine.reference import scorer
 from fastalign.engine.setup import check_settings, load_data, load_weights
 from fastalign.parallel.mesh import world
 from fastalign.parallel.shard import shard

@@ -21,10 +21,11 @@ from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.console import check_trackers
+from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import Demand, frozen_copy, with_reference
+from fastalign.engine.reference import frozen_copy, with_reference
 from fastalign.models import lora
 from fastalign.models.head import head_of
 from fastalign.models.load import load_policy, load_tokenizer, separate_padding

@@ -20,13 +20,13 @@ from fastalign.engine.accounting import Accounting, account
 from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
+from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.prelude import Carried
-from fastalign.engine.reference import Demand
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
 from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 
 from fastalign.config import ModelConfig
 from fastalign.data.ref_cache import KEY_BYTES, RefCache
-from fastalign.engine import reference, train
+from fastalign.engine import filling, reference, train
 from fastalign.engine.checkpoint import rng_state
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
+from fastalign.engine.filling import Demand, Filling, cannot_share, open_cache
 from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.precompute import precompute
-from fastalign.engine.reference import Demand, cannot_share, frozen_copy, open_cache
+from fastalign.engine.reference import frozen_copy
 from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops.attention import choose_backend
@@ -145,11 +146,11 @@ def test_how_log_probs_are_computed_is_part_of_their_place():
 
 def test_filling_draws_from_no_generator(cached, monkeypatch):
     states = []
-    filling = reference.fill
+    fill = reference.fill
 
     def watched(*args):
         states.append(rng_state())
-        filling(*args)
+        fill(*args)
         states.append(rng_state())
 
     monkeypatch.setattr(reference, "fill", watched)
@@ -158,7 +159,7 @@ def test_filling_draws_from_no_generator(cached, monkeypatch):
 
 
 def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
-    def opened(uses: int, where: str = "auto", directory: str = "cache") -> reference.Filling | None:
+    def opened(uses: int, where: str = "auto", directory: str = "cache") -> Filling | None:
         config.reference.cache, config.data.cache_dir = where, str(tmp_path / directory)
         return open_cache(config, policy, [Demand(dataset, range(20), uses)], ALONE, autocast=False)
 
@@ -169,7 +170,7 @@ def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
     twice = opened(40)
     assert twice is not None and len(twice.lacking) == 20 and twice.hits == 0
     assert opened(20, str(tmp_path / "named")) is not None
-    monkeypatch.setattr(reference, "is_memory_short", lambda policy, world: True)
+    monkeypatch.setattr(filling, "is_memory_short", lambda policy, world: True)
     assert opened(20) is not None
     monkeypatch.undo()
     twice.store.write({key: np.zeros(1) for key in twice.keys[:5]})
@@ -256,9 +257,9 @@ def test_the_command_on_two_ranks_beside_a_process_that_is_killed(cached, materi
 
 
 def test_a_filling_that_was_stopped_goes_on_and_a_damaged_shard_is_made_again(cached, caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "WINDOW", 12)
-    monkeypatch.setattr(reference, "SHARD_SECONDS", 0.0)  # a shard per window
-    monkeypatch.setattr(reference, "rank_share", stop_after(7, reference.rank_share))
+    monkeypatch.setattr(filling, "WINDOW", 12)
+    monkeypatch.setattr(filling, "SHARD_SECONDS", 0.0)  # a shard per window
+    monkeypatch.setattr(filling, "rank_share", stop_after(7, filling.rank_share))
     with pytest.raises(KeyboardInterrupt):
         train.train(cached("stopped", **{"run.steps": 16}))
     monkeypatch.undo()
