@@ -54,11 +54,12 @@ def starting_reference(policy: Policy, objective: Objective, *, share: bool) -> 
 def frozen_copy(policy: Policy, *, share: bool = False) -> Policy:
     """The policy as it is now, for reading only; taken before it is sharded or trained.
 
-    With ``share`` its frozen parameters are the policy's own, which sharding would tear apart.
+    It stays in the policy's mode: quantised layers compute otherwise, and repack their weights, in evaluation. With
+    ``share`` its frozen parameters are the policy's own, which sharding would tear apart.
     """
     shared = {id(p): p for p in policy.parameters() if share and not p.requires_grad}
     reference = copy.deepcopy(policy, shared)
-    return reference.requires_grad_(False).eval()
+    return reference.requires_grad_(False)
 
 
 @torch.no_grad()

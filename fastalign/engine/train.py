@@ -184,6 +184,7 @@ def save(job: Job, step: int) -> None:
     """A checkpoint of everything that the next step depends on."""
     carried, config = job.carried.state_dict(), asdict(job.config)
     state = {"loader": job.loader.state_dict(), "data": job.data_content, "carried": carried, "config": config}
+    state["base"] = job.models.policy.base_digest
     directory = job.directory / "checkpoints"
     save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
 
@@ -196,6 +197,10 @@ def resume(job: Job, checkpoint: Path) -> int:
         raise ValueError(
             f"{checkpoint} was trained on other data: as many examples, but other tokens or another order; "
             "resume with the same rows and tokenizer, or choose another run.output_dir"
+        )
+    if state.get("base") != job.models.policy.base_digest:
+        raise ValueError(
+            f"{checkpoint} was trained over other frozen weights: resume with the base that model.path had then"
         )
     job.carried.load_state_dict(state["carried"], job.world.device)
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)

@@ -35,7 +35,13 @@ def _weights(policy: Policy, trained: bool) -> list[float]:
     looked_up |= {id(p) for p in policy.head.parameters()}  # an adapter's wrapping may put it below the backbone
     met = [p for p in policy.backbone.named_parameters() if p[1].dim() > 1 and id(p[1]) not in looked_up]
     met = [(name, w) for name, w in met if ".original_module." not in name]  # a trained copy serves in its place
-    return [w.numel() * _routed(policy, name) for name, w in met if w.requires_grad or not trained]
+    return [_size(w) * _routed(policy, name) for name, w in met if w.requires_grad or not trained]
+
+
+def _size(weight: nn.Parameter) -> int:
+    """Elements of a weight; those of a 4-bit one lie in pairs."""
+    packed = getattr(weight, "quant_state", None)
+    return weight.numel() if packed is None else packed.shape.numel()
 
 
 def _routed(policy: Policy, name: str) -> float:

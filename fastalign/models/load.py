@@ -76,6 +76,7 @@ def load_policy(
     if vocab_size is not None and vocab_size > (rows := known.weight.shape[0]):
         raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
     use_native_layers(base)
+    policy.base_digest = None if policy.adapted is None else lora.base_digest(policy)
     return policy
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import logging
 import re
@@ -51,6 +52,8 @@ TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}
 """By whether the head is a scalar one."""
 BASE = "base"
 """Beside an adapter, the directory of its base when that has no name of its own."""
+SAMPLE = 256
+"""Elements of a frozen weight that stand for it, at least."""
 ZERO_ADAPTER = re.compile(r"\.lora_(embedding_)?[AB]\.")
 """Parameters that add nothing while one factor of each product is 0."""
 
@@ -212,6 +215,20 @@ def one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
+def base_digest(policy: Policy) -> str:
+    """A hash of names, shapes and some elements of every frozen weight: tells bases apart at no cost.
+
+    Call it before the policy is sharded.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in policy.named_parameters():
+        if not x.requires_grad:
+            some = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].cpu().contiguous()
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(some.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
@@ -271,9 +288,10 @@ def identity(policy: Policy) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
 
     With an adapter that adds nothing it is its base, by the names that this has alone.
     """
-    tensors = [*policy.named_parameters(), *policy.named_buffers()]
-    if any(not x.is_floating_point() for _, x in policy.named_parameters()):  # quantised: their scales are elsewhere
-        tensors += [(name, x) for name, x in policy.state_dict().items() if isinstance(x, Tensor)]
+    every: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+    if any(not x.is_floating_point() for x in every.values()):  # the scales of quantised weights are only here
+        every |= {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
+    tensors = list(every.items())
     if policy.adapted is None:
         return tensors, {}
     if why_not_its_own_reference(policy) is None:

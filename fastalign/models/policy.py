@@ -42,6 +42,9 @@ class Policy(nn.Module):
         ValueError: for a model that cannot be computed exactly on packed rows, with the reason.
     """
 
+    base_digest: str | None = None
+    """What the checkpoints of an adapter know its frozen base by."""
+
     def __init__(self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False):
         super().__init__()
         adapted = None if isinstance(model, PreTrainedModel) else model

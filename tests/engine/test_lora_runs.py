@@ -16,7 +16,7 @@ from fastalign.engine import train as engine
 from fastalign.engine.fingerprint import fingerprint
 from fastalign.engine.methods import make_objective
 from fastalign.engine.train import set_up, train
-from fastalign.models.load import load_policy, load_tokenizer
+from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter
 from fastalign.parallel.mesh import World, world
 from runs import LLAMA, assert_close, finish, launch, numbers
@@ -95,6 +95,19 @@ def test_a_checkpoint_keeps_what_trains_and_goes_on_to_the_bit(tune):
     assert numbers(config.run.output_dir) == expected
     again = load_file(directory / "model" / "adapter_model.safetensors")
     assert again.keys() == exported.keys() and all(torch.equal(again[n], x) for n, x in exported.items())
+
+
+def test_an_adapter_is_never_resumed_over_another_base(tune, tmp_path):
+    config = tune("run", **{"run.steps": MIDDLE})
+    section, base = replace(config.model, lora=None), tmp_path / "base"
+    save_pretrained(load_policy(section, vocab_size=512), None, base)
+    config.model.path, config.model.config = str(base), None
+    train(config)
+    save_pretrained(load_policy(section, vocab_size=512, seed=1), None, base)
+    shutil.rmtree(Path(config.run.output_dir) / "model")
+    config.run.resume = True
+    with pytest.raises(ValueError, match="was trained over other frozen weights: resume with the base that"):
+        train(config)
 
 
 def test_a_continued_adapter_is_measured_from_where_it_starts(tune, caplog):
@@ -196,3 +209,23 @@ def test_a_cache_knows_an_adapter_by_all_that_it_adds(materials):
     random = {**LORA, "init_lora_weights": False}
     assert identity(random) == identity(random)
     assert len({identity(None), identity(random), identity({**random, "lora_alpha": 1})}) == 3
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+def test_the_weights_below_an_adapter_may_be_quantised(tune, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save_pretrained(load_policy(tune("base", None).model, vocab_size=512), None, tmp_path / "base")
+    settings = {"model.config": None, "model.path": str(base), "model.quantization": bits}
+    now, kept = (tune(name, **settings) for name in ("now", "kept"))
+    now.reference.cache, kept.reference.cache = "off", str(tmp_path / "log-probs")
+    train(now)
+    margins_start_at_zero_and_move(now)
+    train(kept)
+    assert numbers(kept.run.output_dir) == numbers(now.run.output_dir)
+    shutil.rmtree(Path(now.run.output_dir) / "checkpoints" / f"step-{STEPS}")
+    now.run.resume = True
+    train(now)
+    assert numbers(kept.run.output_dir) == numbers(now.run.output_dir)
+    more = tune("more", None, **{**settings, "model.path": str(Path(now.run.output_dir) / "model")})
+    train(more)
+    margins_start_at_zero_and_move(more)
