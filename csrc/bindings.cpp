@@ -27,6 +27,7 @@ void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
 void rms_norm(const RmsNorm& op, bool backward, int threads);
 void silu_mul(const SiluMul& op, bool backward, int threads);
+void rotate(const Rotation& op, bool adjoint, int threads);
 }
 #endif
 #if defined(FASTALIGN_AVX2)
@@ -37,6 +38,7 @@ void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
 void rms_norm(const RmsNorm& op, bool backward, int threads);
 void silu_mul(const SiluMul& op, bool backward, int threads);
+void rotate(const Rotation& op, bool adjoint, int threads);
 }
 #endif
 namespace scalar {
@@ -46,6 +48,7 @@ void policy_loss(const PolicyLoss& op, int threads);
 void attention(const Attention& op, bool backward, int threads);
 void rms_norm(const RmsNorm& op, bool backward, int threads);
 void silu_mul(const SiluMul& op, bool backward, int threads);
+void rotate(const Rotation& op, bool adjoint, int threads);
 }
 }  // namespace fastalign
 
@@ -108,6 +111,18 @@ void silu_mul(const SiluMul& op, bool backward, int threads) {
     case Level::avx2: return avx2::silu_mul(op, backward, threads);
 #endif
     default: return scalar::silu_mul(op, backward, threads);
+  }
+}
+
+void rotate(const Rotation& op, bool adjoint, int threads) {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::rotate(op, adjoint, threads);
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::rotate(op, adjoint, threads);
+#endif
+    default: return scalar::rotate(op, adjoint, threads);
   }
 }
 
@@ -210,6 +225,12 @@ void run_silu_mul(const RowsArgument& gate, const RowsArgument& up, const RowsAr
             columns}, std::get<0>(grad_y) != 0, threads);
 }
 
+void run_rotate(const HeadsArgument& x, const HeadsArgument& y, const RowsArgument& cos, const RowsArgument& sin,
+                const std::tuple<int64_t, int64_t, int64_t>& shape, bool adjoint, int threads) {
+  rotate({heads(x), heads(y), rows_of(cos), rows_of(sin), std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)},
+         adjoint, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -268,6 +289,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_y") = no_rows, py::arg("grad_gate") = no_rows, py::arg("grad_up") = no_rows, py::arg("rows"),
         py::arg("columns"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "silu(gate) up, or, with grad_y, its gradients.");
+  m.def("rotate", &run_rotate, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cos"), py::arg("sin"),
+        py::arg("shape"), py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "Rotary position embedding, x to y, or its adjoint, y to x.");
   m.def(
       "gae",
       [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "token_logps.h"
 
 namespace fastalign {
@@ -30,6 +31,14 @@ struct SiluMul {
   Rows gate, up, y;
   Rows grad_y, grad_gate, grad_up;
   int64_t rows, columns;
+};
+
+// Pairs of columns j and j + size / 2 turned by the angles of their row: y_j = x_j cos_j - x_j' sin_j and
+// y_j' = x_j' cos_j' + x_j sin_j'. The adjoint takes y to x.
+struct Rotation {
+  Heads x, y;
+  Rows cos, sin;
+  int64_t rows, heads, size;
 };
 
 }  // namespace fastalign

@@ -136,7 +136,39 @@ void silu_backward(const SiluMul& op, int threads) {
   });
 }
 
+template <class X, class Y, class Angle>
+FORCE_INLINE void turn(const X* x, Y* y, const Angle* cos, const Angle* sin, int64_t half, bool adjoint) {
+  for_columns(half, [&](int64_t j, int64_t n) {
+    vec low = get(x + j, n), high = get(x + half + j, n);
+    vec low_sin = get(sin + j, n), high_sin = get(sin + half + j, n);
+    vec across = adjoint ? high * high_sin : set(0) - high * low_sin;
+    vec back = adjoint ? set(0) - low * low_sin : low * high_sin;
+    put(y + j, fma(low, get(cos + j, n), across), n);
+    put(y + half + j, fma(high, get(cos + half + j, n), back), n);
+  });
+}
+
+template <class T>
+T* head_of(const Heads& x, int64_t row, int64_t head, T*) {
+  return static_cast<T*>(x.data) + row * x.row_stride + head * x.head_stride;
+}
+
 }  // namespace
+
+void rotate(const Rotation& op, bool adjoint, int threads) {
+  const Heads &from = adjoint ? op.y : op.x, &to = adjoint ? op.x : op.y;
+  with_type(from.dtype, [&](auto* from_type) {
+    with_type(to.dtype, [&](auto* to_type) {
+      with_type(op.cos.dtype, [&](auto* angle) {
+        for_rows(op.rows, op.heads * op.size, threads, [&](int64_t, int64_t row) {
+          auto *cos = row_of(op.cos, row, angle), *sin = row_of(op.sin, row, angle);
+          for (int64_t head = 0; head < op.heads; ++head)
+            turn(head_of(from, row, head, from_type), head_of(to, row, head, to_type), cos, sin, op.size / 2, adjoint);
+        });
+      });
+    });
+  });
+}
 
 void rms_norm(const RmsNorm& op, bool backward, int threads) { (backward ? norm_backward : norm_forward)(op, threads); }
 

@@ -6,9 +6,11 @@ Only the class of a module changes: its parameters, their names and the model's 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastalign.ops import _cpp_layers, _onednn
 
@@ -16,6 +18,8 @@ NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 """``weight * x / rms(x)``, read by linear layers or, of bf16 heads, by the rotation."""
 GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 """``down(act(gate(x)) * up(x))``."""
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
+"""Projections, norms of heads where there are any, rotation, attention."""
 SILU = {"SiLU", "SiLUActivation"}
 
 
@@ -24,12 +28,12 @@ def use_native_layers(model: nn.Module) -> None:
     native = _cpp_layers.unavailable() is None
     for module in model.modules():
         kind = type(module)
+        known = native and kind.__module__.startswith("transformers.")
         if kind is nn.Linear:
             module.__class__ = Linear
-        elif native and kind.__name__ in NORMS and kind.__module__.startswith("transformers."):
-            module.__class__ = _native(Norm, kind)
-        elif native and kind.__name__ in GATED and kind.__module__.startswith("transformers."):
-            module.__class__ = _native(GatedMlp, kind)
+        for ours, names in ((Norm, NORMS), (GatedMlp, GATED), (Attention, ATTENTIONS)):
+            if known and kind.__name__ in names:
+                module.__class__ = _native(ours, kind)
 
 
 @cache
@@ -80,3 +84,41 @@ class GatedMlp(nn.Module):
         if gate.dtype == up.dtype and _cpp_layers.serves(gate, up):
             return self.down_proj(_cpp_layers.silu_mul(gate, up))
         return self.down_proj(self.act_fn(gate) * up)
+
+
+class Attention(nn.Module):
+    """Packed self-attention whose rotation is one pass."""
+
+    head_dim: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    config: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[1, T, D]`` to ``[1, T, D]``; anything but a packed row by the layer's own code."""
+        cos, sin = position_embeddings
+        packed = options.get("packed_layout") is not None and attention_mask is None and past_key_values is None
+        if not packed or cos.shape[-1] != self.head_dim or not _cpp_layers.serves(hidden_states, cos):
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **options)
+        shape = (*hidden_states.shape[1:-1], -1, self.head_dim)
+        project = ((self.q_proj, "q_norm"), (self.k_proj, "k_norm"), (self.v_proj, ""))
+        q, k, v = (getattr(self, norm, _same)(to(hidden_states).view(shape)) for to, norm in project)
+        q, k, v = (x.transpose(0, 1)[None] for x in (*(_cpp_layers.rotate(x, cos[0], sin[0]) for x in (q, k)), v))
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        out, weights = attend(self, q, k, v, None, scaling=self.scaling, sliding_window=window, **options)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

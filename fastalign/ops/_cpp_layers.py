@@ -19,7 +19,7 @@ def unavailable() -> str | None:
         return reason
     from fastalign import _C
 
-    return None if hasattr(_C, "rms_norm") else "fastalign._C is older than its sources: build it again"
+    return None if hasattr(_C, "rotate") else "fastalign._C is older than its sources: build it again"
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -46,6 +46,50 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` of two ``[..., D]`` tensors of one dtype, rounded once."""
     return _SiluMul.apply(gate, up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of heads: columns j and j + d/2 are turned by the angle of their row.
+
+    Args:
+        x: ``[T, H, d]``, d even.
+        cos, sin: ``[T, d]`` of one dtype; they get no gradient.
+
+    Returns:
+        ``[T, H, d]`` in the wider of both dtypes.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = cos.contiguous(), sin.contiguous()
+        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        _turn(x, y, cos, sin, adjoint=False)
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        y = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        x = torch.empty(y.shape, dtype=ctx.dtype)
+        _turn(x, y, *ctx.saved_tensors, adjoint=True)
+        return x, None, None
+
+
+def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, *, adjoint: bool) -> None:
+    from fastalign import _C
+
+    both = {"x": _heads(x), "y": _heads(y), "cos": _rows(cos), "sin": _rows(sin)}
+    _C.rotate(**both, shape=tuple(x.shape), adjoint=adjoint, threads=torch.get_num_threads())
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -42,9 +42,9 @@ def draw(*shapes, dtype):
 def assert_right(f, exact, inputs, upstream):
     """Within two roundings of the result's dtype, and sums of 131 fp32 terms, of the largest value."""
     out, wide = f(*inputs), [x.detach().double().requires_grad_() for x in inputs]
-    got = (out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
+    got = (out, *torch.autograd.grad(out, inputs, upstream.detach().to(out.dtype)))
     truth = exact(*wide)
-    want = (truth, *torch.autograd.grad(truth, wide, upstream.to(out.dtype).double()))
+    want = (truth, *torch.autograd.grad(truth, wide, upstream.detach().to(out.dtype).double()))
     for mine, true in zip(got, want, strict=True):
         scale = true.abs().max() if true.numel() else 1.0
         assert torch.all((mine - true).abs() <= (2 * torch.finfo(mine.dtype).eps + 1e-6) * scale)
@@ -61,6 +61,23 @@ def test_norm_and_gate(shape, dtype, level):
     (weight,) = draw(shape[-1:], dtype=torch.float32)
     assert_right(lambda a, w: _cpp_layers.rms_norm(a, w, 1e-5, dtype), norm64, [x, weight], upstream.detach())
     assert_right(_cpp_layers.silu_mul, lambda a, b: F.silu(a) * b, [x, y], upstream.detach())
+
+
+def rotate64(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+
+@pytest.mark.parametrize("size", [2, 20, 64])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rotation(size, dtype, level):
+    x, upstream = draw((70, 3, size), (70, 3, size), dtype=dtype)
+    cos, sin = (y.detach() for y in draw((70, size), (70, size), dtype=torch.float32))  # no angle is repeated
+    assert_right(
+        lambda x: _cpp_layers.rotate(x, cos, sin), lambda x: rotate64(x, cos.double(), sin.double()), [x], upstream
+    )
+    by_head = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(_cpp_layers.rotate(by_head, cos, sin), _cpp_layers.rotate(x, cos, sin))
 
 
 def test_gates_far_from_zero(level):

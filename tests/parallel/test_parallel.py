@@ -82,7 +82,7 @@ def test_the_norm_of_many_elements_does_not_drift():
     parameter = nn.Parameter(torch.empty(1 << 21))
     parameter.grad = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     exact = parameter.grad.double().square().sum().sqrt()
-    assert abs(clip_gradients([parameter], 0) / exact - 1) < 1e-12  # in fp32 it is off by 3e-5
+    assert abs(clip_gradients([parameter], 0) / exact - 1) < 1e-9  # in fp32 it is off by 3e-5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
