@@ -88,9 +88,20 @@ def test_a_damaged_shard_is_found_and_only_it_is_lost(tmp_path, caplog, damage):
 
 
 WRITER = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
 from test_ref_cache import RefCache, Path, entries
+plain = Path.open
+def slowly(path, mode):
+    file = plain(path, mode, buffering=0)
+    class Slow:
+        def __enter__(self): return self
+        def __exit__(self, *error): file.close()
+        def write(self, data):
+            file.write(data[:999]); time.sleep(0.05); file.write(data[999:])
+        flush, fileno = file.flush, file.fileno
+    return Slow()
+Path.open = slowly
 cache, shard = RefCache(Path({directory!r})), {first}
 print("ready", flush=True)
 while True:
@@ -100,7 +111,7 @@ while True:
 
 
 def writer(directory: Path, first: int) -> subprocess.Popen:
-    """A process that adds shards of 400 entries, 50 different ones in turn, until it is killed."""
+    """A process that adds shards of 400 entries until it is killed, most of the time in the middle of writing one."""
     code = WRITER.format(tests=str(Path(__file__).parent), directory=str(directory), first=first)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
