@@ -128,7 +128,7 @@ def calibration_bins(margins: Tensor) -> dict[str, Tensor]:
     """
     margins = margins.detach().double()
     confidence = margins.abs().sigmoid()
-    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    bins = ((confidence.nan_to_num(0.5) - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)  # nan spoils the gap alone
     gaps = torch.zeros(BINS, dtype=torch.float64, device=margins.device).index_add(
         0, bins, (margins > 0).double() - confidence
     )
@@ -139,9 +139,9 @@ def calibration_bins(margins: Tensor) -> dict[str, Tensor]:
 def calibration_error(bins: Tensor) -> Tensor:
     """Expected calibration error ``sum_b |gap_b| / number of pairs`` from the ``[BINS, 2]`` sums of all pairs.
 
-    Source: Guo et al. 2017 (arXiv:1706.04599).
+    It is nan without pairs. Source: Guo et al. 2017 (arXiv:1706.04599).
     """
-    return bins[:, 0].abs().sum() / bins[:, 1].sum().clamp(min=1)
+    return bins[:, 0].abs().sum() / bins[:, 1].sum()
 
 
 # --- how each loss reads the head's outputs ---------------------------------------------------------------------------

@@ -115,3 +115,10 @@ def test_calibration_error_of_margins():
     assert reward.calibration_error(wrong).item() == pytest.approx(0.75)
     halves = [torch.stack(list(reward.calibration_bins(part).values())) for part in margins.split(2)]
     torch.testing.assert_close(halves[0] + halves[1], bins)
+
+
+def test_calibration_of_margins_that_are_not_numbers_and_of_none():
+    broken = torch.stack(list(reward.calibration_bins(torch.tensor([math.nan, 1.0, math.inf])).values()))
+    assert broken[:, 1].sum() == 3 and math.isnan(reward.calibration_error(broken))
+    nothing = torch.stack(list(reward.calibration_bins(torch.empty(0)).values()))
+    assert math.isnan(reward.calibration_error(nothing))
