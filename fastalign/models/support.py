@@ -79,8 +79,10 @@ def max_length(config: Any) -> tuple[int, str] | None:
 
 
 def head_options(model: PreTrainedModel) -> dict[str, float]:
-    """`softcap` and `logit_scale` of the model's logits, where it defines them."""
+    """`softcap` and `logit_scale` of the model's logits, where it defines them; a scalar head has neither."""
     config, options = model.config, {}
+    if model.get_output_embeddings() is None:
+        return options
     if getattr(config, "final_logit_softcapping", None):
         options["softcap"] = float(config.final_logit_softcapping)
     if getattr(config, "logit_scale", None) not in (None, 1.0):

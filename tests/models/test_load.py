@@ -1,13 +1,21 @@
 """Loading and saving: what comes back is what was written, and a bad request gets one clear line."""
 
+import numpy as np
 import pytest
 import torch
 from packed_cases import ARCHITECTURES, PAIRS, logps_head, make_batch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from fastalign.config import ModelConfig
-from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
+from fastalign.data.examples import TokenExample
+from fastalign.data.pack import build_batch
+from fastalign.models.load import load_policy, load_tokenizer, save_pretrained, separate_padding
 
 
 def inline(kind="llama", **options):
@@ -37,6 +45,32 @@ def test_round_trip(tmp_path, kind, explicit):
     policy.model.set_attn_implementation(policy.attention)
     batch, _ = make_batch(*PAIRS)
     assert torch.equal(policy(batch, logps_head), reloaded(batch, logps_head))
+
+
+def packed_scores(hidden, weight, labels):
+    return hidden @ weight[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])  # gemma2 bends the logits of an LM head alone
+def test_a_saved_reward_model_scores_padded_rows_as_it_scored_packed_ones(tmp_path, kind):
+    tokenizer, draw = make_tokenizer(), np.random.default_rng(0)
+    policy = load_policy(inline(kind), tokenizer=tokenizer, scalar_head=True)
+    separate_padding(policy, tokenizer)  # it was EOS
+    prompt, end = draw.integers(1, 50, 6), [tokenizer.eos_token_id]
+    rows = [np.concatenate([prompt, draw.integers(1, 50, length), end]) for length in (3, 11, 1, 7)]
+    pairs = [
+        TokenExample(tuple((ids, np.arange(len(ids)) == len(ids) - 1) for ids in rows[i : i + 2]), i, own_rows=True)
+        for i in (0, 2)
+    ]
+    with torch.no_grad():
+        mine = policy(build_batch(pairs, share_prefix=True), packed_scores)
+        where = save_pretrained(policy, tokenizer, tmp_path / "model")
+        padded = AutoTokenizer.from_pretrained(where).pad(
+            {"input_ids": rows}, padding_side="right", return_tensors="pt"
+        )
+        theirs = AutoModelForSequenceClassification.from_pretrained(where)(**padded).logits[:, 0]
+    assert mine.abs().max() > 0.1 and len(set(mine.tolist())) == 4
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_given_tensors_are_written_not_the_parameters(tmp_path):
