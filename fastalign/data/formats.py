@@ -117,15 +117,20 @@ def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
         raise ValueError(f"expected a method among {sorted(METHODS)}, got {method!r}")
     known = METHODS[method].formats
     if wanted != "auto" and wanted not in known:
-        raise ValueError(f"{method} trains on {' or '.join(known)}, got data.format={wanted!r}")
+        raise ValueError(f"{said(method)} trains on {' or '.join(known)}, got data.format={wanted!r}")
     accepted = known if wanted == "auto" else (wanted,)
     for name in accepted:
         if any(need <= present for need in FORMATS[name]):
             return name
     raise ValueError(
-        f"{method} expects the columns {_spell(accepted)}; found {sorted(present)}: rename with data.columns, "
+        f"{said(method)} expects the columns {_spell(accepted)}; found {sorted(present)}: rename with data.columns, "
         "e.g. {prompt: question, completion: answer}"
     )
+
+
+def said(method: str) -> str:
+    """A method as it is asked for: ``reward:k_wise`` is ``reward --loss.name k_wise``."""
+    return method.replace(":", " --loss.name ")
 
 
 def normalise(row: dict[str, Any], form: str, method: str, raw_dialogue: bool) -> Example | None:

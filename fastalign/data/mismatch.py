@@ -53,7 +53,10 @@ def choose_partners(rows: np.ndarray) -> np.ndarray:
         [2, 3, 4, 5, 0, 1]
     """
     if rows[0] == rows[-1]:
-        raise ValueError("kto compares completions of different rows: expected examples of at least two, got one row's")
+        raise ValueError(
+            "kto compares completions of different rows: expected two rows or more to train on, and as many held out "
+            "if any are; got one"
+        )
     count = len(rows)
     partners = (np.arange(count) + int(np.bincount(rows - rows[0]).max())) % count
     for i in np.flatnonzero(rows[partners] == rows):  # very few examples: the way on leads back to the row

@@ -31,8 +31,10 @@ def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
     losses = choose(chosen, loss.get("name"))
     options = {key: value for key, value in loss.items() if key != "name"}
     accepted = settings(losses)
-    for key in options:
+    for key, value in options.items():
         pick(accepted, key, f"keyword of loss {'+'.join(losses)!r}")
+        if key in WEIGHTS and not value >= 0:
+            raise ValueError(f"loss.{key} must be at least 0, got {value}")
     bare = Objective(chosen, tuple(losses), {**accepted, **options}, data_of(method, tuple(losses)))
     _, metrics = bare.loss_fn(empty_batch(), 1.0)(nothing(bare))
     return replace(bare, metric_names=tuple(sorted(metrics)))
@@ -73,6 +75,11 @@ def nothing(objective: Objective) -> Any:
 
 SPECIAL_DATA = frozenset({"reward:soft_label", "reward:k_wise", "reward:process"})
 """Losses that read other rows than their method's default."""
+
+WEIGHTS = frozenset(
+    {"center_coef", "cpo_alpha", "desirable_weight", "lam", "nll_weight", "rank_weight", "undesirable_weight"}
+)
+"""Keywords that weigh a part of a loss; below 0 that part would be driven the wrong way, without bound."""
 
 METHODS = {
     "sft": Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
+
+log = logging.getLogger(__name__)
 
 LEAST = (
     ("run", ("steps", "keep", "log_every"), 1),
@@ -149,9 +152,11 @@ def load_reference(
     config: Config, objective: Objective, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Policy | None:
     """The model that the loss reads: another, frozen, or the policy itself as it starts; None when it reads none."""
-    if not objective.needs_reference:
-        return None
     path = config.reference.path
+    if not objective.needs_reference:
+        if path is not None:
+            log.warning("reference.path is not read: loss %s compares with no reference", objective.name)
+        return None
     if path is None and objective.method.teacher:
         raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
     if path is None:

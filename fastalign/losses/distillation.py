@@ -32,10 +32,12 @@ def divergence_options(beta: float, temperature: float) -> dict[str, Any]:
     """The keyword arguments of a divergence op that `gkd` means.
 
     Raises:
-        ValueError: ``beta`` outside of [0, 1].
+        ValueError: ``beta`` outside of [0, 1], or a temperature that is not above 0.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"gkd: beta must be in [0, 1], got {beta}")
+    if not temperature > 0:
+        raise ValueError(f"gkd: temperature must be above 0, got {temperature}")
     endpoints = {0.0: "forward_kl", 1.0: "reverse_kl"}
     kind = endpoints.get(float(beta))
     mixture = {"kind": "jsd", "mix": beta} if kind is None else {"kind": kind}

@@ -325,6 +325,10 @@ def test_format_overrides_recognition() -> None:
     assert formats.recognise(both, "sft", "text") == "text"
     with pytest.raises(ValueError, match=r"dpo trains on preference, got data\.format='text'"):
         formats.recognise(both, "dpo", "text")
+    with pytest.raises(
+        ValueError, match=r"^reward --loss\.name k_wise expects the columns scores\+prompt\+completions;"
+    ):
+        formats.recognise(both, "reward:k_wise")
 
 
 def test_a_tokenizer_without_eos_is_refused(make_tokenizer: Make) -> None:

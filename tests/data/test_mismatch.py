@@ -82,7 +82,9 @@ def test_the_sequence_is_cut(make_tokenizer: Make) -> None:
 def test_one_row_has_no_other(make_tokenizer: Make) -> None:
     pair = {"prompt": "Two", "chosen": " a", "rejected": " b"}
     for rows in ([pair], UNPAIRED[:1]):
-        with pytest.raises(ValueError, match=r"expected examples of at least two, got one row's$"):
+        with pytest.raises(
+            ValueError, match=r"two rows or more to train on, and as many held out if any are; got one$"
+        ):
             run(rows, make_tokenizer())
 
 

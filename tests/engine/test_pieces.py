@@ -31,6 +31,24 @@ def test_a_wrong_objective_is_answered_with_the_accepted_names(method, loss, wor
         make_objective(method, loss)
 
 
+@pytest.mark.parametrize(
+    "method, loss, words",
+    [
+        ("reward", {"center_coef": -0.01}, r"loss\.center_coef must be at least 0, got -0\.01"),
+        ("kto", {"undesirable_weight": -1.0}, r"loss\.undesirable_weight must be at least 0"),
+        ("rrhf", {"rank_weight": math.nan}, r"loss\.rank_weight must be at least 0, got nan"),
+        ("dpo", {"name": ["dpo", "cpo"], "cpo_alpha": -1.0}, r"loss\.cpo_alpha must be at least 0"),
+        ("distill", {"temperature": 0.0}, r"gkd: temperature must be above 0, got 0\.0"),
+        ("distill", {"beta": 1.5}, r"gkd: beta must be in \[0, 1\], got 1\.5"),
+        ("kto", {"name": ["kto", "bco"]}, r"kto takes one loss, .* got kto, bco"),
+        ("reward", {"name": ["reward", "k_wise"]}, r"reward takes one loss, .* got reward, k_wise"),
+    ],
+)
+def test_settings_of_a_loss_that_cannot_be_meant_are_refused_before_any_work(method, loss, words):
+    with pytest.raises(ValueError, match=words):
+        make_objective(method, loss)
+
+
 def test_objectives_know_their_reference_and_defaults():
     assert make_objective("dpo", {}).options == {"beta": 0.1}
     assert make_objective("dpo", {"name": "sigmoid", "beta": 0.5}).name == "dpo"

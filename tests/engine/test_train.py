@@ -122,6 +122,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(poisoned, 
         assert torch.equal(parameter.nan_to_num(), good[f"model.{name}"].nan_to_num()), name
 
 
+def test_a_reference_that_no_loss_reads_is_told(configure, caplog):
+    train(configure("dpo", **{"loss.name": "simpo", "reference.path": "absent", "run.steps": 1}))
+    assert "reference.path is not read: loss simpo compares with no reference" in caplog.text
+
+
 def test_evaluation_alone_gives_what_the_run_reported(configure, materials):
     held_out = {"data.eval_path": str(materials / "held_out.jsonl")}
     config = configure("dpo", **{"run.steps": 3, **held_out})
