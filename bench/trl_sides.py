@@ -67,7 +67,9 @@ def settings(work: Workload) -> dict[str, Any]:
     """What makes both sides equal: no checkpointing, same optimizer, same order of rows, no dropout.
 
     TRL's own choices that differ are gradient checkpointing and bf16, both on by default, and AdamW's second decay.
-    SFT flattens a micro-batch into one row, its fastest setting that takes as many examples per step.
+    SFT takes its fastest setting: on a GPU a step is flattened into one row, on a CPU, where that row's dense mask costs
+    more than it saves, every sequence is a micro-batch of its own (measured: 19.7 sequences a second, against 19.1, 17.2
+    and 10.1 with 2, 4 and 16 flattened, and 14.4 with 4 padded).
     """
     sequences = work.examples * (rollouts.GROUP if work.task == "grpo-update" else 1)
     common = {
@@ -96,11 +98,12 @@ def own_settings(work: Workload) -> dict[str, Any]:
     """The task's."""
     preference = {"max_length": work.max_length, "beta": work.beta, "precompute_ref_log_probs": work.precomputed}
     update = {"num_generations": rollouts.GROUP, "steps_per_generation": 1, "shuffle_dataset": False}
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": work.examples}
     return {
         "dpo": preference,
         "kto": preference,
         "reward": {"max_length": work.max_length},
-        "sft": {"max_length": None, "padding_free": True},
+        "sft": {"max_length": None, **(one_by_one if work.device == "cpu" else {"padding_free": True})},
         "grpo-update": {**update, "beta": 0.0, "loss_type": "dapo", "epsilon": 0.2, "temperature": 1.0},
     }[work.task]
 
