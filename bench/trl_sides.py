@@ -67,7 +67,7 @@ def settings(work: Workload) -> dict[str, Any]:
     """What makes both sides equal: no checkpointing, same optimizer, same order of rows, no dropout.
 
     TRL's own choices that differ are gradient checkpointing and bf16, both on by default, and AdamW's second decay.
-    SFT takes its fastest setting: on a GPU a step is flattened into one row; on a CPU, where that row's dense mask costs
+    SFT takes its fastest setting: on a GPU a step is flattened into one row; on a CPU, whose dense mask costs
     more than it saves, two sequences are. Measured on two cores, sequences a second with 1, 2, 4 and 16 flattened:
     fp32 19.7, 19.1, 17.2, 10.1; bf16 20.5, 24.5, 22.4, 15.9; padded in fours, fp32, 14.4.
     """
