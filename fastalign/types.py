@@ -53,6 +53,8 @@ class PackedBatch:
         scores: ``[B]`` fp32, what the data say of each sequence: a pair's margin, a label, a candidate's score; for
             process rewards ``[N]`` labels of the steps; empty where they say nothing.
         mismatched: the same prompts with completions of other examples, one sequence each, for losses that compare.
+        both: each sequence and behind it the mismatched one of its prompt, which a reference scores in one pass; None
+            where its log-probs are known.
         ref_logps: ``[N]`` fp32 log-probs under the reference, when known.
     """
 
@@ -68,6 +70,7 @@ class PackedBatch:
     cu_groups: Tensor
     scores: Tensor
     mismatched: PackedBatch | None = None
+    both: PackedBatch | None = None
     ref_logps: Tensor | None = None
 
     @property

@@ -90,11 +90,14 @@ def build_batch(examples: Sequence[TokenExample], share_prefix: bool, least: int
     for example in examples:
         _add_group(forest, example, *group_forest(example, share_prefix, least))
     others = [e.mismatched for e in examples if e.mismatched is not None]
+    reference = _reference(examples)
+    pairs = [_with_mismatched(e) for e in examples if e.mismatched is not None and reference is None]
     return forest.batch(
         tuple(e.example_id for e in examples),
         scores=_concatenate([e.scores for e in examples], np.float32),
         mismatched=build_batch(others, share_prefix, least) if others else None,
-        ref_logps=_reference(examples),
+        both=build_batch(pairs, share_prefix, least) if pairs else None,
+        ref_logps=reference,
     )
 
 
@@ -103,6 +106,12 @@ def empty_batch() -> PackedBatch:
     forest = _Forest()
     forest.add_segment(np.zeros(1, dtype=np.int64), start=0, parent=-1)
     return forest.batch((), _concatenate([], np.float32))
+
+
+def _with_mismatched(example: TokenExample) -> TokenExample:
+    """An example's sequence and the mismatched one as a group: they share their prompt."""
+    assert example.mismatched is not None
+    return TokenExample((*example.sequences, *example.mismatched.sequences), example.example_id)
 
 
 def _reference(examples: Sequence[TokenExample]) -> torch.Tensor | None:

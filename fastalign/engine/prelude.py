@@ -91,9 +91,9 @@ def with_baseline(
     carried: Carried,
 ) -> Known:
     """The baseline of an unpaired loss: from the mismatched completions, or from the step's own."""
-    name = objective.names[0]
-    own = not objective.reads_mismatched
-    scored = [batch if own else batch.mismatched or batch for batch in batches]
+    name, both = objective.names[0], objective.reads_mismatched
+    pairs = [score_both(models, b, objective, world, watch) if both else (b, b) for b in batches]
+    batches, scored = (list(side) for side in zip(*pairs, strict=True))
     scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in scored]
     logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
     sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
@@ -103,7 +103,23 @@ def with_baseline(
     )
     if torch.is_grad_enabled():  # an evaluation leaves no trace
         carried.baseline = baseline
-    return [(batch, StepFacts(baseline=baseline)) for batch in (scored if own else batches)]
+    return [(batch, StepFacts(baseline=baseline)) for batch in (batches if both else scored)]
+
+
+def score_both(
+    models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch
+) -> tuple[PackedBatch, PackedBatch]:
+    """A batch and its mismatched completions with the reference's log-probs, prompts computed once for both."""
+    if batch.mismatched is None:  # of a rank without work: one pass, as the others make
+        batch = replace(batch, ref_logps=score_reference(models, batch, objective, world.device, watch))
+        return batch, batch
+    if batch.both is None:
+        return batch, batch.mismatched
+    logps = score_reference(models, batch.both, objective, world.device, watch)
+    assert logps is not None
+    lengths = batch.both.cu_seqlens.diff().long()
+    own = (torch.arange(len(lengths)) % 2 == 0).repeat_interleave(lengths).to(logps.device)
+    return replace(batch, ref_logps=logps[own]), replace(batch.mismatched, ref_logps=logps[~own])
 
 
 def sequence_sums(logps: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:

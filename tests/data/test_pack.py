@@ -184,7 +184,22 @@ def test_what_the_data_say_travels_with_the_examples() -> None:
     batch = build_batch([first] * 2, share_prefix=True)
     assert batch.scores.tolist() == [0.5, 0, 0.5, 0] and batch.ref_logps.tolist() == [-1, -2, -3] * 2
     assert batch.mismatched.labels.tolist() == [ord("q")] * 2 and batch.mismatched.mismatched is None
+    assert batch.both is None, "a reference has nothing left to score"
     assert build_batch([first, pair("c", "d", 0)], True).ref_logps is None  # known of one example alone
+
+
+def test_a_reference_reads_both_completions_behind_one_prompt() -> None:
+    examples = [
+        replace(
+            make([[(ord(c), i >= 5) for i, c in enumerate(own)]]),
+            mismatched=make([[(ord(c), i >= 5) for i, c in enumerate(other)]]),
+        )
+        for own, other in (("abcdexy", "abcdez"), ("fghijk", "fghijlmn"))
+    ]
+    batch = build_batch(examples, share_prefix=True)
+    both, other = predictions(batch.both), predictions(batch.mismatched)
+    assert both[0::2] == predictions(batch) and both[1::2] == other
+    assert batch.both.num_tokens == batch.num_tokens + batch.mismatched.num_tokens - 10
 
 
 def test_an_empty_batch_computes_one_token_and_scores_none() -> None:

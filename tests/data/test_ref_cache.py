@@ -92,7 +92,9 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from test_ref_cache import RefCache, Path, entries
 plain = Path.open
-def slowly(path, mode):
+def slowly(path, mode="r", **options):
+    if "w" not in mode:
+        return plain(path, mode, **options)
     file = plain(path, mode, buffering=0)
     class Slow:
         def __enter__(self): return self
@@ -121,6 +123,10 @@ def test_two_writers_killed_in_the_middle_leave_whole_shards(tmp_path, caplog):
     both = [writer(tmp_path, first) for first in (0, 3)]
     for process in both:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 30
+    while not any(tmp_path.glob("*.safetensors")):
+        assert time.monotonic() < deadline, "no shard in half a minute"
+        time.sleep(0.01)
     for pause, process in zip((0.4, 0.13), both, strict=True):
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
