@@ -76,7 +76,7 @@ def make_models(method: str) -> Models:
     kind = AutoModelForSequenceClassification if METHODS[method].scalar_head else AutoModelForCausalLM
     policy = Policy(kind.from_config(config).double())
     reference = frozen_copy(policy)
-    for model, size in ((policy, 0.2), (reference, 0.1)):
+    for model, size in ((policy, 0.1), (reference, 0.2)):  # a flat policy: kto's baseline is not clamped to 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += size * torch.randn_like(parameter)
