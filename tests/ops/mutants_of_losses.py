@@ -136,8 +136,8 @@ PACKED = [
     Mutant(
         "pack: the row before the predictor",
         "fastalign/data/pack.py",
-        "before = targets - 1",
-        "before = targets - 2",
+        "if example.own_rows else targets - 1]",
+        "if example.own_rows else targets - 2]",
         "ops/test_pitfalls_of_use.py -k test_13_a_label",
     ),
 ]
