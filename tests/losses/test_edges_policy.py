@@ -136,3 +136,10 @@ def test_reductions_are_weighted_sums():
 
 def policy_reductions() -> set[str]:
     return {variant.reduction for variant in policy.VARIANTS.values()}
+
+
+def test_the_weight_of_a_sampler_that_computes_other_numbers_is_capped_and_carries_no_gradient():
+    old = torch.tensor([-1.0, -1.0, -1.0, -1e4, -0.1], requires_grad=True)
+    sampler = torch.tensor([-1.0, -1.5, -9.0, -0.1, -1e4])
+    weights = policy.sampler_correction(old, sampler)
+    assert weights.tolist() == pytest.approx([1.0, math.exp(0.5), 2.0, 0.0, 2.0]) and not weights.requires_grad
