@@ -151,6 +151,8 @@ def find_losses(method: str, asked: list[str]) -> Losses:
             raise UsageError(
                 f"loss.name: {method} has no loss {name!r}{nearest(name, known)} (all: {', '.join(known)})"
             )
+    if repeated := sorted({name for name in found if found.count(name) > 1}):
+        raise UsageError(f"loss.name: {', '.join(repeated)} stands more than once; name each loss of a sum once")
     return {name: losses[name] for name in found}
 
 

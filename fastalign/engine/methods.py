@@ -44,6 +44,8 @@ def choose(method: Method, name: str | list[str] | None) -> Losses:
     """The losses that a configuration names, by their canonical names; the method's default for None."""
     asked = [name] if isinstance(name, str) else name or [next(iter(method.losses))]
     names = [method.aliases.get(one, one) for one in asked]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"loss.name: {', '.join(repeated)} stands more than once; name each loss of a sum once")
     return {name: pick(method.losses, name, "loss.name") for name in names}
 
 

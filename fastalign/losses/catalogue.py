@@ -64,7 +64,8 @@ FAMILIES: Mapping[str, Family] = {
         "Completions called good or bad",
         "Rows of `prompt`, `completion` and `label`; preference rows count as one good and one bad completion. `d` is "
         "the log-ratio to the reference summed over the completion, `y` +1 for a good and -1 for a bad one. Both "
-        "losses measure `d` from a baseline of the whole step over all ranks.",
+        "losses measure `d` from a baseline of the whole step over all ranks. kto's is of prompts with completions of "
+        "other rows, paired over the dataset, not over a batch as in TRL, whose losses therefore part a little.",
         unpaired.LOSSES,
         "fastalign kto --config examples/kto.yaml --loss.name {name}",
         "`rewards/margins` rises, by `rewards/chosen` and not only by a fall of `rewards/rejected`; `kl` (kto) stays "
