@@ -11,6 +11,8 @@ from typing import NoReturn
 COMMANDS = {
     "ops": ("bench.run", "time every op beside its peers"),
     "train": ("bench.train", "time whole training steps beside TRL's"),
+    "ablation": ("bench.ablation", "time a DPO step with one part after the other: packing, sharing and more"),
+    "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
     "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),
     "report": ("bench.report", "draw the recorded results: plots and one HTML page"),

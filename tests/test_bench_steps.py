@@ -1,0 +1,60 @@
+"""The benchmarks of single parts of a step, on toy sizes: what is compared is the same computation."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
+
+from bench import ablation, sharing, workload
+from bench.ablation_lines import lines
+from bench.workload import Workload
+from fastalign.config import ModelConfig
+from fastalign.models.load import load_policy
+
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def toy_pairs(count: int) -> list[dict[str, str]]:
+    draw = random.Random(0)
+    texts = [
+        " ".join(draw.choices(["alpha", "beta", "gamma", "delta"], k=draw.randint(2, 9))) for _ in range(3 * count)
+    ]
+    return [{"prompt": a, "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in zip(*[iter(texts)] * 3, strict=True)]
+
+
+@pytest.mark.parametrize("dtype, apart", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_every_line_of_the_ablation_trains_the_same(tmp_path, dtype, apart):
+    sizes = {"max_length": 32, "vocab_size": 300, "hidden_size": 64, "layers": 1, "lr": 1e-2}
+    work = Workload(str(tmp_path), steps=4, warmup=1, examples=3, threads=torch.get_num_threads(), dtype=dtype, **sizes)
+    workload.prepare(work, toy_pairs(40))
+    rows = ablation.figures(ablation.measure(work))
+    assert [row["line"] for row in rows] == [line.name for line in lines()] and len(rows) == 8
+    losses = rows[0]["losses"]
+    assert len(losses) == 4 and max(losses) - min(losses) > 0.01, "the models learn"
+    assert all(row["max_distance"] <= apart for row in rows)
+    assert rows[-1]["held_mib"] < rows[0]["held_mib"], "a known reference is not in memory"
+
+
+def test_each_line_of_the_ablation_changes_one_thing():
+    for before, after in zip(lines(), lines()[1:], strict=False):
+        changed = [name for name, value in vars(after).items() if value != getattr(before, name) and name != "name"]
+        assert len(changed) == 1 and replace(before, **{changed[0]: True}, name=after.name) == after
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharing_is_timed_on_equal_losses(size):
+    config = {"model_type": "llama", "vocab_size": 97, "max_position_embeddings": 64, "num_key_value_heads": 1, **TINY}
+    policy = load_policy(ModelConfig(config=config)).train()
+    case = sharing.Case(prompt=12, response=4, size=size, groups=2)
+    row = sharing.figures(policy, case, sharing.measure(policy, case, rounds=1, autocast=False))
+    assert row["token_ratio"] == pytest.approx(size * 16 / (12 + size * 4))
+    assert 1 < row["operations_ratio"] < row["token_ratio"]
+    with pytest.raises(ValueError, match="the loss with shared prompts is"):
+        sharing.check({True: 1.0, False: 1.1}, autocast=False)
