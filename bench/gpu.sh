@@ -2,7 +2,7 @@
 # Everything that a GPU is needed for, in one call of less than nine minutes: tests on the device, ops, memory, training,
 # profiles, and a report. Each part has a time limit of its own; one that fails or hangs does not lose the others.
 #
-#   OUT=/tmp/out bash bench/gpu.sh
+#   OUT=out bash bench/gpu.sh
 #
 # OUT             folder of what comes out: summary.txt, tests.log, bench.log, profile.log, the results as JSON lines,
 #                 report.html; eight files, all but the last written as it goes               default bench/results/gpu

@@ -44,25 +44,15 @@ def run_head(
     """A batch's share of the loss, and ``[2]`` (sum, count) of each metric; none when no row is scored."""
     if objective.head == "distributions":
         return run_distributions(models, batch, objective, scale, facts)
-    head = score_head if objective.head == "scores" else logps_head
-    return models.policy(batch, partial(head, batch=batch, objective=objective, scale=scale, facts=facts))
-
-
-def logps_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    batch: PackedBatch,
-    objective: Objective,
-    scale: float,
-    facts: StepFacts,
-    **options: Any,
-) -> tuple[Tensor, Metrics]:
-    """Losses of log-probs, one pass: gradients are made in the forward."""
     loss_fn = objective.loss_fn(batch, scale, facts)
-    loss, stats = linear_loss(hidden, weight, labels, loss_fn, **chunks(batch, objective), **options)
-    return loss, stats.metrics
+    if objective.head == "scores":
+        return models.policy(batch, lambda *tensors, **options: loss_fn(scores(*tensors, **options)))
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Metrics]:
+        loss, stats = linear_loss(hidden, weight, labels, loss_fn, **chunks(batch, objective), **options)
+        return loss, stats.metrics
+
+    return models.policy(batch, head)
 
 
 def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
@@ -71,21 +61,6 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     groups = {"cu_groups": batch.cu_groups} if align == "group" else {}
     offsets = None if align == "token" else batch.cu_seqlens
     return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
-
-
-def score_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    batch: PackedBatch,
-    objective: Objective,
-    scale: float,
-    facts: StepFacts,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """Losses of a scalar head's outputs."""
-    return objective.loss_fn(batch, scale, facts)(scores(hidden, weight, labels, bias=bias))
 
 
 def scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:

@@ -76,7 +76,7 @@ def all_pairs(
     """The log-probs of the step's pairs, over all ranks."""
     scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in batches]
     logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
-    mine = [pair_logps(one, batch.cu_seqlens, batch.ref_logps) for one, batch in zip(logps, scored, strict=True)]
+    mine = [pair_logps(x, b.cu_seqlens.to(x.device), b.ref_logps) for x, b in zip(logps, scored, strict=True)]
     pairs, first = gather_pairs(mine, world)
     places = accumulate((len(pair.chosen) for pair in mine), initial=first)
     return [(b, StepFacts(imitated_per_unit, pairs, place)) for b, place in zip(scored, places, strict=False)]
@@ -118,14 +118,16 @@ def score_both(
     logps = score_reference(models, batch.both, objective, world.device, watch)
     assert logps is not None
     lengths = batch.both.cu_seqlens.diff().long()
-    own = (torch.arange(len(lengths)) % 2 == 0).repeat_interleave(lengths).to(logps.device)
-    return replace(batch, ref_logps=logps[own]), replace(batch.mismatched, ref_logps=logps[~own])
+    own = (torch.arange(len(lengths)) % 2 == 0).repeat_interleave(lengths)  # counted on the host: no wait for a device
+    mine, theirs = (logps[rows.nonzero()[:, 0].to(logps.device)] for rows in (own, ~own))
+    return replace(batch, ref_logps=mine), replace(batch.mismatched, ref_logps=theirs)
 
 
 def sequence_sums(logps: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """``[B]`` sequence log-probs of policy and reference."""
     assert batch.ref_logps is not None
-    return segment_sum(logps, batch.cu_seqlens), segment_sum(batch.ref_logps.to(logps.dtype), batch.cu_seqlens)
+    offsets = batch.cu_seqlens.to(logps.device)
+    return segment_sum(logps, offsets), segment_sum(batch.ref_logps.to(logps.dtype), offsets)
 
 
 def score_policy(models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch) -> Tensor:

@@ -167,7 +167,9 @@ def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Rea
 
 def read_rankings(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
     """Rewards of each prompt's candidates, which the data score; metrics are over the pairs that they rank."""
-    group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(cu_groups.diff().long())
+    group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(
+        cu_groups.diff().long(), output_size=len(outputs)
+    )
     better, worse = ((group[:, None] == group) & (given[:, None] > given)).nonzero(as_tuple=True)
     return (outputs, -given, cu_groups), lambda losses: summable(outputs[better], outputs[worse], losses)
 
