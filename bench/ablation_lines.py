@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench.workload import Workload
-from fastalign.config import BatchConfig, DataConfig, OptimConfig
+from fastalign.config import DataConfig, OptimConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import encode_dataset
 from fastalign.data.pack import build_batch, pack
@@ -25,6 +25,7 @@ from fastalign.engine.metrics import Stopwatch
 from fastalign.engine.optim import AdamW, make_optimizer
 from fastalign.engine.prelude import score_reference
 from fastalign.engine.reference import reference_logps
+from fastalign.engine.setup import BUDGET
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
@@ -158,7 +159,7 @@ def train(one: Trainee, examples: Sequence[TokenExample]) -> float:
 
 def batches(line: Line, examples: Sequence[TokenExample]) -> list[Any]:
     """One padded batch of all sequences, or packed micro-batches."""
-    return pack(examples, BatchConfig.tokens, line.shared) if line.packed else [pad(examples)]
+    return pack(examples, BUDGET, line.shared) if line.packed else [pad(examples)]
 
 
 def loss_of(one: Trainee, batch: Any, scale: float) -> Tensor:

@@ -21,6 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # python bench/train.py: the command, with the package's folder on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from bench.__main__ import main as command
+
+    sys.exit(command(["train", *sys.argv[1:]]))
+
 from bench import common, peers, report, run, sides, workload
 from bench.workload import TASKS, Workload
 

@@ -127,10 +127,12 @@ void silu_backward(const SiluMul& op, int threads) {
     for_rows(op.rows, op.columns, threads, [&](int64_t, int64_t row) {
       auto *gate = row_of(op.gate, row, type), *up = row_of(op.up, row, type), *dy = row_of(op.grad_y, row, type);
       auto *d_gate = row_of(op.grad_gate, row, type), *d_up = row_of(op.grad_up, row, type);
+      auto* y = op.y.data ? row_of(op.y, row, type) : nullptr;
       for_columns(op.columns, [&](int64_t j, int64_t n) {
-        vec x = get(gate + j, n), s = sigmoid(x), slope = get(dy + j, n);
+        vec x = get(gate + j, n), s = sigmoid(x), slope = get(dy + j, n), other = get(up + j, n);
         put(d_up + j, slope * x * s, n);
-        put(d_gate + j, slope * get(up + j, n) * s * fma(x, set(1) - s, set(1)), n);
+        put(d_gate + j, slope * other * s * fma(x, set(1) - s, set(1)), n);
+        if (y) put(y + j, x * s * other, n);
       });
     });
   });

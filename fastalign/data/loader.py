@@ -184,9 +184,10 @@ def _tokens(nodes: Sequence[Node]) -> int:
 def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks: int) -> list[list[list[int]]]:
     """Members of each micro-batch of each rank: as few as the budget allows, equally many and of equal cost.
 
-    Ranks wait for each other in every micro-batch, so those of one round are made alike: examples are spread over all
-    micro-batches of all ranks, dearest first, each into the cheapest that has room; where that needs more micro-batches
-    than first-fit-decreasing, its bins are taken. Sorted by cost, they go to the ranks round by round, in turns.
+    Ranks wait for each other in every micro-batch, and the largest one decides what memory is needed, so all are made
+    alike: examples are spread over all micro-batches of all ranks, dearest first, each into the cheapest that has room;
+    where that needs more micro-batches than first-fit-decreasing, its bins are taken. Sorted by cost, they go to the
+    ranks round by round, in turns.
 
     Args:
         sizes: computed tokens of each example.
@@ -200,9 +201,8 @@ def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks:
     """
     bins = first_fit_decreasing(sizes, capacity)
     rounds = -(-len(bins) // num_ranks)
-    if num_ranks > 1:
-        bins = spread(sizes, costs, capacity, rounds * num_ranks) or bins
-        bins = sorted(bins, key=lambda members: -sum(costs[i] for i in members))
+    bins = spread(sizes, costs, capacity, rounds * num_ranks) or bins
+    bins = sorted(bins, key=lambda members: -sum(costs[i] for i in members))
     bins += [[] for _ in range(rounds * num_ranks - len(bins))]
     turns = [bins[r * num_ranks : (r + 1) * num_ranks][:: -1 if r % 2 else 1] for r in range(rounds)]
     return [list(rank) for rank in zip(*turns, strict=True)] or [[] for _ in range(num_ranks)]

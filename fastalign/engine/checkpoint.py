@@ -36,6 +36,10 @@ from fastalign.parallel.mesh import World
 
 SCHEMA = 1
 """Version of the layout of a checkpoint."""
+FILES = 16
+"""A rank's tensors go into about so many files: writing takes twice the memory of one of them."""
+FILE_BYTES = (1 << 20, 1 << 30)
+"""The least and the most that a file is meant to hold; a larger tensor is a file of its own."""
 
 
 def save_checkpoint(
@@ -239,16 +243,38 @@ def check_shapes(path: Path, mine: dict[str, Tensor], saved: dict[str, tuple[int
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Every rank writes its shards, safetensors with the offsets of each in the header."""
+    files = assign_files({name: x.nbytes for name, x in tensors.items()})
     try:
         with alone_is_fine():
             save(
                 {name: x.detach() for name, x in tensors.items()},
-                storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+                storage_writer=HuggingFaceStorageWriter(str(path), files, save_distributed=True),
                 no_dist=world.mesh is None,
             )
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         raise RunError(f"cannot write the checkpoint {path} ({causes}); earlier checkpoints are intact") from error
+
+
+def assign_files(sizes: dict[str, int]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes to: runs of whole tensors, filled in order.
+
+    Args:
+        sizes: bytes of each tensor over all ranks.
+
+    Example:
+        >>> assign_files({"a": 3 << 20, "b": 1 << 19, "c": 1 << 19, "d": 1})
+        {'a': 1, 'b': 2, 'c': 2, 'd': 3}
+    """
+    least, most = FILE_BYTES
+    limit = min(max(sum(sizes.values()) // FILES, least), most)
+    files, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > limit:
+            number, filled = number + 1, 0
+        files[name] = number
+        filled += size
+    return files
 
 
 @contextmanager

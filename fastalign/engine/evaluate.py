@@ -14,7 +14,7 @@ from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
-from fastalign.engine.setup import load_data, load_models
+from fastalign.engine.setup import load_data, load_models, settle
 from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
@@ -47,7 +47,7 @@ def evaluate(
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
     watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
     cost = forward_cost(models.policy)
-    for batches in evaluation_steps(dataset, batch.tokens, batch.share_prefix, world.rank, world.size, cost=cost):
+    for batches in evaluation_steps(dataset, batch.budget, batch.share_prefix, world.rank, world.size, cost=cost):
         known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
         sums = [evaluate_batch(models, micro.to(world.device), objective, facts, world) for micro, facts in known]
         total += add_sums(sums, objective.metric_names, world.device)
@@ -59,7 +59,7 @@ def imitated_per_unit(dataset: Examples, objective: Objective, batch: BatchConfi
     """Imitated tokens per unit over the whole dataset, counted without a model; None if the loss imitates nothing."""
     if not objective.imitates:
         return None
-    method, steps = objective.method, evaluation_steps(dataset, batch.tokens, batch.share_prefix)
+    method, steps = objective.method, evaluation_steps(dataset, batch.budget, batch.share_prefix)
     counts = [(method.imitated(micro), objective.count(micro)) for step in steps for micro in step]
     tokens, units = map(sum, zip(*counts, strict=True))
     return max(tokens, 1) / max(units, 1)
@@ -91,6 +91,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     objective = make_objective(config.method, config.loss)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:
+        config = settle(config, ranks.device)
         examples = held_out or dataset
         demands = [Demand(examples, range(len(examples)), len(examples))]
         models, (data,), config = load_models(config, objective, tokenizer, demands, ranks)

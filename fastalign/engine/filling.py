@@ -195,7 +195,7 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
     entries: dict[bytes, np.ndarray] = {}
     written, done = started, 0
     for examples, keys in missing_examples(filling):
-        for micro in rank_share(examples, batch.tokens, batch.share_prefix, world.rank, world.size):
+        for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
             entries |= split(micro, score(micro.to(world.device)), keys)
         done += len(examples)
         now = time.perf_counter()
@@ -246,7 +246,7 @@ def check_agreement(
     Raises:
         RunError: it is beyond rounding: the cache holds something else.
     """
-    micro = rank_share(examples, batch.tokens, batch.share_prefix, world.rank, world.size)[0].to(world.device)
+    micro = rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size)[0].to(world.device)
     logps, known = score(micro), micro.ref_logps
     mine, peak = 0.0, PEAK
     if known is not None and known.numel():

@@ -10,7 +10,7 @@ from fastalign.engine.filling import Demand, default_directory, fill, open_cache
 from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import scorer
-from fastalign.engine.setup import check_settings, load_data, load_weights
+from fastalign.engine.setup import check_settings, load_data, load_weights, settle
 from fastalign.parallel.mesh import world
 from fastalign.parallel.shard import shard
 
@@ -41,6 +41,7 @@ def precompute(config: Config) -> str:
     tokenizer, *datasets = load_data(config)
     demands = [Demand(data, range(len(data)), len(data)) for data in datasets if data is not None]
     with world(config.parallel) as ranks:
+        config = settle(config, ranks.device)
         _, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
         assert source is not None
         autocast = wants_autocast(config.model, ranks.device)

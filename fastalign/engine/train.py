@@ -29,7 +29,7 @@ from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_lea
 from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
-from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything
+from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything, settle
 from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
@@ -54,6 +54,7 @@ def train(config: Config) -> None:
     config = replace(config, loss={"name": objective.name, **objective.options})  # defaults filled in
     check_settings(config)
     with world(config.parallel) as ranks:
+        config = settle(config, ranks.device)
         checkpoint = claim(config, ranks)
         seed_everything(config.run)
         job = set_up(config, objective, ranks)
@@ -97,9 +98,9 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     demands = what_is_read(config, dataset, held_out, total)
     models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks)
     batch = config.batch
-    accounting = account(models.policy, batch.tokens, ranks.size, ranks.device, models.autocast)
+    accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
-    loader = Loader(data, batch.size, batch.tokens, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
+    loader = Loader(data, batch.size, batch.budget, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim)
     return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total, accounting)

@@ -69,7 +69,7 @@ class Norm(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """The gate's activation and the product with it in one pass."""
+    """The gate's activation and the product with it in one pass, not kept for the backward."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -80,10 +80,12 @@ class GatedMlp(nn.Module):
         """``[..., D]`` to ``[..., D]``."""
         if type(self.act_fn).__name__ not in SILU or torch.compiler.is_compiling():
             return super().forward(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if gate.dtype == up.dtype and _cpp_layers.serves(gate, up):
-            return self.down_proj(_cpp_layers.silu_mul(gate, up))
-        return self.down_proj(self.act_fn(gate) * up)
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if gate.dtype != up.dtype or not _cpp_layers.serves(gate, up):
+            return down(self.act_fn(gate) * up)
+        if type(down) is Linear and down.bias is None and _cpp_layers.serves(weight := down.weight.to(gate.dtype)):
+            return _cpp_layers.silu_mul_linear(gate, up, weight)
+        return down(_cpp_layers.silu_mul(gate, up))
 
 
 class Attention(nn.Module):

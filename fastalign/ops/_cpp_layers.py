@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.ops import _cpp
+from fastalign.ops import _cpp, _onednn
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +46,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` of two ``[..., D]`` tensors of one dtype, rounded once."""
     return _SiluMul.apply(gate, up)
+
+
+def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """``(silu(gate) * up) @ weight.T``; the product of gate and up is not kept but made again for the backward.
+
+    Args:
+        gate, up: ``[..., K]`` of one dtype.
+        weight: ``[N, K]`` of that dtype.
+    """
+    return _SiluMulLinear.apply(gate, up, weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -138,6 +148,27 @@ class _SiluMul(torch.autograd.Function):
         grad_y, grad_gate, grad_up = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
         _silu(gate, up, grad_y=_rows(grad_y), grad_gate=_rows(grad_gate), grad_up=_rows(grad_up))
         return grad_gate, grad_up
+
+
+class _SiluMulLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _silu(gate, up, y=_rows(y))
+        ctx.save_for_backward(gate, up, weight)
+        return _onednn.linear(y, weight, None) if _onednn.serves(y, weight) else torch.nn.functional.linear(y, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        gate, up, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        product = _onednn.product if _onednn.serves(grad, weight) else torch.mm
+        y = product(grad, weight)  # its gradient, until it is overwritten
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        _silu(gate, up, y=_rows(y), grad_y=_rows(y), grad_gate=_rows(grad_gate), grad_up=_rows(grad_up))
+        return grad_gate, grad_up, product(grad.t(), y) if ctx.needs_input_grad[2] else None
 
 
 def _silu(gate: Tensor, up: Tensor, **more: Any) -> None:

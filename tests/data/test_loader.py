@@ -129,6 +129,12 @@ def test_ranks_are_dealt_everything_once_within_the_budget(sizes: list[int], cap
     assert {len(hand) for hand in hands} == {-(-len(first_fit_decreasing(sizes, capacity)) // num_ranks)}
 
 
+def test_micro_batches_of_a_rank_are_alike() -> None:
+    """The largest decides what memory is needed: 120 tokens in two of 60, not in 99 and 21."""
+    sizes = [33, 31, 29, 27]
+    assert [sum(sizes[i] for i in members) for members in deal(sizes, sizes, capacity=99, num_ranks=1)[0]] == [60, 60]
+
+
 def test_ranks_wait_little_for_each_other() -> None:
     """Where attention of 1536 tokens costs as much as all else, equal tokens are unequal work."""
     waits = []

@@ -48,6 +48,21 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
     assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
 
 
+def test_tensors_are_spread_over_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", (1, 120))
+    model, optimizer = stepped()
+    path = checkpoint.save_checkpoint(tmp_path, 2, model, optimizer, {}, WORLD, keep=1)
+    assert len(list(path.glob("*.safetensors"))) > 4
+    assert max(file.stat().st_size for file in path.glob("*.safetensors")) < 1000
+    other, _ = stepped(seed=1)
+    fresh = make_optimizer(other, OptimConfig())
+    checkpoint.load_checkpoint(path, other, fresh, WORLD)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    next(path.glob("*-model-00002-*")).unlink()
+    with pytest.raises(ValueError, match=r"is incomplete: .*-model-00002-of-.* is missing"):
+        checkpoint.load_checkpoint(path, other, fresh, WORLD)
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     path = checkpoint.save_checkpoint(tmp_path, 2, *stepped(), {}, WORLD, keep=1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

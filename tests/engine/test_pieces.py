@@ -1,17 +1,23 @@
 """The small parts of the engine: objectives, schedules, metrics, report, console."""
 
+import ctypes
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fastalign.config import OptimConfig
+from fastalign.config import BatchConfig, Config, ModelConfig, OptimConfig
 from fastalign.engine import console, metrics, report
 from fastalign.engine.errors import RunError
 from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import learning_rate, make_optimizer
+from fastalign.engine.setup import settle
 from fastalign.parallel.mesh import World
 
 PLOTS = report.plots  # before a fixture makes runs skip them
@@ -190,3 +196,48 @@ def test_the_console_shows_progress(capsys, monkeypatch, tmp_path, terminal):
     assert "loss 0.5" in text
     if not terminal:
         assert [line.split()[1] for line in text.splitlines()] == ["2/4", "4/4"]
+
+
+@pytest.mark.parametrize(
+    "model, device, tokens",
+    [({}, "cpu", 1024), ({"autocast": True}, "cpu", 4096), ({"dtype": "bfloat16"}, "cpu", 4096), ({}, "cuda", 4096)],
+)
+def test_the_budget_of_a_micro_batch_fits_the_device(model, device, tokens):
+    config = Config("sft", model=ModelConfig(**model))
+    assert settle(config, torch.device(device)).batch.budget == tokens
+    chosen = replace(config, batch=BatchConfig(tokens=77))
+    assert settle(chosen, torch.device(device)) == chosen
+
+
+GROWTH = """
+import ctypes, torch
+from fastalign.engine.setup import bound_kernels
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+if BOUND:
+    bound_kernels()
+weight = torch.randn(256, 256, dtype=torch.bfloat16)
+for rows in range(200, 360):
+    torch.nn.functional.linear(torch.randn(rows, 256, dtype=torch.bfloat16), weight)
+    if rows == 240:
+        before = libc.mallinfo2().uordblks
+print(libc.mallinfo2().uordblks - before)
+"""
+
+
+def test_products_of_ever_new_shapes_keep_no_memory():
+    """oneDNN and PyTorch would keep what they compiled for each of 1024 shapes."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2") or not torch.backends.mkldnn.is_available():
+        pytest.skip("counts glibc's memory, and oneDNN's kernels")
+    grown, environment = [], {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    for bound in (False, True):
+        run = [sys.executable, "-c", GROWTH.replace("BOUND", str(bound))]
+        grown.append(int(subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout))
+    if grown[0] < 10 << 20:
+        pytest.skip(f"this processor's products keep {grown[0]} bytes anyway")
+    assert grown[1] < grown[0] / 8

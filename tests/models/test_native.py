@@ -63,6 +63,26 @@ def test_norm_and_gate(shape, dtype, level):
     assert_right(_cpp_layers.silu_mul, lambda a, b: F.silu(a) * b, [x, y], upstream.detach())
 
 
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("shape", [(131, 64), (2, 3, 37), (1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_product(shape, dtype, always, level, monkeypatch):
+    """As two layers, to the bit, since the same kernels run; and nothing of the product of gate and up is kept."""
+    monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    gate, up, weight = draw(shape, shape, (21, shape[-1]), dtype=dtype)
+    (upstream,) = draw((*shape[:-1], 21), dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        mine = _cpp_layers.silu_mul_linear(gate, up, weight)
+    assert set(kept) == {gate.data_ptr(), up.data_ptr(), weight.data_ptr()}
+    both = _cpp_layers.silu_mul(gate, up)
+    product = _onednn.linear if _onednn.serves(both, weight) else F.linear
+    theirs = product(both, weight, None)
+    inputs = (gate, up, weight)
+    results = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (mine, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def rotate64(x, cos, sin):
     half = x.shape[-1] // 2
     return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
