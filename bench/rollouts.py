@@ -16,6 +16,7 @@ from fastalign.config import ModelConfig, OptimConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.engine.optim import make_optimizer
+from fastalign.engine.setup import bound_kernels
 from fastalign.losses import policy as losses
 from fastalign.models.costs import forward_cost
 from fastalign.models.load import load_policy
@@ -81,6 +82,7 @@ def scored(policy: Policy, batch: PackedBatch) -> Tensor:
 
 def fastalign_update(work: Workload, log: StepLog) -> Callable[[], Any]:
     """Packed groups with a shared prompt, the policy loss inside the head; ``examples`` groups per optimizer step."""
+    bound_kernels()
     groups = read(work)
     policy = load_policy(ModelConfig(path=str(work.model))).to(work.device).train()
     optimizer = make_optimizer(policy, OptimConfig(lr=work.lr, schedule="constant"))

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from bench import rollouts, roof, workload
+from bench import rollouts, roof
 from bench.workload import TASKS, StepLog, Workload
 
 
@@ -78,8 +78,8 @@ def run(side: str, work: Workload, profile: bool) -> None:
         profile_after=work.warmup,
     )
     build(side, work, log)()
-    result = {name: getattr(log, name) for name in ("wall", "cpu", "losses", "tokens", "scored", "flops")}
-    result |= {"ready_mib": log.ready_mib, "peak_mib": workload.peak_mib(work.device)}
+    names = ("wall", "cpu", "losses", "tokens", "scored", "flops", "ready_mib", "peak_mib")
+    result = {name: getattr(log, name) for name in names}
     (work.path / f"{side}.json").write_text(json.dumps(result))
     if log.profiler is not None:
         print_profile(log.profiler)

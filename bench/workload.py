@@ -147,7 +147,7 @@ class StepLog:
         wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
         losses: one per step.
         tokens, scored, flops: what a step computed, where the side tells.
-        ready_mib: peak memory before the first step.
+        ready_mib, peak_mib: peak memory before the first step, and until the end of the last.
         profiler: started after ``profile_after`` steps, when there is one.
     """
 
@@ -158,6 +158,7 @@ class StepLog:
     scored: list[int] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     ready_mib: float = 0.0
+    peak_mib: float = 0.0
     device: str = "cpu"
     profiler: torch.profiler.profile | None = None
     profile_after: int = 0
@@ -165,7 +166,8 @@ class StepLog:
     def tick(self) -> None:
         """Read both clocks, once the device is done."""
         synchronize(self.device)
-        self.ready_mib = self.ready_mib or peak_mib(self.device)
+        self.peak_mib = peak_mib(self.device)
+        self.ready_mib = self.ready_mib or self.peak_mib
         if self.profiler is not None and len(self.wall) == self.profile_after:
             self.profiler.start()
         self.wall.append(time.perf_counter())

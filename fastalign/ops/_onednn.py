@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LEAST_WORK = 1 << 22
+"""Multiply-adds from which a product is worth a fresh result that is copied."""
+TILE = 2048
+"""Rows or columns of a result at a time."""
+TERMS = 1024
+"""Products that oneDNN adds up one after the other: all of a long sum would err twice as much as MKL."""
+
 
 @lru_cache(maxsize=1)
 def preferred() -> bool:
@@ -32,6 +39,23 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b [k, n]`` in fp32, of any strides."""
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether `multiply` takes ``a [m, k]`` and ``b [k, n]``, and is worth its calls."""
+    return a.numel() * b.shape[1] >= LEAST_WORK and serves(a, b) and type(out) is Tensor and out.dtype == a.dtype
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out = a @ b``, or with ``add`` ``out += a @ b``, a tile after the other: oneDNN makes fresh results only."""
+    wide = out.shape[1] > out.shape[0]
+    for start in range(0, max(out.shape), TILE):
+        part = slice(start, start + TILE)
+        tile, rows, columns = (out[:, part], a, b[:, part]) if wide else (out[part], a[part], b)
+        for first in range(0, a.shape[1], TERMS):
+            terms = slice(first, first + TERMS)
+            fresh = product(rows[:, terms], columns[terms])
+            tile.add_(fresh) if add or first else tile.copy_(fresh)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

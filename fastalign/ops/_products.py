@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp_product
+from fastalign.ops import _cpp_product, _onednn
 from fastalign.ops._head import Head
 from fastalign.ops.plan import UPCAST_ROWS
 
@@ -48,6 +48,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
             multiply(part, b, tile, tile if plus is out else plus, False)
             out[rows] = tile[: rows.stop - rows.start]
         return out
+    if (plus is None or plus is out) and _onednn.multiplies(a, b, out):
+        _onednn.multiply(a, b, out, add=plus is out)
+        return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
 
 
@@ -69,6 +72,9 @@ def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int
 
 def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision."""
+    if _onednn.multiplies(a, b, acc):
+        _onednn.multiply(a, b, acc, add=not first)
+        return
     if a.dtype == acc.dtype:
         acc.addmm_(a, b, beta=0 if first else 1)
         return

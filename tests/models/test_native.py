@@ -138,6 +138,20 @@ def test_linear_by_onednn(bias, shape):
         assert (mine - true).abs().max() <= 40 * torch.finfo(torch.float32).eps * true.abs().max()  # sums of 40 terms
 
 
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("m, k, n", [(5, 7, 23), (23, 50, 5), (1, 1, 1)])
+def test_product_in_tiles(add, m, k, n, monkeypatch):
+    """Several tiles of either side and several sums, the last ones broken; operands and results of any strides."""
+    monkeypatch.setattr(_onednn, "TILE", 4)
+    monkeypatch.setattr(_onednn, "TERMS", 16)
+    a, b, before = (x.detach() for x in draw((k, m), (k, n + 3), (m, n + 1), dtype=torch.float32))
+    out = before.clone()
+    _onednn.multiply(a.t(), b[:, 3:], out[:, 1:], add=add)
+    truth = a.double().t() @ b[:, 3:].double() + (before[:, 1:].double() if add else 0)
+    assert (out[:, 1:] - truth).abs().max() <= 1e-6 * (1 + truth.abs().max())
+    assert torch.equal(out[:, 0], before[:, 0])
+
+
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
