@@ -90,7 +90,7 @@ class BatchConfig:
     """Examples per optimizer step over all ranks: sequences, pairs or prompts, as the method counts."""
     tokens: int | None = None
     """Budget of computed tokens per micro-batch; a longer group gets one of its own. Default: 4096, in fp32 on a CPU
-    2048."""
+    1536."""
     max_group_tokens: int | None = None
     """Most computed tokens of one group, a pair with its prompt; a larger one ends the run with both numbers."""
     share_prefix: bool = True

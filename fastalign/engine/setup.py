@@ -45,7 +45,7 @@ LEAST = (
     ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
 )
 """The smallest value of settings that have one."""
-BUDGET, WIDE_BUDGET = 4096, 2048
+BUDGET, WIDE_BUDGET = 4096, 1536
 """Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
 KERNELS = 32
 """Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""

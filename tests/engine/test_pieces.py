@@ -200,7 +200,7 @@ def test_the_console_shows_progress(capsys, monkeypatch, tmp_path, terminal):
 
 @pytest.mark.parametrize(
     "model, device, tokens",
-    [({}, "cpu", 2048), ({"autocast": True}, "cpu", 4096), ({"dtype": "bfloat16"}, "cpu", 4096), ({}, "cuda", 4096)],
+    [({}, "cpu", 1536), ({"autocast": True}, "cpu", 4096), ({"dtype": "bfloat16"}, "cpu", 4096), ({}, "cuda", 4096)],
 )
 def test_the_budget_of_a_micro_batch_fits_the_device(model, device, tokens):
     config = Config("sft", model=ModelConfig(**model))
