@@ -29,13 +29,14 @@ check: $(VENV)/.installed-check
 # not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.
 SANITIZED := build/sanitize
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-NATIVE_TESTS := test_cpp test_rows test_product test_policy_loss test_divergence test_scan
+NATIVE_TESTS := ops/test_cpp ops/test_rows ops/test_product ops/test_policy_loss ops/test_divergence ops/test_scan \
+  ops/test_attention ops/test_attention_cpp models/test_native
 
 sanitize: $(VENV)/.installed-test
 	CXX="g++ $(SANITIZER)" FASTALIGN_CPP=1 FASTALIGN_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
-	  -k "not interpreter and not triton and not environment" $(NATIVE_TESTS:%=$(CURDIR)/tests/ops/%.py)
+	  -k "not interpreter and not triton and not environment" $(NATIVE_TESTS:%=$(CURDIR)/tests/%.py)
 
 # Deliberate faults, one at a time in a copy of the package: each must turn a test red. The tests themselves try a few.
 mutants: $(VENV)/.installed-test
