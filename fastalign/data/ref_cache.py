@@ -183,6 +183,9 @@ def _open(path: Path) -> tuple[np.ndarray, np.ndarray, int] | None:
         data = path.read_bytes()
     except FileNotFoundError:  # another process found it damaged first
         return None
+    except OSError as error:
+        log.warning("reference cache: %s cannot be read (%s): its examples count as missing", path, error.strerror)
+        return None
     if _hash(data) == path.name.partition("-")[0]:
         shard = load(data)
         return shard["keys"].view(f"S{KEY_BYTES}")[:, 0], shard["offsets"], len(data)
@@ -217,8 +220,8 @@ def _write_whole(final: Path, data: bytes) -> Path:
 
 
 def _reap(directory: Path) -> None:
-    """Remove what killed writers left."""
-    for path in directory.glob("*.tmp"):
-        with suppress(FileNotFoundError):  # another writer was faster
+    """Remove what killed processes left."""
+    for path in [*directory.glob("*.tmp"), *directory.glob(".probe-*")]:
+        with suppress(OSError):  # another writer was faster, or another user's it is
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()

@@ -37,7 +37,8 @@ class Accounting:
     def flops(self, tokens: int, attended: int, scored: int) -> float:
         """Operations of forward and backward of the policy on computed tokens: 6 per multiply-add, 4 where frozen.
 
-        Passes of a reference and recomputed activations are not counted.
+        Passes of a reference, recomputed activations, and the passes without gradient of losses that look at the whole
+        step first (``kto``, ``bco``, ``aot``) are not counted, neither here nor among the computed tokens.
         """
         work = tokens, attended, scored
         return 4 * self.forward.of(*work) + 2 * self.trained.of(*work)

@@ -111,10 +111,11 @@ def open_cache(
     space = cache.key(fingerprint(reference, world), computation(reference, world, **how))
     root = default_directory(config) if asked == "auto" else Path(asked).expanduser()
     filling = look_up(RefCache(root / space), demands, world)
-    uses = sum(demand.uses for demand in demands)
+    uses = sum(demand.uses * parts_each(demand) for demand in demands)
     wanted = asked != "auto" or len(filling.lacking) <= WORTH * uses
     if not wanted and not is_memory_short(reference, world):
-        log.info("reference: with every batch, each example being read once (reference.cache is auto)")
+        text = "reference: with every batch, %d sequences or groups, as the cache lacks %d (reference.cache is auto)"
+        log.info(text, uses, len(filling.lacking))
         return None
     problem = cannot_share(filling.store.directory, world) if filling.lacking else None
     if problem and asked == "auto":
@@ -140,6 +141,11 @@ def look_up(store: RefCache, demands: Sequence[Demand], world: World) -> Filling
     mine = [key for key, known in zip(keys, store.has(keys), strict=True) if not known]
     lacking = frozenset(key for rank in world.gather_objects(mine) for key in rank)
     return Filling(store, demands, keys, lacking)
+
+
+def parts_each(demand: Demand) -> int:
+    """What is scored by itself of an example: the example, and with ``mismatched`` another one."""
+    return len(parts(demand.dataset.fetch(list(demand.indices[:1]))))
 
 
 def windows(indices: Sequence[int]) -> Iterator[list[int]]:
@@ -172,7 +178,7 @@ def cannot_share(directory: Path, world: World) -> str | None:
         problem = f"the reference cache {directory} is not the same directory for all ranks"
     problems = world.gather_objects(problem)  # nobody removes a probe before all have looked
     if written:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     return next((problem for problem in problems if problem), None)
 
 

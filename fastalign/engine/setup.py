@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -18,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
-from fastalign.data.loader import Examples, TokenDataset, encode_dataset
+from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.console import check_trackers
-from fastalign.engine.filling import Demand
+from fastalign.engine.filling import Demand, windows
 from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 LEAST = (
     ("run", ("steps", "keep", "log_every"), 1),
     ("run", ("save_every", "eval_every"), 0),
-    ("batch", ("size", "tokens"), 1),
+    ("batch", ("size", "tokens", "max_group_tokens"), 1),
     ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
 )
 """The smallest value of settings that have one."""
@@ -67,6 +68,8 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
     if run.steps is None and not run.epochs > 0:
         raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
+    if config.reference.cache in ("", "null"):
+        raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     check_trackers(run.trackers)
     lora.check(config.model)
 
@@ -103,7 +106,18 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
     dataset = encode(rows, tokenizer, config)
-    return tokenizer, dataset, encode(held_out, tokenizer, config) if held_out else None
+    held_out = encode(held_out, tokenizer, config) if held_out else None
+    for examples in (dataset, held_out):
+        check_groups(examples, config.batch)
+    return tokenizer, dataset, held_out
+
+
+def check_groups(dataset: TokenDataset | None, batch: BatchConfig) -> None:
+    """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
+    if dataset is None or batch.max_group_tokens is None:
+        return
+    for window in windows(range(len(dataset))):
+        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens)
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> TokenDataset:
@@ -143,7 +157,11 @@ def load_models(
         ValueError: a model that cannot be used, or a method without its teacher.
     """
     policy, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
-    return *with_reference(config, objective, policy, source, demands, ranks), config
+    models, data = with_reference(config, objective, policy, source, demands, ranks)
+    if source is not None and models.reference is None:
+        del source
+        gc.collect()  # a sharded model is in cycles: its memory would be held until the collector comes by
+    return models, data, config
 
 
 def load_weights(
@@ -160,7 +178,7 @@ def load_weights(
     if objective.head == "distributions":
         refuse_head_adapters(objective, policy, source)
     if source is not None and source is not policy:
-        verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device)
+        verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device, "the reference")
     return policy, source, config
 
 
@@ -191,14 +209,16 @@ def load_reference(
     return frozen_copy(load_policy(described, tokenizer=tokenizer))
 
 
-def verified(config: Config, models: Models, dataset: Examples, device: torch.device) -> BatchConfig:
+def verified(
+    config: Config, models: Models, dataset: Examples, device: torch.device, name: str = "the model"
+) -> BatchConfig:
     """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees."""
     with models.precision(device):
         first = first_batch(dataset, config.batch).to(device)
-        if verify_packed(models.policy, first, config.model.on_mismatch):
+        if verify_packed(models.policy, first, config.model.on_mismatch, name):
             return config.batch
         unshared = replace(config.batch, share_prefix=False)
-        verify_packed(models.policy, first_batch(dataset, unshared).to(device))
+        verify_packed(models.policy, first_batch(dataset, unshared).to(device), name=name)
         return unshared
 
 

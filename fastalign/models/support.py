@@ -35,7 +35,7 @@ def refusal(model: PreTrainedModel) -> str | None:
     if config.get_text_config() is not config:
         return "it reads more than text; load its text model"
     if layers or getattr(model, "_is_stateful", False):
-        return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state across sequence boundaries"
+        return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state or read spans across sequence boundaries"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not behind transformers' AttentionInterface"
     if not isinstance(head := unwrapped(output_layer(model)), nn.Linear):

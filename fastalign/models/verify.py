@@ -49,7 +49,12 @@ class Sequences:
     position: Tensor
 
 
-def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["raise", "fallback"] = "raise") -> bool:
+def verify_packed(
+    policy: Policy,
+    batch: PackedBatch,
+    on_mismatch: Literal["raise", "fallback"] = "raise",
+    name: str = "the model",
+) -> bool:
     """Compares one group's log-probs from the packed batch with those of the plain forward.
 
     Two forwards without gradient: the whole packed batch, and the group's sequences in padded rows. Run it under the
@@ -60,6 +65,7 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
         batch: the first batch that holds a group with a shared prefix, if there is one.
         on_mismatch: `raise`, or `fallback` to warn and return False, after which the caller packs without sharing and
             verifies again.
+        name: what messages call the policy.
 
     Returns:
         Whether they agree.
@@ -80,7 +86,7 @@ def verify_packed(policy: Policy, batch: PackedBatch, on_mismatch: Literal["rais
     if not plain.isfinite().all():
         bad = int((~plain.isfinite()).sum())
         raise ValueError(
-            f"the model's own {what} are not finite on {bad} of {plain.numel()} tokens in a plain forward, without "
+            f"{name}'s own {what} are not finite on {bad} of {plain.numel()} tokens in a plain forward, without "
             "any packing: its weights hold NaN or infinity, or overflow in model.dtype; load another checkpoint"
         )
     difference = (packed.double() - plain.double()).abs()

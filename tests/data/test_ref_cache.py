@@ -139,14 +139,25 @@ def test_two_writers_killed_in_the_middle_leave_whole_shards(tmp_path, caplog):
 
 
 def test_what_a_killed_writer_left_is_ignored_and_removed_when_it_is_old(tmp_path):
-    fresh, old = tmp_path / "0-1.tmp", tmp_path / "0-2.tmp"
-    for path in (fresh, old):
+    fresh, old, probe, others = (tmp_path / name for name in ("0-1.tmp", "0-2.tmp", ".probe-0", "0-3.tmp"))
+    others.mkdir()  # cannot be unlinked, as another user's file
+    for path in (fresh, old, probe):
         path.write_bytes(b"half a shard")
-    os.utime(old, (0, 0))
+    for path in (old, probe, others):
+        os.utime(path, (0, 0))
     cache = RefCache(tmp_path)
     cache.write(entries(0, 2))
-    assert fresh.exists() and not old.exists()
+    assert fresh.exists() and others.exists() and not old.exists() and not probe.exists()
     assert holds(RefCache(tmp_path), range(2))
+
+
+def test_a_shard_that_cannot_be_read_is_a_miss(tmp_path, caplog):
+    RefCache(tmp_path).write(entries(0, 2))
+    (tmp_path / "0-1.safetensors").mkdir()
+    cache = RefCache(tmp_path)
+    assert holds(cache, range(2)) and not cache.has([key_of(5)]).any()
+    assert "0-1.safetensors cannot be read (Is a directory)" in caplog.text
+    assert (tmp_path / "0-1.safetensors").exists()
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,28 @@ def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
     assert opened(40, directory="file") is None  # nothing can be written there: a run goes on without
     with pytest.raises(OSError, match=r"cannot be written .*: set reference.cache to a directory that"):
         opened(40, str(tmp_path / "file"))
+
+
+def test_auto_counts_the_mismatched_completions_on_both_sides(configure, tmp_path):
+    config = configure("dpo", **{"data.cache_dir": str(tmp_path)})
+    tokenizer, pairs, _ = load_data(config)
+    policy = load_policy(config.model, tokenizer=tokenizer)
+
+    class Mismatched:
+        """Single sequences, each with another one that is scored beside it."""
+
+        def __len__(self):
+            return len(pairs)
+
+        def fetch(self, indices):
+            one, other = ([replace(x, sequences=x.sequences[i : i + 1]) for x in pairs.fetch(indices)] for i in (0, 1))
+            return [replace(x, mismatched=y) for x, y in zip(one, other, strict=True)]
+
+    def opened(uses):
+        return open_cache(config, policy, [Demand(Mismatched(), range(20), uses)], ALONE, autocast=False)
+
+    twice = opened(40)
+    assert opened(20) is None and twice is not None and len(twice.lacking) == 40
 
 
 def test_ranks_that_see_different_directories_are_told(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastalign.engine.precompute import precompute
 from fastalign.engine.setup import check_settings
 from fastalign.engine.train import train
 from runs import numbers
@@ -100,6 +101,8 @@ def test_a_directory_without_checkpoint_and_lines_is_fresh(configure):
         ({"run.eval_every": -1}, r"run\.eval_every must be at least 0"),
         ({"batch.size": 0}, r"batch\.size must be at least 1, got 0"),
         ({"batch.tokens": 0}, r"batch\.tokens must be at least 1, got 0"),
+        ({"batch.max_group_tokens": 0}, r"batch\.max_group_tokens must be at least 1, got 0"),
+        ({"reference.cache": ""}, r"reference\.cache must be auto, off or a directory, got ''"),
         ({"run.seed": -1}, r"run\.seed must be at least 0 and below 2\*\*32, got -1"),
         ({"run.seed": 2**32}, r"run\.seed must be"),
         ({"run.steps": 0}, r"run\.steps must be at least 1"),
@@ -112,6 +115,17 @@ def test_settings_that_cannot_be_meant_are_refused_before_any_work(configure, ch
     with pytest.raises(ValueError, match=words):
         train(config)
     assert not Path(config.run.output_dir).exists()
+
+
+@pytest.mark.parametrize("start", [train, precompute])
+def test_a_group_above_the_limit_is_refused_before_anything_is_computed(configure, start, tmp_path):
+    logps = tmp_path / "logps"
+    config = configure("dpo", **{"batch.max_group_tokens": 9, "reference.cache": str(logps)})
+    with pytest.raises(
+        ValueError, match=r"example \d+ takes \d+ computed tokens, more than batch\.max_group_tokens 9:"
+    ):
+        start(config)
+    assert not Path(config.run.output_dir, "metrics.jsonl").exists() and not logps.exists()
 
 
 def test_settings_at_their_bounds_are_accepted(configure):

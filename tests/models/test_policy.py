@@ -190,7 +190,7 @@ def small(kind, **options):
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
-        ("mamba", {}, "state across sequence boundaries"),
+        ("mamba", {}, "layers carry state or read spans across sequence boundaries"),
         (
             "qwen3_5_text",
             {"layer_types": ["linear_attention", "full_attention"]},
