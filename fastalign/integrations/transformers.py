@@ -145,11 +145,12 @@ class FusedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """As the base class; with the model's own forward where logits are wanted."""
+        options = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
         if prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, **options)
         assert isinstance(self.model, nn.Module)
         with plain_forward(self.model):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, **options)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------

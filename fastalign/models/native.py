@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastalign.ops import _cpp_layers, _onednn
@@ -99,19 +100,30 @@ class Attention(nn.Module):
     o_proj: nn.Module
     config: Any
 
-    def forward(
+    def forward(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """``[1, T, D]`` to ``[1, T, D]``; anything but a packed row by the layer's own code.
+
+        That code gets its arguments as they came, by name or by place: releases of transformers rename them.
+        """
+        return super().forward(*args, **inputs) if args or not self._serves(inputs) else self._packed(**inputs)
+
+    def _serves(self, inputs: dict[str, Any]) -> bool:
+        """Whether these are the inputs of a packed row: no mask, no key/value cache."""
+        if any(inputs.get(name) is None for name in ("hidden_states", "position_embeddings", "packed_layout")):
+            return False
+        if inputs.get("attention_mask") is not None or any(isinstance(x, Cache) for x in inputs.values()):
+            return False
+        cos, _ = inputs["position_embeddings"]
+        return cos.shape[-1] == self.head_dim and _cpp_layers.serves(inputs["hidden_states"], cos)
+
+    def _packed(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        attention_mask: None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """``[1, T, D]`` to ``[1, T, D]``; anything but a packed row by the layer's own code."""
         cos, sin = position_embeddings
-        packed = options.get("packed_layout") is not None and attention_mask is None and past_key_values is None
-        if not packed or cos.shape[-1] != self.head_dim or not _cpp_layers.serves(hidden_states, cos):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **options)
         shape = (*hidden_states.shape[1:-1], -1, self.head_dim)
         project = ((self.q_proj, "q_norm"), (self.k_proj, "k_norm"), (self.v_proj, ""))
         q, k, v = (getattr(self, norm, _same)(to(hidden_states).view(shape)) for to, norm in project)

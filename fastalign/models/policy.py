@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
 from fastalign.models.head import head_of
@@ -60,9 +60,9 @@ class Policy(nn.Module):
         self.head_options = support.head_options(model)
         model.set_attn_implementation(self.attention)
         if gradient_checkpointing:
-            # renamed during transformers 5
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
+            enable = getattr(model, f"{word}_checkpointing_enable")
+            enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
 
     @property
     def backbone(self) -> nn.Module:
@@ -117,7 +117,7 @@ class Policy(nn.Module):
             use_cache=False,
             packed_layout=plan,
         )
-        assert getattr(output, "past_key_values", None) is None, "a key/value cache changes how packed rows are read"
+        assert not _caches(output), "a key/value cache changes how packed rows are read"
         return gather_rows(output.last_hidden_state[0], batch.rows)
 
     def plain_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -144,6 +144,11 @@ class Policy(nn.Module):
             raise ValueError(
                 f"a sequence of {plan.longest} tokens is longer than {limit}, {why}: lower data.max_length"
             )
+
+
+def _caches(output: Any) -> list[str]:
+    """Key/value caches among a model's outputs, whatever the release of transformers calls that field."""
+    return [name for name, value in output.items() if isinstance(value, Cache)]
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b [k, n]`` in fp32, of any strides."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, attr="none", scalars=[], algorithm="")
 
 
 def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr="none", scalars=[], algorithm="")
 
     @staticmethod
     @once_differentiable

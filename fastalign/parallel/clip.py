@@ -44,7 +44,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     # In fp32 the norm of 2M elements is off by 3e-5 on CPU, which would make clipping depend on how they are sharded.
     mine = [local(t) for t in tensors]
     if mine[0].is_cuda:
-        total = torch.stack(torch._foreach_norm(mine, 2, torch.float64)).square().sum()  # pyright: ignore
+        total = torch.stack(torch._foreach_norm(mine, ord=2, dtype=torch.float64)).square().sum()  # pyright: ignore
     else:
         total = torch.stack([row_squares(t) for t in mine]).sum()
     first = tensors[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from packed_cases import PAIRS, logps_head, make_batch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausalLM
 
 from fastalign.models import native
 from fastalign.models.policy import Policy
@@ -156,14 +156,12 @@ SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def llama(**more):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, **more))
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def qwen(**more):
+def make(kind, **more):
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, **more))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **HEADS, **more))
 
 
 def native_policy(model):
@@ -171,12 +169,14 @@ def native_policy(model):
     return Policy(model)
 
 
-@pytest.mark.parametrize("make", [llama, qwen])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("always", [True, False])
-def test_a_model_computes_the_same(make, always, monkeypatch):
+def test_a_model_computes_the_same(kind, always, monkeypatch):
     monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    rotate, rotated = _cpp_layers.rotate, []
+    monkeypatch.setattr(_cpp_layers, "rotate", lambda *args: rotated.append(args) or rotate(*args))
     batch, _ = make_batch(*PAIRS)
-    ours, theirs = native_policy(make()), Policy(make())
+    ours, theirs = native_policy(make(kind)), Policy(make(kind))
     assert any(isinstance(m, native.Norm) for m in ours.modules())
     assert not any(isinstance(m, native.Norm | native.Linear) for m in theirs.modules())
     results = []
@@ -184,15 +184,30 @@ def test_a_model_computes_the_same(make, always, monkeypatch):
         logps = policy(batch, logps_head)
         logps.sum().backward()
         results.append((logps.detach(), {name: p.grad for name, p in policy.named_parameters()}))
+    assert len(rotated) == 2 * SIZES["num_hidden_layers"]  # queries and keys of our layers, and of no other
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
     assert results[0][1].keys() == results[1][1].keys()
     for name, grad in results[1][1].items():
         assert (results[0][1][name] - grad).abs().max() <= 1e-5 * max(grad.abs().max(), 1.0), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_goes_to_the_layers_own_code(kind):
+    """Whatever name transformers gives the cache: a token after three cached ones, as in a row of four."""
+    torch.manual_seed(1)
+    model, ids = make(kind), torch.tensor([[5, 7, 11, 13]])
+    native.use_native_layers(model)
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :3], use_cache=True)
+        (cache,) = (name for name, value in first.items() if isinstance(value, Cache))
+        then = model(ids[:, 3:], **{cache: first[cache]})
+    torch.testing.assert_close(torch.cat([first.logits, then.logits], 1), whole, rtol=0, atol=2e-6)
+
+
 def test_autocast_agrees_within_its_rounding():
     batch, _ = make_batch(*PAIRS)
-    model = llama()
+    model = make("llama")
     want = Policy(copy.deepcopy(model).double())(batch, logps_head)
     with torch.autocast("cpu", torch.bfloat16):
         got = native_policy(model)(batch, logps_head)
@@ -200,7 +215,7 @@ def test_autocast_agrees_within_its_rounding():
 
 
 def test_a_changed_model_is_copied_and_saved_as_before(tmp_path):
-    model = llama()
+    model = make("llama")
     names = {name: value.clone() for name, value in model.state_dict().items()}
     policy = native_policy(model)
     twin = copy.deepcopy(policy)
@@ -215,7 +230,7 @@ def test_a_changed_model_is_copied_and_saved_as_before(tmp_path):
 
 def test_other_activations_and_wide_weights_keep_their_own_code():
     batch, _ = make_batch(*PAIRS)
-    for model in (llama(hidden_act="gelu"), llama().double()):
+    for model in (make("llama", hidden_act="gelu"), make("llama").double()):
         assert native_policy(model)(batch, logps_head).isfinite().all()
 
 
