@@ -1,19 +1,23 @@
 """Rendering: from the normal form of a row to texts whose tokens can be told apart into given and scored.
 
-A conversation is rendered twice, up to the completion (with the generation prompt) and whole; where the two token
-sequences part, the completion begins. Text is never cut before it is tokenised: a merge may cross the boundary.
+A conversation is rendered up to each turn that is learnt from (with the generation prompt), through it, and whole;
+where the token sequences part, the turn begins. Text is never cut before it is tokenised: a merge may cross the
+boundary. Where the template marks what the assistant generates, its marks count instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.formats import Example, Text, Turns
+from fastalign.data.formats import Example
+from fastalign.data.messages import Text, Turns, bare, is_trained
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Marked:
     """A conversation already in tokens: the template itself marks what the assistant generates."""
 
     input_ids: list[int]
-    scored: list[int]
+    scored: Sequence[int] | np.ndarray
 
     def to_tokenise(self) -> list[tuple[str, bool]]:
         """Nothing is left to tokenise."""
@@ -85,7 +89,7 @@ def read_template(path: str | None) -> str | None:
 
 
 def render(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, judged: bool = False
 ) -> list[Rendered | Marked | Steps]:
     """One rendering per completion.
 
@@ -93,6 +97,7 @@ def render(
         example: a row in normal form.
         tokenizer: gives the chat template and its variables; used for conversations only.
         template: replaces the tokenizer's template.
+        judged: completions are judged as a whole, not learnt turn by turn: everything after the prompt is scored.
 
     Raises:
         ValueError: a conversation and no template, or one that the template refuses.
@@ -101,9 +106,8 @@ def render(
         prompt = str(example.prompt or "")
         return [Rendered(f"{prompt}{text}", ((prompt, None),), standard=True) for text in example.completions]
     chat = Chat(tokenizer, template, example.template)
-    if example.prompt is None:
-        return [chat.conversation(_turns(example.completions[0]))]
-    return [chat.completion(_turns(example.prompt), _turns(completion)) for completion in example.completions]
+    write = chat.completion if judged else chat.conversation
+    return [write(_turns(example.prompt or ""), _turns(completion)) for completion in example.completions]
 
 
 def render_steps(
@@ -134,16 +138,15 @@ class Chat:
         """Prompt and completion; everything after the prompt is scored."""
         return Rendered(self.text([*prompt, *completion]), ((self.text(prompt, True), None),), standard=False)
 
-    def conversation(self, turns: Turns) -> Rendered | Marked:
-        """A whole conversation with every assistant turn scored, its end token included."""
+    def conversation(self, prompt: Turns, completion: Turns) -> Rendered | Marked:
+        """Both, with the assistant turns of the completion scored that are learnt from, their end tokens included."""
+        turns = [*prompt, *completion]
+        learnt = [i for i in range(len(prompt), len(turns)) if is_trained(turns[i])]
         if self.has_markers():
-            return self.marked(turns)
-        spans = tuple(
-            (self.text(turns[:i], True), self.text(turns[: i + 1]))
-            for i, turn in enumerate(turns)
-            if turn["role"] == "assistant"
-        )
-        return Rendered(self.text(turns), spans, standard=False)
+            return self.marked(turns, learnt)
+        through = [None if i + 1 == len(turns) else self.text(turns[: i + 1]) for i in learnt]
+        before = [self.text(turns[:i], True) for i in learnt]
+        return Rendered(self.text(turns), tuple(zip(before, through, strict=True)), standard=False)
 
     def has_markers(self) -> bool:
         """Whether the template has ``{% generation %}`` markers and the tokenizer can place them."""
@@ -154,14 +157,39 @@ class Chat:
         """The messages as the template writes them."""
         return str(self._apply(turns, tokenize=False, add_generation_prompt=generation_prompt)) if turns else ""
 
-    def marked(self, turns: Turns) -> Marked:
+    def marked(self, turns: Turns, learnt: Sequence[int]) -> Marked:
+        """The conversation in tokens, scored where the template marks one of the turns ``learnt``.
+
+        Raises:
+            ValueError: others are marked too, and which mark is whose cannot be told.
+        """
+        marked = self._marks(turns)
+        speaking = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if list(learnt) == speaking:
+            return marked
+        counts = [self._count(turns[: i + 1]) - self._count(turns[:i]) for i in speaking]
+        begins = np.diff(marked.scored, prepend=0) == 1
+        if sum(counts) != begins.sum() or min(counts) < 1:
+            message = "which generation markers of the chat template belong to which assistant turn cannot be told"
+            raise ValueError(f"{message}: expected {{% generation %}} around each, in every conversation")
+        owners = np.repeat(speaking, counts)[np.cumsum(begins) - 1]  # of each token that is marked
+        return Marked(marked.input_ids, np.isin(owners, learnt) & np.array(marked.scored, dtype=bool))
+
+    def _marks(self, turns: Turns) -> Marked:
         """The conversation in tokens, scored where the template says so."""
         encoded = self._apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return Marked(encoded["input_ids"], encoded["assistant_masks"])
 
+    def _count(self, turns: Turns) -> int:
+        """How many stretches of a conversation the template marks."""
+        return int(np.sum(np.diff(self._marks(turns).scored, prepend=0) == 1)) if turns else 0
+
     def _apply(self, turns: Turns, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options, **self.arguments)
+            messages = bare(turns)
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, **options, **self.arguments
+            )
         except (TemplateError, TypeError, LookupError, ArithmeticError) as error:  # a template can raise what it likes
             raise ValueError(f"the chat template refuses a conversation: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import DataConfig
-from fastalign.data import cache, chat, feedback, formats, preference
+from fastalign.data import cache, chat, columns, feedback, formats, messages
 from fastalign.data.examples import TokenDataset
 
 logger = logging.getLogger(__name__)
@@ -37,14 +37,19 @@ FEATURES = Features(
     }
 )
 
+_NOT_TRAINED = "all their assistant turns have weight 0, train false or training false"
+
 _BATCH_ROWS = 1000  # enough to keep a fast tokenizer's threads busy, little enough for memory
 
 
-def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, method: str) -> TokenDataset:
+def encode_dataset(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, method: str, named: Collection[str] = ()
+) -> TokenDataset:
     """Tokenises rows for a method, once: the result is cached under a hash of rows, tokenizer, options and code.
 
-    Scored tokens are the completion's, its EOS included; for `text` all but the first; for `messages` every assistant
-    turn's. A reward model scores the last token of each sequence alone, a process reward model that of each step.
+    Scored tokens are the completion's, its EOS included; for `text` all but the first; of conversations, in `messages`
+    as in completions, the assistant turns', but for those with ``weight: 0``, ``train: false`` or ``training: false``.
+    A reward model scores the last token of each sequence alone, a process reward model that of each step.
 
     A sequence longer than ``data.max_length`` loses the end of its completion or is dropped (``data.truncation``), with
     the labels of the steps that ended there; a row is dropped when its prompt fills ``max_length`` or a completion is
@@ -57,6 +62,7 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
         data: format, lengths, template and cache directory.
         method: "sft", "distill" or "kto" (one sequence per example), "dpo", "reward" or "reward:soft_label" (chosen,
             then rejected), "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
+        named: columns that another dataset has, whose unread ones were logged.
 
     Returns:
         The examples in the rows' order; ``counts`` says how many were kept, cut and dropped, and why.
@@ -72,8 +78,9 @@ def encode_dataset(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     template = chat.read_template(data.chat_template)
     options = (form, method, template, data.max_length, data.truncation, data.step_separator)
     key = cache.key(cache.rows_content(rows), cache.tokenizer_content(tokenizer), options, cache.code_version())
-    encoder = Encoder(tokenizer, data, form, method, template, _are_raw_dialogues(rows, form))
+    encoder = Encoder(tokenizer, data, form, method, template, *columns.layout(rows, form))
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
+    columns.report_unread(rows, form, method, named)
     _report(counts, data.max_length)
     return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows)
 
@@ -89,11 +96,12 @@ class Encoder:
         method: str,
         template: str | None,
         raw_dialogue: bool,
+        repeated: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
-        self.form, self.method, self.raw_dialogue = form, method, raw_dialogue
+        self.form, self.method, self.raw_dialogue, self.repeated = form, method, raw_dialogue, repeated
         self.reading = formats.METHODS[method]
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
@@ -115,7 +123,9 @@ class Encoder:
         )
         self.counts["kept"] = len(encoded)
         if len(encoded) == 0:
-            raise ValueError(f"no row is left to train on: {_spell(self.counts)} (max_length {self.data.max_length})")
+            why = f"; no turn to train: {_NOT_TRAINED}" if any("no_turn" in reason for reason in self.counts) else ""
+            left = f"{_spell(self.counts)} (max_length {self.data.max_length})"
+            raise ValueError(f"no row is left to train on: {left}{why}")
         return dict(self.counts)
 
     def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -136,25 +146,28 @@ class Encoder:
 
     def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
         """The row's texts and what it says of them, or None when it is dropped."""
-        example = formats.normalise(row, self.form, self.method, self.raw_dialogue)
+        example = formats.normalise(row, self.form, self.method, self.raw_dialogue, self.repeated)
         if example is None:
             return self.drop("prompt_mismatch", 2 if self.reading.unit == "completion" else 1)
         if (example := self.without_empty(example)) is None:
             return None
+        if not example.is_asked():
+            self.counts["without_prompt"] += 1
         if self.form == "stepwise":
             texts = chat.render_steps(example, self.tokenizer, self.template, self.data.step_separator)
         else:
-            texts = chat.render(example, self.tokenizer, self.template)
+            texts = chat.render(example, self.tokenizer, self.template, judged=self.reading.own_rows)
         return texts, example.scores
 
     def without_empty(self, example: formats.Example) -> formats.Example | None:
-        """The example without its empty completions, or None when it is dropped."""
-        kept = [i for i, completion in enumerate(example.completions) if not formats.is_empty(completion)]
-        missing = len(example.completions) - len(kept)
+        """The example without the completions that have nothing to learn from, or None when it is dropped."""
+        reasons = [messages.why_nothing(completion) for completion in example.completions]
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
         if self.reading.unit == "row":
-            return example if kept and not missing else self.drop("empty_completion")
-        if missing:
-            self.drop("empty_completion", missing, self.reading.unit)
+            whole = kept and len(kept) == len(reasons)
+            return example if whole else self.drop(next(filter(None, reasons), "empty_completion"))
+        for reason in filter(None, reasons):
+            self.drop(reason, unit=self.reading.unit)
         if not self.are_enough(len(kept)):
             return None
         completions, scores = (tuple(values[i] for i in kept) for values in (example.completions, example.scores))
@@ -331,12 +344,6 @@ def _at_row(index: int, work: Callable[[], Any]) -> Any:
         raise ValueError(f"row {index}: {error}") from error
 
 
-def _are_raw_dialogues(rows: Dataset, form: str) -> bool:
-    if form != "preference" or "prompt" in rows.column_names:
-        return False
-    return preference.are_raw_dialogues(rows.select(range(min(8, len(rows)))).to_list())
-
-
 def _report(counts: dict[str, int], max_length: int) -> None:
     logger.info("tokenised: %s (max_length %d)", _spell(counts), max_length)
     if moved := counts.get("prompt_not_a_prefix"):
@@ -344,6 +351,15 @@ def _report(counts: dict[str, int], max_length: int) -> None:
             "%d prompts are not a token prefix of prompt and completion together: "
             "scoring begins where the tokens part, the completion's first text may be in a prompt token or the reverse",
             moved,
+        )
+    if untrained := sum(counts.get(f"{unit}_no_turn_to_train", 0) for unit in ("dropped", "candidates")):
+        logger.warning("%d completions have no turn to train: %s", untrained, _NOT_TRAINED)
+    if unasked := counts.get("without_prompt"):
+        logger.warning(
+            "%d of %d rows have no prompt, their completions are trained without a question: "
+            "name the prompt's column with data.columns, e.g. {prompt: question}",
+            unasked,
+            counts["rows"],
         )
 
 

@@ -1,13 +1,18 @@
 """Which of the known shapes a row has, recognised from its columns, and its one normal form.
 
-| format              | columns                                            | standard | conversational              |
-|---------------------|----------------------------------------------------|----------|-----------------------------|
-| `text`              | `text`, or `messages`, or ShareGPT `conversations` | a string | a list of `{role, content}` |
-| `prompt_completion` | `prompt`, `completion`                             | strings  | lists of `{role, content}`  |
-| `preference`        | `prompt` (optional), `chosen`, `rejected`          | strings  | lists of `{role, content}`  |
-| `unpaired`          | `prompt`, `completion`, `label`                    | strings  | lists of `{role, content}`  |
-| `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of `{role, content}`  |
-| `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone            |
+| format              | columns                                            | standard | conversational  |
+|---------------------|----------------------------------------------------|----------|-----------------|
+| `text`              | `text`, or `messages`, or ShareGPT `conversations` | a string | a list of turns |
+| `prompt_completion` | `prompt`, `completion`                             | strings  | lists of turns  |
+| `preference`        | `prompt` (optional), `chosen`, `rejected`          | strings  | lists of turns  |
+| `unpaired`          | `prompt`, `completion`, `label`                    | strings  | lists of turns  |
+| `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of turns  |
+| `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone |
+
+A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn stands for a list of it. A string
+prompt beside conversations is a user's turn, a string completion beside a prompt of turns an assistant's. Where the
+completions repeat the prompt it is read once, see `prompts`. `messages` or `conversations` beside `chosen` and
+`rejected` that are answers alone are their prompt.
 
 For reward models a preference may say more: `margin` (a number, by how much chosen is better); for soft labels it must
 say `probability` (that it is). A `label` is true or false, or 1 or 0. `completions` is a list: of candidates with a
@@ -17,15 +22,14 @@ score each, larger is better, or of the steps of one answer, each with a label.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastalign.data import feedback, preference
+from fastalign.data import feedback, prompts
+from fastalign.data.messages import Text, is_empty, kind, read, read_turns, strip_none
 
-Message = dict[str, Any]
-Turns = list[Message]
-Text = str | Turns
+__all__ = ["CONTEXT", "FORMATS", "METHODS", "Example", "Reading", "is_empty", "normalise", "recognise", "said"]
 
 FORMATS: dict[str, tuple[set[str], ...]] = {
     "prompt_completion": ({"prompt", "completion"},),
@@ -71,15 +75,9 @@ METHODS = {
 }
 """The methods that train on rows; kto and rrhf read a preference as a good and a bad completion."""
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
+CONTEXT = ("question", "instruction", "query", "input", "messages", "conversations", "system", "context", "history")
+"""Columns that hold what the completions answer, or a part of it, unless the data repeat it elsewhere."""
+_QUESTIONS = CONTEXT[:4]  # which whole texts repeat word for word
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,10 @@ class Example:
     completions: tuple[Text, ...]
     template: dict[str, Any]
     scores: tuple[float, ...] = ()
+
+    def is_asked(self) -> bool:
+        """Whether the completions follow a prompt, or are learnt from as a whole."""
+        return self.prompt is None or prompts.is_asked(self.prompt, self.completions)
 
 
 def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
@@ -133,141 +135,126 @@ def said(method: str) -> str:
     return method.replace(":", " --loss.name ")
 
 
-def normalise(row: dict[str, Any], form: str, method: str, raw_dialogue: bool) -> Example | None:
-    """The row's normal form; None when a raw dialogue's two sides do not share their prompt.
+def normalise(
+    row: dict[str, Any], form: str, method: str, raw_dialogue: bool, repeated: bool = False
+) -> Example | None:
+    """The row's normal form; None when raw dialogues do not share their prompt.
 
     Args:
         row: one row of a dataset of format ``form``.
         form: what `recognise` answered.
         method: decides which completions of a preference count, and what its scores are.
-        raw_dialogue: whether the strings are whole hh-rlhf dialogues, see `preference.is_raw_dialogue`.
+        raw_dialogue: whether the completions are whole hh-rlhf dialogues, see `preference.is_raw_dialogue`.
+        repeated: whether most completions are strings that begin with their prompt.
 
     Raises:
-        ValueError: a value of the wrong type, or lists that do not fit together.
+        ValueError: a value of the wrong type, lists that do not fit together, or answers without their question.
     """
-    return _preference(row, method, raw_dialogue) if form == "preference" else _NORMAL_FORMS[form](row)
-
-
-def _preference(row: dict[str, Any], method: str, raw_dialogue: bool) -> Example | None:
-    given = None if row.get("prompt") is None else _text(row, "prompt")
-    pair = preference.split_pair(given, _text(row, "chosen"), _text(row, "rejected"), raw_dialogue)
-    if pair is None:
+    if form == "text":
+        return _example(row, None, (_whole(row),))
+    if form == "stepwise":
+        return _stepwise(row, repeated)
+    names, sides = completions(row, form)
+    if raw_dialogue and all(isinstance(side, str) for side in sides):
+        placed = prompts.place_raw_dialogues(read(row.get("prompt"), "prompt"), [str(side) for side in sides], names)
+    else:
+        placed = _placed(row, form, names, sides, repeated)
+    if placed is None:
         return None
-    prompt, chosen, rejected = pair
-    if METHODS[method].imitates:
-        return _example(row, prompt, (chosen,))
-    return _example(row, prompt, (chosen, rejected), feedback.of_pair(row, method))
+    prompt, sides = placed
+    if form == "preference" and METHODS[method].imitates:
+        return _example(row, prompt, sides[:1])
+    return _example(row, prompt, sides, _scores(row, form, method))
 
 
-def _prompt_completion(row: dict[str, Any]) -> Example:
-    prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    _check_kinds("completion", prompt, completion)
-    return _example(row, prompt, (completion,))
+def completions(row: dict[str, Any], form: str) -> tuple[tuple[str, ...], tuple[Text, ...]]:
+    """The columns of a row's completions, one name for each, and the completions as they are written."""
+    if form in ("ranked", "stepwise"):
+        listed = feedback.listed(row, "completions")
+        return ("completions",) * len(listed), tuple(read(candidate, "completions") for candidate in listed)
+    names = ("chosen", "rejected") if form == "preference" else ("completion",)
+    return names, tuple(read(row.get(name), name) for name in names)
 
 
-def _unpaired(row: dict[str, Any]) -> Example:
-    return replace(_prompt_completion(row), scores=(feedback.label(row.get("label")),))
+def prompt_column(row: dict[str, Any], form: str, sides: Sequence[Text]) -> str | None:
+    """The column with the row's prompt; `messages` or `conversations` are one beside a pair of answers alone."""
+    if form != "preference" or row.get("prompt") is not None:
+        return "prompt"
+    name = next((name for name in ("messages", "conversations") if row.get(name)), None)
+    if name is None or any(prompts.is_whole(side, read(row[name], name)) for side in sides):
+        return None
+    return name
 
 
-def _ranked(row: dict[str, Any]) -> Example:
-    candidates, scores = feedback.matched(row, "completions", "scores")
-    prompt, texts = _text(row, "prompt"), tuple(_as_text(candidate, "completions") for candidate in candidates)
-    _check_kinds("completions", prompt, *texts)
-    return _example(row, prompt, texts, tuple(feedback.number(score, "scores") for score in scores))
+def _placed(
+    row: dict[str, Any], form: str, names: Sequence[str], sides: tuple[Text, ...], repeated: bool
+) -> tuple[Text, tuple[Text, ...]]:
+    """The prompt and the completions, apart; of a pair without a prompt it is what both sides begin with."""
+    column = prompt_column(row, form, sides)
+    given = None if column is None else read(row.get(column), column)
+    prompt, sides = prompts.place(given, sides, names, repeated)
+    if form == "preference" and not given:
+        _check_asked(row, prompt, sides)
+    return prompt, sides
 
 
-def _stepwise(row: dict[str, Any]) -> Example:
+def _check_asked(row: dict[str, Any], prompt: Text, sides: Sequence[Text]) -> None:
+    """Refuse a pair whose question is in a column that is not read: its answers would be trained without it."""
+    left = {name: row[name] for name in CONTEXT if row.get(name)}
+    if isinstance(prompt, str) and prompt.strip():
+        left = {name: text for name, text in left.items() if name in _QUESTIONS and not _is_in(text, prompt)}
+    elif prompts.is_asked(prompt, sides):
+        return
+    if left:
+        message = "there is no prompt: the answers would be trained without their question; not read:"
+        remedy = f"rename with data.columns, e.g. {{prompt: {next(iter(left))}}}"
+        raise ValueError(f"{message} {', '.join(map(repr, left))}: {remedy}")
+
+
+def _is_in(text: Any, prompt: str) -> bool:
+    return not isinstance(text, str) or text.strip() in prompt
+
+
+def _scores(row: dict[str, Any], form: str, method: str) -> tuple[float, ...]:
+    """What the row says of each completion."""
+    if form == "preference":
+        return feedback.of_pair(row, method)
+    if form == "ranked":
+        return tuple(feedback.number(score, "scores") for score in feedback.matched(row, "completions", "scores")[1])
+    return (feedback.label(row.get("label")),) if form == "unpaired" else ()
+
+
+def _stepwise(row: dict[str, Any], repeated: bool) -> Example:
     steps, labels = feedback.matched(row, "completions", "labels")
     if odd := {type(step).__name__ for step in steps} - {"str"}:
         raise ValueError(f"column 'completions': expected a list of steps, each a string, got {min(odd)}")
-    return _example(row, _text(row, "prompt"), tuple(steps), tuple(feedback.label(value, "labels") for value in labels))
-
-
-_NORMAL_FORMS: dict[str, Callable[[dict[str, Any]], Example]] = {
-    "text": lambda row: _example(row, None, (_whole(row),)),
-    "prompt_completion": _prompt_completion,
-    "unpaired": _unpaired,
-    "ranked": _ranked,
-    "stepwise": _stepwise,
-}
-
-
-def is_empty(text: Text) -> bool:
-    """Whether there is nothing to learn from: only white space, no message, or only empty assistant turns."""
-    if isinstance(text, str):
-        return not text.strip()
-    return not any(map(_says_something, [turn for turn in text if turn["role"] == "assistant"] or text))
-
-
-def _says_something(turn: Message) -> bool:
-    values = [value for key, value in turn.items() if key not in ("role", "name")]
-    return any(value.strip() if isinstance(value, str) else value for value in values)
+    prompt = read(row.get("prompt"), "prompt")
+    if isinstance(prompt, str):
+        prompt, first = prompts.place(prompt, steps[:1], ("completions",), repeated)
+        steps = [*first, *steps[1:]]
+    return _example(row, prompt, tuple(steps), tuple(feedback.label(value, "labels") for value in labels))
 
 
 def _example(
     row: dict[str, Any], prompt: Text | None, completions: tuple[Text, ...], scores: tuple[float, ...] = ()
 ) -> Example:
-    """An example; only a conversation is rendered with the row's template arguments."""
+    """An example; conversations are rendered with the row's template arguments."""
     conversation = any(isinstance(text, list) for text in (prompt, *completions))
     return Example(prompt, completions, _template_arguments(row) if conversation else {}, scores)
 
 
 def _whole(row: dict[str, Any]) -> Text:
-    if row.get("messages") is not None:
-        return _text(row, "messages")
-    return _from_sharegpt(row["conversations"]) if row.get("conversations") is not None else _text(row, "text")
-
-
-def _from_sharegpt(turns: Any) -> Turns:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"column 'conversations': expected a list of {{from, value}}, got {_kind(turns)}")
-    return _messages(turns, "conversations") if turns and "role" in turns[0] else [_from_turn(turn) for turn in turns]
-
-
-def _from_turn(turn: dict[str, Any]) -> Message:
-    if missing := {"from", "value"} - set(turn):
-        found = f"without {min(missing)!r}, with {sorted(turn)}"
-        raise ValueError(f"'conversations' has a turn {found}: expected {{from, value}} or {{role, content}}")
-    speaker, value = turn["from"], turn["value"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise ValueError(f"'conversations' has a turn from {speaker!r}: expected one of {sorted(SHAREGPT_ROLES)}")
-    if not isinstance(value, str | None):
-        raise ValueError(f"'conversations' has a turn whose 'value' is {_kind(value)}: expected a string")
-    return {"role": SHAREGPT_ROLES[speaker], "content": value or ""}
-
-
-def _text(row: dict[str, Any], name: str) -> Text:
-    return _as_text(row.get(name), name)
-
-
-def _as_text(value: Any, name: str) -> Text:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else _messages([value] if isinstance(value, dict) else value, name)
-
-
-def _messages(value: Any, name: str) -> Turns:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in value):
-        raise ValueError(f"column {name!r}: expected a string or a list of {{role, content}}, got {_kind(value)}")
-    return strip_none(value)
-
-
-def _kind(value: Any) -> str:
-    """The type of a value, and of what a list holds."""
-    inner = {type(item).__name__ for item in value} if isinstance(value, list) else set()
-    return type(value).__name__ + (f" of {' and '.join(sorted(inner))}" if inner else "")
-
-
-def _check_kinds(name: str, prompt: Text, *completions: Text) -> None:
-    """Refuses strings beside lists; what is empty is neither."""
-    if len({type(text) for text in (prompt, *completions) if text}) > 1:
-        raise ValueError(f"'prompt' and {name!r} must all be strings or all be lists of {{role, content}}")
+    for name, expected in (("messages", "{role, content}"), ("conversations", "{from, value}")):
+        if row.get(name) is not None:
+            value = row[name]
+            return read_turns([value] if isinstance(value, dict) else value, name, f"a list of {expected}")
+    return read(row.get("text"), "text")
 
 
 def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     options, tools = row.get("chat_template_kwargs") or {}, _tools(row.get("tools"))
     if not isinstance(options, dict):
-        raise ValueError(f"column 'chat_template_kwargs': expected a mapping of names to values, got {_kind(options)}")
+        raise ValueError(f"column 'chat_template_kwargs': expected a mapping of names to values, got {kind(options)}")
     return {"tools": tools, **strip_none(options)} if tools else strip_none(options)
 
 
@@ -280,15 +267,8 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got {_kind(tools)}")
+        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got {kind(tools)}")
     return strip_none(tools)
-
-
-def strip_none(value: Any) -> Any:
-    """The value without the null fields that arrow adds to make all rows alike."""
-    if isinstance(value, dict):
-        return {key: strip_none(item) for key, item in value.items() if item is not None}
-    return [strip_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _spell(formats: Iterable[str]) -> str:

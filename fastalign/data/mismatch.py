@@ -65,11 +65,12 @@ def choose_partners(rows: np.ndarray) -> np.ndarray:
 
 
 def mismatch(example: TokenExample, other: TokenExample, max_length: int) -> TokenExample:
-    """The prompt of ``example`` with the completion of ``other``, at most ``max_length`` tokens."""
-    ids, start = example.sequences[0][0], _boundary(example.sequences[0])
-    completion = other.sequences[0][0][_boundary(other.sequences[0]) :]
-    joined = np.concatenate([ids[:start], completion])[:max_length]
-    return TokenExample(((joined, np.arange(len(joined)) >= start),), example.example_id, example.kind)
+    """The prompt of ``example`` with the completion of ``other``, scored as there, at most ``max_length`` tokens."""
+    (ids, scored), (others, theirs) = example.sequences[0], other.sequences[0]
+    start, begin = _boundary((ids, scored)), _boundary((others, theirs))
+    joined = np.concatenate([ids[:start], others[begin:]])[:max_length]
+    mask = np.concatenate([scored[:start], theirs[begin:]])[:max_length]
+    return TokenExample(((joined, mask),), example.example_id, example.kind)
 
 
 def _boundary(sequence: Sequence) -> int:

@@ -1,9 +1,11 @@
-"""Preference rows as (prompt, chosen, rejected), whichever way the prompt is written down."""
+"""Answers that are written down together with their prompt: what they all begin with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
+
+from fastalign.data.messages import Turns, bare
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Turn markers of the raw hh-rlhf dialogues."""
@@ -14,51 +16,25 @@ def is_raw_dialogue(text: Any) -> bool:
     return isinstance(text, str) and text.lstrip().startswith(HUMAN.lstrip()) and ASSISTANT in text
 
 
-def are_raw_dialogues(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether these rows (the first ones of a dataset without a prompt column) are raw hh-rlhf pairs."""
-    return all(is_raw_dialogue(row["chosen"]) and is_raw_dialogue(row["rejected"]) for row in rows)
+def split_raw_dialogue(chosen: str, *others: str) -> tuple[str, ...] | None:
+    """Raw hh-rlhf dialogues as (prompt, answers): the prompt ends with the last ``\\n\\nAssistant:`` of ``chosen``.
 
-
-def split_pair(prompt: Any, chosen: Any, rejected: Any, raw_dialogue: bool) -> tuple[Any, Any, Any] | None:
-    """A pair as (prompt, chosen, rejected), all strings or all lists of messages.
-
-    An explicit prompt of the same kind is kept. Otherwise the prompt is what both sides begin with: in raw dialogues
-    everything up to and including the last ``\\n\\nAssistant:`` of ``chosen`` (the answers may begin alike, so their
-    own common words stay out of the prompt), in conversations the common messages, in plain strings the common
-    characters up to a word boundary. A string ``prompt`` beside conversations repeats what these begin with.
+    The answers may begin alike, so their own common words stay out of the prompt.
 
     Returns:
-        The triple, or None when a raw dialogue's rejected side has another prompt.
-
-    Raises:
-        ValueError: one side a string, the other a list.
-    """
-    if type(chosen) is not type(rejected):
-        raise ValueError("'chosen' and 'rejected' must both be strings or both be lists of {role, content}")
-    if raw_dialogue:
-        return split_raw_dialogue(chosen, rejected)
-    if prompt is not None and type(prompt) is type(chosen):
-        return prompt, chosen, rejected
-    if isinstance(prompt, list):
-        raise ValueError("'prompt' is a list of messages, 'chosen' and 'rejected' are strings: expected lists too")
-    length = _common_characters(chosen, rejected) if isinstance(chosen, str) else _common_messages(chosen, rejected)
-    return chosen[:length], chosen[length:], rejected[length:]
-
-
-def split_raw_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Splits a raw hh-rlhf pair as `split_pair` says; None when ``rejected`` has another prompt.
+        The prompt and the answers, or None when another dialogue does not begin with this prompt.
 
     Example:
         >>> split_raw_dialogue("\\n\\nHuman: Two?\\n\\nAssistant: Yes.", "\\n\\nHuman: Two?\\n\\nAssistant: No.")
         ('\\n\\nHuman: Two?\\n\\nAssistant:', ' Yes.', ' No.')
     """
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
-    if ASSISTANT not in chosen or not rejected.startswith(chosen[:end]):
+    if ASSISTANT not in chosen or not all(other.startswith(chosen[:end]) for other in others):
         return None
-    return chosen[:end], chosen[end:], rejected[end:]
+    return chosen[:end], *(side[end:] for side in (chosen, *others))
 
 
-def _common_characters(first: str, second: str) -> int:
+def common_characters(first: str, second: str) -> int:
     """Length of the common beginning, back to where a word begins: a half word must not count as prompt."""
     limit = min(len(first), len(second))
     length = next((i for i in range(limit) if first[i] != second[i]), limit)
@@ -67,7 +43,10 @@ def _common_characters(first: str, second: str) -> int:
     return length
 
 
-def _common_messages(first: list[Any], second: list[Any]) -> int:
-    """Number of common first messages; both sides keep at least one."""
-    limit = max(0, min(len(first), len(second)) - 1)
-    return next((i for i in range(limit) if first[i] != second[i]), limit)
+def common_messages(sides: Sequence[Turns]) -> int:
+    """Number of common first turns of two conversations or more; each keeps at least one. Of one, none."""
+    if len(sides) < 2:
+        return 0
+    first, *others = map(bare, sides)
+    limit = max(0, min(map(len, sides)) - 1)
+    return next((i for i in range(limit) if any(other[i] != first[i] for other in others)), limit)

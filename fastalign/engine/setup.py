@@ -106,7 +106,7 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
     dataset = encode(rows, tokenizer, config)
-    held_out = encode(held_out, tokenizer, config) if held_out else None
+    held_out = encode(held_out, tokenizer, config, rows.column_names) if held_out else None
     for examples in (dataset, held_out):
         check_groups(examples, config.batch)
     return tokenizer, dataset, held_out
@@ -120,10 +120,12 @@ def check_groups(dataset: TokenDataset | None, batch: BatchConfig) -> None:
         check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens)
 
 
-def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> TokenDataset:
-    """Rows as the tokens that the method's loss reads."""
+def encode(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, named: Sequence[str] = ()
+) -> TokenDataset:
+    """Rows as the tokens that the method's loss reads; the unread ones of the columns ``named`` were logged before."""
     objective = make_objective(config.method, config.loss)
-    dataset = encode_dataset(rows, tokenizer, config.data, objective.data)
+    dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
 
 

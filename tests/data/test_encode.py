@@ -114,13 +114,18 @@ def test_a_moved_boundary_is_said_once(make_tokenizer: Make, caplog: pytest.LogC
     assert [r.message[:33] for r in caplog.records] == ["3 prompts are not a token prefix "]
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED, REASONING])
-def test_a_conversational_completion_begins_after_the_generation_prompt(make_tokenizer: Make, template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "end", "answer"),
+    [(PLAIN, "", "four.<|end|>\n"), (MARKED, "\n", "four.<|end|>"), (REASONING, "", "(thinking)\n\nfour.<|end|>\n")],
+)
+def test_a_conversational_completion_begins_after_the_generation_prompt(
+    make_tokenizer: Make, template: str, end: str, answer: str
+) -> None:
     tokenizer = make_tokenizer("bos", chat_template=template)
     encoded = run([{"prompt": [user("two?")], "completion": [assistant("four.")]}], tokenizer)
     given, scored = parts(tokenizer, encoded[0])[0]
-    assert given == "<user>two?<|end|>\n<assistant>", "the template writes every special token"
-    assert scored == ("(thinking)\n\n" if template == REASONING else "") + "four.<|end|>\n"
+    assert given == f"<user>two?<|end|>\n<assistant>{end}", "the template writes every special token"
+    assert scored == answer
 
 
 @pytest.mark.parametrize(
@@ -280,7 +285,7 @@ def test_nothing_left_is_an_error_with_the_counts(make_tokenizer: Make) -> None:
         ({"prompt": "a", "completion": "b"}, "dpo", r"dpo expects the columns rejected\+chosen; found"),
         ({**PROMPTED, "images": ["x"]}, "dpo", "'images': images are not supported"),
         ({"prompt": "a", "completion": 3}, "sft", "row 0: column 'completion': expected a string or a list .* got int"),
-        ({"prompt": "a", "completion": [assistant("b")]}, "sft", "row 0: 'prompt' and 'completion' must all be"),
+        ({"messages": "a"}, "sft", "row 0: column 'messages': expected a list of {role, content}, got str"),
         ({"chosen": "a", "rejected": [assistant("b")]}, "dpo", "row 0: 'chosen' and 'rejected' must both be"),
         ({**PROMPTED, "prompt": 5}, "dpo", "row 0: column 'prompt': expected a string or a list .* got int"),
         ({"messages": [user("a")]}, "sft", "row 0: a conversation without a scored token"),

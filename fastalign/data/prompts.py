@@ -1,0 +1,193 @@
+"""Where a row's prompt ends and its completions begin: the prompt stands once before each, however both are written.
+
+A completion may be the answer alone, or the whole with the prompt in front. A string beside conversations is a turn: a
+prompt the user's, a completion the assistant's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastalign.data import preference
+from fastalign.data.messages import Message, Text, Turns
+
+_SYSTEM = ("system", "developer")
+
+
+def place(
+    prompt: Text | None, sides: Sequence[Text], names: Sequence[str], repeated: bool = False
+) -> tuple[Text, tuple[Text, ...]]:
+    """The prompt and the completions, of one kind, with the prompt in none of the completions.
+
+    Without a prompt it is what all completions begin with: the common messages or, where it is None, the common
+    characters up to a word boundary. A string beside conversations that repeat it stands for all common messages.
+
+    Args:
+        prompt: what the row says it is; None when it says nothing.
+        sides: the completions; an empty one is of any kind.
+        names: the column of each, for messages.
+        repeated: strings begin with their prompt, as `repeats` finds in most rows.
+
+    Raises:
+        ValueError: strings among conversations, a prompt that contradicts a completion.
+    """
+    if len({type(side) for side in sides if side}) > 1:
+        each = "both be" if len(set(names)) == 2 else "all be"
+        raise ValueError(f"{_spell(names)} must {each} strings or {each} lists of {{role, content}}")
+    if not isinstance(prompt, list) and all(isinstance(side, str) for side in sides):
+        return _place_texts(prompt, [str(side) for side in sides], names, repeated)
+    exact = isinstance(prompt, list) and bool(prompt)
+    return _place_turns(_turns(prompt or "", "user"), [_turns(side, "assistant") for side in sides], names, exact)
+
+
+def place_raw_dialogues(
+    prompt: Text | None, sides: Sequence[str], names: Sequence[str]
+) -> tuple[str, tuple[str, ...]] | None:
+    """Raw hh-rlhf dialogues as prompt and answers, see `preference.split_raw_dialogue`.
+
+    Raises:
+        ValueError: a prompt beside them that is not in them.
+    """
+    split = preference.split_raw_dialogue(*sides)
+    if split is None:
+        return None
+    if prompt and not _says(split[0], _turns(prompt, "user")):
+        raise ValueError(f"'prompt' is not in {names[0]!r}, a whole dialogue: expected it there, or answers alone")
+    return split[0], split[1:]
+
+
+def is_asked(prompt: Text, completions: Sequence[Text]) -> bool:
+    """Whether every completion follows something: a prompt, or turns of its own before the assistant's."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return any(turn["role"] == "user" for turn in prompt) or all(
+        not side or begins_with_a_question(side) for side in completions
+    )
+
+
+def begins_with_a_question(text: Text) -> bool:
+    """Whether a conversation's first turn after the system's is not the assistant's."""
+    if isinstance(text, str):
+        return False
+    return next((turn["role"] for turn in text if turn["role"] not in _SYSTEM), "assistant") != "assistant"
+
+
+def is_whole(text: Text, prompt: Text) -> bool:
+    """Whether a completion holds its question: a conversation has it in front, a string all turns of the prompt."""
+    return (
+        begins_with_a_question(text) if isinstance(text, list) else bool(text) and _says(text, _turns(prompt, "user"))
+    )
+
+
+def repeats(prompt: str, text: str) -> int | None:
+    """Length of the prompt at the beginning of a text, white space around it aside; None if it is not there."""
+    if text.startswith(prompt):
+        return len(prompt)
+    inner, start = prompt.strip(), len(text) - len(text.lstrip())
+    return start + len(inner) if text.startswith(inner, start) else None
+
+
+def _place_texts(
+    prompt: str | None, sides: Sequence[str], names: Sequence[str], repeated: bool
+) -> tuple[str, tuple[str, ...]]:
+    if prompt is None:
+        start = preference.common_characters(*sides)
+        return sides[0][:start], tuple(side[start:] for side in sides)
+    if not repeated or not prompt.strip():
+        return prompt, tuple(sides)
+    starts = [repeats(prompt, side) if side.strip() else 0 for side in sides]
+    for start, name in zip(starts, names, strict=True):
+        if start is None:
+            message = "does not begin with its prompt, as the completions of most rows do"
+            raise ValueError(f"{name!r} {message}: expected the prompt in front of all of them, or of none")
+    first = next((side[:start] for side, start in zip(sides, starts, strict=True) if start), prompt)
+    return first, tuple(side[start:] for side, start in zip(sides, starts, strict=True))
+
+
+def _place_turns(
+    prompt: Turns, sides: Sequence[Turns], names: Sequence[str], exact: bool
+) -> tuple[Turns, tuple[Turns, ...]]:
+    full = [side for side in sides if side]
+    prompt = _without_answer(prompt, full)
+    ends = [_end(prompt, side, name) for side, name in zip(sides, names, strict=True) if side]
+    if full and None not in ends:
+        length = _shared(full, ends[0] or 0, exact)
+        return full[0][:length], tuple(side[length:] for side in sides)
+    parts = [_apart(prompt, side, name) if side else (prompt, side) for side, name in zip(sides, names, strict=True)]
+    longest = max((before for before, _ in parts), key=len, default=prompt)
+    if not all(_agree(before, longest) or _agree(before, prompt) for before, _ in parts):
+        raise ValueError(f"{_spell(names)} have different turns before the prompt: expected the same in each")
+    return longest, tuple(rest for _, rest in parts)
+
+
+def _shared(sides: Sequence[Turns], end: int, exact: bool) -> int:
+    """How many first turns of conversations that repeat their prompt belong to it: until its end, or all in common."""
+    agreed = all(_agree(side[:end], sides[0][:end]) for side in sides)
+    return end if agreed and exact else max(preference.common_messages(sides), end if agreed else 0)
+
+
+def _without_answer(prompt: Turns, sides: Sequence[Turns]) -> Turns:
+    """The prompt without a last turn that is already one of the answers."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    answered = any(_agree(prompt, side) or _alike(prompt[-1], side[0]) for side in sides)
+    return prompt[:-1] if answered else prompt
+
+
+def _end(prompt: Turns, side: Turns, name: str) -> int | None:
+    """Where the prompt ends within a conversation; None if it is not in it."""
+    starts = range(len(side) - len(prompt) + 1)
+    end = next((i + len(prompt) for i in starts if _agree(side[i : i + len(prompt)], prompt)), None)
+    if end and side[0]["role"] == "assistant" != prompt[0]["role"]:
+        raise ValueError(
+            f"{name!r} begins with an answer, and 'prompt' follows in it: expected it in front or not at all"
+        )
+    return end
+
+
+def _apart(prompt: Turns, side: Turns, name: str) -> tuple[Turns, Turns]:
+    """What stands before a completion, and the completion: with the prompt, its last turns or none of it in front."""
+    if (end := _end(prompt, side, name)) is not None:
+        return side[:end], side[end:]
+    shared = next((n for n in range(len(prompt) - 1, 0, -1) if _agree(prompt[-n:], side[:n])), 0)
+    if shared:
+        return prompt, side[shared:]
+    systems = next((i for i, turn in enumerate(side) if turn["role"] not in _SYSTEM), len(side))
+    system, rest = side[:systems], side[systems:]
+    mine = [turn for turn in prompt if turn["role"] in _SYSTEM]
+    new = [turn for turn in system if not any(_alike(turn, other) for other in mine)]
+    if new and mine:
+        raise ValueError(f"'prompt' and {name!r} have different system turns: expected one of them")
+    if rest and rest[0]["role"] == prompt[-1]["role"] == "user":
+        message = f"expected the prompt among the turns of {name!r}, or the answer alone"
+        raise ValueError(f"'prompt' and the first user turn of {name!r} say different things: {message}")
+    return [*new, *prompt], rest
+
+
+def _agree(first: Turns, second: Turns) -> bool:
+    return len(first) == len(second) and all(map(_alike, first, second))
+
+
+def _alike(first: Message, second: Message) -> bool:
+    """Whether two turns say the same, white space around it aside."""
+    return all(_said(first, key) == _said(second, key) for key in ("role", "content", "tool_calls"))
+
+
+def _said(turn: Message, key: str) -> object:
+    value = turn.get(key) or ""
+    return value.strip() if isinstance(value, str) else value
+
+
+def _says(text: str, turns: Turns) -> bool:
+    """Whether the text of all user turns is in a string."""
+    return all(turn.get("content", "").strip() in text for turn in turns if turn["role"] == "user")
+
+
+def _spell(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, dict.fromkeys(names)))
+
+
+def _turns(text: Text, role: str) -> Turns:
+    if isinstance(text, list):
+        return text
+    return [{"role": role, "content": text}] if text.strip() else []

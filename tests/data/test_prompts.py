@@ -1,0 +1,344 @@
+"""A prompt stands once in a sequence and the answers alone are scored, whichever shape prompt and answers have."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from fastalign.config import Config, DataConfig
+from fastalign.data import formats
+from fastalign.data.encode import Encoder, encode_dataset
+from fastalign.data.forest import agreement
+from fastalign.engine.setup import load_data
+
+Make = Callable[..., PreTrainedTokenizerFast]
+Turn = dict[str, Any]
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+QUESTION = "What is 2+2?"
+ASKED = "<user>What is 2+2?</s><assistant>"
+METHODS = ("dpo", "reward", "reward:soft_label", "kto", "rrhf", "sft", "distill")
+
+
+def turn(role: str, text: str) -> Turn:
+    return {"role": role, "content": text}
+
+
+def user(text: str = QUESTION) -> Turn:
+    return turn("user", text)
+
+
+def answer(text: str) -> Turn:
+    return turn("assistant", text)
+
+
+def human(text: str = QUESTION) -> Turn:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> Turn:
+    return {"from": "gpt", "value": text}
+
+
+def parts(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], method: str, **layout: Any) -> list[tuple[str, str]]:
+    """For each sequence of a row the text that is given and the text that is scored."""
+    columns = {name: [value] for name, value in row.items()}
+    encoder = Encoder(tokenizer, DataConfig(), formats.recognise(columns, method), method, None, False, **layout)
+    out = encoder.batch(columns, [0])
+    found = []
+    for ids, scored, lengths in zip(out["input_ids"], out["scored"], out["lengths"], strict=True):
+        ends = np.cumsum(lengths)[:-1]
+        for tokens, mask in zip(np.split(np.array(ids), ends), np.split(np.array(scored) > 0, ends), strict=True):
+            found.append((tokenizer.decode(tokens[~mask]), tokenizer.decode(tokens[mask])))
+    return found
+
+
+def pair(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected, "probability": 0.9, **more}
+
+
+WHOLE = pair([user(), answer("four")], [user(), answer("five")])
+ALONE = pair([answer("four")], [answer("five")])
+ONE = pair(answer("four"), answer("five"))
+STRINGS = pair("four", "five")
+SHAREGPT = pair(gpt("four"), gpt("five"))
+
+PAIRS = {
+    "string beside answers": {**ALONE, "prompt": QUESTION},
+    "string beside one message": {**ONE, "prompt": QUESTION},
+    "string beside conversations": {**WHOLE, "prompt": QUESTION},
+    "string with white space": {**WHOLE, "prompt": f" {QUESTION}\n"},
+    "turns beside answers": {**ALONE, "prompt": [user()]},
+    "turns beside conversations": {**WHOLE, "prompt": [user()]},
+    "turns beside one of each": pair([user(), answer("four")], [answer("five")], prompt=[user()]),
+    "turns beside strings": {**STRINGS, "prompt": [user()]},
+    "one turn beside one message": {**ONE, "prompt": user()},
+    "answered turns beside answers": {**ALONE, "prompt": [user(), answer("four")]},
+    "answered turns beside conversations": {**WHOLE, "prompt": [user(), answer("four")]},
+    "messages beside one message": {**ONE, "messages": [user()]},
+    "messages beside answers": {**ALONE, "messages": [user()]},
+    "messages beside strings": {**STRINGS, "messages": [user()]},
+    "answered messages beside answers": {**ALONE, "messages": [user(), answer("five")]},
+    "messages beside conversations": {**WHOLE, "messages": [user(), answer("four")]},
+    "conversations beside one message": {**ONE, "conversations": [user()]},
+    "sharegpt": {**SHAREGPT, "conversations": [human()]},
+    "sharegpt prompt": {**SHAREGPT, "prompt": [human()]},
+    "sharegpt turn": {**SHAREGPT, "prompt": human()},
+    "sharegpt whole": pair([human(), gpt("four")], [human(), gpt("five")]),
+    "sharegpt whole beside a string": pair([human(), gpt("four")], [human(), gpt("five")], prompt=QUESTION),
+    "both notations": {**SHAREGPT, "prompt": [user()]},
+}
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_a_prompt_of_a_pair_is_there_once(make_tokenizer: Make, row: dict[str, Any]) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    both = [(ASKED, "four</s>"), (ASKED, "five</s>")]
+    for method in METHODS:
+        expected = both[:1] if method in ("sft", "distill") else both
+        if method.startswith("reward"):
+            expected = [(given + text.removesuffix("</s>"), "</s>") for given, text in both]
+        if {"messages", "conversations"} & set(row) and method in ("sft", "distill"):
+            continue  # these read the conversation
+        assert parts(tokenizer, row, method) == expected, method
+
+
+COMPLETIONS = {
+    "string beside answers": (QUESTION, [answer("four")]),
+    "string beside one message": (QUESTION, answer("four")),
+    "string beside conversations": (QUESTION, [user(), answer("four")]),
+    "turns beside conversations": ([user()], [user(), answer("four")]),
+    "turns beside strings": ([user()], "four"),
+    "sharegpt": (human(), [gpt("four")]),
+}
+
+
+@pytest.mark.parametrize(("prompt", "completion"), COMPLETIONS.values(), ids=COMPLETIONS)
+def test_a_prompt_of_completions_is_there_once(make_tokenizer: Make, prompt: Any, completion: Any) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = {"prompt": prompt, "completion": completion, "label": True, "scores": [1, 0]}
+    ranked = {**row, "completions": [completion, completion]}
+    for method, each in (("sft", row), ("distill", row), ("kto", row), ("rrhf", ranked)):
+        assert set(parts(tokenizer, each, method)) == {(ASKED, "four</s>")}, method
+    assert set(parts(tokenizer, ranked, "reward:k_wise")) == {(f"{ASKED}four", "</s>")}
+
+
+@pytest.mark.parametrize("prompt", [[user()], [human()], human()])
+def test_a_prompt_of_steps_is_there_once(make_tokenizer: Make, prompt: Any) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = {"prompt": prompt, "completions": ["two", "four"], "labels": [1, 1]}
+    assert parts(tokenizer, row, "reward:process") == [(f"{ASKED}twofour", "\n\n")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "given"),
+    [
+        (QUESTION, [turn("system", "kind"), answer("a")], "<system>kind</s>" + ASKED),
+        (QUESTION, [turn("system", "kind"), user(), answer("a")], "<system>kind</s>" + ASKED),
+        ([user()], [turn("system", "kind"), user(), answer("a")], "<system>kind</s>" + ASKED),
+        ([turn("system", "kind"), user()], [user(), answer("a")], "<system>kind</s>" + ASKED),
+        ([turn("system", "kind"), user()], [turn("system", "kind"), user(), answer("a")], "<system>kind</s>" + ASKED),
+        ([turn("system", "kind")], [user(), answer("a")], "<system>kind</s>" + ASKED),
+        ([user()], [user("hi"), answer("ho"), user(), answer("a")], "<user>hi</s><assistant>ho</s>" + ASKED),
+        ([user("hi"), answer("ho")], [user(), answer("a")], "<user>hi</s><assistant>ho</s>" + ASKED),
+        ([user("hi"), answer("ho"), user()], [user(), answer("a")], "<user>hi</s><assistant>ho</s>" + ASKED),
+    ],
+)
+def test_turns_around_the_prompt_are_kept(make_tokenizer: Make, prompt: Any, chosen: Any, given: str) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = pair(chosen, [*chosen[:-1], answer("b")], prompt=prompt)
+    assert parts(tokenizer, row, "dpo") == [(given, "a</s>"), (given, "b</s>")]
+
+
+def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    history = [user(), answer("four"), user("sure?")]
+    row = pair([*history, answer("yes")], [*history, answer("no")], prompt=QUESTION)
+    assert [text for _, text in parts(tokenizer, row, "dpo")] == ["yes</s>", "no</s>"]
+    exact = parts(tokenizer, {**row, "prompt": [user()]}, "dpo")
+    assert [text for _, text in exact] == ["four</s>yes</s>", "four</s>no</s>"], "turns say where the answers begin"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair([user("a"), answer("b")], [user("a"), answer("c")], prompt=QUESTION), "first user turn of 'chosen' say"),
+        (pair([user("a"), answer("b")], [user("a"), answer("c")], prompt=[user()]), "first user turn of 'chosen' say"),
+        (pair([user(), answer("b")], [user("a"), answer("c")], prompt=QUESTION), "first user turn of 'rejected' say"),
+        ({"prompt": QUESTION, "completion": [user("a"), answer("b")]}, "first user turn of 'completion' say"),
+        (
+            {"prompt": QUESTION, "completions": [[user("a"), answer("b")]] * 2, "scores": [1, 0]},
+            "first user turn of 'completions' say",
+        ),
+        (
+            {**WHOLE, "chosen": [turn("system", "x"), user(), answer("b")], "prompt": [turn("system", "y"), user()]},
+            "different system turns",
+        ),
+        (
+            pair([turn("system", "x"), answer("b")], [turn("system", "y"), answer("c")], prompt=QUESTION),
+            "different turns before the prompt",
+        ),
+        (pair([answer("hi"), user(), answer("b")], [answer("c")], prompt=QUESTION), "'chosen' begins with an answer"),
+        ({"prompt": QUESTION, "completions": ["a", [answer("b")]], "scores": [1, 0]}, "'completions' must all be"),
+        ({"question": QUESTION, "system": "kind", "chosen": "four", "rejected": "five"}, r"e\.g\. {prompt: question}$"),
+        ({"instruction": QUESTION, **ALONE}, r"not read: 'instruction': rename .* {prompt: instruction}$"),
+        ({"context": QUESTION, **ONE}, "there is no prompt: the answers would be trained without their question"),
+        ({"history": [QUESTION], **STRINGS, "prompt": None}, "there is no prompt"),
+        ({"question": QUESTION, "chosen": "It is four", "rejected": "It is five"}, "there is no prompt"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_lost_questions_are_refused(make_tokenizer: Make, row: dict, message: str) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    method = "dpo" if "chosen" in row else "rrhf" if "scores" in row else "sft"
+    with pytest.raises(ValueError, match=f"^row 0: .*{message}") as caught:
+        parts(tokenizer, row, method)
+    assert "\n" not in str(caught.value)
+
+
+def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, method: str) -> list[tuple[str, str]]:
+    encoded = encode_dataset(Dataset.from_list(rows), tokenizer, DataConfig(), method)
+    return [
+        (tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask]))
+        for example in encoded
+        for ids, mask in example.sequences
+    ]
+
+
+@pytest.mark.parametrize("before", ["", "\n "])
+def test_strings_that_begin_with_their_prompt_have_it_once(
+    make_tokenizer: Make, before: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    answers = [f"{before}{QUESTION} {text}" for text in ("four", "five")]
+    row = {"prompt": QUESTION, "completion": answers[0], "label": True}
+    ranked = {"prompt": QUESTION, "completions": answers, "scores": [1, 0]}
+    given = f"{before}{QUESTION}"
+    with caplog.at_level(logging.WARNING):
+        assert encode([pair(*answers, prompt=QUESTION)], tokenizer, "dpo") == [
+            (given, " four</s>"),
+            (given, " five</s>"),
+        ]
+    assert [r.message for r in caplog.records] == [
+        "completions begin with their prompt in 1 of the first 1 rows: the prompt is read once"
+    ]
+    assert encode([ranked], tokenizer, "rrhf") == [(given, " four</s>"), (given, " five</s>")]
+    assert encode([row], tokenizer, "sft") == encode([row], tokenizer, "kto") == [(given, " four</s>")]
+    steps = {"prompt": QUESTION, "completions": [answers[0], "five"], "labels": [1, 0]}
+    assert encode([steps], tokenizer, "reward:process") == [(f"{given} fourfive", "\n\n")]
+
+
+def test_an_answer_may_begin_as_its_prompt_does_by_chance(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "Hi", "completion": "Hi there"}, {"prompt": "Two", "completion": " cats"}]
+    rows += [{"prompt": "cat", "completion": "cat"}] * 2  # what is copied and no more is an answer
+    with caplog.at_level(logging.WARNING):
+        found = encode(rows, make_tokenizer(), "sft")
+    assert [given + text for given, text in found] == ["HiHi there</s>", "Two cats</s>", *["catcat</s>"] * 2]
+    assert "begin with their prompt in 1 of the first 4 rows: they are answers" in caplog.text
+
+
+def test_a_row_unlike_the_others_is_named(make_tokenizer: Make) -> None:
+    rows = [pair(f"{QUESTION} four", f"{QUESTION} five", prompt=QUESTION)] * 2
+    rows.append(pair(f"{QUESTION} four", "five", prompt=QUESTION))
+    with pytest.raises(ValueError, match=r"row 2: 'rejected' does not begin with its prompt, as .* most rows do"):
+        encode(rows, make_tokenizer(), "dpo")
+
+
+@pytest.mark.parametrize("prompt", ["\n\nHuman: hi\n\nAssistant:", "Human: hi", "hi", [user("hi")], None])
+def test_a_prompt_beside_raw_dialogues_is_in_them_once(make_tokenizer: Make, prompt: Any) -> None:
+    start = "\n\nHuman: hi\n\nAssistant:"
+    row = {"prompt": prompt, "chosen": f"{start} yes", "rejected": f"{start} no"}
+    tokenizer = make_tokenizer()
+    assert encode([row], tokenizer, "dpo") == [(start, " yes</s>"), (start, " no</s>")]
+    if isinstance(prompt, str):
+        row = {"prompt": prompt, "completion": f"{start} yes", "label": True}
+        assert encode([row], tokenizer, "kto") == encode([row], tokenizer, "sft") == [(start, " yes</s>")]
+
+
+def test_another_prompt_beside_raw_dialogues_is_refused(make_tokenizer: Make) -> None:
+    start = "\n\nHuman: hi\n\nAssistant:"
+    with pytest.raises(ValueError, match="row 0: 'prompt' is not in 'chosen', a whole dialogue"):
+        encode([{"prompt": "ho", "chosen": f"{start} yes", "rejected": f"{start} no"}], make_tokenizer(), "dpo")
+
+
+def test_whole_texts_repeat_the_question_of_another_column(make_tokenizer: Make) -> None:
+    row = {"question": QUESTION, "chosen": f"{QUESTION} four", "rejected": f"{QUESTION} six"}
+    found = encode([row], make_tokenizer(), "dpo")
+    assert [given + text for given, text in found] == [f"{QUESTION} four</s>", f"{QUESTION} six</s>"]
+    assert (
+        parts(make_tokenizer(chat_template=TEMPLATE), {**WHOLE, "question": "x", "system": "y"}, "dpo")[0][0] == ASKED
+    )
+
+
+def test_pairs_without_a_question_are_said(make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [pair([answer("four")], [answer("five")]), WHOLE]
+    with caplog.at_level(logging.WARNING):
+        encode(rows, make_tokenizer(chat_template=TEMPLATE), "dpo")
+    assert [r.message for r in caplog.records] == [
+        "1 of 2 rows have no prompt, their completions are trained without a question: "
+        "name the prompt's column with data.columns, e.g. {prompt: question}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "unread"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "d", "id": 1}, "dpo", ["system", "id"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0, "kind": "d"}, "dpo", ["margin"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0, "kind": "d"}, "reward", []),
+        ({"prompt": "a", "completion": "b", "tools": "c", "input": "d"}, "sft", ["input", "tools"]),
+        ({"prompt": [user()], "completion": [answer("b")], "tools": "[]", "text": "x"}, "sft", ["text"]),
+        ({"messages": [user(), answer("b")], "text": "x", "history": ["y"]}, "sft", ["history", "text"]),
+        ({**ALONE, "messages": [user()], "extra": 1}, "reward:soft_label", ["extra"]),
+        ({**WHOLE, "messages": [user()], "prompt": QUESTION}, "reward:soft_label", ["messages"]),
+        ({"prompt": "a", "completion": "b", "label": True, "history": ["x"]}, "kto", ["history"]),
+        ({"prompt": "a", "completions": ["b"], "scores": [1], "context": "x"}, "rrhf", ["context"]),
+        ({"prompt": "a", "completions": ["b"], "labels": [1], "question": "x"}, "reward:process", ["question"]),
+    ],
+)  # fmt: skip
+def test_every_column_that_is_not_read_is_named_once(
+    make_tokenizer: Make, row: dict, method: str, unread: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
+        encode([row], make_tokenizer(chat_template=TEMPLATE), method)
+    context = [name for name in unread if name in formats.CONTEXT]
+    said = {r.levelname: r.message for r in caplog.records if r.name == "fastalign.data.columns"}
+    others = [name for name in unread if name not in context]
+    assert said.get("INFO", "columns not read: ") == f"columns not read: {', '.join(others)}"
+    assert ("WARNING" in said) == bool(context) and ", ".join(context) in said.get("WARNING", "")
+    if context:
+        assert "data.columns" in said["WARNING"]
+
+
+def test_of_training_and_held_out_rows_a_column_is_named_once(
+    tmp_path: Path, make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "system": "d", "id": 1}\n' * 4
+    )
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    config = Config(method="dpo", data=DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.5))
+    config.model.tokenizer = str(tmp_path / "tokenizer")
+    with caplog.at_level(logging.INFO):
+        load_data(config)
+    assert len([r for r in caplog.records if "not read" in r.message]) == 2
+    assert caplog.text.count("not read: id") == 1
+
+
+@pytest.mark.parametrize("row", [PAIRS["string beside answers"], PAIRS["turns beside conversations"]])
+def test_both_sides_share_the_tokens_of_their_prompt(make_tokenizer: Make, row: dict[str, Any]) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    ((first, second),) = [
+        [ids for ids, _ in e.sequences]
+        for e in encode_dataset(Dataset.from_list([row]), tokenizer, DataConfig(), "dpo")
+    ]
+    assert agreement([first, second]) >= len(tokenizer(ASKED)["input_ids"])
