@@ -1,8 +1,9 @@
-"""What the columns and the first rows of a dataset say of all rows, and which columns are not read."""
+"""What the first rows of a dataset say of all, and which columns are not read."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_ROWS = 1000  # enough to tell a habit from a coincidence
 _RAW_ROWS = 8
+_WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")  # JSON or Python's repr
 
 _TEXTS = {
     "prompt_completion": ("completion", "prompt"),
@@ -24,6 +26,7 @@ _TEXTS = {
     "stepwise": ("completions", "prompt"),
 }
 """The columns of texts and conversations, by format."""
+_ANSWERS = ("completion", "completions", "chosen", "rejected")
 _JUDGEMENTS = {"unpaired": "label", "ranked": "scores", "stepwise": "labels"}
 _PAIR_JUDGEMENTS = {"reward": "margin", "reward:soft_label": "probability"}
 
@@ -34,14 +37,26 @@ def layout(rows: Dataset, form: str) -> tuple[bool, bool]:
     Dialogues are told by the completions of the first rows. Completions begin with their prompt where those of more
     than half the first rows do: an answer may repeat a short question by chance.
     """
+    columns = rows.select_columns([name for name in _TEXTS[form] if name in rows.column_names])
+    first = columns.select(range(min(_FIRST_ROWS, len(rows)))).to_list()
+    _report_written_out(first[:_RAW_ROWS])
     if form == "text":
         return False, False
-    first = rows.select_columns([name for name in _TEXTS[form] if name in rows.column_names])
-    read = [_strings(row, form) for row in first.select(range(min(_FIRST_ROWS, len(rows)))).to_list()]
+    read = [_strings(row, form) for row in first]
     raw = form != "stepwise" and all(
         sides and all(map(preference.is_raw_dialogue, sides)) for _, sides in read[:_RAW_ROWS]
     )
     return raw, not raw and _are_repeated([(prompt, sides) for prompt, sides in read if prompt and sides])
+
+
+def _report_written_out(first: list[dict[str, Any]]) -> None:
+    """Tells of conversations that a file, a .csv for one, holds as text."""
+    for name in first[0]:
+        if all(isinstance(row[name], str) and _WRITTEN_OUT.match(row[name]) for row in first):
+            message = (
+                "is trained as text, but looks like conversations written out: load it as lists of {role, content}"
+            )
+            logger.warning("column %r %s", name, message)
 
 
 def _are_repeated(read: list[tuple[str, list[str]]]) -> bool:
@@ -96,11 +111,19 @@ def report_unread(rows: Dataset, form: str, method: str, named: Collection[str] 
     left = [name for name in unread(rows, form, method) if name not in named]
     if method == "reward" and "probability" in left:
         left.remove("probability")  # said by `feedback.check_columns`
-    if context := [name for name in left if name in formats.CONTEXT]:
+    context = [name for name in left if name in formats.CONTEXT]
+    answers = [name for name in left if form == "text" and name in _ANSWERS]
+    if context:
         logger.warning(
-            "columns not read that may belong to the prompt: %s: join them to the prompt's column, or name that with "
+            "columns that may belong to the prompt are not read: %s: join them to the prompt, or name its column with "
             "data.columns, e.g. {prompt: question}",
             ", ".join(context),
         )
-    if others := [name for name in left if name not in formats.CONTEXT]:
+    if answers:
+        logger.warning(
+            "columns of answers are not read: %s: %s trains on whole texts here, set data.format to train on them",
+            ", ".join(answers),
+            formats.said(method),
+        )
+    if others := [name for name in left if name not in context + answers]:
         logger.info("columns not read: %s", ", ".join(others))

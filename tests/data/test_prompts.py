@@ -1,5 +1,6 @@
 """A prompt stands once in a sequence and the answers alone are scored, whichever shape prompt and answers have."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -205,11 +206,8 @@ def test_contradictions_and_lost_questions_are_refused(make_tokenizer: Make, row
 
 def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, method: str) -> list[tuple[str, str]]:
     encoded = encode_dataset(Dataset.from_list(rows), tokenizer, DataConfig(), method)
-    return [
-        (tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask]))
-        for example in encoded
-        for ids, mask in example.sequences
-    ]
+    sequences = [sequence for example in encoded for sequence in example.sequences]
+    return [(str(tokenizer.decode(ids[~mask])), str(tokenizer.decode(ids[mask]))) for ids, mask in sequences]
 
 
 @pytest.mark.parametrize("before", ["", "\n "])
@@ -317,6 +315,26 @@ def test_every_column_that_is_not_read_is_named_once(
     assert ("WARNING" in said) == bool(context) and ", ".join(context) in said.get("WARNING", "")
     if context:
         assert "data.columns" in said["WARNING"]
+
+
+def test_answers_beside_whole_texts_are_not_passed_over_in_silence(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {**ALONE, "messages": [user("hi"), answer("ho"), user()]}
+    with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
+        encode([row], make_tokenizer(chat_template=TEMPLATE), "sft")
+    said = "columns of answers are not read: chosen, rejected: sft trains on whole texts here, set data.format"
+    assert [r.message[: len(said)] for r in caplog.records if r.levelname == "WARNING"] == [said]
+    assert "columns not read: probability" in caplog.text
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_conversations_written_out_as_text_are_said(
+    make_tokenizer: Make, written: Callable[[Any], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": written([user()]), "completion": "four"}
+    encode([row, row], make_tokenizer(), "sft")
+    assert [r.message[:36] for r in caplog.records] == ["column 'prompt' is trained as text, "]
 
 
 def test_of_training_and_held_out_rows_a_column_is_named_once(
