@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 
 from fastalign.data import formats, preference, prompts
 
@@ -81,15 +81,21 @@ def _strings(row: dict[str, Any], form: str) -> tuple[str, list[str]]:
     sides = row.get("completions") if "completions" in row else [row.get(name) for name in _TEXTS[form][:-1]]
     texts = [side for side in sides if isinstance(side, str)] if isinstance(sides, list) else []
     prompt = row.get("prompt")
-    return prompt.strip() and prompt if isinstance(prompt, str) else "", texts[:1] if form == "stepwise" else texts
+    prompt = prompt if isinstance(prompt, str) and prompt.strip() else ""
+    return prompt, texts[:1] if form == "stepwise" else texts
 
 
 def unread(rows: Dataset, form: str, method: str) -> list[str]:
     """The columns that decide nothing."""
-    used = {"kind", _JUDGEMENTS.get(form), _PAIR_JUDGEMENTS.get(method), *_texts(rows, form)}
-    if any(not isinstance(rows.features[name], Value) for name in used & set(rows.column_names)):
+    texts = set(_texts(rows, form))
+    used = {"kind", _JUDGEMENTS.get(form), _PAIR_JUDGEMENTS.get(method), *texts}
+    if any(_holds_turns(rows[0].get(name)) for name in texts):
         used |= {"tools", "chat_template_kwargs"}
     return [name for name in rows.column_names if name not in used]
+
+
+def _holds_turns(value: Any) -> bool:
+    return any(isinstance(item, dict | list) for item in (value if isinstance(value, list) else [value]))
 
 
 def _texts(rows: Dataset, form: str) -> Iterator[str]:

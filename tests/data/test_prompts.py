@@ -299,7 +299,8 @@ def test_pairs_without_a_question_are_said(make_tokenizer: Make, caplog: pytest.
         ({**ALONE, "messages": [user()], "extra": 1}, "reward:soft_label", ["extra"]),
         ({**WHOLE, "messages": [user()], "prompt": QUESTION}, "reward:soft_label", ["messages"]),
         ({"prompt": "a", "completion": "b", "label": True, "history": ["x"]}, "kto", ["history"]),
-        ({"prompt": "a", "completions": ["b"], "scores": [1], "context": "x"}, "rrhf", ["context"]),
+        ({"prompt": "a", "completions": ["b"], "scores": [1], "input": "x", "tools": "y"}, "rrhf", ["input", "tools"]),
+        ({"prompt": "a", "completions": [[answer("b")]], "scores": [1], "tools": "[]"}, "rrhf", []),
         ({"prompt": "a", "completions": ["b"], "labels": [1], "question": "x"}, "reward:process", ["question"]),
     ],
 )  # fmt: skip
