@@ -7,6 +7,7 @@ are the help. An unknown key is answered with the nearest accepted one.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
 import json
@@ -17,6 +18,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from fastalign.config import Config
+from fastalign.words import describe_type, kind_of
 
 METHODS = {
     "sft": "fine-tune on demonstrations or plain text",
@@ -127,7 +129,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {type(tree).__name__}")
+        raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {kind_of(tree)}")
     return tree
 
 
@@ -189,13 +191,17 @@ def schema_of(losses: Losses) -> dict[str, str]:
 def asked_method(argv: list[str], default: str) -> str:
     """The method that the last file with any was written for."""
     named = [tree["method"] for tree in map(read_yaml, split_config(argv)[0]) if "method" in tree]
-    if named and named[-1] not in METHODS:
+    if named and str(named[-1]) not in METHODS:
         raise UsageError(f"unknown method {named[-1]!r}{nearest(str(named[-1]), METHODS)} (all: {', '.join(METHODS)})")
     return named[-1] if named else default
 
 
 def check_method(path: str, tree: dict[str, Any], method: str) -> None:
     """Refuse a file that was written for another method."""
+    named = tree.get("method", method)
+    if str(named) not in METHODS:
+        hint = f"{nearest(str(named), METHODS)} (all: {', '.join(METHODS)})"
+        raise UsageError(f"{path} is for the unknown method {in_yaml(named)}{hint}")
     if tree.get("method", method) != method:
         raise UsageError(
             f"{path} is for {tree['method']!r}, not {method!r}: run fastalign {tree['method']} --config {path}"
@@ -209,7 +215,7 @@ def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> N
         if value is not ... and not (isinstance(value, dict) and value):
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
             raise UsageError(
-                f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {value!r}"
+                f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {in_yaml(value)}"
             )
 
 
@@ -217,7 +223,21 @@ def check_nulls(path: str, leaves: dict[str, Any], schema: dict[str, str]) -> No
     """Refuse a null for a setting that has none: the parser lets it pass in a file."""
     for key, value in leaves.items():
         if value is None and "None" not in schema.get(key, "None"):
-            raise UsageError(f"{key} in {path}: expected {schema[key]}, got null: leave the line out for the default")
+            expected = describe_type(schema[key], key)
+            raise UsageError(f"{key} in {path}: expected {expected}, got null: leave the line out for the default")
+
+
+def in_yaml(value: Any) -> str:
+    """A value as a configuration file writes it."""
+    return json.dumps(value, default=str)
+
+
+def as_written(text: str) -> str:
+    """A value that the parser spells in Python, as a user writes it: ``true``, ``["a"]``, or the text itself."""
+    try:
+        return in_yaml(ast.literal_eval(text)) if text else "nothing"
+    except (ValueError, SyntaxError):
+        return text
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -263,6 +283,7 @@ def build_parser(method: str, losses: Losses) -> Any:
         prog=f"fastalign {method}",
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
         description=METHODS[method].capitalize() + ".",
+        formatter_class=plain_help(schema_of(losses)),
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the settings below; flags win over it.")
@@ -284,6 +305,19 @@ def build_parser(method: str, losses: Losses) -> Any:
     return parser
 
 
+def plain_help(schema: dict[str, str]) -> type:
+    """The formatter of ``--help`` that says in plain words what each setting accepts."""
+    import jsonargparse
+
+    class PlainHelp(jsonargparse.DefaultHelpFormatter):
+        def _get_type_str(self, action: argparse.Action) -> str | None:
+            if action.dest in schema:
+                return describe_type(schema[action.dest], action.dest)
+            return super()._get_type_str(action)
+
+    return PlainHelp
+
+
 def positionals(loss: Callable[..., Any]) -> Iterator[str | int]:
     """Names of the loss's data arguments, which are not settings."""
     return (p.name for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY)
@@ -296,5 +330,6 @@ def parse(parser: Any, words: list[str], schema: dict[str, str]) -> dict[str, An
     except argparse.ArgumentError as error:
         match = re.search(r'[Kk]ey "([\w.]+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
         if match and match[1] in schema:
-            raise UsageError(f"{match[1]}: expected {schema[match[1]]}, got {match[2].strip()}") from error
+            expected = describe_type(schema[match[1]], match[1])
+            raise UsageError(f"{match[1]}: expected {expected}, got {as_written(match[2].strip())}") from error
         raise UsageError(str(error)) from error

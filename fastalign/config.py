@@ -56,8 +56,8 @@ class ReferenceConfig:
 class DataConfig:
     """Which examples, and how they become tokens."""
 
-    path: str = "builtin:docstrings"
-    """Hub name, file (.jsonl .json .jsonl.gz .parquet .csv), directory, or `builtin:NAME`."""
+    path: str | None = None
+    """Hub name, file (.jsonl .json .jsonl.gz .parquet .csv), directory, or `builtin:NAME`; a run needs one."""
     split: str = "train"
     """Split of a hub dataset or directory."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -146,7 +146,9 @@ class RunConfig:
     seed: int = 0
     """Seed of initial weights and data order."""
     log_every: int = 1
-    """Steps between lines on the console; metrics.jsonl always gets every step."""
+    """Steps between lines on the console, each with means since the last; metrics.jsonl always gets every step."""
+    show_example: bool = True
+    """Show one decoded training example, its scored part marked, before the first step."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the end only, when there is held-out data."""
     save_every: int = 0

@@ -60,10 +60,20 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
 
     ``limit`` holds for the training rows only.
     """
-    rows = load_rows(data.path, data.split, data.columns, data.limit)
+    rows = load_rows(training_path(data), data.split, data.columns, data.limit)
     if data.eval_path:
         return rows, load_rows(data.eval_path, "test", data.columns)
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
+
+
+def training_path(data: DataConfig) -> str:
+    """``data.path``; ValueError when it is not set: nothing is trained on by default."""
+    if data.path is None:
+        raise ValueError(
+            "no training data is given: set data.path to a file, a directory or a hub name, e.g. --data.path pairs.jsonl "
+            "(to try things out: --data.path builtin:docstrings)"
+        )
+    return data.path
 
 
 def split_rows(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -14,7 +14,7 @@ from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
-from fastalign.engine.setup import load_data, load_models, settle
+from fastalign.engine.setup import check_settings, load_data, load_models, settle
 from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
@@ -89,6 +89,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
         ValueError: settings, data or a model that cannot be used.
     """
     objective = make_objective(config.method, config.loss)
+    check_settings(config)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:
         config = settle(config, ranks.device)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
-    *("data.cache_dir",),
+    *("data.cache_dir", "run.show_example"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {

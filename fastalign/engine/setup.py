@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, RunConfig
+from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
 from fastalign.data import builtin
 from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
-from fastalign.data.sources import load_train_eval
+from fastalign.data.sources import load_train_eval, training_path
 from fastalign.engine.console import check_trackers
 from fastalign.engine.filling import Demand, windows
 from fastalign.engine.heads import Models, wants_autocast
@@ -31,9 +31,10 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import frozen_copy, with_reference
 from fastalign.models import lora
 from fastalign.models.head import head_of
-from fastalign.models.load import load_policy, load_tokenizer, separate_padding
+from fastalign.models.load import DTYPES, check_named, load_policy, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
+from fastalign.ops.attention import unavailable
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
 
@@ -48,6 +49,13 @@ LEAST = (
 """The smallest value of settings that have one."""
 BUDGET, WIDE_BUDGET = 4096, 1536
 """Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
+HALF = "half precision (model.dtype bfloat16 or model.autocast true)"
+ATTENTION_NEEDS = {
+    "cpp": "a CPU and fastalign's native extension",
+    "varlen": f"a CUDA GPU and {HALF}",
+    "flash": f"a CUDA GPU, {HALF} and the flash-attn package (pip install 'fastalign[flash]')",
+}
+"""What the backends of attention need, for those who ask for one."""
 KERNELS = 32
 """Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""
 
@@ -71,16 +79,31 @@ def check_settings(config: Config) -> None:
     if config.reference.cache in ("", "null"):
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     check_trackers(run.trackers)
+    training_path(config.data)
+    check_named(config.model)
     lora.check(config.model)
 
 
 def settle(config: Config, device: torch.device) -> Config:
     """The settings with those filled in that were left to the device; nothing is computed before."""
+    check_attention(config.model, device)
     bound_kernels()
     if config.batch.tokens is not None:
         return config
     wide = device.type == "cpu" and config.model.dtype == "float32" and not wants_autocast(config.model, device)
     return replace(config, batch=replace(config.batch, tokens=WIDE_BUDGET if wide else BUDGET))
+
+
+def check_attention(model: ModelConfig, device: torch.device) -> None:
+    """Refuse a backend of attention that cannot be used on this device, in this precision or without its package."""
+    if model.attention in ("auto", "sdpa"):
+        return
+    dtype = torch.bfloat16 if wants_autocast(model, device) else DTYPES.get(model.dtype, torch.bfloat16)
+    if reason := unavailable(model.attention, device.type, dtype):
+        raise ValueError(
+            f"model.attention: {model.attention} needs {ATTENTION_NEEDS[model.attention]}; here: {reason}; "
+            "set it to auto for the best one of this machine"
+        )
 
 
 def bound_kernels() -> None:

@@ -64,8 +64,7 @@ def load_policy(
         ValueError: when path and config are both set or both missing, the model cannot be found, its vocabulary is too
             small, or it cannot run on packed rows.
     """
-    if (model.path is None) == (model.config is None):
-        raise ValueError("set exactly one of model.path (hub name or directory) and model.config (inline config)")
+    check_named(model)
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
     saved = lora.saved_adapter(model, scalar_head)
@@ -78,6 +77,20 @@ def load_policy(
     use_native_layers(base)
     policy.base_digest = None if policy.adapted is None else lora.base_digest(policy)
     return policy
+
+
+def check_named(model: ModelConfig) -> None:
+    """Refuse a section that names no model, or two."""
+    if model.path is None and model.config is None:
+        raise ValueError(
+            "no model is given: set model.path to a hub name or a local directory, e.g. --model.path Qwen/Qwen3-0.6B, "
+            "or model.config to start from random weights, e.g. {model_type: llama, hidden_size: 256, ...}"
+        )
+    if model.path is not None and model.config is not None:
+        raise ValueError(
+            "model.path and model.config are both set: leave out model.config to load model.path, "
+            "or model.path to start from random weights"
+        )
 
 
 def load_base(
@@ -218,6 +231,7 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
     """
     name = model.tokenizer or _tokenizer_home(model)
     if name is None:
+        check_named(model)
         raise ValueError(
             "model.config has no tokenizer of its own: set model.tokenizer (a name, a path or builtin:bpe)"
         )

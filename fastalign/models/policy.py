@@ -161,7 +161,8 @@ def register_attention(backend: str) -> str:
     """Registers our attention with transformers; returns the name it got."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    name = ATTENTION if backend == "auto" else f"{ATTENTION}_{backend}"
+    # transformers takes any name with "flash" in it for a kernel of its own, and looks for that
+    name = ATTENTION if backend == "auto" else f"{ATTENTION}_{backend.replace('flash', 'fa')}"
     AttentionInterface.register(name, _attention_function(None if backend == "auto" else backend))
     return name
 

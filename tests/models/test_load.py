@@ -144,8 +144,8 @@ def test_options_of_the_section_reach_the_policy():
 @pytest.mark.parametrize(
     ("section", "options", "message"),
     [
-        (ModelConfig(), {}, "exactly one of model.path"),
-        (ModelConfig(path="a", config={}), {}, "exactly one of model.path"),
+        (ModelConfig(), {}, "no model is given: set model.path"),
+        (ModelConfig(path="a", config={}), {}, "model.path and model.config are both set"),
         (ModelConfig(config={"hidden_size": 4}), {}, "needs a model_type"),
         (inline(), {"vocab_size": 70}, "70 tokens and the model only 61"),
         (ModelConfig(path="./not/there"), {}, "neither a directory here nor to be had from the hub"),
