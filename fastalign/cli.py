@@ -76,8 +76,8 @@ def usage() -> str:
 
 def train(method: str, argv: list[str]) -> int:
     """Train with one method."""
-    config = parse_config(method, argv)
     prepare_process()
+    config = parse_config(method, argv)
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
     run(config)
@@ -90,8 +90,8 @@ def ref_logps(argv: list[str]) -> int:
     """Compute the reference's log-probs ahead of runs: fastalign ref-logps [METHOD] --config run.yaml."""
     named = argv[:1] if argv and argv[0] in METHODS else []
     words = argv[len(named) :]
-    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
     prepare_process()
+    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
     from fastalign.engine.precompute import precompute  # brings transformers and datasets
 
     summary = precompute(config)
@@ -101,12 +101,20 @@ def ref_logps(argv: list[str]) -> int:
 
 
 def prepare_process() -> None:
-    """Set what must be set before the engine is imported: bars and logs of this process."""
+    """Set what must be set before the losses or the engine are imported: bars and logs of this process."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
     if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal
         os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[ErrorStream()])
     logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
+
+
+class ErrorStream(logging.Handler):
+    """Logs to what standard error is now: a progress bar puts something in its place that prints above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def info(argv: list[str]) -> int:

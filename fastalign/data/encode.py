@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
@@ -39,6 +41,7 @@ FEATURES = Features(
 
 _NOT_TRAINED = "all their assistant turns have weight 0, train false or training false"
 
+_LINE_SECONDS = 10.0  # between lines that tell how far it is
 _BATCH_ROWS = 1000  # enough to keep a fast tokenizer's threads busy, little enough for memory
 
 
@@ -105,6 +108,7 @@ class Encoder:
         self.reading = formats.METHODS[method]
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
+        self.told = time.monotonic()
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
         """Writes the encoded rows to an arrow file and returns the counts."""
@@ -142,7 +146,14 @@ class Encoder:
             kind = columns["kind"][position] if "kind" in columns else None
             for sequences, scores in _at_row(index, lambda known=known: self.examples(*known, lookup)):
                 _append(out, sequences, scores, index, None if kind is None else str(kind))
+        self.tell(indices[-1] + 1)
         return out
+
+    def tell(self, done: int) -> None:
+        """A line now and then where there is no bar."""
+        if datasets.are_progress_bars_disabled() and time.monotonic() - self.told > _LINE_SECONDS:
+            self.told = time.monotonic()
+            logger.info("tokenising: %d of %d rows", done, self.counts["rows"])
 
     def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
         """The row's texts and what it says of them, or None when it is dropped."""

@@ -1,23 +1,23 @@
-"""Sinks of the metrics besides the file: a progress bar or plain lines, and trackers."""
+"""Sinks of the metrics besides the file: the console, and trackers."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastalign.engine.progress import Pace, training_bar
+
 Sink = Callable[[dict[str, Any]], None]
 
 SHOWN = (
-    *("loss", "eval_loss", "accuracy", "eval_accuracy", "rank_accuracy", "rewards/accuracies", "rewards/margins"),
-    *("mean_token_accuracy", "grad_norm"),
+    *("loss", "accuracy", "rank_accuracy", "rewards/accuracies", "margin", "rewards/margins", "mean_token_accuracy"),
+    *("perplexity", "grad_norm"),
 )
-"""Metrics on the console, those that a run has."""
+"""Metrics on the console, those that a run has; ``eval_`` ones alike."""
 
 
 @contextmanager
@@ -31,11 +31,10 @@ def open_sinks(
         directory: of the run.
         config: resolved settings, for trackers that keep them.
         total, done: optimizer steps of the run, and those already behind it.
-        log_every: steps between plain lines.
+        log_every: steps between lines.
     """
     with ExitStack() as stack:
-        console = progress(total, done) if sys.stdout.isatty() else plain(total, log_every)
-        opened = [console, *(TRACKERS[name](directory, config) for name in trackers)]
+        opened = [console(total, done, log_every), *(TRACKERS[name](directory, config) for name in trackers)]
         yield [stack.enter_context(sink) for sink in opened]
 
 
@@ -48,51 +47,56 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"run.trackers asks for {name}, which is not installed: pip install {name}")
 
 
-def summary(record: dict[str, Any]) -> str:
+@contextmanager
+def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
+    """Lines every ``log_every`` steps and after evaluations; on a terminal also a bar below them, moved by every step.
+
+    A line tells plain means over the steps since the last one (not weighted by their tokens), the current learning
+    rate, and the tokens of those steps over their time. An evaluation has a line of its own.
+    """
+    since: list[dict[str, Any]] = []
+    pace = Pace(total)
+    with training_bar(total, done) as bar:
+
+        def sink(record: dict[str, Any]) -> None:
+            step = record["step"]
+            left = pace.left(step)
+            since.append(record)
+            bar.move(step, left, words(record))
+            if step % log_every == 0 or step == total:
+                bar.write("  ".join([f"step {step}/{total}", *words(means(since)), f"eta {left}"]))
+                since.clear()
+            if "eval_loss" in record:
+                bar.write("  ".join([f"step {step}/{total}", *metrics(record, "eval_")]))
+
+        yield sink
+
+
+def means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a line tells of several steps; a step in which a metric counted nothing plays no part in its mean."""
+    known = {name: [r[name] for r in records if is_number(r.get(name))] for name in SHOWN}
+    tokens, seconds = (sum(r.get(name, 0) for r in records) for name in ("tokens", "t_step"))
+    speed = tokens / seconds if seconds else records[-1]["tokens_per_second"]
+    return {
+        **{name: sum(values) / len(values) for name, values in known.items() if values},
+        **{"lr": records[-1]["lr"], "tokens_per_second": speed},
+    }
+
+
+def words(record: dict[str, Any]) -> list[str]:
     """The few numbers of a step that a person watches."""
-    shown = [f"{name} {record[name]:.4g}" for name in SHOWN if record.get(name) is not None]
-    return "  ".join([*shown, f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:.0f} tok/s"])
+    return [*metrics(record), f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:.0f} tok/s"]
 
 
-@contextmanager
-def plain(total: int, log_every: int) -> Iterator[Sink]:
-    """Lines for logs and pipes."""
-    started: list[tuple[float, int]] = []
-
-    def sink(record: dict[str, Any]) -> None:
-        step = record["step"]
-        started.append((time.monotonic(), step)) if not started else None
-        if step % log_every == 0 or step == total or "eval_loss" in record:
-            print(f"step {step}/{total}  {summary(record)}  eta {eta(started[0], step, total)}", flush=True)
-
-    yield sink
+def metrics(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names and values of the metrics that are shown."""
+    names = [f"{prefix}{name}" for name in SHOWN]
+    return [f"{name} {record[name]:.4g}" for name in names if is_number(record.get(name))]
 
 
-def eta(start: tuple[float, int], step: int, total: int) -> str:
-    """Time left at the pace since ``start`` (time, step), as h:mm:ss."""
-    since, first = start
-    if step == first:
-        return "?"
-    left = int((time.monotonic() - since) / (step - first) * (total - step))
-    return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-
-
-@contextmanager
-def progress(total: int, done: int) -> Iterator[Sink]:
-    """A live bar with the time left, on a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = [BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, TextColumn("{task.description}")) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda record: bar.update(task, completed=record["step"], description=summary(record))
+def is_number(value: Any) -> bool:
+    """Whether something was counted: neither absent nor nan."""
+    return value is not None and value == value
 
 
 @contextmanager

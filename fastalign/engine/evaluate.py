@@ -14,6 +14,7 @@ from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
+from fastalign.engine.progress import stage
 from fastalign.engine.setup import check_settings, load_data, load_models, settle
 from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost
@@ -47,10 +48,16 @@ def evaluate(
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
     watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
     cost = forward_cost(models.policy)
-    for batches in evaluation_steps(dataset, batch.budget, batch.share_prefix, world.rank, world.size, cost=cost):
-        known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
-        sums = [evaluate_batch(models, micro.to(world.device), objective, facts, world) for micro, facts in known]
-        total += add_sums(sums, objective.metric_names, world.device)
+    done = 0
+    with stage("evaluating", len(dataset), shown=world.is_main) as tell:
+        for batches in evaluation_steps(dataset, batch.budget, batch.share_prefix, world.rank, world.size, cost=cost):
+            known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
+            sums = []
+            for micro, facts in known:
+                sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
+                done += micro.num_examples * world.size  # the other ranks have about as many
+                tell(min(done, len(dataset)))
+            total += add_sums(sums, objective.metric_names, world.device)
     reshard(models.policy)
     return means(objective, world.sum(total))
 

@@ -22,6 +22,7 @@ from fastalign.data.loader import Examples, rank_share
 from fastalign.data.ref_cache import RefCache, example_key, parts
 from fastalign.engine.errors import RunError
 from fastalign.engine.fingerprint import computation, fingerprint
+from fastalign.engine.progress import stage
 from fastalign.models.policy import Policy
 from fastalign.models.verify import PEAK, TOLERANCES
 from fastalign.parallel.mesh import World
@@ -200,15 +201,16 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
     started, store = time.perf_counter(), filling.store
     entries: dict[bytes, np.ndarray] = {}
     written, done = started, 0
-    for examples, keys in missing_examples(filling):
-        for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
-            entries |= split(micro, score(micro.to(world.device)), keys)
-        done += len(examples)
-        now = time.perf_counter()
-        if entries and (now - written > SHARD_SECONDS or sum(x.nbytes for x in entries.values()) > SHARD_BYTES):
-            store.write(entries)
-            entries, written = {}, now
-            log.info("reference: %d of %d examples, %.0f s", done, len(filling.lacking), now - started)
+    with stage("reference log-probs", len(filling.lacking), shown=world.is_main) as tell:
+        for examples, keys in missing_examples(filling):
+            for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
+                entries |= split(micro, score(micro.to(world.device)), keys)
+                done += micro.num_examples * world.size  # the other ranks have about as many
+                tell(min(done, len(filling.lacking)))
+            now = time.perf_counter()
+            if entries and (now - written > SHARD_SECONDS or sum(x.nbytes for x in entries.values()) > SHARD_BYTES):
+                store.write(entries)
+                entries, written = {}, now
     if entries:
         store.write(entries)
     world.barrier()

@@ -26,6 +26,7 @@ from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.overview import show_overview
 from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
 from fastalign.engine.rundir import claim, prepare
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
         job = set_up(config, objective, ranks)
         done = resume(job, checkpoint) if checkpoint else 0
         prepare(config, done, ranks)  # the first change on the disk
+        show_overview(job, done)
         run(job, done)
 
 
@@ -78,6 +80,7 @@ class Job:
     held_out: Examples | None
     total: int
     accounting: Accounting
+    held_out_counts: dict[str, int] | None = None
     carried: Carried = field(default_factory=Carried)
 
     @property
@@ -101,9 +104,11 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
     loader = Loader(data, batch.size, batch.budget, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
+    counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim)
-    return Job(config, objective, ranks, tokenizer, models, optimizer, dataset, loader, held_out, total, accounting)
+    made = (tokenizer, models, optimizer, dataset, loader, held_out, total, accounting, counts)
+    return Job(config, objective, ranks, *made)
 
 
 def what_is_read(config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int) -> list[Demand]:
@@ -217,6 +222,7 @@ def export(job: Job) -> None:
     policy, model = job.models.policy, job.config.model
     state = whole_weights(policy) if job.world.size > 1 else None
     if job.world.is_main:
+        log.info("writing %s and report.html", job.directory / "model")
         base = None if policy.adapted is None or model.config is None else make_base_again(job)
         save_pretrained(policy, job.tokenizer, job.directory / "model", state, base)
         write_report(job.directory)
