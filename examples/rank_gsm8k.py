@@ -1,8 +1,11 @@
 """GSM8K's published model solutions as ranked candidates: a right answer scores 1, a wrong one 0.
 
-The reference solution comes first, so that of several right ones it is the one that rrhf imitates.
+The reference solution comes first, so that of several right ones it is the one that rrhf imitates. The solutions are
+downloaded from GSM8K's repository; ``examples/rrhf.yaml`` by itself ranks built-in text.
 
-    python examples/rank_gsm8k.py ../shared/data/gsm8k/example_model_solutions.jsonl runs/gsm8k_ranked.jsonl
+    data=https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data
+    curl -LO $data/example_model_solutions.jsonl
+    python examples/rank_gsm8k.py example_model_solutions.jsonl runs/gsm8k_ranked.jsonl
     fastalign rrhf --config examples/rrhf.yaml --data.path runs/gsm8k_ranked.jsonl --data.max_length 512 \
         --data.eval_path null --data.eval_fraction 0.05 --run.output_dir runs/rrhf_gsm8k
 """

@@ -6,13 +6,16 @@ Nothing heavy is imported before a command needs it. A mistake of the user is an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import METHODS, UsageError, asked_method, nearest, parse_config
@@ -34,11 +37,32 @@ def fail(message: str, code: int) -> int:
     """Print an error as one line, after the traceback if FASTALIGN_DEBUG=1."""
     if os.environ.get("FASTALIGN_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
+    line = f"fastalign: error: {' '.join(message.split())}"
     if not is_rank_0():
         # The same error on every rank is told once: during this nap rank 0's exit makes torchrun stop the others.
-        time.sleep(10)
-    print(f"fastalign: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        with quiet_end():
+            time.sleep(10)
+    write_error_file(line)
+    print(line, file=sys.stderr, flush=True)
     return code
+
+
+@contextlib.contextmanager
+def quiet_end() -> Iterator[None]:
+    """A rank that torchrun stops meanwhile has not failed by itself: torchrun would list it beside the one that has."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_error_file(line: str) -> None:
+    """Leave the line where torchrun looks for the reason of a failure: its report then ends with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):  # the line itself is told anyway
+            Path(path).write_text(json.dumps(reason), encoding="utf-8")
 
 
 def is_rank_0() -> bool:
@@ -171,11 +195,37 @@ def bench(argv: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "bench", *argv], env=environment).returncode
 
 
+def torchrun(argv: list[str]) -> int:
+    """Start a command on several ranks, as torchrun does, but end with one line when it fails."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastalign torchrun --nproc-per-node 2 METHOD --config run.yaml\n\nThe options are torchrun's own.")
+        return 0 if argv else 2
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = run.parse_args(["-m", *argv])  # takes what is no option for the module to run
+    command = [options.training_script, *options.training_script_args]
+    options.training_script, options.training_script_args = "fastalign", command
+    logging.disable(logging.ERROR)  # of the launcher alone: the ranks are processes of their own
+    try:
+        run.run(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            return fail(f"rank {rank} was stopped by {failure.signal_name()}", code=128 - failure.exitcode)
+        return failure.exitcode
+    except SignalException as error:  # passed on to the ranks, which have told of it
+        return 128 + error.sigval
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "methods": methods,
     "ref-logps": ref_logps,
     "report": report,
+    "torchrun": torchrun,
     "bench": bench,
     "version": version,
 }

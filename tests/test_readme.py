@@ -1,17 +1,95 @@
-"""The README keeps its word: its Python runs, its commands parse, its settings exist."""
+"""The README and the examples keep their word: their Python runs, their commands run, their settings exist."""
 
+import functools
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fastalign import cli
 from fastalign.arguments import METHODS, parse_config
+from fastalign.data import builtin, cache
+from fastalign.engine import report
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = re.findall(r"(?:^|-m )fastalign (\w+)(.*)$", "\n".join(text for _, text in BLOCKS), re.MULTILINE)
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+FEW = "--run.steps 1 --data.limit 24 --batch.size 4 --data.eval_path null --data.eval_fraction 0.2".split()
+"""Enough to come to the end of a run, its evaluation and its export."""
+load_once = functools.cache(builtin.load)
+"""A second for each of the commands."""
+ABSENT = ("run.yaml", "PATH")
+"""Stand for files and models of the reader."""
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of a text in words, comments left out."""
+    lines = re.findall(r"^(?:#? {2,})?((?:fastalign|torchrun) .*)$", text.replace("\\\n#", ""), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+README = [words for language, text in BLOCKS if not language for words in commands(text)]
+HEADS = {path.name: commands("".join(re.findall(r"^#.*\n", path.read_text(), re.M))) for path in EXAMPLES}
+
+
+def training(words: list[str]) -> tuple[str, list[str]] | None:
+    """The method and the flags of a command that trains, under torchrun too; None for other commands."""
+    place = next((i for i, word in enumerate(words) if word in METHODS), None)
+    return None if place is None else (words[place], words[place + 1 :])
+
+
+def needs_hub(words: list[str]) -> bool:
+    """Whether a command takes its data from the hub; those examples say so."""
+    file = next((word for word in words if word.startswith("examples/") and word.endswith(".yaml")), None)
+    return file is not None and not yaml.safe_load((ROOT / file).read_text())["data"]["path"].startswith("builtin:")
+
+
+def is_runnable(words: list[str]) -> bool:
+    """Whether a command can run here, as it stands."""
+    return not needs_hub(words) and not any(word in ABSENT for word in words) and "--help" not in words
+
+
+def runs_only_here(words: list[str]) -> bool:
+    """Whether a command at the head of an example is not one of the README's, which another test runs."""
+    return is_runnable(words) and words not in README
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A directory that looks like a fresh clone, with the examples and no runs; the built-in text is made already."""
+    monkeypatch.setattr(builtin, "load", load_once)
+    load_once("docstrings", "train")
+    made = cache.root() / "builtin"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "builtin").symlink_to(made)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
+    for name in ("HF_HUB_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, "error" if "VERBOSITY" in name else "1"))
+    monkeypatch.setattr(report, "plots", lambda records: "")  # a second of drawing per run
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str]) -> subprocess.Popen | None:
+    """Run a command, a training run with few steps and rows: torchrun's as a process that goes on, others in this one."""
+    words = words + (FEW if training(words) or "ref-logps" in words else [])
+    if words[0] == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        return subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        code = cli.main(words[1:])
+    except SystemExit as stop:  # --print_config
+        code = stop.code
+    assert code == 0, shlex.join(words)
+    return None
 
 
 def test_python_blocks_run_in_order():
@@ -21,12 +99,51 @@ def test_python_blocks_run_in_order():
     assert namespace["loss"].isfinite() and namespace["weight"].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("method, words", [(m, w) for m, w in COMMANDS if m in METHODS and "--help" not in w])
-def test_training_commands_parse(method, words, monkeypatch):
+def test_commands_of_the_readme_run_in_order_in_a_fresh_clone(clone):
+    ran = [words for words in README if words[1] != "bench" and is_runnable(words)]
+    processes = [process for words in ran if (process := run(words))]
+    for process in processes:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert sum(training(words) is not None for words in ran) >= 9
+    assert {"report", "ref-logps"} < {words[1] for words in ran}
+    left = [path.parent.name for path in clone.glob("runs/*/report.html")]
+    assert {"sft", "distill", "reward", "dpo", "dpo_ranks", "lora", "more"} == {*left}
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if any(map(runs_only_here, HEADS[name]))])
+def test_commands_at_the_head_of_an_example_run(clone, name):
+    for words in filter(runs_only_here, HEADS[name]):
+        run(words)
+
+
+def test_solutions_of_gsm8k_are_ranked_as_the_example_says(clone):
+    text = (ROOT / "examples" / "rank_gsm8k.py").read_text()
+    rank = re.search(r"^    python (examples/rank_gsm8k.py \S+ \S+)$", text, re.M)[1].split()
+    solved = {"solution": "1 + 1 = 2\nA: 2", "is_correct": True}, {"solution": "A: 3", "is_correct": False}
+    row = {"question": "1 + 1?", "ground_truth": "It is 2.", "6B": solved[0], "175B": solved[1]}
+    Path(rank[1]).write_text(f"{json.dumps(row)}\n" * 30)
+    subprocess.run([sys.executable, *rank], check=True)
+    (train,) = commands(text.replace(" \\\n       ", ""))
+    run([*train, "--data.eval_fraction", "0.2"])
+
+
+@pytest.mark.parametrize("words", [words for words in README if training(words) and "--help" not in words])
+def test_training_commands_parse(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = [word for word in shlex.split(words, comments=True) if word != "--print_config"]
-    if "config.yaml" not in words and "run.yaml" not in words:
-        parse_config(method, flags)
+    method, flags = training(words)
+    if not any(Path(word).name in ("config.yaml", "run.yaml") for word in flags):
+        parse_config(method, [word for word in flags if word != "--print_config"])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.name for path in EXAMPLES])
+def test_an_example_that_needs_the_hub_says_so_and_names_one_that_does_not(path):
+    text = path.read_text()
+    if not needs_hub([f"examples/{path.name}"]):
+        return
+    sibling = re.search(r"Needs the Hugging\s(?:# )?Face hub.*?(examples/\w+\.yaml)\s(?:# )?does the same", text, re.S)
+    assert sibling and not needs_hub([sibling[1]])
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if f"examples/{path.name}" in line]
+    assert lines and all("needs the hub: " in line for line in lines)
 
 
 def test_yaml_blocks_are_configurations(tmp_path):

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -81,7 +82,18 @@ def check_settings(config: Config) -> None:
     check_trackers(run.trackers)
     training_path(config.data)
     check_named(config.model)
+    for setting, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
+        check_directory(setting, path)
     lora.check(config.model)
+
+
+def check_directory(setting: str, path: str | None) -> None:
+    """Refuse a path that is none of the hub's, which have one slash at most, and names no directory here."""
+    if path is None or Path(path).exists() or not (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        return
+    run = Path(path).parent
+    made = f": run.output_dir {run} leaves it; train that first: fastalign sft --config ... --run.output_dir {run}"
+    raise ValueError(f"{setting}: there is no directory {path}{made if Path(path).name == 'model' else ''}")
 
 
 def settle(config: Config, device: torch.device) -> Config:

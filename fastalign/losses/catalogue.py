@@ -91,7 +91,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "distillation": Family(
         "Distillation",
-        "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`. No distribution "
+        "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`; that of the "
+        "example is what `fastalign sft --config examples/sft.yaml` leaves. No distribution "
         "is kept: both heads are swept together.",
         distillation.LOSSES,
         "fastalign distill --config examples/distill.yaml",

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,20 @@ from wanted import require
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PAGE = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
+
+
 def test_the_loop_of_the_page_runs():
-    result = doctest.testfile(str(ROOT / "docs" / "drop-in.md"), module_relative=False)
+    blocks = re.findall(r"^```pycon\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    page = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "drop-in.md", None, 0)
+    result = doctest.DocTestRunner().run(page)
     assert result.attempted > 20 and result.failed == 0
+
+
+def test_examples_of_the_page_stand_in_fences():
+    """Outside of one, Markdown runs their lines together."""
+    prose = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
+    assert ">>>" in PAGE and ">>>" not in prose
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
