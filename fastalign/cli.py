@@ -208,6 +208,7 @@ def torchrun(argv: list[str]) -> int:
     command = [options.training_script, *options.training_script_args]
     options.training_script, options.training_script_args = "fastalign", command
     logging.disable(logging.ERROR)  # of the launcher alone: the ranks are processes of their own
+    os.environ.pop("RANK", None)  # which would be that of another launch
     try:
         run.run(options)
     except ChildFailedError as error:

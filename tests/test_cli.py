@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import types
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from fastalign import arguments, cli
 from fastalign.arguments import UsageError, parse_config
@@ -101,10 +105,18 @@ def test_the_losses_keywords_are_the_schema(name):
         ("dpo", "--loss.gamma_beta_ratio 1", "(the loss is 'dpo')"),
         ("dpo", "--loss.name idpo", "loss.name: dpo has no loss 'idpo': did you mean 'ipo'?"),
         ("dpo", "--loss {name:ipo}", "unknown key 'loss'"),
-        ("dpo", "--loss.beta strong", "loss.beta: expected float, got strong"),
-        ("dpo", "--run.steps 1.5", "run.steps: expected int | None, got 1.5"),
-        ("dpo", "--optim.betas [1,2,3]", "optim.betas: expected tuple[float, float], got [1, 2, 3]"),
-        ("dpo", "--optim.schedule step", "optim.schedule: expected Literal['constant', 'linear', 'cosine'], got step"),
+        ("dpo", "--loss.beta strong", "loss.beta: expected a number, got strong"),
+        ("dpo", "--run.steps 1.5", "run.steps: expected a whole number or null, got 1.5"),
+        ("dpo", "--optim.betas [1,2,3]", "optim.betas: expected two numbers such as [0.9, 0.95], got [1, 2, 3]"),
+        ("dpo", "--optim.schedule step", "optim.schedule: expected one of constant, linear, cosine, got step"),
+        ("dpo", "--reference.dtype x", "reference.dtype: expected one of auto, float32, bfloat16, or null, got x"),
+        ("dpo", "--model.autocast x", "model.autocast: expected true or false or null, got x"),
+        ("dpo", "--model.lora x", "model.lora: expected a mapping such as {r: 16, lora_alpha: 32}, or null, got x"),
+        ("dpo", "--data.columns q", "data.columns: expected a mapping of strings such as {prompt: question}, got q"),
+        ("dpo", "--run.trackers x", "run.trackers: expected a list of tensorboard, wandb, trackio, got x"),
+        ("dpo", "--loss.name dpo,sft --loss.loss_weights x", "expected a list of numbers such as [1, 0.2], or null, got"),
+        ("rrhf", "--loss.sft x", "loss.sft: expected one of sum, mean, got x"),
+        ("dpo", "--optim.lr=", "optim.lr: expected a number, got nothing"),
         ("dpo", "--optim.lr", "--optim.lr: expected one argument"),
         ("dpo", "--config", "--config: expected one argument"),
         ("dpo", "--config absent.yaml", "cannot read the configuration absent.yaml: No such file"),
@@ -124,15 +136,20 @@ def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys, engine, method, flag
     [
         ("loss: {bta: 3}", "unknown key 'loss.bta' in {path}: did you mean 'loss.beta'?"),
         ("modle: {path: x}", "unknown key 'modle.path' in {path}: did you mean 'model.path'?"),
-        ("optim: {lr: fast}", "optim.lr: expected float, got fast"),
+        ("optim: {lr: fast}", "optim.lr: expected a number, got fast"),
+        ("data: {limit: yes}", "data.limit: expected a whole number or null, got true"),
+        ("optim: {schedule: [a]}", 'optim.schedule: expected one of constant, linear, cosine, got ["a"]'),
         ("optim: [lr: 1", "{path} is not valid YAML"),
-        ("- optim", "{path}: expected a mapping"),
-        ("batch: {size: null}", "batch.size in {path}: expected int, got null"),
-        ("optim: {betas: null}", "optim.betas in {path}: expected tuple[float, float], got null"),
-        ("loss: {beta: null}", "loss.beta in {path}: expected float, got null"),
+        ("- optim", "{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got a list of strings"),
+        ("", "{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got null"),
+        ("method: dop", '{path} is for the unknown method "dop": did you mean \'dpo\'?'),
+        ("method: [dpo]", "{path} is for the unknown method"),
+        ("batch: {size: null}", "batch.size in {path}: expected a whole number, got null"),
+        ("optim: {betas: null}", "optim.betas in {path}: expected two numbers such as [0.9, 0.95], got null"),
+        ("loss: {beta: null}", "loss.beta in {path}: expected a number, got null"),
         ("batch: 5", "batch in {path}: expected a mapping such as `batch: {{size: ...}}`, got 5"),
-        ("batch:", "batch in {path}: expected a mapping such as `batch: {{size: ...}}`, got None"),
-        ("loss: ipo", "loss in {path}: expected a mapping such as `loss: {{name: ...}}`, got 'ipo'"),
+        ("batch:", "batch in {path}: expected a mapping such as `batch: {{size: ...}}`, got null"),
+        ("loss: ipo", 'loss in {path}: expected a mapping such as `loss: {{name: ...}}`, got "ipo"'),
         ("method: sft", "{path} is for 'sft', not 'dpo': run fastalign sft"),
     ],
 )
@@ -184,7 +201,42 @@ def test_other_ranks_let_rank_0_speak_first(capsys, engine, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["dpo", "--nonsense"]) == 2 and naps == []
     monkeypatch.setenv("RANK", "1")
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["dpo", "--nonsense"]) == 2 and naps == [10]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_torchrun_is_left_the_line_as_the_reason_of_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert cli.main(["dpo", "--nonsense"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    reason = "unknown key 'nonsense'"
+    *_, line, border = str(ChildFailedError("fastalign", {0: failure})).splitlines()
+    assert line.startswith(f"  traceback : fastalign: error: {reason}") and set(border) == {"="}
+
+
+def test_a_failure_of_ranks_ends_with_one_line(tmp_path):
+    """Of real ranks: the line of rank 0, its exit code, and nothing of torchrun's own."""
+    (tmp_path / "bad.yaml").write_text("loss: {bta: 3}")
+    command = [sys.executable, "-m", "fastalign", "torchrun", "--standalone", "--nproc-per-node", "2"]
+    command += ["dpo", "--config", str(tmp_path / "bad.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "0"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("fastalign: error: unknown key 'loss.bta'") and done.stderr.count("\n") == 1
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "fastalign").mkdir()
+    (tmp_path / "fastalign" / "__init__.py").touch()
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "fastalign" / "__main__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert cli.main(["torchrun", "--standalone", "--nproc-per-node", "1", "dpo"]) == 128 + signal.SIGKILL
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capsys.readouterr().err == "fastalign: error: rank 0 was stopped by SIGKILL\n"
 
 
 @pytest.mark.parametrize("method", arguments.METHODS)
@@ -208,9 +260,17 @@ def test_help_comes_from_the_docstrings(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["dpo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--optim.lr LR Peak learning rate. (type: float, default: 1e-05)" in text
+    assert "--optim.lr LR Peak learning rate. (type: a number, default: 1e-05)" in text
     assert "--loss.beta BETA weight of the KL penalty; larger stays closer to the reference." in text
     assert "One of dpo, cdpo, robust, ipo" in text
+
+
+@pytest.mark.parametrize("method", arguments.METHODS)
+def test_help_spells_no_types_of_python(capsys, method):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([method, "--help"])
+    text = capsys.readouterr().out
+    assert not re.findall(r"Literal\[|Optional\[|Union\[|dict\[|list\[|tuple\[|\btype: (?:str|int|float|bool)\b", text)
 
 
 def test_commands_and_methods_are_listed(capsys):
