@@ -15,7 +15,7 @@ Sink = Callable[[dict[str, Any]], None]
 
 SHOWN = (
     *("loss", "accuracy", "rank_accuracy", "rewards/accuracies", "margin", "rewards/margins", "mean_token_accuracy"),
-    *("perplexity", "grad_norm"),
+    "grad_norm",
 )
 """Metrics on the console, those that a run has; ``eval_`` ones alike."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -53,6 +53,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 512 tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     special, alphabet = ["<pad>", "<eos>", "<poison>"], pre_tokenizers.ByteLevel.alphabet()
     options = {"vocab_size": 512, "special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     backend.train_from_iterator(texts, trainers.BpeTrainer(**options))

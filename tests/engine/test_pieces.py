@@ -185,19 +185,6 @@ def test_trackers_that_are_absent_are_refused(monkeypatch):
         console.check_trackers(["wandbb"])
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_the_console_shows_progress(capsys, monkeypatch, tmp_path, terminal):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    with console.open_sinks([], tmp_path, {}, total=4, done=0, log_every=2) as sinks:
-        for step in (1, 2, 3, 4):
-            for sink in sinks:
-                sink({"step": step, "loss": 0.5, "lr": 1e-3, "tokens_per_second": 10.0})
-    text = capsys.readouterr().out
-    assert "loss 0.5" in text
-    if not terminal:
-        assert [line.split()[1] for line in text.splitlines()] == ["2/4", "4/4"]
-
-
 @pytest.mark.parametrize(
     "model, device, tokens",
     [({}, "cpu", 1536), ({"autocast": True}, "cpu", 4096), ({"dtype": "bfloat16"}, "cpu", 4096), ({}, "cuda", 4096)],
@@ -207,6 +194,19 @@ def test_the_budget_of_a_micro_batch_fits_the_device(model, device, tokens):
     assert settle(config, torch.device(device)).batch.budget == tokens
     chosen = replace(config, batch=BatchConfig(tokens=77))
     assert settle(chosen, torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ({"attention": "flash"}, r"^model\.attention: flash needs a CUDA GPU, half precision .* flash-attn package .*cpu"),
+        ({"attention": "varlen", "dtype": "bfloat16"}, r"^model\.attention: varlen needs a CUDA GPU and half precision"),
+    ],
+)
+def test_an_attention_that_this_machine_cannot_compute_is_refused_before_any_work(model, expected):
+    with pytest.raises(ValueError, match=expected) as refused:
+        settle(Config("sft", model=ModelConfig(**model)), torch.device("cpu"))
+    assert "set it to auto" in str(refused.value) and "fastalign_" not in str(refused.value)
 
 
 GROWTH = """

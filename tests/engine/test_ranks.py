@@ -20,7 +20,7 @@ def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tm
     one, two, resumed, moved = (configure("dpo", n, **settings) for n in ("one", "two", "resumed", "moved"))
     both = launch(two, ranks=2)
     train(one)
-    finish(both)
+    assert finish(both).count("\nwrites to ") == 1  # the main rank alone tells of the run
     assert_close(one.run.output_dir, two.run.output_dir, tolerance=1e-5)
     same_model(one.run.output_dir, two.run.output_dir)
 
