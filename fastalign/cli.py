@@ -198,7 +198,9 @@ def bench(argv: list[str]) -> int:
 def torchrun(argv: list[str]) -> int:
     """Start a command on several ranks, as torchrun does, but end with one line when it fails."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: fastalign torchrun --nproc-per-node 2 METHOD --config run.yaml\n\nThe options are torchrun's own.")
+        print(
+            "usage: fastalign torchrun --nproc-per-node 2 METHOD --config run.yaml\n\nThe options are torchrun's own."
+        )
         return 0 if argv else 2
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

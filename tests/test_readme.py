@@ -20,7 +20,10 @@ from fastalign.engine import report
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-FEW = "--run.steps 1 --data.limit 24 --batch.size 4 --data.eval_path null --data.eval_fraction 0.2".split()
+FEW = [
+    *("--run.steps", "1", "--data.limit", "24", "--batch.size", "4"),
+    *("--data.eval_path", "null", "--data.eval_fraction", "0.2"),
+]
 """Enough to come to the end of a run, its evaluation and its export."""
 load_once = functools.cache(builtin.load)
 """A second for each of the commands."""
@@ -78,7 +81,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def run(words: list[str]) -> subprocess.Popen | None:
-    """Run a command, a training run with few steps and rows: torchrun's as a process that goes on, others in this one."""
+    """Run a command, if it trains with few steps and rows: torchrun's as a process that goes on, others in this one."""
     words = words + (FEW if training(words) or "ref-logps" in words else [])
     if words[0] == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]

@@ -70,8 +70,8 @@ def training_path(data: DataConfig) -> str:
     """``data.path``; ValueError when it is not set: nothing is trained on by default."""
     if data.path is None:
         raise ValueError(
-            "no training data is given: set data.path to a file, a directory or a hub name, e.g. --data.path pairs.jsonl "
-            "(to try things out: --data.path builtin:docstrings)"
+            "no training data is given: set data.path to a file, a directory or a hub name, e.g. --data.path "
+            "pairs.jsonl (to try things out: --data.path builtin:docstrings)"
         )
     return data.path
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,10 @@ def facts(job: Job, done: int) -> Iterator[tuple[str, str]]:
     yield "dtype", describe_dtype(job)
     yield "device", describe_device(job)
     if job.objective.needs_reference:
-        yield "teacher" if job.objective.method.teacher else "reference", config.reference.path or "the model as it starts"
+        yield (
+            "teacher" if job.objective.method.teacher else "reference",
+            config.reference.path or "the model as it starts",
+        )
     yield "training", f"{training_source(job)}: {describe_counts(job.dataset.counts, config.data.max_length)}"
     if job.held_out_counts is not None:
         source = config.data.eval_path or f"data.eval_fraction {config.data.eval_fraction:g} of the training rows"
@@ -188,23 +190,25 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
     return lines
 
 
-def common_length(sequences: list[np.ndarray]) -> int:
-    """With how many equal tokens all begin."""
-    length = min(map(len, sequences))
-    same = np.all([ids[:length] == sequences[0][:length] for ids in sequences], axis=0)
-    return int(np.argmin(same)) if not same.all() else length
+def common_length(sequences: Sequence[Sequence[Any] | np.ndarray]) -> int:
+    """With how many equal tokens or characters all begin.
+
+    Example:
+        >>> common_length(["abc", "abd"])
+        2
+    """
+    columns = enumerate(zip(*sequences, strict=False))
+    return next((i for i, (first, *others) in columns if any(x != first for x in others)), min(map(len, sequences)))
 
 
-def decode_parts(
-    ids: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, start: int = 0
-) -> list[Part]:
+def decode_parts(ids: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, start: int = 0) -> list[Part]:
     """The text from token ``start`` on, cut where scored tokens begin and end.
 
     Beginnings of the sequence are decoded, never its pieces: those may lose spaces, or halves of a character.
     """
     edges = [start, *(int(i) for i in np.flatnonzero(np.diff(scored[start:])) + start + 1), len(ids)]
     whole = decode(ids, tokenizer)
-    offsets = [len(commonprefix([decode(ids[:edge], tokenizer), whole])) for edge in edges[:-1]] + [len(whole)]
+    offsets = [common_length([decode(ids[:edge], tokenizer), whole]) for edge in edges[:-1]] + [len(whole)]
     spans = zip(edges, pairwise(offsets), strict=False)
     parts = [Part(shorten(whole[a:b], LONGEST_PART), bool(scored[edge])) for edge, (a, b) in spans if b > a]
     if len(parts) <= MOST_PARTS:

@@ -84,7 +84,9 @@ def test_a_run_without_data_or_model_is_refused_before_any_work(configure, setti
 
 def test_a_directory_that_is_not_there_is_refused_before_any_work_with_the_run_that_makes_it(configure):
     config = configure("distill", **{"reference.path": "runs/teacher/model"})
-    with pytest.raises(ValueError, match=r"^reference\.path: there is no directory runs/teacher/model: .*output_dir runs"):
+    with pytest.raises(
+        ValueError, match=r"^reference\.path: there is no directory runs/teacher/model: .*output_dir runs"
+    ):
         check_settings(config)
     check_settings(configure("distill", **{"reference.path": "owner/name"}))  # may be the hub's
 
@@ -145,7 +147,9 @@ def test_a_long_text_loses_its_middle():
 
 
 def test_counts_are_spelled():
-    assert describe_counts({"rows": 4, "kept": 8}, 9) == "4 rows make 8 examples; none dropped; truncated to 9 tokens: 0"
+    assert (
+        describe_counts({"rows": 4, "kept": 8}, 9) == "4 rows make 8 examples; none dropped; truncated to 9 tokens: 0"
+    )
     counts = {"rows": 9, "kept": 6, "truncated": 1, "dropped_too_long": 2, "candidates_too_long": 3}
     expected = "6 of 9 rows kept; dropped: too long 2; truncated to 9 tokens: 1; candidates too long 3"
     assert describe_counts(counts, 9) == expected

@@ -199,8 +199,14 @@ def test_the_budget_of_a_micro_batch_fits_the_device(model, device, tokens):
 @pytest.mark.parametrize(
     "model, expected",
     [
-        ({"attention": "flash"}, r"^model\.attention: flash needs a CUDA GPU, half precision .* flash-attn package .*cpu"),
-        ({"attention": "varlen", "dtype": "bfloat16"}, r"^model\.attention: varlen needs a CUDA GPU and half precision"),
+        (
+            {"attention": "flash"},
+            r"^model\.attention: flash needs a CUDA GPU, half precision .* flash-attn package .*cpu",
+        ),
+        (
+            {"attention": "varlen", "dtype": "bfloat16"},
+            r"^model\.attention: varlen needs a CUDA GPU and half precision",
+        ),
     ],
 )
 def test_an_attention_that_this_machine_cannot_compute_is_refused_before_any_work(model, expected):

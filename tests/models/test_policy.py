@@ -276,3 +276,9 @@ def test_a_head_that_is_not_linear_is_refused():
 def test_unknown_attention_backend_is_refused():
     with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
         Policy(make_model("llama"), attention="magic")
+
+
+def test_flash_attention_is_ours_to_refuse():
+    """transformers would look for a kernel of its own behind any name with "flash" in it."""
+    policy = Policy(make_model("llama"), attention="flash")
+    assert "flash" not in policy.attention
