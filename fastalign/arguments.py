@@ -183,9 +183,14 @@ def schema_of(losses: Losses) -> dict[str, str]:
         "method": "str",
         "loss.name": "list[str] | str",
         **({"loss.loss_weights": "list[float] | None"} if len(losses) > 1 else {}),
-        **{f"loss.{p.name}": str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY},
+        **{f"loss.{p.name}": spelled(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY},
         **{f"{name}.{field.name}": str(field.type) for name, cls in sections().items() for field in fields(cls)},
     }
+
+
+def spelled(annotation: Any) -> str:
+    """A type as the code spells it, in a file with and without postponed annotations."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def asked_method(argv: list[str], default: str) -> str:

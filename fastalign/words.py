@@ -33,6 +33,8 @@ def describe_type(annotation: str, setting: str = "") -> str:
     Example:
         >>> describe_type("int | None"), describe_type("Literal['linear', 'cosine']")
         ('a whole number or null', 'one of linear, cosine')
+        >>> describe_type("Optional[float]")
+        'a number or null'
         >>> describe_type("tuple[float, float]", "optim.betas")
         'two numbers such as [0.9, 0.95]'
     """
@@ -54,6 +56,8 @@ def kind_of(value: Any) -> str:
 
 def _members(node: ast.expr) -> list[ast.expr]:
     """The types of a union, or the one there is."""
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Optional":
+        return [*_members(node.slice), ast.Constant(None)]
     return [*_members(node.left), *_members(node.right)] if isinstance(node, ast.BinOp) else [node]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import random
 import re
 import sys
@@ -25,6 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.data import cache
+
+log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 """Of the built-in tokenizer, in the order of their ids from 0."""
@@ -112,6 +115,7 @@ def corpus() -> list[Docstring]:
     name = f"builtin/corpus-{cache.key(sys.version, Path(__file__).read_bytes())}"
 
     def make(directory: Path) -> None:
+        log.info("reading the docstrings of Python's standard library, once: some seconds")
         (directory / "corpus.json").write_text(json.dumps([asdict(d) for d in _distinct()]))
 
     return [Docstring(**d) for d in json.loads((cache.entry(None, name, make) / "corpus.json").read_text())]

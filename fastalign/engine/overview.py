@@ -72,10 +72,8 @@ def facts(job: Job, done: int) -> Iterator[tuple[str, str]]:
     yield "dtype", describe_dtype(job)
     yield "device", describe_device(job)
     if job.objective.needs_reference:
-        yield (
-            "teacher" if job.objective.method.teacher else "reference",
-            config.reference.path or "the model as it starts",
-        )
+        name = "teacher" if job.objective.method.teacher else "reference"
+        yield name, config.reference.path or "the model as it starts"
     yield "training", f"{training_source(job)}: {describe_counts(job.dataset.counts, config.data.max_length)}"
     if job.held_out_counts is not None:
         source = config.data.eval_path or f"data.eval_fraction {config.data.eval_fraction:g} of the training rows"
@@ -184,7 +182,8 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
         names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
     shared = min(common_length([ids for ids, _ in sequences]), *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"
-    lines = [(f"example: {first}", decode_parts(*(x[:shared] for x in sequences[0]), tokenizer))]
+    ids, scored = sequences[0]
+    lines = [(f"example: {first}", decode_parts(ids[:shared], scored[:shared], tokenizer))]
     for name, (ids, scored) in zip(names, sequences, strict=True):
         lines.append((f"example: {name}", decode_parts(ids, scored, tokenizer, start=shared)))
     return lines
