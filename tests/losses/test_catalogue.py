@@ -78,7 +78,7 @@ def test_a_new_entry_reaches_the_command_line_the_engine_and_the_page(monkeypatc
     with pytest.raises(SystemExit):
         parse_config("dpo", ["--loss.name", "mine", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "its only setting. (type: float, default: 1.5)" in help_text and ", mine;" in help_text
+    assert "its only setting. (type: a number, default: 1.5)" in help_text and ", mine;" in help_text
     objective = make_objective("dpo", {"name": "mine", "gamma": 3.0})
     assert objective.options == {"gamma": 3.0} and objective.needs_reference
     assert ("preference", "mine") in [(family, name) for family, name, _ in catalogue.catalogue()]
