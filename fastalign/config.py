@@ -58,6 +58,8 @@ class DataConfig:
 
     path: str | None = None
     """Hub name, file (.jsonl .json .jsonl.gz .parquet .csv), directory, or `builtin:NAME`; a run needs one."""
+    name: str | None = None
+    """Configuration of a hub dataset that has several, e.g. `main` of `openai/gsm8k`."""
     split: str = "train"
     """Split of a hub dataset or directory."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -30,7 +30,11 @@ _HELP = "give a hub name, a file (.jsonl .json .parquet .csv, or .gz of the text
 
 
 def load_rows(
-    path: str, split: str = "train", columns: dict[str, str] | None = None, limit: int | None = None
+    path: str,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    name: str | None = None,
 ) -> Dataset:
     """Reads a dataset by name, whatever its kind.
 
@@ -39,6 +43,7 @@ def load_rows(
         split: of a hub dataset, a directory or a built-in; a file has no splits, only slices such as ``train[:100]``.
         columns: expected name -> name in the data; the columns are renamed, all others pass through.
         limit: keep only the first so many rows.
+        name: configuration of a hub dataset.
 
     Returns:
         At least one row.
@@ -47,7 +52,7 @@ def load_rows(
         ValueError: nothing there, an unknown split, a malformed line (with file and line number), no column of a name
             in ``columns``, or no rows.
     """
-    rows = _rename(_load(path, split), columns or {}, path)
+    rows = _rename(_load(path, split, name), columns or {}, path)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if len(rows) == 0:
@@ -60,9 +65,10 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
 
     ``limit`` holds for the training rows only.
     """
-    rows = load_rows(training_path(data), data.split, data.columns, data.limit)
+    rows = load_rows(training_path(data), data.split, data.columns, data.limit, data.name)
     if data.eval_path:
-        return rows, load_rows(data.eval_path, "test", data.columns)
+        name = data.name if data.eval_path == data.path else None
+        return rows, load_rows(data.eval_path, "test", data.columns, name=name)
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
 
 
@@ -90,7 +96,9 @@ def split_rows(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, 
     return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
 
 
-def _load(path: str, split: str) -> Dataset:
+def _load(path: str, split: str, name: str | None) -> Dataset:
+    if name is not None and (path.startswith("builtin:") or Path(path).expanduser().exists()):
+        raise ValueError(f"data.name: {name!r} is a configuration of a hub dataset, and {path!r} is none: leave it out")
     if path.startswith("builtin:"):
         return builtin.load(path.removeprefix("builtin:"), split)
     place = Path(path).expanduser()
@@ -100,7 +108,7 @@ def _load(path: str, split: str) -> Dataset:
         return _load_file(place, split)
     if _suffix(place) in SUFFIXES or place.is_absolute() or path.startswith((".", "~")):
         raise ValueError(f"data.path: no file or directory at {path!r}: {_HELP}")
-    return _load_hub(path, split)
+    return _load_hub(path, split, name)
 
 
 def _load_file(place: Path, split: str) -> Dataset:
@@ -142,21 +150,21 @@ def _load_files(place: Path, split: str) -> Dataset:
         raise ValueError(reason or _not_found(str(place), split, error)) from error
 
 
-def _load_hub(name: str, split: str) -> Dataset:
+def _load_hub(path: str, split: str, name: str | None) -> Dataset:
     try:
-        return _quietly(name, split)
+        return _quietly(path, split, name=name)
     except _UNREADABLE as error:
-        raise ValueError(_not_found(name, split, error)) from error
+        raise ValueError(_not_found(path, split, error)) from error
 
 
 def _not_found(name: str, split: str, error: BaseException) -> str:
     return f"data.path: looked for the dataset {name!r}, split {split!r}: {_reason(error)}; {_HELP}"
 
 
-def _quietly(name: str, split: str, **options: Any) -> Dataset:
+def _quietly(path: str, split: str, **options: Any) -> Dataset:
     """`datasets.load_dataset` without what its libraries log on the way to an error, which says it better."""
     with _level("datasets", logging.CRITICAL), _level("huggingface_hub", logging.ERROR):
-        return datasets.load_dataset(name, split=split, **options)
+        return datasets.load_dataset(path, split=split, **options)
 
 
 def _checked(rows: Dataset) -> Dataset:

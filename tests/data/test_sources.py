@@ -202,3 +202,8 @@ def test_training_and_evaluation_rows(write: Write) -> None:
     assert evaluation is not None and (len(train), len(evaluation)) == (4, 2)
     train, evaluation = load_train_eval(DataConfig(path=path, eval_fraction=0.4))
     assert evaluation is not None and (len(train), len(evaluation)) == (3, 2)
+
+
+def test_a_configuration_is_of_a_hub_dataset_alone():
+    with pytest.raises(ValueError, match=r"data\.name: 'main' is a configuration of a hub dataset"):
+        load_train_eval(DataConfig(path="builtin:docstrings", name="main"))
