@@ -5,10 +5,13 @@ Every function raises a ValueError that names the column, what was expected and 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from fastalign.words import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,4 +87,4 @@ _PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
 
 def _spell(value: Any) -> str:
     """A short value itself, otherwise its type: texts of the data stay out of messages."""
-    return repr(value) if isinstance(value, bool | int | float) or value is None else type(value).__name__
+    return json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastalign.data import feedback, prompts
-from fastalign.data.messages import Text, is_empty, kind, read, read_turns, strip_none
+from fastalign.data.messages import Text, is_empty, read, read_turns, strip_none
+from fastalign.words import kind_of
 
 __all__ = ["CONTEXT", "FORMATS", "METHODS", "Example", "Reading", "is_empty", "normalise", "recognise", "said"]
 
@@ -226,7 +227,7 @@ def _scores(row: dict[str, Any], form: str, method: str) -> tuple[float, ...]:
 
 def _stepwise(row: dict[str, Any], repeated: bool) -> Example:
     steps, labels = feedback.matched(row, "completions", "labels")
-    if odd := {type(step).__name__ for step in steps} - {"str"}:
+    if odd := {kind_of(step) for step in steps if not isinstance(step, str)}:
         raise ValueError(f"column 'completions': expected a list of steps, each a string, got {min(odd)}")
     prompt = read(row.get("prompt"), "prompt")
     if isinstance(prompt, str):
@@ -254,7 +255,7 @@ def _whole(row: dict[str, Any]) -> Text:
 def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     options, tools = row.get("chat_template_kwargs") or {}, _tools(row.get("tools"))
     if not isinstance(options, dict):
-        raise ValueError(f"column 'chat_template_kwargs': expected a mapping of names to values, got {kind(options)}")
+        raise ValueError(f"column 'chat_template_kwargs': expected a mapping, got {kind_of(options)}")
     return {"tools": tools, **strip_none(options)} if tools else strip_none(options)
 
 
@@ -267,7 +268,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got {kind(tools)}")
+        raise ValueError(f"column 'tools': expected a list of tools or its JSON, got {kind_of(tools)}")
     return strip_none(tools)
 
 

@@ -6,8 +6,11 @@ parts. A turn with ``weight: 0``, ``train: false`` or ``training: false`` is rea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
+
+from fastalign.words import kind_of
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -47,7 +50,7 @@ def read_turns(value: Any, name: str, expected: str = "a string or a list of {ro
         ValueError: not a list of turns, or a turn of another shape.
     """
     if not isinstance(value, list) or not all(isinstance(turn, dict) and _is_turn(turn) for turn in value):
-        raise ValueError(f"column {name!r}: expected {expected}, got {kind(value)}")
+        raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}")
     return [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
 
 
@@ -85,12 +88,6 @@ def why_nothing(completion: Text) -> str | None:
     return None if any(map(is_trained, completion)) else "no_turn_to_train"
 
 
-def kind(value: Any) -> str:
-    """The type of a value, and of what a list holds."""
-    inner = {type(item).__name__ for item in value} if isinstance(value, list) else set()
-    return type(value).__name__ + (f" of {' and '.join(sorted(inner))}" if inner else "")
-
-
 def strip_none(value: Any) -> Any:
     """The value without the null fields that arrow adds to make all rows alike."""
     if isinstance(value, dict):
@@ -104,7 +101,7 @@ def _is_turn(turn: dict[str, Any]) -> bool:
 
 def _read_turn(turn: dict[str, Any], name: str) -> Message:
     if not isinstance(turn["role"], str):
-        raise ValueError(f"{name!r} has a turn whose role is {kind(turn['role'])}: expected a string")
+        raise ValueError(f"{name!r} has a turn whose role is {kind_of(turn['role'])}: expected a string")
     flags = [_flag(turn[key], key, name) for key in FLAGS if key in turn]
     content = {"content": _content(turn["content"], name)} if "content" in turn else {}
     return {**bare([turn])[0], **content, **({} if all(flags) else _UNTRAINED)}
@@ -118,7 +115,7 @@ def _from_sharegpt(turn: dict[str, Any], name: str) -> Message:
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise ValueError(f"{name!r} has a turn from {speaker!r}: expected one of {sorted(SHAREGPT_ROLES)}")
     if not isinstance(value, str | list | None):
-        raise ValueError(f"{name!r} has a turn whose 'value' is {kind(value)}: expected a string")
+        raise ValueError(f"{name!r} has a turn whose 'value' is {kind_of(value)}: expected a string")
     rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
     return {"role": SHAREGPT_ROLES[speaker], "content": value or "", **rest}
 
@@ -129,7 +126,7 @@ def _content(content: Any, name: str) -> str:
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise ValueError(
-            f"{name!r} has a turn whose content is {kind(content)}: expected a string or a list of text parts"
+            f"{name!r} has a turn whose content is {kind_of(content)}: expected a string or a list of text parts"
         )
     return "".join(_part(part, name) for part in content)
 
@@ -146,7 +143,7 @@ def _part(part: dict[str, Any], name: str) -> str:
 def _flag(value: Any, key: str, name: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
-    said = repr(value) if isinstance(value, bool | int | float) else kind(value)
+    said = json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)
     raise ValueError(
         f"{name!r} has a turn with {key} {said}: expected true or false, or 1 or 0: a turn is learnt or not"
     )

@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetsError
 
 from fastalign.config import DataConfig
 from fastalign.data import builtin
+from fastalign.words import kind_of
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Which reader a file needs, by its suffix; each may be followed by ``.gz``, parquet excepted."""
@@ -247,7 +248,7 @@ def _bad_object(line: bytes) -> str | None:
         return f"malformed JSON ({error.msg}, column {error.colno})"
     except UnicodeDecodeError as error:
         return f"bytes that are not UTF-8 ({error.reason})"
-    return None if isinstance(value, dict) else f"a {type(value).__name__}"
+    return None if isinstance(value, dict) else kind_of(value)
 
 
 def _rename(rows: Dataset, columns: dict[str, str], path: str) -> Dataset:
