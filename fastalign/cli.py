@@ -208,6 +208,7 @@ def torchrun(argv: list[str]) -> int:
 
     options = run.parse_args(["-m", *argv])  # takes what is no option for the module to run
     command = [options.training_script, *options.training_script_args]
+    command = command[command[0] == "fastalign" :]  # `-m fastalign` may be written out, as for torchrun
     options.training_script, options.training_script_args = "fastalign", command
     logging.disable(logging.ERROR)  # of the launcher alone: the ranks are processes of their own
     os.environ.pop("RANK", None)  # which would be that of another launch
@@ -220,6 +221,8 @@ def torchrun(argv: list[str]) -> int:
         return failure.exitcode
     except SignalException as error:  # passed on to the ranks, which have told of it
         return 128 + error.sigval
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
