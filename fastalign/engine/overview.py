@@ -180,7 +180,8 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
         ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
         sequences = [sequences[i] for i in ends]
         names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
-    shared = min(common_length([ids for ids, _ in sequences]), *(int(np.argmax(scored)) for _, scored in sequences))
+    alike = common_length(sequences[0][0], sequences[1][0])
+    shared = min(alike, *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"
     ids, scored = sequences[0]
     lines = [(f"example: {first}", decode_parts(ids[:shared], scored[:shared], tokenizer))]
@@ -189,15 +190,15 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
     return lines
 
 
-def common_length(sequences: Sequence[Sequence[Any] | np.ndarray]) -> int:
-    """With how many equal tokens or characters all begin.
+def common_length(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.ndarray) -> int:
+    """With how many equal tokens or characters both begin.
 
     Example:
-        >>> common_length(["abc", "abd"])
+        >>> common_length("abc", "abd")
         2
     """
-    columns = enumerate(zip(*sequences, strict=False))
-    return next((i for i, (first, *others) in columns if any(x != first for x in others)), min(map(len, sequences)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def decode_parts(ids: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, start: int = 0) -> list[Part]:
@@ -205,15 +206,22 @@ def decode_parts(ids: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedToken
 
     Beginnings of the sequence are decoded, never its pieces: those may lose spaces, or halves of a character.
     """
+    if start >= len(ids):
+        return []
     edges = [start, *(int(i) for i in np.flatnonzero(np.diff(scored[start:])) + start + 1), len(ids)]
     whole = decode(ids, tokenizer)
-    offsets = [common_length([decode(ids[:edge], tokenizer), whole]) for edge in edges[:-1]] + [len(whole)]
-    spans = zip(edges, pairwise(offsets), strict=False)
-    parts = [Part(shorten(whole[a:b], LONGEST_PART), bool(scored[edge])) for edge, (a, b) in spans if b > a]
-    if len(parts) <= MOST_PARTS:
-        return parts
-    half = MOST_PARTS // 2
-    return [*parts[:half], Part(f" ... {len(parts) - 2 * half} parts more ... ", False), *parts[-half:]]
+
+    def place(edge: int) -> int:
+        return len(whole) if edge == len(ids) else common_length(decode(ids[:edge], tokenizer), whole)
+
+    def part(first: int, last: int) -> Part:
+        return Part(shorten(whole[place(first) : place(last)], LONGEST_PART), bool(scored[first]))
+
+    spans, half = [*pairwise(edges)], MOST_PARTS // 2
+    if len(spans) <= MOST_PARTS:
+        return [part(*span) for span in spans]
+    left_out = Part(f" ... {len(spans) - 2 * half} parts more ... ", False)
+    return [*(part(*span) for span in spans[:half]), left_out, *(part(*span) for span in spans[-half:])]
 
 
 def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -252,7 +260,7 @@ def show(lines: list[Line]) -> None:
 def render(parts: list[Part], colours: bool) -> Text:
     """The parts one after another, control characters escaped, the scored ones marked."""
     text = Text(overflow="fold")
-    for part in parts:
+    for part in filter(lambda part: part.text, parts):
         marked = part.scored and not colours
         words = escape(part.text)
         text.append(f"[[{words}]]" if marked else words, style="green" if part.scored and colours else "")

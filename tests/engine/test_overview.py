@@ -131,6 +131,15 @@ def test_of_ranked_candidates_the_best_and_the_worst_are_shown(tokenizer):
     ]
 
 
+def test_sides_that_share_nothing_have_an_empty_prompt(tokenizer):
+    sides = tuple(encoded(tokenizer, (text, True)) for text in ("yes", "no"))
+    example = TokenExample(tuple((ids, np.arange(len(ids)) > 0) for ids, _ in sides), 0)  # nothing predicts the first
+    assert [name for name, _ in example_lines(example, tokenizer, "dpo")] == [
+        *("example: prompt", "example: chosen", "example: rejected"),
+    ]
+    assert example_lines(example, tokenizer, "dpo")[0][1] == []
+
+
 def test_a_label_is_told_and_a_reward_models_last_tokens_are_marked(tokenizer):
     labelled = TokenExample((encoded(tokenizer, ("Q:", False), (" no", True)),), 0, scores=np.zeros(1, np.float32))
     assert [name for name, _ in example_lines(labelled, tokenizer, "kto")] == ["example (bad)"]
