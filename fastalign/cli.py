@@ -76,8 +76,8 @@ def usage() -> str:
 
 def train(method: str, argv: list[str]) -> int:
     """Train with one method."""
-    config = parse_config(method, argv)
     prepare_process()
+    config = parse_config(method, argv)
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
     run(config)
@@ -90,8 +90,8 @@ def ref_logps(argv: list[str]) -> int:
     """Compute the reference's log-probs ahead of runs: fastalign ref-logps [METHOD] --config run.yaml."""
     named = argv[:1] if argv and argv[0] in METHODS else []
     words = argv[len(named) :]
-    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
     prepare_process()
+    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
     from fastalign.engine.precompute import precompute  # brings transformers and datasets
 
     summary = precompute(config)

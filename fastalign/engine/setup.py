@@ -31,7 +31,7 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import frozen_copy, with_reference
 from fastalign.models import lora
 from fastalign.models.head import head_of
-from fastalign.models.load import load_policy, load_tokenizer, separate_padding
+from fastalign.models.load import check_place, load_policy, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import World
@@ -71,6 +71,9 @@ def check_settings(config: Config) -> None:
     if config.reference.cache in ("", "null"):
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     check_trackers(run.trackers)
+    check_place(config.model.path, "model.path")
+    check_place(config.model.tokenizer, "model.tokenizer")
+    check_place(config.reference.path, "reference.path")
     lora.check(config.model)
 
 
@@ -208,7 +211,7 @@ def load_reference(
     dtype = config.reference.dtype or config.model.dtype
     plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
     described = replace(config.model, path=path, dtype=dtype, **plain)
-    return frozen_copy(load_policy(described, tokenizer=tokenizer))
+    return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
 
 
 def verified(
