@@ -60,8 +60,10 @@ class DataConfig:
     """Hub name, file (.jsonl .json .jsonl.gz .parquet .csv), directory, or `builtin:NAME`; a run needs one."""
     name: str | None = None
     """Configuration of a hub dataset that has several, e.g. `main` of `openai/gsm8k`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; default: its newest."""
     split: str = "train"
-    """Split of a hub dataset or directory."""
+    """Split of a hub dataset or directory, or slices of some: `train[:1000]`, `train+validation`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename map from the column fastalign expects to the data's own, e.g. `{prompt: question, completion: answer}`."""
     format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise"] = "auto"
@@ -76,12 +78,18 @@ class DataConfig:
     """A longer sequence loses its completion's end, or is dropped; a prompt that fills `max_length` always drops it."""
     eval_path: str | None = None
     """Held-out data, in the same format."""
+    eval_name: str | None = None
+    """Configuration of `eval_path`; default: `name`, when it is the same dataset."""
+    eval_split: str | None = None
+    """Split of `eval_path`, or of `path` without one; default: its `test` or `validation`, or the only split it has."""
     eval_fraction: float = 0.0
-    """Share of `path` held out when there is no `eval_path`."""
+    """Share of `path` held out when there is no `eval_path` or `eval_split`."""
     limit: int | None = None
     """Use only the first so many rows."""
     cache_dir: str | None = None
-    """Where tokenised data is kept; default `~/.cache/fastalign`."""
+    """Where rows and tokenised data are kept; default `~/.cache/fastalign`."""
+    num_proc: int | None = None
+    """Processes that tokenise; default: one, whose tokenizer uses all cores."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 TIERS = [
     {"_C", "fastalign_kernels"},
-    {"config", "types", "words"},
+    {"config", "types", "words", "hub"},
     {"ops"},
     {"losses", "data", "models"},
     {"parallel"},

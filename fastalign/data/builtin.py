@@ -43,6 +43,7 @@ CHAT_TEMPLATE = (
 CONFIDENCE = {"other": 0.95, "truncated": 0.9, "shuffled": 0.8}
 """The probability, by the kind of the rejected side, that the true docstring is found the better."""
 
+SPLITS = ("train", "test")
 TEST_SHARE = 10  # one module in so many is held out
 MIN_WORDS = 3  # shorter docstrings say nothing
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "_bundled"}
@@ -66,12 +67,17 @@ def load(name: str, split: str = "train", seed: int = 0) -> Dataset:
     Raises:
         ValueError: an unknown name or split.
     """
-    if name not in SOURCES:
-        known = ", ".join(f"builtin:{n}" for n in SOURCES)
-        raise ValueError(f"data.path: expected one of {known}, got 'builtin:{name}'")
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise ValueError(f"data.split: 'builtin:{name}' has the splits train and test, got {split!r}")
-    return SOURCES[name](split, seed)
+    return SOURCES[known(name)](split, seed)
+
+
+def known(name: str, setting: str = "data.path") -> str:
+    """The name, when there is a built-in dataset of this name."""
+    if name not in SOURCES:
+        names = ", ".join(f"builtin:{n}" for n in SOURCES)
+        raise ValueError(f"{setting}: expected one of {names}, got 'builtin:{name}'")
+    return name
 
 
 def docstring_pairs(split: str = "train", seed: int = 0) -> Dataset:

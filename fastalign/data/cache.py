@@ -22,6 +22,10 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 
+class Unwritable(ValueError):
+    """The cache cannot be written, whatever is to be kept."""
+
+
 def root(cache_dir: str | None = None) -> Path:
     """``cache_dir``, or ``$FASTALIGN_CACHE``, or ``~/.cache/fastalign``."""
     return Path(cache_dir or os.environ.get("FASTALIGN_CACHE") or "~/.cache/fastalign").expanduser()
@@ -38,7 +42,7 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
     Atomic and safe for concurrent processes: the directory appears whole or not at all.
 
     Raises:
-        ValueError: the cache cannot be written.
+        Unwritable: the cache cannot be written.
     """
     path = root(cache_dir) / name
     if path.is_dir():
@@ -49,7 +53,7 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
         lock.acquire()
     except OSError as error:
         message = f"cannot write the cache {path.parent} ({error})"
-        raise ValueError(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
+        raise Unwritable(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
     try:
         if not path.is_dir():
             _make_whole(path, make)

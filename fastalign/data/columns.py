@@ -38,7 +38,8 @@ def layout(rows: Dataset, form: str) -> tuple[bool, bool]:
     than half the first rows do: an answer may repeat a short question by chance.
     """
     columns = rows.select_columns([name for name in _TEXTS[form] if name in rows.column_names])
-    first = columns.select(range(min(_FIRST_ROWS, len(rows)))).to_list()
+    begin: Any = columns.select(range(min(_FIRST_ROWS, len(rows))))
+    first = [*begin]  # as they are read: `to_list` gives what is on disk
     _report_written_out(first[:_RAW_ROWS])
     if form == "text":
         return False, False

@@ -16,8 +16,9 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import DataConfig
-from fastalign.data import cache, chat, columns, feedback, formats, messages
+from fastalign.data import cache, chat, columns, feedback, formats, messages, spread
 from fastalign.data.examples import TokenDataset
+from fastalign.data.files import PLACE
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +75,19 @@ def encode_dataset(
         ValueError: a ``max_length`` below 2, columns that do not fit the method, a value of the wrong type (with its
             row), a conversation without a scored token, or no row left.
     """
+    if data.num_proc is not None and data.num_proc < 1:
+        raise ValueError(f"data.num_proc: expected at least 1 process, got {data.num_proc}")
     if data.max_length < 2:
         raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
-    form = formats.recognise(rows.column_names, method, data.format)
-    feedback.check_columns(rows.column_names, method)
+    plain = rows.select_columns([name for name in rows.column_names if name != PLACE])
+    form = formats.recognise(plain.column_names, method, data.format)
+    feedback.check_columns(plain.column_names, method)
     template = chat.read_template(data.chat_template)
     options = (form, method, template, data.max_length, data.truncation, data.step_separator)
-    key = cache.key(cache.rows_content(rows), cache.tokenizer_content(tokenizer), options, cache.code_version())
-    encoder = Encoder(tokenizer, data, form, method, template, *columns.layout(rows, form))
+    key = cache.key(cache.rows_content(plain), cache.tokenizer_content(tokenizer), options, cache.code_version())
+    encoder = Encoder(tokenizer, data, form, method, template, *columns.layout(plain, form))
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
-    columns.report_unread(rows, form, method, named)
+    columns.report_unread(plain, form, method, named)
     _report(counts, data.max_length)
     return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows)
 
@@ -112,21 +116,17 @@ class Encoder:
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
         """Writes the encoded rows to an arrow file and returns the counts."""
-        self.counts = Counter(rows=len(rows))
-        encoded = rows.with_format(None).map(
-            self.batch,
-            batched=True,
-            with_indices=True,
-            batch_size=_BATCH_ROWS,
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            cache_file_name=file,
-            load_from_cache_file=False,
-            new_fingerprint=fingerprint,
-            desc="Tokenising",
-        )
-        self.counts["kept"] = len(encoded)
-        if len(encoded) == 0:
+        self.counts = Counter()
+        options = {"batched": True, "batch_size": _BATCH_ROWS, "remove_columns": rows.column_names}
+        options |= {"features": FEATURES, "load_from_cache_file": False, "new_fingerprint": fingerprint}
+        options |= {"with_indices": True, "desc": "Tokenising", "cache_file_name": file}
+        rows = rows.with_format(None)
+        if (processes := min(self.data.num_proc or 1, len(rows))) > 1:
+            kept = spread.encode(rows, self, file, processes, options)
+        else:
+            kept = len(rows.map(self.batch, **options))
+        self.counts = Counter({"rows": len(rows), **self.counts, "kept": kept})
+        if kept == 0:
             why = f"; no turn to train: {_NOT_TRAINED}" if any("no_turn" in reason for reason in self.counts) else ""
             left = f"{_spell(self.counts)} (max_length {self.data.max_length})"
             raise ValueError(f"no row is left to train on: {left}{why}")
@@ -135,16 +135,17 @@ class Encoder:
     def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """The token columns of a batch of rows; dropped rows are missing."""
         rendered: dict[int, tuple[Texts, Scores]] = {}
-        for position, index in enumerate(indices):
+        places = columns.pop(PLACE, None) or [f"row {index}" for index in indices]
+        for position in range(len(indices)):
             row = {name: values[position] for name, values in columns.items()}
-            if (known := _at_row(index, lambda row=row: self.render(row))) is not None:
+            if (known := _at_row(places[position], lambda row=row: self.render(row))) is not None:
                 rendered[position] = known
         lookup = self.tokenise([key for texts, _ in rendered.values() for text in texts for key in text.to_tokenise()])
         out: dict[str, list[Any]] = {name: [] for name in FEATURES}
         for position, known in rendered.items():
             index = indices[position]
             kind = columns["kind"][position] if "kind" in columns else None
-            for sequences, scores in _at_row(index, lambda known=known: self.examples(*known, lookup)):
+            for sequences, scores in _at_row(places[position], lambda known=known: self.examples(*known, lookup)):
                 _append(out, sequences, scores, index, None if kind is None else str(kind))
         self.tell(indices[-1] + 1)
         return out
@@ -348,11 +349,11 @@ def _append(out: dict[str, list[Any]], sequences: list[Tokens], scores: Scores, 
     out["kind"].append(kind)
 
 
-def _at_row(index: int, work: Callable[[], Any]) -> Any:
+def _at_row(place: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ValueError as error:
-        raise ValueError(f"row {index}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _report(counts: dict[str, int], max_length: int) -> None:

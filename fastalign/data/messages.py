@@ -50,7 +50,8 @@ def read_turns(value: Any, name: str, expected: str = "a string or a list of {ro
         ValueError: not a list of turns, or a turn of another shape.
     """
     if not isinstance(value, list) or not all(isinstance(turn, dict) and _is_turn(turn) for turn in value):
-        raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}")
+        remedy = "" if isinstance(value, list | str) else ": put it in quotes, or map another column with data.columns"
+        raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}{remedy}")
     return [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
 
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import logging
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 
+from fastalign import hub
 from fastalign.config import DataConfig
-from fastalign.data import builtin
-from fastalign.words import kind_of
+from fastalign.data import builtin, files
+from fastalign.data.repository import (
+    HELP,
+    SUFFIXES,
+    UNREADABLE,
+    Source,
+    checked,
+    damaged,
+    naming,
+    open_repository,
+    reason_of,
+    suffix,
+)
 
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Which reader a file needs, by its suffix; each may be followed by ``.gz``, parquet excepted."""
-
-_UNREADABLE = (DatasetsError, ValueError, OSError, EOFError, zlib.error, StopIteration)  # the last: no rows
-
-_HELP = "give a hub name, a file (.jsonl .json .parquet .csv, or .gz of the text ones), a directory or builtin:NAME"
+JUDGEMENTS = ("label", "margin", "probability")
+"""The columns that hold numbers, or true and false; in a CSV file every other cell is text."""
+HELD_OUT = ("test", "validation")
+"""The splits that are there to evaluate on."""
 
 
 def load_rows(
@@ -35,41 +37,45 @@ def load_rows(
     split: str = "train",
     columns: dict[str, str] | None = None,
     limit: int | None = None,
+    *,
     name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
 ) -> Dataset:
     """Reads a dataset by name, whatever its kind.
 
     Args:
         path: hub name, file, directory (of files, or written by ``save_to_disk``) or ``builtin:NAME``.
-        split: of a hub dataset, a directory or a built-in; a file has no splits, only slices such as ``train[:100]``.
+        split: its name, a slice such as ``train[:100]``, or several with ``+``; a file has one split, ``train``.
         columns: expected name -> name in the data; the columns are renamed, all others pass through.
         limit: keep only the first so many rows.
-        name: configuration of a hub dataset.
+        name: configuration of a hub dataset, or of a directory whose README.md lists some.
+        revision: branch, tag or commit of a hub dataset.
+        cache_dir: see `cache.root`; rows of text files are kept there.
 
     Returns:
         At least one row.
 
     Raises:
-        ValueError: nothing there, an unknown split, a malformed line (with file and line number), no column of a name
-            in ``columns``, or no rows.
+        ValueError: nothing there, an unknown configuration or split, a malformed line (with file and line number), no
+            column of a name in ``columns``, or no rows.
     """
-    rows = _rename(_load(path, split, name), columns or {}, path)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    if len(rows) == 0:
-        raise ValueError(f"data.path: {path!r} (split {split!r}, limit {limit}) has no rows: expected at least one")
-    return rows
+    source = open_source(path, name, revision, cache_dir)
+    return take(source, split, columns or {}, limit).remove_columns(files.PLACE)
 
 
 def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset | None]:
-    """The training rows and the held-out rows, if any: ``eval_path`` (its split `test`), else ``eval_fraction``.
+    """The training rows and the held-out rows, if any: of ``eval_path`` or ``eval_split``, else ``eval_fraction``.
 
-    ``limit`` holds for the training rows only.
+    ``limit`` holds for the training rows only. The rows have a column `files.PLACE`, for errors.
     """
-    rows = load_rows(training_path(data), data.split, data.columns, data.limit, data.name)
-    if data.eval_path:
-        name = data.name if data.eval_path == data.path else None
-        return rows, load_rows(data.eval_path, "test", data.columns, name=name)
+    _check_evaluation(data)
+    source = open_source(training_path(data), data.name, data.revision, data.cache_dir)
+    held_out = _held_out(source, data) if data.eval_path or data.eval_split else None
+    split = None if held_out is None else eval_split(held_out, source, data)
+    rows = take(source, data.split, data.columns, data.limit)
+    if held_out is not None and split is not None:
+        return rows, take(held_out, split, data.columns)
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
 
 
@@ -81,6 +87,83 @@ def training_path(data: DataConfig) -> str:
             "pairs.jsonl (to try things out: --data.path builtin:docstrings)"
         )
     return data.path
+
+
+def _check_evaluation(data: DataConfig) -> None:
+    """Refuses settings of the evaluation data that would not be read."""
+    named = "data.eval_path" if data.eval_path else "data.eval_split" if data.eval_split else None
+    if named is not None and data.eval_fraction:
+        raise ValueError(f"data.eval_fraction: got {data.eval_fraction} beside {named}: set one of them")
+    if named is None and data.eval_name:
+        raise ValueError(f"data.eval_name: got {data.eval_name!r} without data.eval_path: set the dataset it is of")
+
+
+def _held_out(source: Source, data: DataConfig) -> Source:
+    """What is evaluated on: another split of the training data, or a dataset of its own."""
+    path = data.eval_path or training_path(data)
+    name = data.eval_name or (data.name if path == data.path else None)
+    revision = data.revision if path == data.path else None
+    return open_source(path, name, revision, data.cache_dir, "data.eval_")
+
+
+def eval_split(held_out: Source, source: Source, data: DataConfig) -> str:
+    """The split to evaluate on: `data.eval_split`, else the one there is for that.
+
+    Raises:
+        ValueError: none or several would do.
+    """
+    if data.eval_split is not None:
+        return data.eval_split
+    meant = [split for split in held_out.splits if split in HELD_OUT]
+    trained_on = (source.path, data.name) == (held_out.path, data.eval_name or data.name)
+    if len(meant) == 1:
+        return meant[0]
+    if len(held_out.splits) == 1 and not trained_on:
+        return held_out.splits[0]
+    there = f"{held_out.path!r} has the splits {[*held_out.splits]}"
+    if len(held_out.splits) == 1:
+        raise ValueError(f"data.eval_path: {there}, which is trained on: set data.eval_fraction to hold rows out")
+    raise ValueError(f"data.eval_split: {there}: name the one to evaluate on")
+
+
+def take(source: Source, split: str, columns: dict[str, str], limit: int | None = None) -> Dataset:
+    """The rows of a split, or of slices, renamed; at least one, each with its `files.PLACE`."""
+    rows = _rename(_slices(source, split), columns, source)
+    if source.texts:
+        rows = files.numbers(rows, JUDGEMENTS)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    if len(rows) == 0:
+        asked = f"(split {split!r}, limit {limit})"
+        raise ValueError(f"{source.section}path: {source.path!r} {asked} has no rows: expected at least one")
+    return rows
+
+
+def _slices(source: Source, split: str) -> Dataset:
+    """The rows that ``train``, ``train[:100]`` or ``train+validation[10%:]`` names."""
+    names = [part.partition("[")[0].strip() for part in split.split("+")]
+    if unknown := [name for name in names if name not in source.splits]:
+        there = f"{source.path!r} has the splits {[*source.splits]}, got {unknown[0]!r}"
+        raise ValueError(f"{source.section}split: {there}")
+    whole = {name: _placed(source, name) for name in dict.fromkeys(names)}
+    if split in whole:
+        return whole[split]
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in whole.items()})
+    except (ValueError, AssertionError) as error:
+        expected = "expected a split or a slice of one, such as train[:100]"
+        raise ValueError(f"{source.section}split: {expected}, got {split!r} ({hub.first_line(error)})") from error
+    return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _placed(source: Source, split: str) -> Dataset:
+    """The rows of a split, each with its place."""
+    rows = source.read(split)
+    if files.PLACE in rows.column_names:
+        return rows
+    name = source.path if len(source.splits) == 1 else f"{source.path} (split {split})"
+    places = pa.array((f"{name}, row {number}" for number in range(len(rows))), pa.string())
+    return rows.add_column(files.PLACE, places, feature=datasets.Value("string"))  # type: ignore[arg-type]
 
 
 def split_rows(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -97,192 +180,85 @@ def split_rows(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, 
     return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
 
 
-def _load(path: str, split: str, name: str | None) -> Dataset:
-    if name is not None and (path.startswith("builtin:") or Path(path).expanduser().exists()):
-        raise ValueError(f"data.name: {name!r} is a configuration of a hub dataset, and {path!r} is none: leave it out")
-    if path.startswith("builtin:"):
-        return builtin.load(path.removeprefix("builtin:"), split)
+def open_source(
+    path: str,
+    name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    section: str = "data.",
+) -> Source:
+    """Finds what a path names; ``section`` begins the settings' names in errors."""
     place = Path(path).expanduser()
-    if place.is_dir():
-        return _load_directory(place, split)
+    if path.startswith("builtin:"):
+        _refuse(section, path, "is built in", name=name, revision=revision)
+        read = partial(builtin.load, builtin.known(path.removeprefix("builtin:"), f"{section}path"))
+        return Source(path, section, builtin.SPLITS, read)
     if place.is_file():
-        return _load_file(place, split)
-    if _suffix(place) in SUFFIXES or place.is_absolute() or path.startswith((".", "~")):
-        raise ValueError(f"data.path: no file or directory at {path!r}: {_HELP}")
-    return _load_hub(path, split, name)
+        _refuse(section, path, "is a file", name=name, revision=revision)
+        return _file(place, section, cache_dir)
+    if place.is_dir():
+        _refuse(section, path, "is a directory", revision=revision)
+        return (
+            _saved(place, section, name) if _is_saved(place) else open_repository(str(place), section, name, cache_dir)
+        )
+    if suffix(path) in SUFFIXES or hub.looks_local(path):
+        raise ValueError(f"{section}path: no file or directory at {path!r}: {HELP}")
+    return open_repository(path, section, name, cache_dir, revision)
 
 
-def _load_file(place: Path, split: str) -> Dataset:
-    reader = SUFFIXES.get(_suffix(place))
-    if reader is None:
-        raise ValueError(f"data.path: {str(place)!r} is of no known kind: expected one of {', '.join(SUFFIXES)}")
+def _refuse(section: str, path: str, what: str, **settings: str | None) -> None:
+    """Refuses settings that would not be read."""
+    for setting, value in settings.items():
+        if value is not None:
+            owner = "data." if setting == "revision" else section
+            kinds = {"name": "configurations", "revision": "revisions"}[setting]
+            raise ValueError(f"{owner}{setting}: {path!r} {what} and has no {kinds}, got {value!r}: leave it out")
+
+
+def _file(place: Path, section: str, cache_dir: str | None) -> Source:
+    kind = SUFFIXES.get(suffix(place.name))
+    if kind is None:
+        known = ", ".join(SUFFIXES)
+        raise ValueError(f"{section}path: {str(place)!r} is of no known kind: expected one of {known}")
+    if kind == "parquet":
+        return Source(str(place), section, ["train"], lambda _: _parquet(place, section))
+    located = [(str(place), place)]
+    read = naming(section, lambda _: files.read(located, kind, cache_dir))
+    return Source(str(place), section, ["train"], read, texts=kind == "csv")
+
+
+def _parquet(place: Path, section: str) -> Dataset:
     try:
-        return _checked(_quietly(reader, split, data_files={split.partition("[")[0]: str(place)}))
-    except _UNREADABLE as error:
-        reason = file_problem(place) or f"data.path: cannot read {str(place)!r}: {_reason(error)}"
-        raise ValueError(reason) from error
+        with hub.quiet():
+            return checked(datasets.load_dataset("parquet", split="train", data_files=str(place)))
+    except UNREADABLE as error:
+        raise ValueError(damaged(str(place), [place], section) or f"{section}path: {reason_of(error)}") from error
 
 
-def _load_directory(place: Path, split: str) -> Dataset:
-    if not any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        return _load_files(place, split)
+def _is_saved(place: Path) -> bool:
+    return any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _saved(place: Path, section: str, name: str | None) -> Source:
+    """What ``save_to_disk`` wrote."""
+    _refuse(section, str(place), "is a saved dataset", name=name)
     try:
         rows = datasets.load_from_disk(str(place))
-    except _UNREADABLE as error:
-        raise ValueError(f"data.path: cannot read the saved dataset {str(place)!r}: {_reason(error)}") from error
-    if not isinstance(rows, DatasetDict):
-        return rows
-    if split not in rows:
-        raise ValueError(f"data.split: {str(place)!r} has the splits {sorted(rows)}, got {split!r}")
-    return rows[split]
+    except UNREADABLE as error:
+        reason = f"cannot read the saved dataset {str(place)!r}: {reason_of(error)}"
+        raise ValueError(f"{section}path: {reason}") from error
+    splits = {str(split): part for split, part in rows.items()} if isinstance(rows, DatasetDict) else {"train": rows}
+    return Source(str(place), section, [*splits], splits.__getitem__)
 
 
-def _load_files(place: Path, split: str) -> Dataset:
-    """A directory of files, which `datasets` treats like one of the hub."""
-    try:
-        return _checked(_quietly(str(place), split))
-    except _UNREADABLE as error:
-        files = (
-            []
-            if str(error).startswith("Unknown split")
-            else sorted(file for file in place.rglob("*") if file.is_file())
-        )
-        reason = next((reason for file in files if (reason := file_problem(file))), None)
-        raise ValueError(reason or _not_found(str(place), split, error)) from error
-
-
-def _load_hub(path: str, split: str, name: str | None) -> Dataset:
-    try:
-        return _quietly(path, split, name=name)
-    except _UNREADABLE as error:
-        raise ValueError(_not_found(path, split, error)) from error
-
-
-def _not_found(name: str, split: str, error: BaseException) -> str:
-    return f"data.path: looked for the dataset {name!r}, split {split!r}: {_reason(error)}; {_HELP}"
-
-
-def _quietly(path: str, split: str, **options: Any) -> Dataset:
-    """`datasets.load_dataset` without what its libraries log on the way to an error, which says it better."""
-    with _level("datasets", logging.CRITICAL), _level("huggingface_hub", logging.ERROR):
-        return datasets.load_dataset(path, split=split, **options)
-
-
-def _checked(rows: Dataset) -> Dataset:
-    """The rows of files; text that is not UTF-8 is read without complaint and would fail where no line is known."""
-    rows.data.validate(full=True)
-    return rows
-
-
-def file_problem(place: Path) -> str | None:
-    """What is wrong with a file of a known kind, as ``file, line n: reason`` if it is a text; None if nothing is."""
-    kind = SUFFIXES.get(_suffix(place))
-    if kind is None:
-        return None
-    try:
-        if kind == "parquet":
-            pq.read_schema(place)
-            return None
-        content = _content(place)
-    except (pa.ArrowInvalid, EOFError, OSError, zlib.error) as error:
-        return f"data.path: cannot read {str(place)!r}: {_reason(error)}: expected a whole {place.suffix[1:]} file"
-    if kind == "csv":
-        return _bad_csv(place, content)
-    return _bad_array(place, content) if _is_array(place, content) else _bad_lines(place, content)
-
-
-def _content(place: Path) -> bytes:
-    opener = gzip.open if place.suffix == ".gz" else open
-    with opener(place, "rb") as file:
-        return file.read()
-
-
-def _is_array(place: Path, content: bytes) -> bool:
-    return _suffix(place) == ".json" and content.lstrip()[:1] == b"["
-
-
-def _bad_csv(place: Path, content: bytes) -> str | None:
-    if len(content.split()) == 0 or len(content.strip().splitlines()) == 1:
-        return f"data.path: {str(place)!r} has no rows: expected a line of column names and at least one more"
-    return _bad_text(place, content)
-
-
-def _bad_array(place: Path, content: bytes) -> str | None:
-    if content.strip()[1:-1].strip() == b"":
-        return _no_objects(place)
-    if reason := _bad_text(place, content):
-        return reason
-    try:
-        json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"{place}, line {error.lineno}: expected a JSON array of objects, got {error.msg}: mend the line"
-    return None
-
-
-def _bad_lines(place: Path, content: bytes) -> str | None:
-    if not content.strip():
-        return _no_objects(place)
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip() and (reason := _bad_object(line)):
-            return f"{place}, line {number}: expected one JSON object, got {reason}: mend or remove the line"
-    return None
-
-
-def _no_objects(place: Path) -> str:
-    return f"data.path: {str(place)!r} has no rows: expected at least one JSON object"
-
-
-def _bad_text(place: Path, content: bytes) -> str | None:
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return f"{place}, line {line}: expected UTF-8, got other bytes ({error.reason}): save the file as UTF-8"
-    return None
-
-
-def _bad_object(line: bytes) -> str | None:
-    try:
-        value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"malformed JSON ({error.msg}, column {error.colno})"
-    except UnicodeDecodeError as error:
-        return f"bytes that are not UTF-8 ({error.reason})"
-    return None if isinstance(value, dict) else kind_of(value)
-
-
-def _rename(rows: Dataset, columns: dict[str, str], path: str) -> Dataset:
-    found = rows.column_names
+def _rename(rows: Dataset, columns: dict[str, str], source: Source) -> Dataset:
+    found = [name for name in rows.column_names if name != files.PLACE]
     for expected, actual in columns.items():
         if actual not in found:
-            raise ValueError(
-                f"data.columns: {path!r} has no column {actual!r} to be {expected!r}; found {sorted(found)}"
-            )
+            there = f"{source.path!r} has no column {actual!r} to be {expected!r}; found {sorted(found)}"
+            raise ValueError(f"data.columns: {there}")
     renames = {actual: expected for expected, actual in columns.items()}
     if len(renames) < len(columns):
         raise ValueError(f"data.columns: a column can be renamed once only, got {columns}")
     in_the_way = [name for name in columns if name in found and name not in renames]
     return rows.remove_columns(in_the_way).rename_columns({a: e for a, e in renames.items() if a != e})
-
-
-@contextmanager
-def _level(name: str, level: int) -> Iterator[None]:
-    """A library's logger says only what is at least so grave."""
-    logger = logging.getLogger(name)
-    was = logger.level
-    logger.setLevel(max(level, was))
-    try:
-        yield
-    finally:
-        logger.setLevel(was)
-
-
-def _suffix(place: Path) -> str:
-    return Path(place.stem).suffix if place.suffix == ".gz" else place.suffix
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause that says anything."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,7 +9,6 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +31,7 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import frozen_copy, with_reference
 from fastalign.models import lora
 from fastalign.models.head import head_of
-from fastalign.models.load import DTYPES, check_named, load_policy, load_tokenizer, separate_padding
+from fastalign.models.load import DTYPES, check_named, check_place, load_policy, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.ops.attention import unavailable
@@ -82,18 +81,10 @@ def check_settings(config: Config) -> None:
     check_trackers(run.trackers)
     training_path(config.data)
     check_named(config.model)
-    for setting, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
-        check_directory(setting, path)
+    check_place(config.model.path, "model.path")
+    check_place(config.model.tokenizer, "model.tokenizer")
+    check_place(config.reference.path, "reference.path")
     lora.check(config.model)
-
-
-def check_directory(setting: str, path: str | None) -> None:
-    """Refuse a path that is none of the hub's, which have one slash at most, and names no directory here."""
-    if path is None or Path(path).exists() or not (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        return
-    run = Path(path).parent
-    made = f": run.output_dir {run} leaves it; train that first: fastalign sft --config ... --run.output_dir {run}"
-    raise ValueError(f"{setting}: there is no directory {path}{made if Path(path).name == 'model' else ''}")
 
 
 def settle(config: Config, device: torch.device) -> Config:
@@ -243,7 +234,7 @@ def load_reference(
     dtype = config.reference.dtype or config.model.dtype
     plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
     described = replace(config.model, path=path, dtype=dtype, **plain)
-    return frozen_copy(load_policy(described, tokenizer=tokenizer))
+    return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
 
 
 def verified(

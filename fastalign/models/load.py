@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastalign import hub
 from fastalign.config import ModelConfig
 from fastalign.models import inline, lora
 from fastalign.models.native import use_native_layers
@@ -49,6 +50,7 @@ def load_policy(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     scalar_head: bool = False,
+    setting: str = "model.path",
 ) -> Policy:
     """The policy that a model section describes.
 
@@ -59,6 +61,7 @@ def load_policy(
         tokenizer: gives an inline config its special token ids, and `vocab_size` when that is not given.
         scalar_head: one output per token in place of the LM head, as reward models have; that of the checkpoint, or
             a new one where it has none.
+        setting: what errors call the setting that names it.
 
     Raises:
         ValueError: when path and config are both set or both missing, the model cannot be found, its vocabulary is too
@@ -68,12 +71,15 @@ def load_policy(
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
     saved = lora.saved_adapter(model, scalar_head)
-    base = load_base(model, saved, vocab_size=vocab_size, seed=seed, tokenizer=tokenizer, scalar_head=scalar_head)
+    known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
+    base = load_base(model, saved, setting=setting, **known)
     adapted = lora.adapt(base, model, saved, seed)
     policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
-    known: Any = base.get_input_embeddings() if scalar_head else policy.head
-    if vocab_size is not None and vocab_size > (rows := known.weight.shape[0]):
-        raise ValueError(f"the tokenizer has {vocab_size} tokens and the model only {rows}: choose a matching pair")
+    embedding: Any = base.get_input_embeddings() if scalar_head else policy.head
+    if vocab_size is not None and vocab_size > (rows := embedding.weight.shape[0]):
+        name = setting if model.path is not None else "model.config"
+        message = f"the tokenizer has {vocab_size} tokens and the model only {rows}"
+        raise ValueError(f"{name}: {message}: choose a matching pair")
     use_native_layers(base)
     policy.base_digest = None if policy.adapted is None else lora.base_digest(policy)
     return policy
@@ -101,11 +107,16 @@ def load_base(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     scalar_head: bool = False,
+    setting: str = "model.path",
 ) -> PreTrainedModel:
     """The model of `load_policy` without its adapter; ``saved`` is the config of a saved one, which names its base."""
     auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
     if model.path is not None:
-        return _pretrained(model.path if saved is None else saved.base_model_name_or_path, model, auto, seed)
+        if saved is None:
+            return _pretrained(model.path, model, auto, seed, setting)
+        return _pretrained(
+            saved.base_model_name_or_path, model, auto, seed, f"{setting}: the base of the adapter {model.path!r}"
+        )
     size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
     base = _from_scratch(model, auto, size, seed)
     if tokenizer is not None:
@@ -113,11 +124,11 @@ def load_base(
     return base
 
 
-def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
+def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int, setting: str) -> PreTrainedModel:
     options: dict[str, Any] = {"num_labels": 1} if (scalar := auto is AutoModelForSequenceClassification) else {}
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization)
-    with _readable("model", path, "config.json and safetensors weights"):
+    with _readable("model", path, "config.json and safetensors weights", setting):
         both: Any = auto.from_pretrained(
             path,
             dtype=DTYPES.get(model.dtype, "auto"),
@@ -128,11 +139,11 @@ def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int) -> PreTrain
         )
     loaded, info = both
     if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{path!r} is an adapter on the hub: download it and set model.path to its directory")
+        raise ValueError(f"{setting}: {path!r} is an adapter on the hub: download it and give its directory")
     missing = set(info["missing_keys"])
     if scalar and SCALAR_HEAD in missing:
         _new_scalar_head(loaded, seed)
-    check_loaded(path, {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
+    check_loaded(f"{setting}: {path!r}", {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
     return loaded
 
 
@@ -177,12 +188,12 @@ def check_loaded(name: str, info: Mapping[str, Any]) -> None:
     if mismatched := sorted(info["mismatched_keys"]):
         key, there, here = mismatched[0]
         raise ValueError(
-            f"{name!r} does not fit its config.json: {key} is {(*there,)} there and {(*here,)} by its config"
+            f"{name} does not fit its config.json: {key} is {(*there,)} there and {(*here,)} by its config"
         )
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
-            f"{name!r} lacks {len(missing)} of the model's weights ({shown}), which would start random: "
+            f"{name} lacks {len(missing)} of the model's weights ({shown}), which would start random: "
             "choose a complete checkpoint of a causal LM"
         )
 
@@ -230,6 +241,7 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         ValueError: when none is named, it cannot be found, or a built-in one is asked for without a fallback.
     """
     name = model.tokenizer or _tokenizer_home(model)
+    setting = "model.tokenizer" if model.tokenizer else "model.path"
     if name is None:
         check_named(model)
         raise ValueError(
@@ -237,9 +249,9 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         )
     if name.startswith("builtin:"):
         if fallback is None:
-            raise ValueError(f"no built-in tokenizers are available here: {name!r}")
+            raise ValueError(f"{setting}: no built-in tokenizers are available here: {name!r}")
         return fallback(name)
-    with _readable("tokenizer", name, "tokenizer.json"):
+    with _readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
 
@@ -251,30 +263,38 @@ def _tokenizer_home(model: ModelConfig) -> str | None:
     return saved.base_model_name_or_path
 
 
+def check_place(name: str | None, setting: str) -> None:
+    """Refuses what can only be a directory here, and is none, before any work."""
+    if name is None or name.startswith("builtin:") or Path(name).exists():
+        return
+    if hub.looks_local(name):
+        run = Path(name).parent
+        made = f"run.output_dir {run} leaves it, so train that first: fastalign sft --config ... --run.output_dir {run}"
+        raise ValueError(
+            f"{setting}: no directory at {name!r}: {made if Path(name).name == 'model' else 'check the path'}"
+        )
+
+
 @contextmanager
-def _readable(kind: str, name: str, files: str) -> Iterator[None]:
-    """Turns what transformers raises on absent and damaged files into one line that names them."""
+def _readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
+    """Turns what transformers raises on absent and damaged files into one line that names them and the setting."""
+    check_place(name, setting)
+    local = Path(name).exists()
     try:
-        yield
+        with hub.quiet(), nullcontext() if local else hub.asked_once(f"{kind} {name!r}"):
+            yield
     except OSError as error:
-        raise ValueError(_not_found(kind, name, files, error)) from error
+        expected = f"no {kind} in {name!r}: expected a directory with {files} ({_one_line(error)})"
+        raise ValueError(f"{setting}: {expected if local else hub.why_not(name, kind, error)}") from error
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, REFUSALS):  # tokenizers raises the bare class
             raise
-        raise ValueError(f"the {kind} {name!r} cannot be loaded ({_one_line(error)}): check its files") from error
+        reason = f"the {kind} {name!r} cannot be loaded ({_one_line(error)}): check its files"
+        raise ValueError(f"{setting}: {reason}") from error
 
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _not_found(kind: str, name: str, files: str, error: OSError) -> str:
-    if Path(name).exists():
-        return f"no {kind} in {name!r}: expected a directory with {files} ({_one_line(error)})"
-    offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return (
-        f"{kind} {name!r} is neither a directory here nor to be had from the hub{offline}: check the name and network"
-    )
 
 
 def save_pretrained(

@@ -106,7 +106,7 @@ def test_process_rewards_train_on_steps(tokenizer: PreTrainedTokenizerFast) -> N
 def test_unknown_names_splits_and_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of builtin:docstrings, .*, got 'builtin:poems'"):
         load_rows("builtin:poems")
-    with pytest.raises(ValueError, match="the splits train and test, got 'validation'"):
+    with pytest.raises(ValueError, match=r"the splits \['train', 'test'\], got 'validation'"):
         load_rows("builtin:docstrings", "validation")
     with pytest.raises(ValueError, match="at least 263 entries, got 100"):
         builtin.train_tokenizer(100)

@@ -411,3 +411,26 @@ def test_real_word_problems(make_tokenizer: Make, shared_file: Callable[[str], P
     for row, example in zip(rows, encoded, strict=True):
         given, scored = parts(tokenizer, example)[0]
         assert given + scored == f"{row['prompt']}{row['completion']}</s>" and "#### " in scored
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_tokens_counts_and_key(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], processes: int, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"What is {i}?", "chosen": "four " * (i % 9) * 3, "rejected": "five"} for i in range(2503)]
+    tokenizer, found = make_tokenizer(), []
+    for number in (None, processes):
+        data = DataConfig(max_length=12, cache_dir=str(tmp_path / str(number)), num_proc=number)
+        found.append(encode_dataset(Dataset.from_list(rows), tokenizer, data, "dpo"))
+    one, several = found
+    assert one.counts == several.counts and list(one.counts) == list(several.counts)
+    assert 0 < one.counts["kept"] < len(rows) and one.counts["truncated"] and one.counts["dropped_empty_completion"]
+    assert one.fingerprint == several.fingerprint and one.table.to_dict() == several.table.to_dict()
+    assert len([*tmp_path.rglob("*.arrow")]) == 2, "the parts are gone"
+
+
+def test_a_number_of_processes_that_cannot_be_is_refused(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    with pytest.raises(ValueError, match=r"^data\.num_proc: expected at least 1 process, got 0$"):
+        run([{"text": "a"}], make_tokenizer(), num_proc=0)

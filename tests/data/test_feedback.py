@@ -220,7 +220,7 @@ def test_distillation_reads_what_sft_does(make_tokenizer: Make, row: dict) -> No
         ({**RANKED, "scores": None}, "rrhf", "row 1: 'completions' has 3 entries and 'scores' 0"),
         ({**RANKED, "scores": 1}, "rrhf", "row 1: column 'scores': expected a list, got 1$"),
         ({**RANKED, "completions": "a"}, "rrhf", "row 1: column 'completions': expected a list, got a string$"),
-        ({**RANKED, "completions": [1, 2, 3]}, "rrhf", "row 1: column 'completions': expected a string or .*a number$"),
+        ({**RANKED, "completions": [1, 2, 3]}, "rrhf", "row 1: column 'completions': .*a number: put it in quotes"),
         ({**RANKED, "completions": ["a", "b", assistant("a")]}, "rrhf", "row 1: 'completions' must all be strings or"),
         ({**STEPS, "labels": [1, 3]}, "reward:process", "row 1: column 'labels': expected true or false, .* got 3$"),
         ({**STEPS, "labels": [True]}, "reward:process", "row 1: 'completions' has 2 entries and 'labels' 1"),

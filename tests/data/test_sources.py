@@ -2,12 +2,9 @@
 
 import gzip
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -140,30 +137,6 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
         load_rows(path)
 
 
-def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"looked for the dataset 'someone/some-pairs', split 'train'.*builtin:NAME"
-    ) as raised:
-        load_rows("someone/some-pairs")
-    assert "\n" not in str(raised.value)
-
-
-def test_retries_of_the_hub_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-
-    def retry(*_: object, **__: object) -> None:
-        told.append(logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", retry)
-    before = logging.getLogger("huggingface_hub").level
-    with pytest.raises(ValueError, match=r"looked for the dataset 'someone/some-pairs'.*no network"):
-        load_rows("someone/some-pairs")
-    assert told == [False] and logging.getLogger("huggingface_hub").level == before
-
-
 def test_missing_columns_and_splits_are_named(write: Write, tmp_path: Path) -> None:
     path = write("a.jsonl", LINES)
     with pytest.raises(
@@ -176,7 +149,7 @@ def test_missing_columns_and_splits_are_named(write: Write, tmp_path: Path) -> N
         load_rows(path, limit=0)
     with pytest.raises(ValueError, match=r"has the splits \['train'\], got 'test'"):
         load_rows(save("-dict", tmp_path), split="test")
-    with pytest.raises(ValueError, match="split 'test'"):
+    with pytest.raises(ValueError, match=r"^data\.split: '.*' has the splits \['train'\], got 'test'"):
         load_rows(save("-files", tmp_path), split="test")
 
 
@@ -204,6 +177,116 @@ def test_training_and_evaluation_rows(write: Write) -> None:
     assert evaluation is not None and (len(train), len(evaluation)) == (3, 2)
 
 
-def test_a_configuration_is_of_a_hub_dataset_alone():
-    with pytest.raises(ValueError, match=r"data\.name: 'main' is a configuration of a hub dataset"):
-        load_train_eval(DataConfig(path="builtin:docstrings", name="main"))
+README = """---
+configs:
+- config_name: main
+  data_files: [{split: train, path: main/train.jsonl}, {split: test, path: main/test.jsonl}]
+- config_name: socratic
+  data_files: [{split: train, path: socratic/train.jsonl}]
+---
+"""
+
+
+@pytest.fixture
+def configured(write: Write) -> str:
+    """A directory with two configurations, as datasets of the hub have them."""
+    for name in ("main/train", "main/test", "socratic/train"):
+        write(f"rows/{name}.jsonl", "".join(f'{{"prompt": "{name} {i}", "completion": "c"}}\n' for i in range(3)))
+    return str(Path(write("rows/README.md", README)).parent)
+
+
+def prompts(rows: Dataset | None) -> list[str]:
+    assert rows is not None
+    return rows["prompt"][:]
+
+
+def test_a_configuration_is_named(configured: str) -> None:
+    assert prompts(load_rows(configured, name="main", split="test"))[0] == "main/test 0"
+    assert prompts(load_rows(configured, name="socratic"))[0] == "socratic/train 0"
+    there = rf"^data\.name: '{configured}' has the configurations \['main', 'socratic'\]"
+    with pytest.raises(ValueError, match=f"{there}: name one$"):
+        load_rows(configured)
+    with pytest.raises(ValueError, match=f"{there}, got 'x'$"):
+        load_rows(configured, name="x")
+    with pytest.raises(ValueError, match=r"^data\.split: .*has the splits \['train', 'test'\], got 'dev'$"):
+        load_rows(configured, name="main", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"eval_path": True}, "main/test 0"),
+        ({"eval_split": "test"}, "main/test 0"),
+        ({"eval_split": "test[1:]"}, "main/test 1"),
+        ({"eval_path": True, "eval_name": "socratic"}, "socratic/train 0"),
+        ({"eval_path": True, "eval_name": "socratic", "eval_split": "train[2:]"}, "socratic/train 2"),
+    ],
+)
+def test_the_evaluation_split_is_the_one_for_that(configured: str, settings: dict[str, object], first: str) -> None:
+    path = {"eval_path": configured} if settings.get("eval_path") else {}
+    train, held_out = load_train_eval(DataConfig(path=configured, name="main", **{**settings, **path}))
+    assert prompts(train)[0] == "main/train 0" and prompts(held_out)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "message"),
+    [
+        (["train", "test", "validation"], {}, r"eval_split: .*\['train', 'validation', 'test'\]: name the one to"),
+        (["train"], {}, r"eval_path: .*\['train'\], which is trained on: set data\.eval_fraction"),
+        (["train", "test"], {"eval_split": "dev"}, r"eval_split: .*\['train', 'test'\], got 'dev'"),
+        (["train", "test"], {"eval_split": "test[:x]"}, r"eval_split: expected a split or a slice .* got 'test\[:x\]'"),
+        (["train", "test"], {"eval_fraction": 0.5}, r"eval_fraction: got 0\.5 beside data\.eval_path: set one"),
+        (["train", "test"], {"eval_name": "x"}, r"eval_name: .* has the configurations \['default'\], got 'x'"),
+        (["train", "test"], {"eval_path": "nope"}, r"eval_path: no file or directory 'nope' here"),
+        (["train", "test"], {"eval_path": "no.csv"}, r"eval_path: no file or directory at 'no\.csv'"),
+        (["train", "test"], {"eval_path": "builtin:x"}, r"eval_path: expected one of builtin:docstrings"),
+        (["train", "test"], {"eval_path": "builtin:docstrings", "eval_split": "dev"}, r"eval_split: .*got 'dev'"),
+        (["train", "test"], {"name": "x"}, r"name: .* has the configurations \['default'\], got 'x'"),
+        (["train", "test"], {"revision": "v1"}, r"revision: .* is a directory and has no revisions, got 'v1'"),
+    ],
+)
+def test_evaluation_data_that_cannot_be_meant_is_refused(
+    write: Write, splits: list[str], settings: dict[str, object], message: str
+) -> None:
+    paths = [write(f"rows/{split}.jsonl", LINES) for split in splits]
+    place = str(Path(paths[0]).parent)
+    with pytest.raises(ValueError, match=rf"^data\.{message}") as raised:
+        load_train_eval(DataConfig(**{"path": place, "eval_path": place, **settings}))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_has_one_split_and_no_configurations(write: Write) -> None:
+    path = write("a.jsonl", LINES)
+    with pytest.raises(ValueError, match=r"^data\.split: '.*a\.jsonl' has the splits \['train'\], got 'test'$"):
+        load_rows(path, split="test")
+    with pytest.raises(ValueError, match=r"^data\.name: '.*a\.jsonl' is a file and has no configurations, got 'main'"):
+        load_rows(path, name="main")
+    with pytest.raises(ValueError, match=r"^data\.eval_name: got 'main' without data\.eval_path"):
+        load_train_eval(DataConfig(path=path, eval_name="main"))
+    with pytest.raises(ValueError, match=r"^data\.eval_path: .* malformed JSON"):
+        load_train_eval(DataConfig(path=path, eval_path=write("b.jsonl", '{"prompt": \n')))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", "-dict", "-saved", "-files", ".parquet", "builtin"])
+def test_slices_of_every_kind(kind: str, tmp_path: Path) -> None:
+    path = "builtin:docstrings" if kind == "builtin" else save(kind, tmp_path)
+    whole = prompts(load_rows(path))
+    assert prompts(load_rows(path, split="train[1:3]")) == whole[1:3]
+    assert prompts(load_rows(path, split="train[-1:]+train[:1]")) == [whole[-1], whole[0]]
+
+
+def test_files_of_a_directory_that_are_in_no_split_are_told(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    place = Path(write("rows/train.jsonl", LINES)).parent
+    write("rows/more.jsonl", LINES)
+    assert len(load_rows(str(place))) == 5
+    assert "data.path: 1 files of" in caplog.text and "rows/more.jsonl" in caplog.text
+
+
+def test_options_of_a_readme_that_are_not_read_are_refused(write: Write) -> None:
+    write("rows/train.csv", "prompt;completion\na;b\n")
+    head = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n"
+    place = Path(write("rows/README.md", f"{head}---\n")).parent
+    assert load_rows(str(place)).to_list() == [{"prompt": "a", "completion": "b"}]
+    write("rows/README.md", f"{head}  skiprows: 1\n---\n")
+    with pytest.raises(ValueError, match=r"^data\.path: the README\.md of '.*' sets skiprows, which is not read"):
+        load_rows(str(place))

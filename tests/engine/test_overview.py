@@ -84,9 +84,7 @@ def test_a_run_without_data_or_model_is_refused_before_any_work(configure, setti
 
 def test_a_directory_that_is_not_there_is_refused_before_any_work_with_the_run_that_makes_it(configure):
     config = configure("distill", **{"reference.path": "runs/teacher/model"})
-    with pytest.raises(
-        ValueError, match=r"^reference\.path: there is no directory runs/teacher/model: .*output_dir runs"
-    ):
+    with pytest.raises(ValueError, match=r"^reference\.path: no directory at 'runs/teacher/model': .*output_dir runs"):
         check_settings(config)
     check_settings(configure("distill", **{"reference.path": "owner/name"}))  # may be the hub's
 
