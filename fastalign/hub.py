@@ -53,7 +53,7 @@ def silent() -> str | None:
 
 def is_offline() -> bool:
     """Whether the user keeps the libraries from asking the hub."""
-    return huggingface_hub.is_offline_mode() or datasets_config.HF_HUB_OFFLINE
+    return huggingface_hub.is_offline_mode()
 
 
 @lru_cache

@@ -267,12 +267,16 @@ def test_a_file_has_one_split_and_no_configurations(write: Write) -> None:
         load_train_eval(DataConfig(path=path, eval_path=write("b.jsonl", '{"prompt": \n')))
 
 
-@pytest.mark.parametrize("kind", [".jsonl", "-dict", "-saved", "-files", ".parquet", "builtin"])
+@pytest.mark.parametrize("kind", [".jsonl", "-dict", "-saved", "-files", ".parquet"])
 def test_slices_of_every_kind(kind: str, tmp_path: Path) -> None:
-    path = "builtin:docstrings" if kind == "builtin" else save(kind, tmp_path)
+    path = save(kind, tmp_path)
     whole = prompts(load_rows(path))
     assert prompts(load_rows(path, split="train[1:3]")) == whole[1:3]
     assert prompts(load_rows(path, split="train[-1:]+train[:1]")) == [whole[-1], whole[0]]
+
+
+def test_a_slice_of_what_is_built_in() -> None:
+    assert len(load_rows("builtin:docstring-steps", split="test[1:3]")) == 2
 
 
 def test_files_of_a_directory_that_are_in_no_split_are_told(write: Write, caplog: pytest.LogCaptureFixture) -> None:
