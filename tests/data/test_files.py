@@ -162,7 +162,7 @@ def test_judgements_in_csv_are_numbers(write: Write) -> None:
     assert renamed["label"][:] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(("cell", "got"), [("maybe", "str"), ("", "None"), ("nan", "nan"), ("2", "2.0")])
+@pytest.mark.parametrize(("cell", "got"), [("maybe", "a string"), ("", "null"), ("nan", "NaN"), ("2", "2.0")])
 def test_a_cell_that_is_no_judgement_is_named(
     write: Write, tokenizer: PreTrainedTokenizerBase, cell: str, got: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_number_for_a_text_is_refused_where_it_stands(
     data = DataConfig(path=str(Path(path).parent) if "/" in name else path, num_proc=processes)
     with pytest.raises(
         ValueError,
-        match=rf"{place}: column 'prompt': expected a string .*, got int: put it in quotes, or map .*data\.columns",
+        match=rf"{place}: column 'prompt': expected a string .*, got a number: put it in quotes, or map .*data\.columns",
     ):
         encode_dataset(load_train_eval(data)[0], tokenizer, data, "sft")
 
@@ -236,7 +236,7 @@ def test_rows_of_other_sources_are_named_too(tmp_path: Path, tokenizer: PreTrain
     rows = Dataset.from_list([{"prompt": 6, "completion": "c"}, {"prompt": 7, "completion": "c"}])
     rows.to_parquet(str(tmp_path / "a.parquet"))
     data = DataConfig(path=str(tmp_path / "a.parquet"), split="train[1:]")
-    with pytest.raises(ValueError, match=r"a\.parquet, row 1: column 'prompt': expected a string .*, got int"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: column 'prompt': expected a string .*, got a number"):
         encode_dataset(load_train_eval(data)[0], tokenizer, data, "sft")
 
 
