@@ -71,7 +71,7 @@ def load_policy(
     if (model.path is None) == (model.config is None):
         raise ValueError("set exactly one of model.path (hub name or directory) and model.config (inline config)")
     if vocab_size is None and tokenizer is not None:
-        vocab_size = len(tokenizer)
+        vocab_size = vocabulary.size(tokenizer)
     saved = lora.saved_adapter(model, scalar_head)
     known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
     base = load_base(model, saved, setting=setting, **known)
@@ -94,7 +94,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The model of `load_policy` without its adapter; ``saved`` is the config of a saved one, which names its base."""
     auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
-    size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
+    size = vocabulary.size(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
     if model.path is not None:
         path, where = _base_path(model, saved, setting)
         base, name = _pretrained(path, model, auto, seed, where), f"{where}: {path!r}"
@@ -256,7 +256,7 @@ def check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
     if isinstance(rows, int):
-        vocabulary.refuse_few(rows, len(tokenizer), name, resize=model.resize_embeddings)
+        vocabulary.refuse_few(rows, vocabulary.size(tokenizer), name, resize=model.resize_embeddings)
 
 
 def _tokenizer_home(model: ModelConfig) -> str | None:

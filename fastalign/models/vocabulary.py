@@ -7,9 +7,14 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+def size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a tokenizer's tokens need: their number, or more where it leaves ids out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def fit(model: PreTrainedModel, vocab_size: int | None, name: str, *, resize: bool) -> bool:

@@ -21,8 +21,9 @@ NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 """Families that train through layers of our own, below transformers' names for their inputs."""
 
 
-@pytest.mark.parametrize("kind", [*NATIVE, "gemma2"])
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "kind, lora", [*((kind, None) for kind in (*NATIVE, "gemma2")), ("llama", {"r": 4}), ("gemma2", {"r": 4})]
+)
 def test_one_step_of_every_family(kind, lora, configure):
     """From a file of settings and rows to a model that transformers, or peft, loads."""
     if lora:

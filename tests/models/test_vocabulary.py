@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_load import inline, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from fastalign.config import ModelConfig
 from fastalign.models import lora
@@ -40,8 +46,8 @@ def logits(model, count=10):
 def test_too_few_rows_are_refused_with_both_ways_out(small):
     section = small(resize=False)
     expected = (
-        rf"^model\.path: '{section.path}': the tokenizer has 70 tokens and the model only 61: choose a matching pair, or set "
-        r"model\.resize_embeddings to true"
+        rf"^model\.path: '{section.path}': the tokenizer has 70 tokens and the model only 61: choose a matching pair, "
+        r"or set model\.resize_embeddings to true"
     )
     with pytest.raises(ValueError, match=expected):
         load(section)
@@ -99,6 +105,18 @@ def test_enough_rows_stay(tokens, small, caplog):
         policy = load_policy(section, tokenizer=make_tokenizer(tokens))
     assert "nothing to resize, the model has 61 rows" in caplog.text
     assert policy.config.vocab_size == len(policy.head.weight) == V
+
+
+def test_ids_that_a_tokenizer_leaves_out_have_rows():
+    """Three tokens, the last of id 9: as many rows as tokens would be too few to look it up."""
+    words = models.WordLevel({"a": 0, "b": 1, "</s>": 9}, unk_token="a")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="</s>")
+    section = inline()
+    assert section.config is not None and "vocab_size" in section.config
+    with pytest.raises(ValueError, match=r"10 tokens and the model only 9"):
+        load_policy(inline(vocab_size=9), tokenizer=tokenizer)
+    del section.config["vocab_size"]
+    assert len(load_policy(section, tokenizer=tokenizer).head.weight) == 10
 
 
 def test_an_inline_config_of_its_own_size():
