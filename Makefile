@@ -1,4 +1,4 @@
-# make demo   make test   make check   make sanitize   make mutants   make clean
+# make demo   make test   make check   make oldest   make newest   make sanitize   make mutants   make clean
 # Each makes .venv when it is missing. VENV=PATH names an environment of your own: it keeps its torch and its versions.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
-.PHONY: demo test check sanitize mutants clean
+.PHONY: demo test check oldest newest releases versions sanitize mutants clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,24 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Both ends of what pyproject.toml allows, in fresh environments: its lower bounds exactly, and the newest releases below
+# its caps. They take the native extension that $(VENV) built beside the sources. The oldest numpy and pyarrow have no
+# wheels for Python 3.12 and newer: make oldest PYTHON=python3.11.
+BOUNDS := $(shell sed -n '/^dependencies/,/^]/p; /^lora/p' pyproject.toml | grep -o '"[^"]*>=[^"]*"' | grep -v 'torch\|triton')
+RELEASES := tests/engine/test_releases.py tests/engine/test_lora_runs.py tests/models/test_native.py tests/test_cli.py
+PINS_oldest := $(shell echo '$(BOUNDS)' | sed 's/>=\([^,"]*\)[^"]*/==\1/g')
+
+oldest newest: $(VENV)/.installed-test
+	rm -rf .venv-$@
+	FASTALIGN_CPP=0 $(MAKE) releases VENV=.venv-$@ PINS='$(PINS_$@)'
+
+releases: $(VENV)/.installed-releases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(RELEASES)
+
+versions:  # the newest releases of the libraries whose names and signatures we depend on
+	@$(BIN)/python -m pip install --disable-pip-version-check --dry-run --no-deps --ignore-installed \
+	  $(foreach name,transformers datasets jsonargparse peft,$(filter "$(name)%,$(BOUNDS))) | sed -n 's/^Would install //p'
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own. Python itself is
 # not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.
@@ -58,6 +76,7 @@ $(VENV)/.torch: | $(BIN)/python
 $(VENV)/.installed-demo: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test,peers]
 $(VENV)/.installed-check: EXTRAS := [check]
+$(VENV)/.installed-releases: EXTRAS := [test,lora]
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/.torch
-	$(PIP) $(CONSTRAINTS) -e '.$(EXTRAS)'
+	$(PIP) $(CONSTRAINTS) $(PINS) -e '.$(EXTRAS)'
 	@touch $@

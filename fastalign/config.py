@@ -32,6 +32,9 @@ class ModelConfig:
     """Recompute each layer's activations in backward."""
     trust_remote_code: bool = False
     """Run model code shipped with the checkpoint."""
+    resize_embeddings: bool = False
+    """Where the tokenizer has more tokens than the model has rows: add rows, the mean of the old ones, to embedding and
+    head. Below an adapter both must be in `lora.modules_to_save`."""
     lora: dict[str, Any] | None = None
     """Train a LoRA adapter over frozen weights: settings of `peft.LoraConfig`, e.g. `{r: 16, lora_alpha: 32}`; without
     `target_modules` every linear layer but the head. A `path` that is a saved adapter goes on training."""

@@ -94,7 +94,8 @@ def refuse_occupied(directory: Path) -> None:
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Refuse to resume under settings that would make it another run, naming them."""
-    before, now = dict(flatten(old)), dict(flatten(new))
+    # A setting that the older run did not know had its default there.
+    before, now = (dict(flatten(asdict(Config(method="")))) | dict(flatten(x)) for x in (old, new))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
     if horizon_is_free(new["optim"]):
         changed -= HORIZON

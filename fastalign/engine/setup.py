@@ -31,7 +31,15 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import frozen_copy, with_reference
 from fastalign.models import lora
 from fastalign.models.head import head_of
-from fastalign.models.load import DTYPES, check_named, check_place, load_policy, load_tokenizer, separate_padding
+from fastalign.models.load import (
+    DTYPES,
+    check_named,
+    check_place,
+    check_vocabulary,
+    load_policy,
+    load_tokenizer,
+    separate_padding,
+)
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.ops.attention import unavailable
@@ -130,6 +138,7 @@ def seed_everything(run: RunConfig) -> None:
 def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, TokenDataset | None]:
     """The tokenizer, and the training and held-out examples in tokens."""
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
+    check_vocabulary(config.model, tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
     dataset = encode(rows, tokenizer, config)
     held_out = encode(held_out, tokenizer, config, rows.column_names) if held_out else None
@@ -233,6 +242,8 @@ def load_reference(
         return policy
     dtype = config.reference.dtype or config.model.dtype
     plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
+    if objective.method.teacher:  # new rows would teach that a new token is an average one
+        plain["resize_embeddings"] = False
     described = replace(config.model, path=path, dtype=dtype, **plain)
     return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from fastalign import hub
 from fastalign.config import ModelConfig
-from fastalign.models import inline, lora
+from fastalign.models import inline, lora, vocabulary
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 
@@ -56,7 +56,8 @@ def load_policy(
 
     Args:
         model: the section; exactly one of `path` and `config` is set.
-        vocab_size: tokens the tokenizer can produce; an inline config without one gets it, a smaller model is refused.
+        vocab_size: tokens the tokenizer can produce; an inline config without one gets it, a smaller model is refused,
+            or resized if the section says so.
         seed: of random initial weights; the global generator is left as it was.
         tokenizer: gives an inline config its special token ids, and `vocab_size` when that is not given.
         scalar_head: one output per token in place of the LM head, as reward models have; that of the checkpoint, or
@@ -69,17 +70,12 @@ def load_policy(
     """
     check_named(model)
     if vocab_size is None and tokenizer is not None:
-        vocab_size = len(tokenizer)
+        vocab_size = vocabulary.size(tokenizer)
     saved = lora.saved_adapter(model, scalar_head)
     known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
     base = load_base(model, saved, setting=setting, **known)
     adapted = lora.adapt(base, model, saved, seed)
     policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
-    embedding: Any = base.get_input_embeddings() if scalar_head else policy.head
-    if vocab_size is not None and vocab_size > (rows := embedding.weight.shape[0]):
-        name = setting if model.path is not None else "model.config"
-        message = f"the tokenizer has {vocab_size} tokens and the model only {rows}"
-        raise ValueError(f"{name}: {message}: choose a matching pair")
     use_native_layers(base)
     policy.base_digest = None if policy.adapted is None else lora.base_digest(policy)
     return policy
@@ -111,17 +107,26 @@ def load_base(
 ) -> PreTrainedModel:
     """The model of `load_policy` without its adapter; ``saved`` is the config of a saved one, which names its base."""
     auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    size = vocabulary.size(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
     if model.path is not None:
-        if saved is None:
-            return _pretrained(model.path, model, auto, seed, setting)
-        return _pretrained(
-            saved.base_model_name_or_path, model, auto, seed, f"{setting}: the base of the adapter {model.path!r}"
-        )
-    size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
-    base = _from_scratch(model, auto, size, seed)
-    if tokenizer is not None:
-        _set_special_tokens(base, tokenizer)
+        path, where = _base_path(model, saved, setting)
+        base, name = _pretrained(path, model, auto, seed, where), f"{where}: {path!r}"
+    else:
+        base, name = _from_scratch(model, auto, size, seed), "model.config"
+        if tokenizer is not None:
+            _set_special_tokens(base, tokenizer)
+    if vocabulary.fit(base, size, name, resize=model.resize_embeddings) and (saved or model.lora) is not None:
+        trained = (model.lora or {}).get("modules_to_save") if saved is None else saved.modules_to_save
+        vocabulary.refuse_frozen_rows(base, name, trained or ())
     return base
+
+
+def _base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
+    """The directory or hub name of the weights below any adapter, and what errors call the setting that names it."""
+    assert model.path is not None
+    if saved is None:
+        return model.path, setting
+    return saved.base_model_name_or_path, f"{setting}: the base of the adapter {model.path!r}"
 
 
 def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int, setting: str) -> PreTrainedModel:
@@ -253,6 +258,19 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         return fallback(name)
     with _readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a model with too few rows by its config alone, before data are tokenised for it."""
+    if model.path is None:
+        rows, name = (model.config or {}).get("vocab_size"), "model.config"
+    else:
+        path, where = _base_path(model, lora.saved_adapter(model), "model.path")
+        with _readable("model", path, "config.json and safetensors weights", where):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
+    if isinstance(rows, int):
+        vocabulary.refuse_few(rows, vocabulary.size(tokenizer), name, resize=model.resize_embeddings)
 
 
 def _tokenizer_home(model: ModelConfig) -> str | None:

@@ -76,6 +76,10 @@ def _check_quantization(model: ModelConfig) -> None:
         raise ValueError("model.quantization needs model.path: random weights of model.config are not worth quantising")
     if model.lora is None and saved_adapter(model) is None:
         raise ValueError("quantised weights cannot train: set model.lora beside model.quantization")
+    if model.resize_embeddings:
+        raise ValueError(
+            "rows of quantised weights cannot be added: model.resize_embeddings excludes model.quantization"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("model.quantization needs bitsandbytes: pip install 'fastalign[qlora]'")
 
@@ -90,7 +94,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     if options.get("lora_dropout"):
         raise ValueError(
             f"{where}.lora_dropout must be 0, got {options['lora_dropout']}: copies of a shared prompt would draw "
-            "different masks, and log-probs must not be random"
+            "different masks, and log-probs must not be random; set it to 0 or leave it out"
         )
     if (start := options.get("init_lora_weights", True)) not in STARTS:
         raise ValueError(

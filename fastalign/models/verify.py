@@ -204,11 +204,17 @@ def _plain_logps(policy: Policy, sequences: Sequences, labels: Tensor) -> tuple[
     return chosen, wide.abs().max().item()
 
 
+def stock_implementation(model: PreTrainedModel) -> str:
+    """PyTorch's attention, or eager: PyTorch's has no softcap, and transformers before 5.21 leaves it out silently."""
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    return "sdpa" if getattr(model, "_supports_sdpa", False) and not softcap else "eager"
+
+
 @contextmanager
 def stock_attention(policy: Policy) -> Iterator[None]:
     """Runs the model in PyTorch's attention (eager where the model has no other), then puts ours back."""
     model: PreTrainedModel = policy.model
-    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    model.set_attn_implementation(stock_implementation(model))
     try:
         yield
     finally:

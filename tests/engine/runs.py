@@ -45,12 +45,18 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def launch(config: Config, ranks: int = 1, words: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
-    """The same run through the command line, under torchrun for more than one rank; ``words`` name another command."""
+def write_yaml(config: Config) -> Path:
+    """The settings as a file beside the run."""
     Path(config.run.output_dir).parent.mkdir(parents=True, exist_ok=True)
     path = Path(config.run.output_dir + ".yaml")
     settings = yaml.safe_load(json.dumps(asdict(config)))
     path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v or k != "loss"}))
+    return path
+
+
+def launch(config: Config, ranks: int = 1, words: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
+    """The same run through the command line, under torchrun for more than one rank; ``words`` name another command."""
+    path = write_yaml(config)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, "-m", "fastalign", *(words or (config.method,)), "--config", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -1,11 +1,13 @@
 """A run that is refused leaves its directory as it was."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from fastalign.engine.precompute import precompute
+from fastalign.engine.rundir import check_same_run
 from fastalign.engine.setup import check_settings
 from fastalign.engine.train import train
 from runs import numbers
@@ -31,6 +33,22 @@ def finished(configure, own_rows) -> Path:
     config = configure("sft", **SHORT, **{"data.path": str(own_rows)})
     train(config)
     return Path(config.run.output_dir)
+
+
+def test_dropout_of_an_adapter_is_refused_before_anything_is_read(configure):
+    config = configure("sft", **{"model.lora": {"r": 2, "lora_dropout": 0.05}, "data.path": "absent.jsonl"})
+    with pytest.raises(ValueError, match=r"model\.lora\.lora_dropout must be 0, got 0\.05: .*; set it to 0"):
+        train(config)
+    assert not Path(config.run.output_dir).exists()
+
+
+def test_settings_that_an_older_run_did_not_know_had_their_defaults_there(configure):
+    before = asdict(configure("sft"))
+    del before["model"]["resize_embeddings"], before["reference"]
+    check_same_run(before, asdict(configure("sft")), Path("there"))
+    now = asdict(configure("sft", **{"model.resize_embeddings": True}))
+    with pytest.raises(ValueError, match=r"model\.resize_embeddings: False there, True here"):
+        check_same_run(before, now, Path("there"))
 
 
 def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_rows):

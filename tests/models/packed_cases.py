@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.models.policy import Policy
+from fastalign.models.verify import stock_implementation
 from fastalign.types import PackedBatch
 
 VOCAB = 61
@@ -186,7 +187,7 @@ def nested_batch(least=1):
 
 def separate_logps(policy, sequences, attention=None):
     """Each sequence alone in a row, by the model's own forward and PyTorch's attention (eager if it has no other)."""
-    policy.model.set_attn_implementation(attention or ("sdpa" if policy.model._supports_sdpa else "eager"))
+    policy.model.set_attn_implementation(attention or stock_implementation(policy.model))
     logps = []
     for prompt, response in sequences:
         logits = policy.model(torch.tensor([prompt + response]), use_cache=False).logits[0]

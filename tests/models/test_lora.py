@@ -19,6 +19,7 @@ from fastalign.models import lora
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter, switched_off, why_not_its_own_reference
 from fastalign.models.policy import Policy
+from fastalign.models.verify import stock_implementation
 from fastalign.ops import linear_logps
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -44,7 +45,7 @@ def trained(module):
 def plain_logps(model, sequences):
     """Each sequence alone, by PEFT's own forward."""
     base, logps = model.get_base_model(), []
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")  # eager rounds its softmax to fp32
+    base.set_attn_implementation(stock_implementation(base))  # eager rounds its softmax to fp32
     for prompt, response in sequences:
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
         rows = logits[len(prompt) - 1 : -1].log_softmax(-1)

@@ -194,7 +194,7 @@ def small(kind, **options):
         (
             "qwen3_5_text",
             {"layer_types": ["linear_attention", "full_attention"]},
-            "linear_attention layers carry state",
+            "layers carry state",
         ),
         ("bloom", {}, "AttentionInterface"),
         ("mixtral", {"output_router_logits": True}, "auxiliary loss"),
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_exact_is_refused(kind, options, reason):
         ("llama", {"position_embedding_type": "relative_key"}, "position biases"),
         ("llama", {"is_causal": False}, "both directions"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv layers carry state"),
-        ("recurrent_gemma", {}, "linear_attention layers carry state"),
+        ("recurrent_gemma", {}, "layers carry state"),
         ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention layers"),
     ],
 )
