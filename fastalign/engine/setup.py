@@ -183,7 +183,8 @@ def load_weights(
     if objective.head == "distributions":
         refuse_head_adapters(objective, policy, source)
     if source is not None and source is not policy:
-        verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device, "the reference")
+        other = Models(source.to(ranks.device), None, autocast)
+        config = replace(config, batch=verified(config, other, dataset, ranks.device, "the reference"))
     return policy, source, config
 
 

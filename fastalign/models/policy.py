@@ -44,6 +44,8 @@ class Policy(nn.Module):
 
     base_digest: str | None = None
     """What the checkpoints of an adapter know its frozen base by."""
+    rounding: Any = None
+    """How far rounding moves its log-probs, a `verify.Rounding`, once `verify_packed` has measured it."""
 
     def __init__(self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False):
         super().__init__()
@@ -55,14 +57,20 @@ class Policy(nn.Module):
         support.train_every_embedding(model)
         self.model: PreTrainedModel = model
         self._adapted = (adapted,)  # in a tuple: as a submodule it would name every parameter twice
-        self.attention = register_attention(attention)
+        self.use_attention(register_attention(attention))
         self.max_length = support.max_length(model.config)
         self.head_options = support.head_options(model)
-        model.set_attn_implementation(self.attention)
         if gradient_checkpointing:
             word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
             enable = getattr(model, f"{word}_checkpointing_enable")
             enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+
+    def use_attention(self, name: str) -> None:
+        """Run packed rows through an attention that `register_attention` named."""
+        self.attention = name
+        self.model.set_attn_implementation(register_attention("auto"))
+        # transformers takes any name with "sdpa" or "flash" in it for its own, which not every model has
+        self.model.config._attn_implementation = name
 
     @property
     def backbone(self) -> nn.Module:

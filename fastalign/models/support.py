@@ -112,3 +112,9 @@ def train_every_embedding(model: PreTrainedModel) -> None:
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers names as not to be split across devices: one per layer."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
