@@ -51,11 +51,13 @@ class Demand:
         dataset: where they are.
         indices: which.
         uses: how many it reads in all, repetitions counted.
+        name: what messages call them.
     """
 
     dataset: Examples
     indices: Sequence[int]
     uses: int
+    name: str = "examples"
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class Policy(nn.Module):
             use_cache=False,
             packed_layout=plan,
         )
+        self._note_window(plan)
         assert not _caches(output), "a key/value cache changes how packed rows are read"
         return gather_rows(output.last_hidden_state[0], batch.rows)
 
@@ -152,6 +153,12 @@ class Policy(nn.Module):
             raise ValueError(
                 f"a sequence of {plan.longest} tokens is longer than {limit}, {why}: lower data.max_length"
             )
+
+    def _note_window(self, plan: Layout) -> None:
+        """Keep in `max_length` the narrowest window that a layer asked for, which not every config names."""
+        window = plan.cache.get("window")
+        if window is not None and (self.max_length is None or window < self.max_length[0]):
+            self.max_length = (window, "the model's sliding window")
 
 
 def _caches(output: Any) -> list[str]:
@@ -220,5 +227,8 @@ def _check_call(
         raise ValueError(f"{name} has dropout {dropout}: copies of a shared prefix would draw different masks")
     if not getattr(module, "is_causal", True) or other.get("is_causal") is False:
         raise ValueError(f"{name} is bidirectional; packed rows are causal")
-    if window is not None and plan.longest > window:
+    if window is None:
+        return
+    plan.cache["window"] = min(window, plan.cache.get("window", window))
+    if plan.longest > window:
         raise ValueError(f"{name} sees {window} tokens back and a sequence has {plan.longest}: lower data.max_length")

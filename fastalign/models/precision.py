@@ -66,7 +66,8 @@ def tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
 def exact_products(policy: Policy) -> Iterator[None]:
     """Products in fp32 without TF32, those of quantised weights in fp32 too: bitsandbytes knows nothing wider."""
     was = torch.get_float32_matmul_precision()
-    quantised = [(module, module.compute_dtype) for module in policy.modules() if hasattr(module, "compute_dtype")]
+    found: list[Any] = [module for module in policy.modules() if hasattr(module, "compute_dtype")]
+    quantised = [(module, module.compute_dtype) for module in found]
     try:
         torch.set_float32_matmul_precision("highest")
         for module, _ in quantised:
