@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 Sequence = tuple[np.ndarray, np.ndarray]
@@ -37,12 +38,16 @@ class TokenExample:
 
 
 class Examples(Protocol):
-    """What a loader reads: a `TokenDataset`, or anything with a length and ``fetch``."""
+    """What a loader reads: a `TokenDataset`, or anything like it."""
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: list[int]) -> list[TokenExample]:
         """The examples at ``indices``, in that order."""
+        ...
+
+    def lengths(self) -> np.ndarray:
+        """``[n]`` tokens of the longest sequence of each example."""
         ...
 
 
@@ -65,6 +70,14 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def lengths(self) -> np.ndarray:
+        """``[n]`` tokens of the longest sequence of each example, its mismatched one included; read from one column."""
+        column = cast(pa.Table, self.table.select_columns("lengths").with_format("arrow")[:])[
+            "lengths"
+        ].combine_chunks()
+        starts = np.cumsum(column.value_lengths().to_numpy()[:-1], dtype=np.int64)
+        return np.maximum.reduceat(column.flatten().to_numpy(), np.concatenate([[0], starts]))
 
     def __getitem__(self, index: int) -> TokenExample:
         return self.fetch([index])[0]

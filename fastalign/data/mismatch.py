@@ -8,8 +8,10 @@ their reference log-probs can be kept.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
 
 from fastalign.data.examples import Sequence, TokenDataset, TokenExample
 
@@ -34,6 +36,21 @@ class MismatchedDataset(TokenDataset):
         super().__init__(dataset.table, dataset.counts, dataset.fingerprint, dataset.own_rows)
         self.max_length = max_length
         self.partners = choose_partners(np.asarray(self.table["example_id"]))
+
+    def lengths(self) -> np.ndarray:
+        """``[n]`` tokens of the longer of each example's sequence and its mismatched one, which is never made here."""
+        own, starts = super().lengths(), self._boundaries()
+        return np.maximum(own, np.minimum(starts + (own - starts)[self.partners], self.max_length))
+
+    def _boundaries(self) -> np.ndarray:
+        """``[n]`` positions of the first scored token of each example."""
+        scored, found = self.table.select_columns("scored").with_format("arrow"), []
+        for batch in scored.iter(batch_size=10_000):
+            column = cast(pa.Table, batch)["scored"].combine_chunks()
+            firsts = np.cumsum(column.value_lengths().to_numpy(), dtype=np.int64) - column.value_lengths().to_numpy()
+            marked = np.flatnonzero(column.flatten().to_numpy().view(bool))
+            found.append(marked[np.searchsorted(marked, firsts)] - firsts)
+        return np.concatenate(found)
 
     def fetch(self, indices: list[int]) -> list[TokenExample]:
         """The examples at ``indices`` with their mismatched sequences, read at once."""

@@ -159,6 +159,10 @@ class Referenced:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def lengths(self) -> np.ndarray:
+        """``[n]`` tokens of the longest sequence of each example."""
+        return self.dataset.lengths()
+
     def fetch(self, indices: list[int]) -> list[TokenExample]:
         """The examples at ``indices`` with ``ref_logps``, their ``mismatched`` ones too."""
         examples = self.dataset.fetch(indices)

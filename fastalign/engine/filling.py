@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.progress import stage
 from fastalign.models.policy import Policy
-from fastalign.models.verify import PEAK, TOLERANCES
+from fastalign.models.verify import Distance, Rounding
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
 
@@ -43,8 +42,6 @@ SHARD_BYTES = 64 << 20
 
 Score = Callable[[PackedBatch], Tensor]
 """``[N]`` reference log-probs of a batch; all ranks call it equally often."""
-Precision = Literal["full", "half"]
-"""Of the forward passes: which tolerance holds."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,13 @@ class Demand:
         dataset: where they are.
         indices: which.
         uses: how many it reads in all, repetitions counted.
+        name: what messages call them.
     """
 
     dataset: Examples
     indices: Sequence[int]
     uses: int
+    name: str = "examples"
 
 
 @dataclass(frozen=True)
@@ -245,26 +244,33 @@ def split(batch: PackedBatch, logps: Tensor, keys: Sequence[bytes]) -> dict[byte
 
 
 def check_agreement(
-    examples: Sequence[TokenExample], score: Score, batch: BatchConfig, world: World, precision: Precision
+    examples: Sequence[TokenExample], score: Score, batch: BatchConfig, world: World, rounding: Rounding
 ) -> float:
     """The largest difference between cached log-probs and those of the run's own packing, over ranks; logged.
 
     It is 0 where a row's bits do not depend on its batch, as on a CPU with one thread.
+
+    Args:
+        examples: some that come with cached log-probs.
+        score: the reference.
+        batch: budget and prefix sharing.
+        world: the ranks, all of which call this.
+        rounding: of this reference in this precision, as `verify_packed` measured it.
 
     Raises:
         RunError: it is beyond rounding: the cache holds something else.
     """
     micro = rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size)[0].to(world.device)
     logps, known = score(micro), micro.ref_logps
-    mine, peak = 0.0, PEAK
+    apart, agrees = Distance(0.0, 0.0), True
     if known is not None and known.numel():
-        mine, peak = (logps - known).abs().max().item(), max(PEAK, known.abs().max().item())
-    largest = max(world.gather_objects(mine))
-    allowed = max(world.gather_objects(TOLERANCES[precision][0] * peak / PEAK))
+        apart, agrees = rounding.judge((logps - known).abs())
+    ranks = world.gather_objects((apart, agrees))
+    largest, mean = max(one.largest for one, _ in ranks), max(one.mean for one, _ in ranks)
     log.info("reference: cached log-probs are within %.2g of those of this run's packing", largest)
-    if not largest <= allowed:  # true for NaN
+    if not all(fine for _, fine in ranks):
         raise RunError(
-            f"cached reference log-probs differ by {largest:.2g} from computed ones ({allowed:.2g} is rounding): "
-            "set reference.cache to an empty directory, or to off"
+            f"cached reference log-probs differ by {largest:.2g} from computed ones, by {mean:.2g} on average "
+            f"({rounding.allowed} is rounding): set reference.cache to an empty directory, or to off"
         )
     return largest

@@ -39,10 +39,14 @@ def precompute(config: Config) -> str:
         config = replace(config, reference=section)
     check_settings(config)
     tokenizer, *datasets = load_data(config)
-    demands = [Demand(data, range(len(data)), len(data)) for data in datasets if data is not None]
+    demands = [
+        Demand(data, range(len(data)), len(data), name)
+        for data, name in zip(datasets, ("training examples", "held-out examples"), strict=True)
+        if data is not None
+    ]
     with world(config.parallel) as ranks:
         config = settle(config, ranks.device)
-        _, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
+        _, source, config = load_weights(config, objective, tokenizer, demands, ranks)
         assert source is not None
         autocast = wants_autocast(config.model, ranks.device)
         filling = open_cache(config, source, demands, ranks, autocast=autocast)

@@ -23,7 +23,6 @@ from fastalign.engine.heads import Models, chunks, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.models.lora import WithoutAdapter, why_not_its_own_reference
 from fastalign.models.policy import Policy
-from fastalign.models.verify import forward_precision
 from fastalign.ops import linear_loss
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import reshard, shard
@@ -119,9 +118,9 @@ def fill_cache(
     fill(filling, score, batch, world)
     referenced = [Referenced(demand.dataset, filling.store) for demand in filling.demands]
     first = referenced[0].fetch(list(filling.demands[0].indices[: batch.size]))
-    with models.precision(world.device):
-        precision = forward_precision(models.policy, world.device)
-    check_agreement(first, score, batch, world, precision)
+    rounding = models.policy.rounding
+    assert rounding is not None, "verify_packed measures what the cached log-probs are held to"
+    check_agreement(first, score, batch, world, rounding)
     reshard(models.policy)
     return [*referenced]
 

@@ -41,6 +41,7 @@ from fastalign.models.load import (
     separate_padding,
 )
 from fastalign.models.policy import Policy
+from fastalign.models.support import trained_positions
 from fastalign.models.verify import verify_packed
 from fastalign.ops.attention import unavailable
 from fastalign.parallel.mesh import World
@@ -193,7 +194,7 @@ def load_models(
     Raises:
         ValueError: a model that cannot be used, or a method without its teacher.
     """
-    policy, source, config = load_weights(config, objective, tokenizer, demands[0].dataset, ranks)
+    policy, source, config = load_weights(config, objective, tokenizer, demands, ranks)
     models, data = with_reference(config, objective, policy, source, demands, ranks)
     if source is not None and models.reference is None:
         del source
@@ -202,28 +203,81 @@ def load_models(
 
 
 def load_weights(
-    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, dataset: Examples, ranks: World
+    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, demands: Sequence[Demand], ranks: World
 ) -> tuple[Policy, Policy | None, Config]:
     """The policy and what its loss compares it with, checked, not yet sharded; and the settings that are left."""
     autocast, scalar = wants_autocast(config.model, ranks.device), objective.method.scalar_head
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
-    policy = policy.to(ranks.device).train()
     if scalar:
         separate_padding(policy, tokenizer)
-    config = replace(config, batch=verified(config, Models(policy, None, autocast), dataset, ranks.device))
+    config = checked(config, policy.train(), autocast, demands, ranks.device)
     source = load_reference(config, objective, policy, tokenizer)
     if objective.head == "distributions":
-        refuse_head_adapters(objective, policy, source)
+        refuse_heads(objective, policy, source)
     if source is not None and source is not policy:
-        verified(config, Models(source.to(ranks.device), None, autocast), dataset, ranks.device, "the reference")
+        name = "the teacher" if objective.method.teacher else "the reference"
+        config = checked(config, source, autocast, demands, ranks.device, name)
     return policy, source, config
 
 
-def refuse_head_adapters(objective: Objective, *models: Any) -> None:
-    """Refuse what the divergence of two heads leaves out."""
-    if any(head_of(model.head).lora is not None for model in models):
+def checked(
+    config: Config,
+    policy: Policy,
+    autocast: bool,
+    demands: Sequence[Demand],
+    device: torch.device,
+    name: str = "the model",
+) -> Config:
+    """The settings that are left for a model, moved to ``device``, that takes all sequences and packs exactly."""
+    check_lengths(policy, demands, config.data.max_length, name)
+    models = Models(policy.to(device), None, autocast)
+    config = replace(config, batch=verified(config, models, demands[0], device, name))
+    check_lengths(policy, demands, config.data.max_length, name, warn=False)  # a forward pass shows every window
+    return config
+
+
+def check_lengths(
+    policy: Policy, demands: Sequence[Demand], max_length: int, name: str = "the model", *, warn: bool = True
+) -> None:
+    """Refuse sequences longer than a model computes exactly; warn of those beyond the positions it was made for.
+
+    Args:
+        policy: on any device.
+        demands: what will be read.
+        max_length: no sequence is longer.
+        name: what messages call the model.
+        warn: whether to.
+    """
+    limit, why = policy.max_length or (max_length, "")
+    positions = (trained_positions(policy.config) if warn else None) or max_length
+    if min(limit, positions) >= max_length:
+        return
+    for demand in demands:
+        lengths = demand.dataset.lengths()[np.asarray(demand.indices)]
+        longest = lengths.max(initial=0)
+        told = "{} of {} {} are longer than {} (the longest has {} tokens): set data.max_length to {}"
+        if longest > limit:
+            text = f"{limit} tokens, {why.replace('the model', name)}"
+            text = told.format((lengths > limit).sum(), len(lengths), demand.name, text, longest, limit)
+            raise ValueError(f"{text}, which cuts completions there, or with data.truncation drop leaves these out")
+        if longest > positions:
+            text = f"the {positions} positions that {name} was made for"
+            text = told.format((lengths > positions).sum(), len(lengths), demand.name, text, longest, positions)
+            log.warning("%s unless it is meant so", text)
+
+
+def refuse_heads(objective: Objective, *models: Any) -> None:
+    """Refuse two heads whose distributions cannot be compared, and adapters, which their divergence leaves out."""
+    heads = [head_of(model.head) for model in models]
+    if any(head.lora is not None for head in heads):
         raise ValueError(
             f"loss {objective.name} serves no adapter on a head: leave it out of model.lora.target_modules"
+        )
+    ours, theirs = (len(head.weight) for head in heads)
+    if ours != theirs:
+        raise ValueError(
+            f"loss {objective.name} compares distributions over one vocabulary, and the head of the model has {ours} "
+            f"rows, that of reference.path {theirs}: choose two models with heads of one size"
         )
 
 
@@ -249,19 +303,19 @@ def load_reference(
 
 
 def verified(
-    config: Config, models: Models, dataset: Examples, device: torch.device, name: str = "the model"
+    config: Config, models: Models, demand: Demand, device: torch.device, name: str = "the model"
 ) -> BatchConfig:
     """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees."""
     with models.precision(device):
-        first = first_batch(dataset, config.batch).to(device)
+        first = first_batch(demand, config.batch).to(device)
         if verify_packed(models.policy, first, config.model.on_mismatch, name):
             return config.batch
         unshared = replace(config.batch, share_prefix=False)
-        verify_packed(models.policy, first_batch(dataset, unshared).to(device), name=name)
+        verify_packed(models.policy, first_batch(demand, unshared).to(device), name=name)
         return unshared
 
 
-def first_batch(dataset: Examples, batch: BatchConfig) -> PackedBatch:
+def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
     """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone."""
-    batches = pack(dataset.fetch(list(range(min(batch.size, len(dataset))))), batch.budget, batch.share_prefix)
+    batches = pack(demand.dataset.fetch(list(demand.indices[: batch.size])), batch.budget, batch.share_prefix)
     return max(batches, key=lambda packed: packed.depth)

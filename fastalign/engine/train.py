@@ -114,10 +114,10 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
 def what_is_read(config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int) -> list[Demand]:
     """The examples that a run of ``total`` steps reads, training's first, and how often."""
     size, run = config.batch.size, config.run
-    demands = [Demand(dataset, visited(len(dataset), size, run.seed, total), total * size)]
+    demands = [Demand(dataset, visited(len(dataset), size, run.seed, total), total * size, "training examples")]
     if held_out is not None:
         times = sum(is_due(step, run.eval_every, total) for step in range(1, total + 1))
-        demands.append(Demand(held_out, range(len(held_out)), times * len(held_out)))
+        demands.append(Demand(held_out, range(len(held_out)), times * len(held_out), "held-out examples"))
     return demands
 
 

@@ -44,6 +44,8 @@ class Policy(nn.Module):
 
     base_digest: str | None = None
     """What the checkpoints of an adapter know its frozen base by."""
+    rounding: Any = None
+    """How far rounding moves its log-probs, a `verify.Rounding`, once `verify_packed` has measured it."""
 
     def __init__(self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False):
         super().__init__()
@@ -55,14 +57,20 @@ class Policy(nn.Module):
         support.train_every_embedding(model)
         self.model: PreTrainedModel = model
         self._adapted = (adapted,)  # in a tuple: as a submodule it would name every parameter twice
-        self.attention = register_attention(attention)
+        self.use_attention(register_attention(attention))
         self.max_length = support.max_length(model.config)
         self.head_options = support.head_options(model)
-        model.set_attn_implementation(self.attention)
         if gradient_checkpointing:
             word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
             enable = getattr(model, f"{word}_checkpointing_enable")
             enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+
+    def use_attention(self, name: str) -> None:
+        """Run packed rows through an attention that `register_attention` named."""
+        self.attention = name
+        self.model.set_attn_implementation(register_attention("auto"))
+        # transformers takes any name with "sdpa" or "flash" in it for its own, which not every model has
+        self.model.config._attn_implementation = name
 
     @property
     def backbone(self) -> nn.Module:
@@ -117,6 +125,7 @@ class Policy(nn.Module):
             use_cache=False,
             packed_layout=plan,
         )
+        self._note_window(plan)
         assert not _caches(output), "a key/value cache changes how packed rows are read"
         return gather_rows(output.last_hidden_state[0], batch.rows)
 
@@ -144,6 +153,12 @@ class Policy(nn.Module):
             raise ValueError(
                 f"a sequence of {plan.longest} tokens is longer than {limit}, {why}: lower data.max_length"
             )
+
+    def _note_window(self, plan: Layout) -> None:
+        """Keep in `max_length` the narrowest window that a layer asked for, which not every config names."""
+        window = plan.cache.get("window")
+        if window is not None and (self.max_length is None or window < self.max_length[0]):
+            self.max_length = (window, "the model's sliding window")
 
 
 def _caches(output: Any) -> list[str]:
@@ -213,5 +228,8 @@ def _check_call(
         raise ValueError(f"{name} has dropout {dropout}: copies of a shared prefix would draw different masks")
     if not getattr(module, "is_causal", True) or other.get("is_causal") is False:
         raise ValueError(f"{name} is bidirectional; packed rows are causal")
-    if window is not None and plan.longest > window:
+    if window is None:
+        return
+    plan.cache["window"] = min(window, plan.cache.get("window", window))
+    if plan.longest > window:
         raise ValueError(f"{name} sees {window} tokens back and a sequence has {plan.longest}: lower data.max_length")

@@ -71,11 +71,27 @@ def max_length(config: Any) -> tuple[int, str] | None:
     layers = getattr(config, "layer_types", None)
     if window and (layers is None or "sliding_attention" in layers):
         bounds.append((window, "the model's sliding window"))
-    rope = getattr(config, "rope_parameters", None)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and (rope is None or rope.get("rope_type") in ("dynamic", "longrope")):
+    learned = getattr(config, "rope_parameters", None) is None
+    if positions and (learned or any(rope.get("rope_type") in ("dynamic", "longrope") for rope in _ropes(config))):
         bounds.append((positions, "the positions the model has"))
     return min(bounds, default=None)
+
+
+def trained_positions(config: Any) -> int | None:
+    """The positions that a model with rotary embeddings was made for, as far as its scaling reaches; else None."""
+    positions, ropes = getattr(config, "max_position_embeddings", None), _ropes(config)
+    if not positions or not ropes:
+        return None
+    reach = [(rope.get("original_max_position_embeddings") or positions) * (rope.get("factor") or 1) for rope in ropes]
+    return max(positions, *map(int, reach))
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings, which some models have once for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in rope.values() if isinstance(part, dict)]
+    return nested or ([rope] if rope else [])
 
 
 def head_options(model: PreTrainedModel) -> dict[str, float]:
@@ -112,3 +128,9 @@ def train_every_embedding(model: PreTrainedModel) -> None:
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers names as not to be split across devices: one per layer."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]

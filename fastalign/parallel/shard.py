@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from fastalign.models.support import transformer_blocks
 from fastalign.parallel.mesh import World
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -49,12 +50,6 @@ def check_dtypes(model: nn.Module) -> None:
             f"trainable weights in {' and '.join(trained)} cannot be sharded together: set model.dtype to float32 "
             "(model.autocast still computes in bf16)"
         )
-
-
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers names as not to be split across devices: one per layer."""
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def synchronise_gradients(model: nn.Module, on: bool) -> None:

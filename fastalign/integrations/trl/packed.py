@@ -110,7 +110,7 @@ def _fused(
         raise ValueError(f"packed rows are made of input_ids, attention_mask and labels; got {', '.join(unknown)} too")
     batch, places = pack_rows(input_ids, attention_mask, labels)
     if not (state.verified or isinstance(model, FSDPModule) or torch.compiler.is_compiling()):
-        verify_packed(state.policy, batch)
+        verify_packed(state.policy, batch, advice="train it with TRL's own trainer")
         state.verified = True
     hidden = state.policy.hidden_states(batch)
     wide = torch.autocast(hidden.device.type, enabled=False) if state.wide else nullcontext()
