@@ -75,10 +75,12 @@ struct Transform {
 
 // --- sums ------------------------------------------------------------------------------------------------------------
 
-// Of some columns: max z, and with x = z - max: sum exp(x), sum exp(x) x, sum x, how many.
+// Of some columns: max z, and with x = z - max: sum exp(x), sum exp(x) x, sum x, how many; and where the pack of columns
+// begins that has the first of the largest.
 template <class R>
 struct Partial {
   R max = -INFINITY, sum = 0, weighted = 0, total = 0, count = 0;
+  int first = INT32_MAX;
 
   // The same relative to a higher maximum. Columns that are all -inf have nothing to move.
   __device__ __forceinline__ void raise(R higher) {
@@ -96,6 +98,8 @@ struct Partial {
     total += other.total;
     count += other.count;
   }
+  // Where the first of the largest is, if these columns have one; before `raise`.
+  __device__ __forceinline__ int first_of(R largest) const { return max == largest ? first : INT32_MAX; }
 };
 
 template <class R>
@@ -113,11 +117,11 @@ struct Online : Partial<R> {
   R base = 0;  // the maximum, but 0 as long as there were only -inf
 
   template <int n>
-  __device__ __forceinline__ void see(const R (&z)[n]) {
+  __device__ __forceinline__ void see(const R (&z)[n], int column) {
     R largest = z[0], e[n], x[n];
 #pragma unroll
     for (int i = 1; i < n; ++i) largest = larger(largest, z[i]);
-    if (largest > this->max) this->raise(base = largest);
+    if (largest > this->max) this->raise(base = largest), this->first = column;
 #pragma unroll
     for (int i = 0; i < n; ++i) e[i] = exponential(x[i] = z[i] - base);
     this->sum += sum_of(e);
@@ -127,8 +131,8 @@ struct Online : Partial<R> {
 #pragma unroll
     for (int i = 0; i < n; ++i) this->weighted = fma(e[i], floored(x[i]), this->weighted);
   }
-  __device__ __forceinline__ void see_one(R z) {
-    if (z > this->max) this->raise(base = z);
+  __device__ __forceinline__ void see_one(R z, int column) {
+    if (z > this->max) this->raise(base = z), this->first = column;
     R x = z - base, e = exponential(x);
     this->sum += e;
     this->total += x;
@@ -143,6 +147,12 @@ __device__ __forceinline__ Partial<R> reduce_warp(Partial<R> partial) {
   R max = partial.max;
 #pragma unroll
   for (int lane = kWarp / 2; lane; lane /= 2) max = larger(max, __shfl_xor_sync(0xffffffff, max, lane));
+  partial.first = partial.first_of(max);
+#pragma unroll
+  for (int lane = kWarp / 2; lane; lane /= 2) {
+    int other = __shfl_xor_sync(0xffffffff, partial.first, lane);
+    partial.first = other < partial.first ? other : partial.first;
+  }
   partial.raise(max);
 #pragma unroll
   for (int lane = 1; lane < kWarp; lane *= 2) {
@@ -165,6 +175,8 @@ __device__ __forceinline__ Partial<R> reduce_team(const Partial<R> (&warps)[kWar
   for (int i = 0; i < kWarps; ++i) all.max = larger(all.max, warps[i].max);
   for (int i = 0; i < kWarps; ++i) {
     Partial<R> warp = warps[i];
+    int first = warp.first_of(all.max);
+    all.first = first < all.first ? first : all.first;
     warp.raise(all.max);
     all.add(warp);
   }
@@ -175,17 +187,17 @@ __device__ __forceinline__ Partial<R> reduce_team(const Partial<R> (&warps)[kWar
 template <bool full, class T, int unroll, bool copied, bool capped>
 __device__ __forceinline__ void sweep(const Columns<T, unroll, copied>& columns, const Transform<Real<T>, capped>& transform,
                                       Partial<Real<T>> (&warps)[kWarps]) {
-  int thread = threadIdx.x % kTeam, packs = columns.n / kPack<T>;
+  int thread = threadIdx.x % kTeam, packs = columns.n / kPack<T>, begin = static_cast<int>(columns.begin);
   Online<Real<T>, full> online;
-  columns.each(0, packs, thread, kTeam, [&](int, const Words& words) {
+  columns.each(0, packs, thread, kTeam, [&](int v, const Words& words) {
     Real<T> z[kPack<T>];
     unpack<T>(words, z);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) z[i] = transform(z[i]);
-    online.see(z);
+    online.see(z, begin + v);
   });
   int rest = packs * kPack<T> + thread;
-  if (rest < columns.n) online.see_one(transform(columns.one(rest)));
+  if (rest < columns.n) online.see_one(transform(columns.one(rest)), begin + rest);
   Partial<Real<T>> partial = reduce_warp<full>(static_cast<Partial<Real<T>>&>(online));
   if (thread % kWarp == 0) warps[thread / kWarp] = partial;
 }
@@ -193,13 +205,15 @@ __device__ __forceinline__ void sweep(const Columns<T, unroll, copied>& columns,
 template <class R>
 struct Statistics {
   R max, logsum, entropy, total;
+  int first;
 
   Statistics() = default;
   __device__ explicit Statistics(const Partial<R>& row)
       : max(row.sum != row.sum && row.max < INFINITY ? R(NAN) : row.max),
         logsum(log(row.sum)),
         entropy(logsum - row.weighted / row.sum),
-        total(row.total) {}
+        total(row.total),
+        first(row.first) {}
 };
 
 __device__ __forceinline__ bool inside(const TokenLogps& op, int64_t label) {
@@ -218,6 +232,22 @@ template <class R>
 __device__ __forceinline__ R logps_of(const TokenLogps& op, int64_t label, R target, const Statistics<R>& row) {
   if (inside(op, label)) return (target - row.max) - row.logsum;
   return label == kElsewhere ? R(0) : R(NAN);
+}
+
+// The same segment with `first` moved on, within its pack, to the first of the largest, or to the label if that comes before.
+template <class T, bool capped>
+__device__ __forceinline__ Partial<Real<T>> settle(const TokenLogps& op, int64_t row, const Transform<Real<T>, capped>& transform,
+                                                   Partial<Real<T>> segment) {
+  const int64_t label = op.label(row);
+  if (label - segment.first < kPack<T>)
+    while (segment.first < label && target_of<T>(op, row, segment.first, transform) != segment.max) ++segment.first;
+  return segment;
+}
+
+// Whether the label, of this z, is the first column that has the row's largest. A row of NaN has none.
+template <class R>
+__device__ __forceinline__ bool is_top1(int64_t label, R target, R logps, const Statistics<R>& row) {
+  return label == row.first && target == row.max && logps == logps;
 }
 
 // --- gradient --------------------------------------------------------------------------------------------------------

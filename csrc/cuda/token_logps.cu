@@ -21,19 +21,26 @@ struct Scratch {
 };
 
 template <class R>
-__device__ void write_row(const TokenLogps& op, int64_t row, R logps, const Statistics<R>& s) {
+__device__ void write_row(const TokenLogps& op, int64_t row, R logps, const Statistics<R>& s, bool top1) {
   static_cast<R*>(op.logps)[row] = logps;
   static_cast<R*>(op.max)[row] = s.max;
   static_cast<R*>(op.logsum)[row] = s.logsum;
   if (op.entropy) static_cast<R*>(op.entropy)[row] = s.entropy;
   if (op.total) static_cast<R*>(op.total)[row] = s.total;
+  if (op.top1) static_cast<R*>(op.top1)[row] = top1;
+}
+
+template <class R>
+__device__ void write_scored_row(const TokenLogps& op, int64_t row, int64_t label, R target, const Statistics<R>& s) {
+  R logps = logps_of(op, label, target, s);
+  write_row(op, row, logps, s, is_top1(label, target, logps, s));
 }
 
 template <class R>
 __device__ void write_ignored_row(const TokenLogps& op, int64_t row) {
   Statistics<R> zero;
   zero.max = zero.logsum = zero.entropy = zero.total = 0;
-  write_row<R>(op, row, 0, zero);
+  write_row<R>(op, row, 0, zero, false);
 }
 
 template <class T, bool capped, bool full>
@@ -54,14 +61,14 @@ __global__ void __launch_bounds__(kTeam, kResident<T>)
   __syncthreads();
   if (lane >= kWarp) return;
   Partial<R> segment;
-  if (lane < share) segment = reduce_team(warps[first + lane]);
+  if (lane < share) segment = settle<T>(op, row, transform, reduce_team(warps[first + lane]));
   if (blocks_per_row > 1) {
     if (lane < share) scratch[row].segments[first + lane] = segment;
     if (lane == 0) scratch[row].target = target;
     return;
   }
   Statistics<R> statistics(reduce_warp<full>(segment));
-  if (lane == 0) write_row(op, row, logps_of(op, label, target, statistics), statistics);
+  if (lane == 0) write_scored_row(op, row, label, target, statistics);
 }
 
 template <class R>
@@ -77,7 +84,7 @@ __global__ void __launch_bounds__(kFinishers) finish_kernel(const TokenLogps op,
   Partial<R> segment;
   if (lane < segments) segment = scratch[row].segments[lane];
   Statistics<R> statistics(reduce_warp<true>(segment));
-  if (lane == 0) write_row(op, row, logps_of(op, label, scratch[row].target, statistics), statistics);
+  if (lane == 0) write_scored_row(op, row, label, scratch[row].target, statistics);
 }
 
 template <class R>
