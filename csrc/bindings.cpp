@@ -167,11 +167,11 @@ Matrix matrix(const MatrixArgument& m) { return {pointer(std::get<0>(m)), std::g
 TokenLogps describe(const MatrixArgument& logits, int dtype, int64_t rows, int64_t vocabulary, Address labels,
                     bool labels_are_int64, Address temperatures, double temperature, double softcap,
                     double logit_scale, Address logps, Address entropy, Address max, Address logsum, Address total,
-                    Address g, Address alpha, Address beta, Address delta, const MatrixArgument& grad) {
+                    Address top1, Address g, Address alpha, Address beta, Address delta, const MatrixArgument& grad) {
   return {matrix(logits),    static_cast<Dtype>(dtype), rows,  vocabulary,  pointer(labels), labels_are_int64,
           pointer<double>(temperatures), temperature,   logit_scale, softcap, pointer(logps), pointer(entropy),
-          pointer(max),      pointer(logsum), pointer(total), pointer(g), pointer(alpha), pointer(beta), pointer(delta),
-          matrix(grad)};
+          pointer(max),      pointer(logsum), pointer(total), pointer(top1), pointer(g), pointer(alpha), pointer(beta),
+          pointer(delta), matrix(grad)};
 }
 
 PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Address table, Address weights,
@@ -244,8 +244,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&describe), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
            py::arg("vocabulary"), py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0,
            py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
-           py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("g") = 0,
-           py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
+           py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("top1") = 0,
+           py::arg("g") = 0, py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
       .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>())

@@ -12,7 +12,7 @@ enum class Surrogate : int { pg, ppo, cispo, sapo };
 
 // The rows of the table [kColumns, N] that every call writes; those of the statistics are where `rows` points.
 enum Column : int {
-  kLoss, kLogps, kMax, kLogsum, kEntropy, kG, kAlpha, kBeta, kRatio, kKl, kClipLow, kClipHigh, kColumns
+  kLoss, kLogps, kMax, kLogsum, kEntropy, kG, kAlpha, kBeta, kRatio, kKl, kClipLow, kClipHigh, kTop1, kColumns
 };
 
 // Pointers to numbers are float*, or double* when the logits are float64. A null pointer: not given.

@@ -1,7 +1,8 @@
 // Log-probs of labels from logits [N, V]: what every backend of the op is given.
 //
 // z = softcap(logit_scale * logits) / temperature;  max = max_v z_v;  logsum = ln sum_v exp(z_v - max);
-// logps = (z_y - max) - logsum;  entropy = logsum - sum_v p_v (z_v - max);  total = sum_v (z_v - max).
+// logps = (z_y - max) - logsum;  entropy = logsum - sum_v p_v (z_v - max);  total = sum_v (z_v - max);
+// top1 = 1 where y is the first of the columns whose z, as computed here, is max, else 0.
 //
 // The gradient of any objective has four coefficients per row:
 // dz_v = g (1[v = y] - p_v) + p_v (alpha + beta ln p_v) + delta;  d logits = dz dz/da.
@@ -37,9 +38,9 @@ struct TokenLogps {
   const double* temperatures;  // [rows], or null: one for all
   double temperature, logit_scale;
   double softcap;  // 0: none
-  void *logps, *entropy, *max, *logsum, *total;  // forward writes them; backward reads max and logsum
-  const void *g, *alpha, *beta, *delta;          // backward only; null: 0 everywhere
-  Matrix grad;                                   // backward only; may be the logits themselves
+  void *logps, *entropy, *max, *logsum, *total, *top1;  // forward writes them; backward reads max and logsum
+  const void *g, *alpha, *beta, *delta;                 // backward only; null: 0 everywhere
+  Matrix grad;                                          // backward only; may be the logits themselves
 
   HOST_DEVICE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];

@@ -48,10 +48,12 @@ struct Transform {
   }
 };
 
-// Of one slab: max z, sum exp(z - max), sum exp(z - max) (z - max), sum (z - max).
+// Of one slab: max z, sum exp(z - max), sum exp(z - max) (z - max), sum (z - max), and where the group of columns begins
+// that has the first of the largest.
 struct Partial {
   float max, sum, weighted;
   double total;
+  int64_t first;
 };
 
 // What becomes of the exponentials of a sweep: here nothing.
@@ -67,7 +69,7 @@ template <bool entropy, bool total>
 struct Online {
   float max = -kInfinity;
   double lift = 0;
-  int64_t columns = 0;
+  int64_t columns = 0, first = 0;
   vec top = set(-kInfinity), base = set(0.0f), sum[kAccumulators], weighted[kAccumulators], plain[kAccumulators];
 
   FORCE_INLINE Online() {
@@ -101,10 +103,11 @@ struct Online {
       sum[k] = factor * sum[k];
     }
     max = higher;
+    first = columns;
     top = base = set(higher);
   }
   FORCE_INLINE Partial partial() const {
-    return {max, added(sum), entropy ? added(weighted) : 0.0f, total ? lift + added(plain) : 0.0};
+    return {max, added(sum), entropy ? added(weighted) : 0.0f, total ? lift + added(plain) : 0.0, first};
   }
   static FORCE_INLINE float added(const vec (&x)[kAccumulators]) {
     static_assert(kAccumulators == 4);
@@ -153,15 +156,18 @@ Partial sweep(const T* x, int64_t stride, int64_t n, const Transform<form>& tran
   return online.partial();
 }
 
+// `first` as in Partial, of the row.
 struct Statistics {
   float max, logsum, entropy, total;
+  int64_t first;
 };
 
 // Slabs in their order, in double: few numbers, and the row's precision depends on them.
 inline Statistics combine(const Partial* partials, int64_t vocabulary) {
-  int64_t slabs = num_slabs(vocabulary);
+  int64_t slabs = num_slabs(vocabulary), first = 0;
   float max = -kInfinity;
-  for (int64_t k = 0; k < slabs; ++k) max = partials[k].max > max ? partials[k].max : max;
+  for (int64_t k = 0; k < slabs; ++k)
+    if (partials[k].max > max) max = partials[k].max, first = k * kSlab + partials[k].first;
   double sum = 0, weighted = 0, total = 0;
   for (int64_t k = 0; k < slabs; ++k) {
     double shift = double(partials[k].max) - max, columns = double(std::min(kSlab, vocabulary - k * kSlab));
@@ -172,7 +178,7 @@ inline Statistics combine(const Partial* partials, int64_t vocabulary) {
     weighted += factor * (partials[k].weighted + partials[k].sum * shift);
   }
   if (sum != sum && max < kInfinity) max = kNaN;
-  return {max, float(::log(sum)), float(::log(sum) - weighted / sum), float(total)};
+  return {max, float(::log(sum)), float(::log(sum) - weighted / sum), float(total), first};
 }
 
 template <class T>
@@ -180,25 +186,45 @@ FORCE_INLINE T* at(const Matrix& matrix, int64_t row, int64_t column = 0) {
   return static_cast<T*>(matrix.data) + row * matrix.row_stride + column * matrix.col_stride;
 }
 
-inline void write_row(const TokenLogps& op, int64_t row, float logps, Statistics s) {
+inline void write_row(const TokenLogps& op, int64_t row, float logps, Statistics s, bool top1) {
   static_cast<float*>(op.logps)[row] = logps;
   static_cast<float*>(op.max)[row] = s.max;
   static_cast<float*>(op.logsum)[row] = s.logsum;
   if (op.entropy) static_cast<float*>(op.entropy)[row] = s.entropy;
   if (op.total) static_cast<float*>(op.total)[row] = s.total;
+  if (op.top1) static_cast<float*>(op.top1)[row] = top1;
+}
+
+// Whether a label whose z is the row's largest is the first such column: the sweep knows the group, the rest of it is
+// looked at here.
+template <class T, Form form>
+bool comes_first(const TokenLogps& op, int64_t row, int64_t label, const Statistics& s) {
+  int64_t n = label - s.first;
+  if (n >= kGroup * kLanes) return false;
+  Transform<form> transform(op, row);
+  T chunk[kGroup * kLanes];
+  const T* x = at<const T>(op.logits, row, s.first);
+  if (op.logits.col_stride != 1) x = gather(x, op.logits.col_stride, n, chunk);
+  vec largest = set(-kInfinity);
+  int64_t v = 0;
+  for (; v + kLanes <= n; v += kLanes) largest = max_(largest, transform(load(x + v)));
+  if (v < n) largest = max_(largest, keep(transform(load(x + v, n - v)), n - v, -kInfinity));
+  return max_lane(largest) < s.max;
 }
 
 template <class T, Form form>
 void finish_row(const TokenLogps& op, int64_t row, const Partial* partials) {
   int64_t label = op.label(row);
-  if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0, 0});
+  if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0, 0, 0}, false);
   Statistics s = combine(partials, op.vocabulary);
   float logps = label == kElsewhere ? 0 : kNaN;
+  bool top1 = false;
   if (label >= 0 && label < op.vocabulary) {
     float z = first(Transform<form>(op, row)(load(at<const T>(op.logits, row, label), 1)));
     logps = (z - s.max) - s.logsum;
+    top1 = op.top1 && z == s.max && logps == logps && comes_first<T, form>(op, row, label, s);
   }
-  write_row(op, row, logps, s);
+  write_row(op, row, logps, s, top1);
 }
 
 // A row's coefficient, 0 where there is none.

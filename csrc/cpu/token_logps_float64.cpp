@@ -36,8 +36,10 @@ void forward_row(const Row& x) {
   const TokenLogps& op = x.op;
   int64_t label = op.label(x.row);
   double max = label == kIgnored ? 0 : -kInfinity, logsum = 0, entropy = 0, logps = 0, total = 0;
+  int64_t first = -1;
   if (label != kIgnored) {
-    for (int64_t v = 0; v < op.vocabulary; ++v) max = x.z(v) <= max ? max : x.z(v);
+    for (int64_t v = 0; v < op.vocabulary; ++v)
+      if (double z = x.z(v); !(z <= max)) max = z, first = v;
     double sum = 0, weighted = 0;
     for (int64_t v = 0; v < op.vocabulary; ++v) {
       double shift = x.z(v) - max, e = ::exp(shift);
@@ -54,6 +56,7 @@ void forward_row(const Row& x) {
   put(op.logsum, x.row, logsum);
   put(op.entropy, x.row, entropy);
   put(op.total, x.row, total);
+  put(op.top1, x.row, first >= 0 && label == first && logps == logps);
 }
 
 void backward_row(const Row& x) {

@@ -104,7 +104,7 @@ struct Policy {
     return {logps, exp(log_ratio.x), advantage, log_ratio.inside};
   }
   // The row's coefficients; `write` also fills its column of the table.
-  __device__ RowCoefficients<R> finish(R logps, const Statistics<R>& s, bool write) const {
+  __device__ RowCoefficients<R> finish(R logps, const Statistics<R>& s, bool top1, bool write) const {
     R w = get(op.weights, 0), kl_coef = w * R(op.kl_coef), bonus = w * R(op.entropy_coef);
     Token<R> t = token(logps);
     Value<R> v = surrogate(op, t), kl = {0, 0, false, false};
@@ -114,7 +114,7 @@ struct Policy {
     R alpha = bonus != 0 ? bonus * s.entropy : R(0);
     if (write) {
       const R columns[kColumns] = {loss - alpha, logps, s.max, s.logsum, op.rows.entropy ? s.entropy : R(0), g, alpha,
-                                   bonus, t.ratio, kl.value, R(v.low), R(v.high)};
+                                   bonus, t.ratio, kl.value, R(v.low), R(v.high), R(top1)};
       for (int column = 0; column < kColumns; ++column) at(Column(column)) = columns[column];
     }
     return {g, alpha, bonus, 0};

@@ -39,11 +39,12 @@ __device__ Shared<R>& shared() {
 }
 
 // The segments of this block are combined into those of the row, in the first warp.
-template <class R>
-__device__ __forceinline__ void reduce_own(Partial<R>* segments, int begin, int end) {
+// It is the last look at the row's logits before the gradient may take their place.
+template <class T, bool capped>
+__device__ __forceinline__ void reduce_own(Partial<Real<T>>* segments, int begin, int end, const TokenLogps& op, int64_t row) {
   __syncthreads();  // every team has left its sums
   int s = begin + static_cast<int>(threadIdx.x);
-  if (s < end) segments[s] = reduce_team(shared<R>().warps[s]);
+  if (s < end) segments[s] = settle<T, capped>(op, row, reduce_team(shared<Real<T>>().warps[s]));
 }
 
 // Rows where they are: a block takes every gridDim.x-th.
@@ -65,9 +66,10 @@ struct InGlobalMemory {
     return columns_of<T, 1>(op, row, cut.begin(s), cut.columns(s));
   }
   // Complete in the first warp, after every thread of the row has come here.
-  __device__ Partial<Real<T>> segment(int lane) const {
+  template <bool capped>
+  __device__ Partial<Real<T>> segment(int lane, int64_t row) const {
     using R = Real<T>;
-    reduce_own<R>(shared<R>().segments[0], 0, cut.segments);
+    reduce_own<T, capped>(shared<R>().segments[0], 0, cut.segments, op, row);
     return lane < cut.segments ? shared<R>().segments[0][lane] : Partial<R>();
   }
 };
@@ -120,10 +122,11 @@ struct InCluster {
     if (home.n) machine::wait(&shared<R>().arrivals[s - begin()], parity);
     return {reinterpret_cast<const T*>(buffer(s) + misaligned(home.x)), op, row, home.begin, home.n};
   }
-  __device__ Partial<R> segment(int lane) const {
+  template <bool capped>
+  __device__ Partial<R> segment(int lane, int64_t row) const {
     // In turn: a block may still read those of the last row, but none those of the row before, for which all have waited.
     Partial<R>* segments = shared<R>().segments[parity];
-    reduce_own(segments, begin(), end());
+    reduce_own<T, capped>(segments, begin(), end(), op, row);
     machine::cluster_barrier();
     return lane < cut.segments ? *machine::in_block(segments + lane, static_cast<unsigned>(lane / share())) : Partial<R>();
   }
@@ -154,12 +157,13 @@ __device__ void run(const PolicyLoss& op, const Cut& cut, Home home) {
 #pragma unroll 1
       for (int s = home.begin() + team; s < home.end(); s += teams)
         sweep<true>(home.columns(row, s), transform, block.warps[s]);
-      Partial<R> segment = home.segment(threadIdx.x);
+      Partial<R> segment = home.template segment<capped>(threadIdx.x, row);
       if (threadIdx.x < kWarp) {
         Statistics<R> statistics(reduce_warp<true>(segment));
         if (threadIdx.x == 0) {
           R logps = logps_of(rows, label, block.target, statistics);
-          block.coefficients = Policy<R>{op, row}.finish(logps, statistics, home.writes_table());
+          bool top1 = is_top1(label, block.target, logps, statistics);
+          block.coefficients = Policy<R>{op, row}.finish(logps, statistics, top1, home.writes_table());
           block.max = statistics.max;
           block.logsum = statistics.logsum;
         }

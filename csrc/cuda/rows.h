@@ -75,10 +75,12 @@ struct Transform {
 
 // --- sums ------------------------------------------------------------------------------------------------------------
 
-// Of some columns: max z, and with x = z - max: sum exp(x), sum exp(x) x, sum x, how many.
+// Of some columns: max z, and with x = z - max: sum exp(x), sum exp(x) x, sum x, how many; and where the pack of columns
+// begins that has the first of the largest.
 template <class R>
 struct Partial {
   R max = -INFINITY, sum = 0, weighted = 0, total = 0, count = 0;
+  int first = 0;
 
   // The same relative to a higher maximum. Columns that are all -inf have nothing to move.
   __device__ __forceinline__ void raise(R higher) {
@@ -96,6 +98,8 @@ struct Partial {
     total += other.total;
     count += other.count;
   }
+  // Where the first of the largest is, if these columns have one; before `raise`.
+  __device__ __forceinline__ int first_of(R largest) const { return max == largest ? first : INT32_MAX; }
 };
 
 template <class R>
@@ -107,33 +111,37 @@ __device__ __forceinline__ R sum_of(const R (&x)[8]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// The columns that one thread has seen so far; without `full`, maximum and sum alone.
+// The columns that one thread has seen so far; without `full`, maximum and sum alone. How many they are follows from the
+// column, so that no register of the loop counts them.
 template <class R, bool full>
 struct Online : Partial<R> {
   R base = 0;  // the maximum, but 0 as long as there were only -inf
 
   template <int n>
-  __device__ __forceinline__ void see(const R (&z)[n]) {
+  __device__ __forceinline__ void see(const R (&z)[n], int column) {
     R largest = z[0], e[n], x[n];
 #pragma unroll
     for (int i = 1; i < n; ++i) largest = larger(largest, z[i]);
-    if (largest > this->max) this->raise(base = largest);
+    if (largest > this->max) rise(largest, column, column / (n * kTeam) * n);
 #pragma unroll
     for (int i = 0; i < n; ++i) e[i] = exponential(x[i] = z[i] - base);
     this->sum += sum_of(e);
     if (!full) return;
     this->total += sum_of(x);
-    this->count += n;
 #pragma unroll
     for (int i = 0; i < n; ++i) this->weighted = fma(e[i], floored(x[i]), this->weighted);
   }
-  __device__ __forceinline__ void see_one(R z) {
-    if (z > this->max) this->raise(base = z);
+  __device__ __forceinline__ void see_one(R z, int column, int seen) {
+    if (z > this->max) rise(z, column, seen);
     R x = z - base, e = exponential(x);
     this->sum += e;
     this->total += x;
-    this->count += 1;
     this->weighted = fma(e, floored(x), this->weighted);
+  }
+  __device__ __forceinline__ void rise(R higher, int column, int seen) {
+    this->count = R(seen);
+    this->raise(base = higher);
+    this->first = column;
   }
 };
 
@@ -143,6 +151,12 @@ __device__ __forceinline__ Partial<R> reduce_warp(Partial<R> partial) {
   R max = partial.max;
 #pragma unroll
   for (int lane = kWarp / 2; lane; lane /= 2) max = larger(max, __shfl_xor_sync(0xffffffff, max, lane));
+  partial.first = partial.first_of(max);
+#pragma unroll
+  for (int lane = kWarp / 2; lane; lane /= 2) {
+    int other = __shfl_xor_sync(0xffffffff, partial.first, lane);
+    partial.first = other < partial.first ? other : partial.first;
+  }
   partial.raise(max);
 #pragma unroll
   for (int lane = 1; lane < kWarp; lane *= 2) {
@@ -162,9 +176,12 @@ __device__ __forceinline__ Partial<R> reduce_warp(Partial<R> partial) {
 template <class R>
 __device__ __forceinline__ Partial<R> reduce_team(const Partial<R> (&warps)[kWarps]) {
   Partial<R> all;
+  all.first = INT32_MAX;
   for (int i = 0; i < kWarps; ++i) all.max = larger(all.max, warps[i].max);
   for (int i = 0; i < kWarps; ++i) {
     Partial<R> warp = warps[i];
+    int first = warp.first_of(all.max);
+    all.first = first < all.first ? first : all.first;
     warp.raise(all.max);
     all.add(warp);
   }
@@ -177,15 +194,17 @@ __device__ __forceinline__ void sweep(const Columns<T, unroll, copied>& columns,
                                       Partial<Real<T>> (&warps)[kWarps]) {
   int thread = threadIdx.x % kTeam, packs = columns.n / kPack<T>;
   Online<Real<T>, full> online;
-  columns.each(0, packs, thread, kTeam, [&](int, const Words& words) {
+  columns.each(0, packs, thread, kTeam, [&](int v, const Words& words) {
     Real<T> z[kPack<T>];
     unpack<T>(words, z);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) z[i] = transform(z[i]);
-    online.see(z);
+    online.see(z, v);
   });
-  int rest = packs * kPack<T> + thread;
-  if (rest < columns.n) online.see_one(transform(columns.one(rest)));
+  int rest = packs * kPack<T> + thread, seen = thread < packs ? ((packs - 1 - thread) / kTeam + 1) * kPack<T> : 0;
+  if (rest < columns.n) online.see_one(transform(columns.one(rest)), rest, seen);
+  online.count = Real<T>(seen + (rest < columns.n));
+  online.first += static_cast<int>(columns.begin);
   Partial<Real<T>> partial = reduce_warp<full>(static_cast<Partial<Real<T>>&>(online));
   if (thread % kWarp == 0) warps[thread / kWarp] = partial;
 }
@@ -193,13 +212,15 @@ __device__ __forceinline__ void sweep(const Columns<T, unroll, copied>& columns,
 template <class R>
 struct Statistics {
   R max, logsum, entropy, total;
+  int first;
 
   Statistics() = default;
   __device__ explicit Statistics(const Partial<R>& row)
       : max(row.sum != row.sum && row.max < INFINITY ? R(NAN) : row.max),
         logsum(log(row.sum)),
         entropy(logsum - row.weighted / row.sum),
-        total(row.total) {}
+        total(row.total),
+        first(row.first) {}
 };
 
 __device__ __forceinline__ bool inside(const TokenLogps& op, int64_t label) {
@@ -218,6 +239,25 @@ template <class R>
 __device__ __forceinline__ R logps_of(const TokenLogps& op, int64_t label, R target, const Statistics<R>& row) {
   if (inside(op, label)) return (target - row.max) - row.logsum;
   return label == kElsewhere ? R(0) : R(NAN);
+}
+
+// The same segment with `first` moved on, within its pack, to the first of the largest, or to the label if that comes before.
+// Nothing is kept for it in registers: it is seldom that the label's pack is the first of the largest.
+template <class T, bool capped>
+__device__ __forceinline__ Partial<Real<T>> settle(const TokenLogps& op, int64_t row, Partial<Real<T>> segment) {
+  const int64_t ahead = op.label(row) - segment.first;
+  if (ahead <= 0 || ahead >= kPack<T>) return segment;
+  const Transform<Real<T>, capped> transform(op, row);
+  const int label = segment.first + static_cast<int>(ahead);
+#pragma unroll 1
+  while (segment.first < label && target_of<T>(op, row, segment.first, transform) != segment.max) ++segment.first;
+  return segment;
+}
+
+// Whether the label, of this z, is the first column that has the row's largest. A row of NaN has none.
+template <class R>
+__device__ __forceinline__ bool is_top1(int64_t label, R target, R logps, const Statistics<R>& row) {
+  return label == row.first && target == row.max && logps == logps;
 }
 
 // --- gradient --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,13 @@ template <class T>
 constexpr int kUnroll = sizeof(T) == sizeof(double) ? 2 : 4;
 constexpr int kFinishers = 128;  // threads of a block that finishes rows, a warp each
 
+// Of a block, in its dynamic shared memory.
+template <class R>
+struct Shared {
+  Partial<R> warps[kMaxSegments][kWarps];
+  R target;
+};
+
 // What the blocks that share a row leave of it.
 template <class R>
 struct Scratch {
@@ -21,19 +28,27 @@ struct Scratch {
 };
 
 template <class R>
-__device__ void write_row(const TokenLogps& op, int64_t row, R logps, const Statistics<R>& s) {
+__device__ void write_row(const TokenLogps& op, int64_t row, R logps, const Statistics<R>& s, bool top1) {
   static_cast<R*>(op.logps)[row] = logps;
   static_cast<R*>(op.max)[row] = s.max;
   static_cast<R*>(op.logsum)[row] = s.logsum;
   if (op.entropy) static_cast<R*>(op.entropy)[row] = s.entropy;
   if (op.total) static_cast<R*>(op.total)[row] = s.total;
+  if (op.top1) static_cast<R*>(op.top1)[row] = top1;
+}
+
+template <class R>
+__device__ void write_scored_row(const TokenLogps& op, int64_t row, R target, const Statistics<R>& s) {
+  int64_t label = op.label(row);
+  R logps = logps_of(op, label, target, s);
+  write_row(op, row, logps, s, is_top1(label, target, logps, s));
 }
 
 template <class R>
 __device__ void write_ignored_row(const TokenLogps& op, int64_t row) {
   Statistics<R> zero;
   zero.max = zero.logsum = zero.entropy = zero.total = 0;
-  write_row<R>(op, row, 0, zero);
+  write_row<R>(op, row, 0, zero, false);
 }
 
 template <class T, bool capped, bool full>
@@ -45,23 +60,23 @@ __global__ void __launch_bounds__(kTeam, kResident<T>)
     if (threadIdx.x == 0 && blocks_per_row == 1) write_ignored_row<R>(op, row);
     return;
   }
-  auto& warps = *reinterpret_cast<Partial<R>(*)[kMaxSegments][kWarps]>(machine::shared_memory());
+  auto& block = *reinterpret_cast<Shared<R>*>(machine::shared_memory());
   int share = cut.segments / blocks_per_row, first = blockIdx.x % blocks_per_row * share, lane = threadIdx.x;
   Transform<R, capped> transform(op, row);
-  R target = lane == 0 ? target_of<T>(op, row, label, transform) : R(0);
+  if (lane == 0) block.target = target_of<T>(op, row, label, transform);
   for (int s = first; s < first + share; ++s)
-    sweep<full>(columns_of<T, kUnroll<T>>(op, row, cut.begin(s), cut.columns(s)), transform, warps[s]);
+    sweep<full>(columns_of<T, kUnroll<T>>(op, row, cut.begin(s), cut.columns(s)), transform, block.warps[s]);
   __syncthreads();
   if (lane >= kWarp) return;
   Partial<R> segment;
-  if (lane < share) segment = reduce_team(warps[first + lane]);
+  if (lane < share) segment = settle<T, capped>(op, row, reduce_team(block.warps[first + lane]));
   if (blocks_per_row > 1) {
     if (lane < share) scratch[row].segments[first + lane] = segment;
-    if (lane == 0) scratch[row].target = target;
+    if (lane == 0) scratch[row].target = block.target;
     return;
   }
   Statistics<R> statistics(reduce_warp<full>(segment));
-  if (lane == 0) write_row(op, row, logps_of(op, label, target, statistics), statistics);
+  if (lane == 0) write_scored_row(op, row, block.target, statistics);
 }
 
 template <class R>
@@ -69,15 +84,14 @@ __global__ void __launch_bounds__(kFinishers) finish_kernel(const TokenLogps op,
   int64_t row = int64_t(blockIdx.x) * (kFinishers / kWarp) + threadIdx.x / kWarp;
   int lane = threadIdx.x % kWarp;
   if (row >= op.rows) return;
-  int64_t label = op.label(row);
-  if (label == kIgnored) {
+  if (op.label(row) == kIgnored) {
     if (lane == 0) write_ignored_row<R>(op, row);
     return;
   }
   Partial<R> segment;
   if (lane < segments) segment = scratch[row].segments[lane];
   Statistics<R> statistics(reduce_warp<true>(segment));
-  if (lane == 0) write_row(op, row, logps_of(op, label, scratch[row].target, statistics), statistics);
+  if (lane == 0) write_scored_row(op, row, scratch[row].target, statistics);
 }
 
 template <class R>
@@ -111,7 +125,7 @@ cudaError_t forward_as(const TokenLogps& op, int blocks_per_row, void* scratch, 
   using R = Real<T>;
   const Cut cut(op.vocabulary);
   auto* rows = static_cast<Scratch<R>*>(scratch);
-  Launch how = {op.rows * blocks_per_row, kTeam, stream, int(sizeof(Partial<R>)) * kMaxSegments * kWarps};
+  Launch how = {op.rows * blocks_per_row, kTeam, stream, int(sizeof(Shared<R>))};
   cudaError_t error = launch(how, forward_kernel<T, capped, full>, op, cut, blocks_per_row, rows);
   if (error != cudaSuccess || blocks_per_row == 1) return error;
   Launch after = {(op.rows * kWarp + kFinishers - 1) / kFinishers, kFinishers, stream};

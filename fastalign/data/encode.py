@@ -189,11 +189,18 @@ class Encoder:
         """The examples of a row: none when it is dropped, one per completion where each stands by itself."""
         sequences = [self.tokens(text, lookup) for text in texts]
         if self.reading.unit == "row":
-            return [] if (fitted := self.fit(sequences)) is None else [self.judged(fitted, scores)]
+            return [] if (fitted := self.fit(sequences)) is None else [self.judged(self.compared(fitted), scores)]
         kept = [(s, score) for whole, score in zip(sequences, scores, strict=True) for s in self.fit([whole]) or []]
+        self.compared([s for s, _ in kept])
         if self.reading.unit == "completion":
             return [self.judged([sequence], (score,)) for sequence, score in kept]
         return [self.judged([s for s, _ in kept], tuple(r for _, r in kept))] if self.are_enough(len(kept)) else []
+
+    def compared(self, sequences: list[Tokens]) -> list[Tokens]:
+        """The completions of a row; counts the examples that it gives if they are all the same tokens."""
+        if len(sequences) > 1 and all(ids == sequences[0][0] for ids, _ in sequences):
+            self.counts["identical_completions"] += len(sequences) if self.reading.unit == "completion" else 1
+        return sequences
 
     def judged(self, sequences: list[Tokens], scores: Scores) -> tuple[list[Tokens], Scores]:
         """The sequences that fit, scored where the method reads them, and the scores that are left."""

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from fastalign.engine.alarms import Alarms
 from fastalign.engine.errors import RunError
 from fastalign.engine.method import Objective
 from fastalign.parallel.mesh import World
@@ -112,6 +113,7 @@ class MetricsLog:
     ) -> None:
         self.objective, self.world, self.sinks, self.peak_flops = objective, world, sinks, peak_flops
         self.pending: list[tuple[StepResult, dict[str, Any]]] = []
+        self.alarms = Alarms(world.is_main)
         self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
 
     def add(self, result: StepResult, extra: dict[str, Any]) -> None:
@@ -122,7 +124,8 @@ class MetricsLog:
         """Read the kept steps back and write their lines.
 
         Raises:
-            RunError: at the first step whose loss or gradient norm is not finite; no line is written for it.
+            RunError: at the first step whose loss or gradient norm is not finite; no line is written for it. Or when
+                the gradient has been exactly 0 for some steps.
         """
         pending, self.pending = self.pending, []
         for result, extra in pending:
@@ -130,6 +133,7 @@ class MetricsLog:
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise RunError(self.diagnosis(result, record))
             self.write({**record, **extra})
+            self.alarms.check(record)
 
     def complete(self, result: StepResult) -> dict[str, Any]:
         """The record of a step, with metrics, times and speeds."""

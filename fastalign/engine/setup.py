@@ -23,6 +23,7 @@ from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_da
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval, training_path
+from fastalign.engine.alarms import check_choices
 from fastalign.engine.console import check_trackers
 from fastalign.engine.filling import Demand, windows
 from fastalign.engine.heads import Models, wants_autocast
@@ -143,6 +144,9 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     rows, held_out = load_train_eval(config.data, config.run.seed)
     dataset = encode(rows, tokenizer, config)
     held_out = encode(held_out, tokenizer, config, rows.column_names) if held_out else None
+    check_choices(dataset, config.data.max_length, "data.path", refuse=True)
+    if held_out is not None:
+        check_choices(held_out, config.data.max_length, "the held-out data", refuse=False)
     for examples in (dataset, held_out):
         check_groups(examples, config.batch)
     return tokenizer, dataset, held_out

@@ -35,7 +35,7 @@ def head_fields(
 ) -> tuple[Tensor | None, ...]:
     """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1 of scored rows.
 
-    ``ln p_y``, ``-sum p ln p``, ``ln sum p^2``, ``mean z`` and ``p_y = max p``; the first two are differentiable.
+    ``ln p_y``, ``-sum p ln p``, ``ln sum p^2``, ``mean z`` and ``y = argmax z``; the first two are differentiable.
 
     Args:
         hidden: ``[N, D]``; the GEMM runs in its dtype, or autocast's.
@@ -45,8 +45,8 @@ def head_fields(
         wanted: names of the fields; those not named are None, log_probs is always computed.
 
     Returns:
-        Five tensors ``[N]`` or None; fp32 (fp64 if an input is fp64), is_top1 bool. A label tied for the largest logit
-        counts as top-1.
+        Five tensors ``[N]`` or None; fp32 (fp64 if an input is fp64), is_top1 bool. Of equal logits the first is the
+        choice, as in ``torch.argmax``.
     """
     assert head.lora is None
     weight = head.weight

@@ -41,12 +41,13 @@ def forward(
     logit_scale: float = 1.0,
     entropy: bool = False,
     total: bool = False,
+    top1: bool = False,
 ) -> Statistics:
     """Log-probs of the labels and the row statistics that the backward needs, in one read of the logits.
 
     ``z = softcap(logit_scale * logits) / temperature``, ``max = max_v z_v``, ``logsum = ln sum_v exp(z_v - max)``,
     ``logps = (z_y - max) - logsum``, ``entropy = logsum - sum_v p_v (z_v - max)`` in nats,
-    ``total = sum_v (z_v - max)``.
+    ``total = sum_v (z_v - max)``, ``top1 = 1`` where the label is the first column whose z is max, else 0.
 
     Args:
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64 on the CPU, of any strides.
@@ -55,16 +56,16 @@ def forward(
         temperature: a float or ``[N]``.
         softcap: ``cap * tanh(x / cap)`` when given.
         logit_scale: factor on the logits before the softcap.
-        entropy, total: whether to compute them.
+        entropy, total, top1: whether to compute them.
 
     Returns:
-        ``(logps, entropy or None, max, logsum, total or None)``, each ``[N]`` fp32 (fp64 for fp64 logits).
+        ``(logps, entropy or None, max, logsum, total or None, top1 or None)``: ``[N]`` fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
     _check(logits, labels)
-    outputs = _outputs(logits, entropy, total)
+    outputs = _outputs(logits, entropy, total, top1)
     op, _alive = _describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
     op.forward(torch.get_num_threads())
     return outputs
@@ -142,15 +143,16 @@ class Statistics(NamedTuple):
     max: Tensor
     logsum: Tensor
     total: Tensor | None
+    top1: Tensor | None
 
 
-def _outputs(logits: Tensor, entropy: bool, total: bool) -> Statistics:
+def _outputs(logits: Tensor, entropy: bool, total: bool, top1: bool) -> Statistics:
     """Fresh memory for the statistics, beside the logits."""
 
-    def fresh() -> Tensor:
-        return torch.empty(len(logits), dtype=_stats_dtype(logits), device=logits.device)
+    def fresh(wanted: bool) -> Tensor | None:
+        return torch.empty(len(logits), dtype=_stats_dtype(logits), device=logits.device) if wanted else None
 
-    return Statistics(fresh(), fresh() if entropy else None, fresh(), fresh(), fresh() if total else None)
+    return Statistics(*map(fresh, (True, entropy, True, True, total, top1)))
 
 
 def _vectors(given: Mapping[str, Tensor | None], logits: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def run(
         entropy: whether to compute the entropy.
 
     Returns:
-        ``[12, N]`` fp32 (fp64 for fp64 logits).
+        ``[13, N]`` fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
@@ -88,7 +88,7 @@ def describe(
 
 def _statistics(table: Tensor, entropy: bool, knobs: Knobs) -> dict[str, Tensor]:
     """The rows of the table that the sweeps write and read: the entropy and its coefficients only where wanted."""
-    wanted = {"logps", "max", "logsum", "g"}
+    wanted = {"logps", "max", "logsum", "g", "top1"}
     wanted |= {"entropy"} if entropy or knobs.entropy_coef != 0 else set()
     wanted |= {"alpha", "beta"} if knobs.entropy_coef != 0 else set()
     return {name: row for name, row in columns(table).items() if name in wanted}

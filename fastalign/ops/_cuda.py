@@ -51,10 +51,11 @@ def forward(
     logit_scale: float = 1.0,
     entropy: bool = False,
     total: bool = False,
+    top1: bool = False,
 ) -> _cpp.Statistics:
     """As ``_cpp.forward``, on CUDA tensors."""
     _cpp._check(logits, labels, "cuda", DEVICE)
-    outputs = _cpp._outputs(logits, entropy, total)
+    outputs = _cpp._outputs(logits, entropy, total, top1)
     op, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
     with on_stream(logits) as (kernels, stream):
         blocks = kernels.blocks_per_row(*logits.shape)

@@ -23,8 +23,8 @@ LARGEST_LOG_RATIO = 20.0
 
 STATISTICS = ("logps", "max", "logsum", "entropy")
 METRICS = ("ratio", "kl", "clip_low", "clip_high")
-COLUMNS = ("loss", *STATISTICS, "g", "alpha", "beta", *METRICS)
-"""The rows of the ``[12, N]`` table that every backend writes, zero where a row is not scored."""
+COLUMNS = ("loss", *STATISTICS, "g", "alpha", "beta", *METRICS, "top1")
+"""The rows of the ``[13, N]`` table that every backend writes, zero where a row is not scored."""
 
 
 def columns(table: Tensor) -> dict[str, Tensor]:

@@ -103,13 +103,24 @@ class Head:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one sweep knows of n rows; entropy and total are None when they were not asked for."""
+    """What one sweep knows of n rows; entropy and total are None when they were not asked for.
+
+    ``top1`` is 1 where the label is the first of the largest z over the vocabulary of all ranks, else 0; None in a
+    backward, which does not read it.
+    """
 
     logps: Tensor
     entropy: Tensor | None
     max: Tensor
     logsum: Tensor
     total: Tensor | None = None
+    top1: Tensor | None = None
+
+    @property
+    def is_top1(self) -> Tensor:
+        """``top1`` as bool."""
+        assert self.top1 is not None
+        return self.top1 != 0
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -222,9 +233,10 @@ def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> S
     labels, shard, total = head.labels[start:stop], head.options.shard, head.options.label_smoothing != 0
     found: Statistics
     if logits.shape[1]:
-        found = head.sweep.forward(logits, labels, entropy=entropy, total=total, **_scaling(head, start, stop))
+        wanted = {"entropy": entropy, "total": total, "top1": True}
+        found = head.sweep.forward(logits, labels, **wanted, **_scaling(head, start, stop))
     else:
-        found = nothing(labels, kernel_dtype(logits.dtype), entropy, total)
+        found = nothing(labels, kernel_dtype(logits.dtype), entropy, total, True)
     if shard is None or head.owners is None:
         return Stats(*found)
     return Stats(*combine(shard, head.owners[start:stop], *found))
@@ -257,11 +269,6 @@ def reported(head: Head, stats: Stats, wanted: Wanted) -> tuple[Tensor, Tensor |
     return logps, stats.entropy, lse
 
 
-def is_top1(stats: Stats) -> Tensor:
-    """Whether the label has the largest logit, over the vocabulary of all ranks."""
-    return stats.logps + stats.logsum == 0
-
-
 def _scaling(head: Head, start: int, stop: int) -> dict:
     tau = head.temperature
     return {
@@ -280,7 +287,7 @@ def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
     """The statistics of consecutive chunks as one."""
     if not parts:
         new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
-        wanted = (True, entropy, True, True, head.options.label_smoothing != 0)
+        wanted = (True, entropy, True, True, head.options.label_smoothing != 0, True)
         return _stats(torch.empty(0, **new) if asked else None for asked in wanted)
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return _stats(None if column[0] is None else torch.cat(column) for column in columns)

@@ -15,7 +15,6 @@ from fastalign.ops._head import (
     Wanted,
     cut,
     hidden_rows,
-    is_top1,
     join,
     reported,
     row_coefficients,
@@ -117,7 +116,7 @@ def _token_stats(
     sequences, cu_seqlens = units.sequences(*span, device) if units is not None and span is not None else (None, None)
     logps, entropy, lse = (None if x is None else x.to(head.out_dtype) for x in reported(head, stats, wanted))
     assert logps is not None
-    return TokenStats(logps, rows, entropy, is_top1(stats), sequences, cu_seqlens, lse=lse)
+    return TokenStats(logps, rows, entropy, stats.is_top1, sequences, cu_seqlens, lse=lse)
 
 
 def _total(losses: list[Tensor], head: Head) -> Tensor:

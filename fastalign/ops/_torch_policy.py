@@ -32,7 +32,7 @@ def run(
 ) -> Tensor:
     """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``fastalign.ops._cpp_policy.run``."""
     scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    found = forward(logits, labels, **scaling, entropy=entropy or knobs.entropy_coef != 0)
+    found = forward(logits, labels, **scaling, entropy=entropy or knobs.entropy_coef != 0, top1=True)
     rows = (weights, advantages, old_logps, ref_logps)
     table = tabulate(found, labels, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)
     if out is not None:
@@ -44,10 +44,10 @@ def tabulate(
     found: Statistics, labels: Tensor, *rows: Tensor | None, loss: str, kl_estimator: str, knobs: Knobs
 ) -> Tensor:
     """The table of ``COLUMNS`` from the statistics of ``token_logps`` and what is given per row."""
-    logps, entropies, maximum, logsum, _ = found
+    logps, entropies, maximum, logsum, _, top1 = found
     table = logps.new_zeros(len(COLUMNS), len(labels))
     column = columns(table)
-    for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum}.items():
+    for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum, "top1": top1}.items():
         if x is not None:
             column[name].copy_(x)
     _functors.fill(table, labels == IGNORE_INDEX, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)  # pyright: ignore

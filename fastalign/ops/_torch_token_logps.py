@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastalign.ops._rows import Coefficients, idle, pick
 from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
+from fastalign.ops.vocab_parallel import Statistics
 from fastalign.types import IGNORE_INDEX
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -27,7 +28,8 @@ def forward(
     logit_scale: float = 1.0,
     entropy: bool = False,
     total: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    top1: bool = False,
+) -> Statistics:
     """One sweep over the vocabulary, block of rows by block of rows.
 
     Args:
@@ -35,18 +37,19 @@ def forward(
         labels: ``[N]``; -100 masks a row, -1 marks a target that lives in another slab.
 
     Returns:
-        logps, entropy (or None), max, logsum, total = sum_v (z_v - max) (or None): ``[N]`` fp32 (fp64 for fp64
-        logits); masked rows hold 0.
+        logps, entropy (or None), max, logsum, total = sum_v (z_v - max) (or None), top1 (or None), which is 1 where the
+        label is the first column whose z is max and else 0: ``[N]`` fp32 (fp64 for fp64 logits); masked rows hold 0.
     """
     dtype = stats_dtype(logits)
     logps, maximum, logsum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
-    entropies, totals = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total))
+    entropies, totals, hits = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total, top1))
     for rows in _blocks(logits):
         y = labels[rows]
         masked = y == IGNORE_INDEX
         z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
         m = z.amax(-1)
         target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        leads = _is_argmax(z, target == m, y) if top1 else None
         z.sub_(m[:, None])
         if totals is not None:
             totals[rows] = z.sum(-1).masked_fill_(masked, 0)
@@ -59,7 +62,9 @@ def forward(
             h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / norm
             entropies[rows] = h.masked_fill_(masked, 0)
         logsum[rows] = s.masked_fill_(masked, 0)
-    return logps, entropies, maximum, logsum, totals
+        if hits is not None and leads is not None:
+            hits[rows] = (leads & ~logps[rows].isnan()).to(dtype)
+    return logps, entropies, maximum, logsum, totals, hits
 
 
 def backward(
@@ -97,6 +102,17 @@ def _row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) ->
     at_label = target.exp() * share - g * target.expm1()
     dz.scatter_(1, targets, torch.where(here, at_label, dz.gather(1, targets)))
     return dz if delta is None else dz.add_(delta)
+
+
+def _is_argmax(z: Tensor, tied: Tensor, labels: Tensor) -> Tensor:
+    """``[n]`` which of the rows ``tied``, whose label has the largest z, have no other before it.
+
+    On a CPU only these are searched; elsewhere only the device knows which they are.
+    """
+    if z.device.type != "cpu":
+        return tied & (z.argmax(-1) == labels)
+    rows = tied.nonzero().squeeze(1)
+    return tied.index_put((rows,), z[rows].argmax(-1) == labels[rows])
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

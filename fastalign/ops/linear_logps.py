@@ -24,7 +24,6 @@ from fastalign.ops._head import (
     Wanted,
     differentiate,
     hidden_rows,
-    is_top1,
     join,
     kernel_dtype,
     planned_columns,
@@ -115,7 +114,7 @@ def _op(*args):
     stats = _forward(head, plan, directions, entropy)
     none, out = stats.logps.new_empty, head.out_dtype
     seen = [none(0, dtype=out) if x is None else spread(head, x, out) for x in reported(head, stats, wanted)]
-    saved = (spread(head, x, x.dtype) for x in (is_top1(stats), stats.max, stats.logsum))
+    saved = (spread(head, x, x.dtype) for x in (stats.is_top1, stats.max, stats.logsum))
     return *seen, *saved, directions
 
 
@@ -323,7 +322,7 @@ def linear_logps(
 
 
 def row_stats(call: Call, wanted: Wanted, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """logps, entropy and lse if asked for, and whether the label has the largest logit."""
+    """logps, entropy and lse if asked for, and whether the label is the argmax of the logits."""
     gradient = torch.is_grad_enabled() and (trainable or call.hidden.requires_grad)
     logps, entropies, lses, top1, *_ = _op(*call, *wanted, gradient, trainable)
     return logps, entropies if wanted.entropy else None, lses if wanted.lse else None, top1

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastalign.ops._call import Call, head_of, make_call
 from fastalign.ops._checks import Lora
 from fastalign.ops._gradients import needed, recomputed_gradients
-from fastalign.ops._head import Head, Leaves, Needs, Wanted, is_top1, kernel_dtype, reported, spread
+from fastalign.ops._head import Head, Leaves, Needs, Wanted, kernel_dtype, reported, spread
 from fastalign.ops._loss_fn import DIFFERENTIABLE, LossFn, checked
 from fastalign.ops._passes import Outcome, one_pass, two_phase
 from fastalign.ops._transfer import on_device
@@ -232,7 +232,7 @@ def _all_rows(
         logps,
         torch.arange(head.hidden.shape[0], device=device),
         entropy,
-        spread(head, is_top1(stats), torch.bool),
+        spread(head, stats.is_top1, torch.bool),
         sequences,
         None if cu_seqlens is None else on_device(cu_seqlens, device),
         outcome.metrics,

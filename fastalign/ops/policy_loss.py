@@ -120,7 +120,7 @@ def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         run = dispatch.kernels("policy_loss", call.backend, call.logits.device).run
         table = run(out, call.logits, tokens.rows()[0], *rows, **choice, entropy=call.entropy, **tokens.scaling)
     else:
-        table = tabulate(statistics(tokens, call.entropy, False), call.labels, *rows, **choice)
+        table = tabulate(statistics(tokens, call.entropy, top1=True), call.labels, *rows, **choice)
         if out is not None:
             _write_gradient(out, call, table)
     return columns(table)["loss"].sum(dtype=torch.float64).to(table.dtype), table
@@ -354,6 +354,6 @@ def _stats(table: Tensor, scored: Tensor, entropy: bool, loss: str, has_referenc
         column["logps"],
         torch.arange(len(scored), device=scored.device),
         column["entropy"] if entropy else None,
-        scored & (column["logps"] + column["logsum"] == 0),
+        column["top1"] != 0,
         metrics={name: torch.stack([total, count.to(total.dtype)]) for name, total in sums.items()},
     )

@@ -107,14 +107,14 @@ def columns(logits: Tensor, shards: list[int] | None) -> int:
     return logits.shape[1] if shards is None else sum(shards)
 
 
-def statistics(call: Call, entropy: bool, total: bool) -> Statistics:
+def statistics(call: Call, entropy: bool, total: bool = False, top1: bool = False) -> Statistics:
     """Those over the columns of all ranks; one all-gather where there are several."""
     (labels, owners), logits = call.rows(), call.logits
     found: Statistics
     if logits.shape[1]:
-        found = call.sweep.forward(logits, labels, entropy=entropy, total=total, **call.scaling)
+        found = call.sweep.forward(logits, labels, entropy=entropy, total=total, top1=top1, **call.scaling)
     else:
-        found = nothing(labels, stats_dtype(logits), entropy, total)
+        found = nothing(labels, stats_dtype(logits), entropy, total, top1)
     shard = make_shard(call.group, call.shards)
     if shard is None or owners is None:
         return found
@@ -135,7 +135,7 @@ def _op(*args) -> tuple[Tensor, ...]:
     """logps, entropy and log-sum-exp (``[0]`` when not asked for), max, logsum."""
     *args, entropy, label_smoothing, lse, _ = args
     call = Call(*args)
-    logps, entropies, maximum, logsum, total = statistics(call, entropy, label_smoothing != 0)
+    logps, entropies, maximum, logsum, total, _ = statistics(call, entropy, label_smoothing != 0)
     if total is not None:
         logps = smoothed(logps, logsum, total, label_smoothing, columns(call.logits, call.shards))
     sums = maximum + logsum if lse else None

@@ -7,6 +7,7 @@ Hidden states and labels are the same on every rank. Per chunk one all-gather ca
     logp = ((logp_o + logsum_o) + (m_o - M)) - logS      o: the rank that owns the label
     H    = sum_r w_r (H_r - ln w_r)
     T    = sum_r T_r + V_r (m_r - M)                     T: the sum of z - max over V columns
+    top1 = top1_o and m_o = M and m_r < M for r < o      a tie goes to the earlier rank, whose columns come first
 
 The combination runs in rank order on each rank and gives the same bits everywhere. The gradient of the hidden states is
 a sum over ranks, that of the weight is local. The number and shapes of collectives depend on shared values alone.
@@ -26,8 +27,8 @@ from torch.distributed import distributed_c10d
 from fastalign.ops._transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
-Statistics = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None"]
-"""logps, entropy if asked for, max, logsum, total if asked for; each ``[n]``."""
+Statistics = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""logps, entropy if asked for, max, logsum, total and top1 if asked for; each ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
     return local, owners
 
 
-def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool) -> Statistics:
+def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool, top1: bool) -> Statistics:
     """The statistics of a shard without columns."""
     zeros = torch.zeros(len(labels), dtype=dtype, device=labels.device)
     logps, maximum = zeros.masked_fill(labels >= 0, torch.nan), torch.full_like(zeros, -torch.inf)
-    return logps, zeros if entropy else None, maximum, zeros, zeros if total else None
+    return logps, zeros if entropy else None, maximum, zeros, zeros if total else None, zeros if top1 else None
 
 
 def combine(
@@ -161,22 +162,25 @@ def combine(
     maximum: Tensor,
     logsum: Tensor,
     total: Tensor | None,
+    top1: Tensor | None,
 ) -> Statistics:
-    """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 3]`` to ``[n, 5]``.
+    """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 3]`` to ``[n, 6]``.
 
     A shard whose maximum is -inf has weight 0; a row that is -inf everywhere is NaN, as it is on one rank.
     """
-    columns = [x for x in (maximum, logsum, logps, entropy, total) if x is not None]
-    maxima, logsums, targets, *rest = _gather(torch.stack(columns, 1), _named(shard.group)).unbind(2)
+    given = (maximum, logsum, logps, entropy, total, top1)
+    gathered = iter(_gather(torch.stack([x for x in given if x is not None], 1), _named(shard.group)).unbind(2))
+    maxima, logsums, targets, entropies, totals, firsts = (None if x is None else next(gathered) for x in given)
+    assert maxima is not None and logsums is not None and targets is not None
     top = maxima.amax(0)
     banned = maxima == -torch.inf
     shares = torch.where(banned, -torch.inf, (maxima - top) + logsums)
     everywhere = shares.exp().sum(0).log()
     targets = torch.where(banned, -torch.inf, (targets + logsums) + (maxima - top))
     target = targets.gather(0, owners[None].long()).squeeze(0) - everywhere
-    h = None if entropy is None else _entropy(rest[0], shares - everywhere)
-    t = None if total is None else _total(shard, rest[-1], maxima - top)
-    return target, h, top, everywhere, t
+    h = None if entropies is None else _entropy(entropies, shares - everywhere)
+    t = None if totals is None else _total(shard, totals, maxima - top)
+    return target, h, top, everywhere, t, None if firsts is None else _top1(firsts, owners, maxima, top)
 
 
 def _entropy(entropies: Tensor, log_w: Tensor) -> Tensor:
@@ -189,6 +193,13 @@ def _total(shard: Shard, totals: Tensor, shifts: Tensor) -> Tensor:
     sizes = torch.tensor(shard.sizes, dtype=totals.dtype, device=totals.device)[:, None]
     lifted = torch.where(shifts == -torch.inf, -torch.inf, totals + sizes * shifts)
     return torch.where(sizes == 0, 0, lifted).sum(0)
+
+
+def _top1(firsts: Tensor, owners: Tensor, maxima: Tensor, top: Tensor) -> Tensor:
+    """1 where the owner of the label has it first and is itself the first rank with the largest logit."""
+    best = maxima == top
+    leads = best & (best.cumsum(0) == 1)
+    return torch.where(leads, firsts, 0).gather(0, owners[None].long()).squeeze(0)
 
 
 def _named(group: str) -> dist.ProcessGroup:

@@ -28,6 +28,7 @@ from fastalign_kernels.rows import (
     _factors,
     _gradient,
     _label_gradient,
+    _leads,
     _scaled,
     _update,
     arguments,
@@ -36,7 +37,7 @@ from fastalign_kernels.rows import (
 THREADS = 512
 """Threads per program: few rows are in flight, so that each must keep many loads in flight. Half of it for fp64, whose
 numbers take two registers."""
-NUM_COLUMNS = 12
+NUM_COLUMNS = 13
 CACHE_SHARE = 0.6
 """Of the second-level cache, for rows between their two sweeps."""
 
@@ -98,7 +99,7 @@ def policy_loss_kernel(
         label = tl.load(labels_ptr + row)
         loss, logp, top, logsum, entropy = zero, zero, zero, zero, zero
         g, alpha, beta, at_label, factor = zero, zero, zero, zero, zero
-        ratio, kl, low, high = zero, zero, zero, zero
+        ratio, kl, low, high, top1 = zero, zero, zero, zero, zero
         inner, outer = zero, zero
         row_ptr = logits_ptr + row * row_stride
         target = tl.full((), ELSEWHERE, tl.int32)
@@ -123,6 +124,8 @@ def policy_loss_kernel(
             z, _ = _scaled(chosen, inner, outer, HAS_SOFTCAP)
             logp = tl.where(inside, (z - top) - logsum, float("nan"))
             target = tl.where(inside, label, ELSEWHERE).to(tl.int32)
+            hit = inside & (z == top) & (logp == logp)
+            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, ROWS, LOG_COLS).to(dtype)
 
             w = tl.load(weights_ptr + row)
             advantage = zero + 1
@@ -171,6 +174,7 @@ def policy_loss_kernel(
         tl.store(column_ptr + 9 * num_rows, kl)
         tl.store(column_ptr + 10 * num_rows, low)
         tl.store(column_ptr + 11 * num_rows, high)
+        tl.store(column_ptr + 12 * num_rows, top1)
         if out_ptr is not None:
             out_row_ptr = out_ptr + row * out_stride
             out_dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -267,8 +271,8 @@ def run(
         entropy: whether to compute the entropy.
 
     Returns:
-        ``[12, N]`` fp32, or fp64 for fp64 logits: loss, logps, max, logsum, entropy, g, alpha, beta, ratio, KL,
-        and whether the lower and the upper bound of the ratio acts; zeros where the label is -100.
+        ``[13, N]`` fp32, or fp64 for fp64 logits: loss, logps, max, logsum, entropy, g, alpha, beta, ratio, KL,
+        whether the lower and the upper bound of the ratio acts, and top1; zeros where the label is -100.
     """
     target = None if out is None else launch.unit_columns(out)
     logits = launch.unit_columns(logits)

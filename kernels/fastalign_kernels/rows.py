@@ -28,7 +28,7 @@ LOWEST: tl.constexpr = tl.constexpr(-3e38)
 
 # Neither another shape nor a slice of the rows compiles a kernel again.
 SIZES = ["vocab_size", "row_stride"]
-ROW_VECTORS = ["labels_ptr", "row_temperature_ptr", "entropy_ptr", "max_ptr", "logsum_ptr", "total_ptr"]
+ROW_VECTORS = ["labels_ptr", "row_temperature_ptr", "entropy_ptr", "max_ptr", "logsum_ptr", "total_ptr", "top1_ptr"]
 COEFFICIENTS = ["g_ptr", "alpha_ptr", "beta_ptr", "delta_ptr"]
 
 
@@ -133,6 +133,26 @@ def _combine(m, s, t, u, vocab_size, ENTROPY: tl.constexpr, TOTAL: tl.constexpr,
         count = (vocab_size - tl.arange(0, COLS) + COLS - 1) // COLS
         total = _sum_lanes(u + count * tl.maximum(shift, LOWEST), LOG_COLS)
     return top, logsum, entropy, total
+
+
+@triton.jit
+def _leads(
+    row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, LOG_COLS: tl.constexpr
+):
+    """Whether a label that has the row's maximum is the first column that has it.
+
+    Read again are the columns before the label, of lanes that saw the maximum: mostly of one. Without a hit none is.
+    """
+    COLS: tl.constexpr = 1 << LOG_COLS
+    lane = tl.arange(0, COLS)[None, :]
+    tile = tl.arange(0, ROWS)[:, None] * COLS + lane
+    tied = (m == top)[None, :]
+    earlier = tl.zeros((ROWS, COLS), tl.int32)
+    for start in range(0, tl.where(hit, label, 0).to(tl.int32), ROWS * COLS):
+        mask = tied & (start + tile < label)
+        z, _ = _scaled(tl.load(row_ptr + start + tile, mask=mask, other=0.0), inner, outer, HAS_SOFTCAP)
+        earlier |= (mask & (z == top)).to(tl.int32)
+    return hit & (tl.max(tl.max(earlier, 1), 0) == 0)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from fastalign_kernels.rows import (
     _factors,
     _gradient,
     _label_gradient,
+    _leads,
     _scaled,
     _update,
     arguments,
@@ -42,6 +43,7 @@ def forward_kernel(
     max_ptr,
     logsum_ptr,
     total_ptr,
+    top1_ptr,
     vocab_size,
     row_stride,
     temperature: tl.float64,
@@ -58,6 +60,7 @@ def forward_kernel(
     COLS: tl.constexpr = 1 << LOG_COLS
     ENTROPY: tl.constexpr = entropy_ptr is not None
     TOTAL: tl.constexpr = total_ptr is not None
+    TOP1: tl.constexpr = top1_ptr is not None
     # The compiler learns the alignment from the last factor, and so how wide a load may be.
     vocab_size = vocab_size // VOCAB_ALIGN * VOCAB_ALIGN
     row_stride = row_stride // STRIDE_ALIGN * STRIDE_ALIGN
@@ -68,6 +71,7 @@ def forward_kernel(
     logsum = logp
     entropy = logp
     total = logp
+    top1 = logp
     if label != IGNORE:
         row_ptr = logits_ptr + row * row_stride
         inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
@@ -91,6 +95,9 @@ def forward_kernel(
         inside = (label >= 0) & (label < vocab_size)
         target, _ = _scaled(tl.load(row_ptr + label, mask=inside, other=0.0), inner, outer, HAS_SOFTCAP)
         logp = tl.where(label == ELSEWHERE, 0.0, tl.where(inside, (target - top) - logsum, float("nan")))
+        if TOP1:
+            hit = inside & (target == top) & (logp == logp)
+            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, ROWS, LOG_COLS).to(dtype)
     tl.store(logps_ptr + row, logp)
     tl.store(max_ptr + row, top)
     tl.store(logsum_ptr + row, logsum)
@@ -98,6 +105,8 @@ def forward_kernel(
         tl.store(entropy_ptr + row, entropy)
     if TOTAL:
         tl.store(total_ptr + row, total)
+    if TOP1:
+        tl.store(top1_ptr + row, top1)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "out_stride"], do_not_specialize_on_alignment=[*ROW_VECTORS, *COEFFICIENTS])
@@ -221,11 +230,13 @@ def forward(
     logit_scale: float = 1.0,
     entropy: bool = False,
     total: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    top1: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Log-probability of each row's label, entropy, and the statistics that `backward` needs.
 
     With z = softcap(logit_scale * logits) / temperature: max = max_v z_v, logsum = ln sum_v exp(z_v - max),
-    logp = (z_label - max) - logsum, entropy = logsum - sum_v p_v (z_v - max), total = sum_v (z_v - max).
+    logp = (z_label - max) - logsum, entropy = logsum - sum_v p_v (z_v - max), total = sum_v (z_v - max), top1 = 1 where
+    the label is the first column whose z, as computed here, is max, else 0.
 
     Args:
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64; copied when its columns are not adjacent.
@@ -234,16 +245,16 @@ def forward(
         temperature: one value, as a number or a tensor, or ``[N]``.
         softcap: the bound of ``softcap * tanh(x / softcap)``, or None.
         logit_scale: factor of the logits.
-        entropy, total: whether to compute the entropy, in nats, and the total.
+        entropy, total, top1: whether to compute the entropy, in nats, the total, and top1.
 
     Returns:
-        logps, entropy or None, max, logsum, total or None: ``[N]`` fp32, or fp64 for fp64 logits.
+        logps, entropy or None, max, logsum, total or None, top1 or None: ``[N]`` fp32, or fp64 for fp64 logits.
     """
     logits = launch.unit_columns(logits)
     num_rows = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logps, top, logsum = (torch.empty(num_rows, dtype=dtype, device=logits.device) for _ in range(3))
-    entropies, totals = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total))
+    entropies, totals, hits = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total, top1))
     if num_rows:
         with launch.device(logits):
             forward_kernel[(num_rows,)](
@@ -254,11 +265,12 @@ def forward(
                 max_ptr=top,
                 logsum_ptr=logsum,
                 total_ptr=totals,
+                top1_ptr=hits,
                 row_stride=logits.stride(0),
                 **arguments(logits, [logits.stride(0)], temperature, softcap, logit_scale),
                 **launch.options(logits),
             )
-    return logps, entropies, top, logsum, totals
+    return logps, entropies, top, logsum, totals, hits
 
 
 def backward(

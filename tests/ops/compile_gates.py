@@ -48,7 +48,8 @@ def launch_token_logps(
     logits = torch.zeros(2, vocab_size, dtype=dtype)
     labels = torch.zeros(2, dtype=labels)
     options = {"temperature": torch.ones(2) if rows else 0.7, "softcap": softcap}
-    x, _, top, logsum, _ = token_logps.forward(logits, labels, entropy=entropy, total=total, **options)
+    asked = {"entropy": entropy, "total": total, "top1": total}
+    x, _, top, logsum, *_ = token_logps.forward(logits, labels, **asked, **options)
     row = (x, x if entropy else None, x if entropy else None, x if total else None)
     token_logps.backward(torch.zeros_like(logits), logits, labels, top, logsum, row, **options)
 
@@ -205,7 +206,7 @@ def test_nothing_compiles_again_for_another_size_or_setting(target):
             labels = torch.zeros(num_rows + 1, dtype=torch.int64)[start : start + num_rows]
             x = torch.zeros(num_rows + 1)[start : start + num_rows]
             settings = {"temperature": temperature, "softcap": softcap, "logit_scale": temperature}
-            token_logps.forward(logits, labels, entropy=True, total=True, **settings)
+            token_logps.forward(logits, labels, entropy=True, total=True, top1=True, **settings)
             token_logps.backward(logits, logits, labels, x, x, (x, x, x, x), **settings)
 
         return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in record(launcher, TARGETS[target])]

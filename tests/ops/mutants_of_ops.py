@@ -26,6 +26,14 @@ SWEEPS = [
         quick=True,
     ),
     Mutant(
+        "token_logps: a tie with an earlier column is a hit",
+        TOKEN_LOGPS,
+        "leads = _is_argmax(z, target == m, y) if top1 else None",
+        "leads = (target == m) if top1 else None",
+        "ops/test_top1.py -k 'near_and_far and torch and not cpp and not triton and float32'",
+        quick=True,
+    ),
+    Mutant(
         "token_logps: drop 1/temperature from the slope",
         TOKEN_LOGPS,
         "slope = logit_scale / tau",
@@ -398,6 +406,13 @@ SPLIT = [
         "shares = torch.where(banned, -torch.inf, (maxima - top) + logsums)",
         "shares = torch.where(banned, -torch.inf, logsums)",
         RANKS,
+    ),
+    Mutant(
+        "split vocabulary: a tie with an earlier rank is a hit",
+        SHARDS,
+        "leads = best & (best.cumsum(0) == 1)",
+        "leads = best",
+        "ops/test_vocab_parallel.py -k 'test_ranks_agree_with_one and vocab and 2'",
     ),
     Mutant(
         "split vocabulary: leave the hidden gradient unreduced",

@@ -77,7 +77,7 @@ def case(vocab, dtype, device, rows=9):
 
 
 def both(forward, backward, x, labels, vectors, out=None, **options):
-    outputs = forward(x, labels, entropy=True, total=True, **options)
+    outputs = forward(x, labels, entropy=True, total=True, **options)[:5]
     out = torch.full_like(x, torch.nan) if out is None else out
     g, alpha, beta, delta = vectors
     backward(out, x, labels, outputs[2], outputs[3], Coefficients(g, alpha, beta, delta / x.shape[1]), **options)

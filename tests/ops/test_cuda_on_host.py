@@ -10,6 +10,7 @@ import cuda_host
 import pytest
 import torch
 from filelock import FileLock
+from ties import few_values, wide_rows
 
 from fastalign.ops import _cpp, _cuda, _cuda_policy
 from fastalign.ops._cpp_policy import describe
@@ -85,14 +86,14 @@ def laid_out(x, layout):
 
 def both(x, labels, coefficients, out=None, **options):
     """Statistics, and the gradient in NaN-filled memory."""
-    outputs = _cuda.forward(x, labels, entropy=True, total=True, **options)
+    outputs = _cuda.forward(x, labels, entropy=True, total=True, **options)[:5]
     out = torch.empty_like(x) if out is None else out
-    _cuda.backward(out, x, labels, outputs.max, outputs.logsum, coefficients, **options)
+    _cuda.backward(out, x, labels, outputs[2], outputs[3], coefficients, **options)
     return *outputs, out
 
 
 def both_in_torch(x, labels, coefficients, **options):
-    outputs = forward_in_torch(x, labels, entropy=True, total=True, **options)
+    outputs = forward_in_torch(x, labels, entropy=True, total=True, **options)[:5]
     out = torch.empty_like(x)
     backward_in_torch(out, x, labels, outputs[2], outputs[3], coefficients, **options)
     return *outputs, out
@@ -213,6 +214,41 @@ def test_nothing_beside_a_row_is_read(kernels, vocab):
         both(x, inputs[0], Coefficients(*row), LAYOUTS["odd pitch"](1, vocab, x.dtype))
         for cluster in (0, 1, 2)[: 3 if vocab > 16384 else 2]:
             _cuda_policy.run(LAYOUTS["odd pitch"](1, vocab, x.dtype), x, *inputs, **settings(), cluster=cluster)
+
+
+def first_choice(logits, labels, **options):
+    top1 = _cuda.forward(logits, labels, top1=True, **options).top1
+    assert ((top1 == 0) | (top1 == 1)).all()
+    return top1 == 1
+
+
+@in_dtypes
+def test_the_first_of_equal_logits_is_the_choice(kernels, dtype):
+    """In any layout, whatever thread comes first and however many blocks share a row; NaN rows choose nothing."""
+    logits, labels = few_values(dtype)
+    labels[3:6] = torch.tensor([-100, -1, 507])
+    hits = logits.argmax(-1) == labels
+    for order, layout in enumerate(LAYOUTS):
+        kernels.set_device(order=order)
+        for options in ({}, {"softcap": 9.0, "temperature": 0.7}):
+            assert torch.equal(first_choice(laid_out(logits, layout), labels, **options), hits)
+    logits, labels, hits = wide_rows(dtype)
+    for kernels.blocks in (1, 4):
+        assert torch.equal(first_choice(logits, labels), hits)
+    logits[4, 9], logits[6], labels[6], logits[10, 0] = torch.nan, -torch.inf, 0, torch.inf
+    assert not first_choice(logits, labels)[[4, 6, 10]].any()
+
+
+@in_dtypes
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+def test_policy_loss_knows_the_choice_before_the_gradient_takes_its_place(kernels, dtype, cluster):
+    for logits, labels, hits in (wide_rows(dtype), (*few_values(dtype), None))[: 1 if cluster == 4 else 2]:
+        hits = logits.argmax(-1) == labels if hits is None else hits
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = logits, labels, *torch.ones(4, len(labels), dtype=wide)
+        if dtype != torch.float64 or cluster == 0:
+            table, _ = run(inputs, inplace=True, **settings(softcap=9.0), cluster=cluster)
+            assert torch.equal(table[COLUMNS.index("top1")] == 1, hits)
 
 
 def test_no_rows(kernels):

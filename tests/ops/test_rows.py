@@ -69,7 +69,7 @@ def definition(logits, labels, four, dtype, **scaling):
 
 def sweep(backend, logits, labels, four, **scaling):
     kernels = dispatch.kernels("token_logps", backend, logits.device)
-    _, _, top, logsum, total = kernels.forward(logits, labels, total=True, **scaling)
+    _, _, top, logsum, total, _ = kernels.forward(logits, labels, total=True, **scaling)
     out = torch.empty_like(logits)
     kernels.backward(out, logits, labels, top, logsum, four, **scaling)
     return out, total
@@ -111,7 +111,7 @@ def test_total(backend, dtype, vocab, scaling):
     logits, labels, _ = case(vocab, dtype, place(backend))
     kernels, options = dispatch.kernels("token_logps", backend, logits.device), SCALINGS[scaling]
     plain = kernels.forward(logits, labels, entropy=True, **options)
-    *others, total = kernels.forward(logits, labels, entropy=True, total=True, **options)
+    *others, total, _ = kernels.forward(logits, labels, entropy=True, total=True, **options)
     assert plain[4] is None and all(torch.equal(x, y) or x.isnan().any() for x, y in zip(plain, others, strict=False))
     z = scaled(logits, torch.float64, **options)
     exact, eager = ((x - x.amax(-1, keepdim=True)).sum(-1) / vocab for x in (z, z.to(total.dtype)))
@@ -131,7 +131,7 @@ def test_what_is_zero_is_not_read_and_nan_is_not_zero(backend, dtype, names):
     logits, labels, four = case(507, dtype, place(backend))
     expected, _ = sweep(backend, logits, labels, chosen(four, GIVEN[names]))
     kernels = dispatch.kernels("token_logps", backend, logits.device)
-    _, _, top, logsum, _ = kernels.forward(logits, labels)
+    _, _, top, logsum, *_ = kernels.forward(logits, labels)
     four = chosen(four, GIVEN[names])
     for x in four:
         if x is not None:
@@ -153,7 +153,7 @@ def test_in_place_in_strides_and_alone_without_a_change_of_bit(backend, names):
     four = chosen(four, GIVEN[names])
     expected, totals = sweep(backend, logits, labels, four, temperature=0.7)
     kernels = dispatch.kernels("token_logps", backend, logits.device)
-    _, _, top, logsum, _ = kernels.forward(logits, labels, temperature=0.7)
+    _, _, top, logsum, *_ = kernels.forward(logits, labels, temperature=0.7)
     wide, tall = torch.empty(9, 2 * 2176 + 1, device=logits.device), torch.empty(2176, 9, device=logits.device)
     for view in (logits.clone(), wide[:, 1::2].copy_(logits), tall.T.copy_(logits)):
         kernels.backward(view, view, labels, top, logsum, four, temperature=0.7)

@@ -79,7 +79,7 @@ def four(g, e, entropy):
 
 
 def run(logits, labels, g, e, out=None, **options):
-    logps, entropy, top, logsum, _ = token_logps.forward(logits, labels, entropy=e is not None, **options)
+    logps, entropy, top, logsum, *_ = token_logps.forward(logits, labels, entropy=e is not None, **options)
     out = torch.empty_like(logits) if out is None else out
     token_logps.backward(out, logits, labels, top, logsum, four(g, e, entropy), **options)
     return logps, entropy, out, top, logsum
@@ -225,7 +225,7 @@ def test_the_top_label_cancels_logsum_exactly(device):
     labels[is_max] = logits[is_max].argmax(-1)
     labels[[4, 6]] = logits[[4, 6]].argmin(-1)
     for options in ({}, {"temperature": 0.7}, {"softcap": 100.0, "temperature": 1.3, "logit_scale": 0.9}):
-        logps, _, _, logsum, _ = token_logps.forward(logits, labels, **options)
+        logps, _, _, logsum, *_ = token_logps.forward(logits, labels, **options)
         assert (logps + logsum == 0)[[0, 3, 5, 7, 4, 6]].tolist() == [True] * 4 + [False] * 2
 
 

@@ -8,11 +8,12 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ties import few_values
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fastalign.ops import linear_logps, linear_loss
+from fastalign.ops import linear_logps, linear_loss, policy_loss
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example, outputs_and_grads
 
@@ -237,6 +238,23 @@ def check_banned(sizes):
     counts()
 
 
+def check_ties(sizes):
+    """Equal logits, within a shard and across shards: the first column wins; a row of NaN or -inf has no choice."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        logits, labels = few_values(dtype, N, V)
+        logits[5], labels[5], labels[8] = 0, V - 1, -100
+        hits = (logits.argmax(-1) == labels) & (labels != -100)
+        run, columns = {"labels": labels, "process_group": dist.group.WORLD}, own(sizes)
+        for memory in (None, 12_000):
+            head = torch.eye(N, dtype=dtype), logits.t()[columns]
+            _, stats = linear_loss(*head, loss_fn=lambda s: s.logps.sum(), memory=memory, **run)
+            assert torch.equal(stats.is_top1, hits), (sizes, dtype)
+        logits[6, 0], logits[7], hits[6:8] = torch.nan, -torch.inf, False
+        _, stats = policy_loss(logits[:, columns], loss="sft", **run)
+        assert torch.equal(stats.is_top1, hits), (sizes, dtype)
+    counts()
+
+
 def check_dtensors(memory):
     """A sharded weight brings its group, a replicated one is whole; gradients are placed like their inputs."""
     size, x = dist.get_world_size(), linear_example("everything", N, D, V, torch.float64)
@@ -354,6 +372,7 @@ def work(rank, size, store):
         counts()
         for memory in (None, 12_000):
             check_objectives(sizes, memory)
+        check_ties(sizes)
         check_adapter(sizes)
         check_adapter(sizes, ("weight", "bias"))
         check_adapter(sizes, ("weight", "bias", "B"))

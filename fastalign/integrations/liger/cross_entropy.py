@@ -23,7 +23,8 @@ class CrossEntropyOutput:
     Attributes:
         loss: reduced, or ``[N]``.
         z_loss: ``lse_square_scale * lse^2``, reduced like the loss, which contains it.
-        token_accuracy: share of scored tokens whose label has the largest logit; ``[N]`` with ``reduction="none"``.
+        token_accuracy: share of scored tokens whose label is the argmax of the logits; ``[N]`` with
+            ``reduction="none"``.
         predicted_tokens: ``[N]`` largest logit's index, -1 where the label is ignored.
     """
 
@@ -159,7 +160,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         return CrossEntropyOutput(loss, told, accuracy if self.return_token_accuracy else None)
 
     def _right(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-        """``[N]`` 1 where the label has the largest logit."""
+        """``[N]`` 1 where the label is the argmax of the logits."""
         index = (labels != IGNORE_INDEX).nonzero()[:, 0]
         with torch.no_grad():
             *_, top1 = head_fields(hidden[index], head, labels[index], Scaling(softcap=self.softcap), ("is_top1",))

@@ -1,0 +1,102 @@
+"""Trouble that finite numbers tell: steps without a gradient, a loss that explodes, pairs that prefer nothing.
+
+Alarms read what metrics have read back already, the same sums on every rank, so that all ranks stop at the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastalign.data.loader import TokenDataset
+from fastalign.engine.errors import RunError
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 5
+"""Steps in a row with a loss but no gradient at all that stop a run. One may be chance; five hold five batches of
+different examples, and without a gradient the weights will not come back by themselves."""
+EXPLODED = 100
+"""Times the first loss, or 1 where that is less. No loss grows so far while it learns: a dpo pair starts at 0.69."""
+
+
+class Alarms:
+    """Looks at the record of every step, in their order.
+
+    Args:
+        speaks: whether to warn; every rank stops, one rank speaks.
+    """
+
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
+        self.told: set[str] = set()
+        self.first_loss: float | None = None
+        self.idle_since: int | None = None
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Warn about a step, once for each kind of trouble.
+
+        Raises:
+            RunError: the gradient has been exactly 0 for ``PATIENCE`` steps in a row whose loss is not 0.
+        """
+        step, loss = record["step"], record["loss"]
+        self.check_size(step, loss)
+        if record["grad_norm"] != 0 or loss == 0:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = step
+        if record["grad_norm"] == 0:
+            self.warn("solved" if loss == 0 else "idle", SOLVED if loss == 0 else IDLE, step, loss)
+        if self.idle_since is not None and step - self.idle_since + 1 >= PATIENCE:
+            raise RunError(STUCK.format(step=step, first=self.idle_since, number=PATIENCE, loss=loss, lr=record["lr"]))
+
+    def check_size(self, step: int, loss: float) -> None:
+        """Compare the loss with that of the first step that this process saw."""
+        if self.first_loss is None:
+            self.first_loss = loss
+        if loss > EXPLODED * max(1.0, abs(self.first_loss)):
+            self.warn("exploded", EXPLODING, step, loss)
+
+    def warn(self, kind: str, message: str, step: int, loss: float) -> None:
+        """Once for each kind."""
+        if self.speaks and kind not in self.told:
+            log.warning(message.format(step=step, loss=loss, first=self.first_loss, number=PATIENCE))
+        self.told.add(kind)
+
+
+IDLE = (
+    "step {step}: grad_norm is exactly 0 while the loss is {loss:.4g}: this step teaches nothing; the weights may have "
+    "blown up (lower optim.lr), or the loss is saturated; after {number} such steps in a row the run stops"
+)
+SOLVED = (
+    "step {step}: loss and grad_norm are exactly 0: these examples have nothing left to teach; "
+    "fewer run.steps or other data may be better"
+)
+STUCK = (
+    "step {step}: grad_norm has been exactly 0 since step {first}, {number} steps in a row, while the loss is "
+    "{loss:.4g}: nothing is learned any more; the weights have probably blown up: start again with a lower optim.lr "
+    "(now {lr:.2e}); checkpoints are intact, those of steps below {first} are from before it happened"
+)
+EXPLODING = (
+    "step {step}: the loss is {loss:.4g}, the first was {first:.4g}: the run may be diverging; "
+    "if it does not come down, start again with a lower optim.lr"
+)
+
+
+def check_choices(dataset: TokenDataset, max_length: int, name: str, *, refuse: bool) -> None:
+    """Warn of examples whose completions, chosen and rejected or all candidates, are the same tokens.
+
+    Raises:
+        ValueError: ``refuse``, and every example is one.
+    """
+    counts = dataset.counts
+    same, cut = counts.get("identical_completions", 0), sum(counts.get(reason, 0) for reason in CUT)
+    found = f"{name}: chosen and rejected, or all candidates, are the same tokens in {same} of {len(dataset)} examples"
+    hint = f"; {cut} were cut at data.max_length {max_length}, beyond which they may differ: raise it" if cut else ""
+    if refuse and same == len(dataset):
+        raise ValueError(f"{found}: there is nothing to prefer; look at the columns of the data{hint}")
+    if same:
+        log.warning("%s: these prefer nothing%s", found, hint)
+
+
+CUT = ("truncated", "candidates_truncated")

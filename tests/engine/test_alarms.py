@@ -1,0 +1,142 @@
+"""Runs that have stopped learning say so: steps without a gradient, losses that explode, pairs that prefer nothing."""
+
+import json
+import logging
+
+import pytest
+
+from fastalign.engine.alarms import EXPLODED, PATIENCE, Alarms
+from fastalign.engine.errors import RunError
+from fastalign.engine.setup import load_data
+from fastalign.engine.train import train
+from runs import records
+
+
+def steps(alarms, *numbers, first=1):
+    """Check steps of (loss, grad_norm)."""
+    for step, (loss, grad_norm) in enumerate(numbers, first):
+        alarms.check({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": 0.5})
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_one_step_without_a_gradient_is_told_once(caplog):
+    steps(Alarms(), (0.7, 1.0), (0.7, 0.0), (0.7, 1.0), (0.7, 0.0), (0.7, 0.0), (0.7, 1e-300))
+    (line,) = warnings(caplog)
+    assert line.startswith("step 2: grad_norm is exactly 0 while the loss is 0.7:") and "\n" not in line
+    assert "lower optim.lr" in line and f"after {PATIENCE} such steps in a row the run stops" in line
+
+
+def test_several_in_a_row_stop_the_run_and_name_the_first():
+    alarms = Alarms()
+    steps(alarms, (0.7, 1.0), (0.7, 0.0), (0.7, 1.0), *[(8.25, 0.0)] * (PATIENCE - 1))
+    with pytest.raises(
+        RunError, match=r"^step 8: grad_norm has been exactly 0 since step 4, 5 steps in a row, .* 8\.25"
+    ):
+        steps(alarms, (8.25, 0.0), first=3 + PATIENCE)
+
+
+def test_every_rank_stops_and_one_speaks(caplog):
+    with pytest.raises(RunError):
+        steps(Alarms(speaks=False), *[(0.7, 0.0)] * PATIENCE)
+    assert not warnings(caplog)
+
+
+def test_a_loss_at_its_minimum_is_told_and_may_go_on(caplog):
+    """A hinge, or a teacher that equals its pupil: without a loss there is no gradient to miss."""
+    steps(Alarms(), (0.7, 1.0), *[(0.0, 0.0)] * (3 * PATIENCE), *[(0.1, 0.0)] * (PATIENCE - 1), (0.0, 0.0), (0.1, 0.0))
+    assert [line[:50] for line in warnings(caplog)] == [
+        "step 2: loss and grad_norm are exactly 0: these ex",
+        "step 17: grad_norm is exactly 0 while the loss is ",
+    ]
+
+
+@pytest.mark.parametrize("first, limit", [(0.02, 1), (0.7, 1), (-3.0, 3), (366.0, 366)])
+def test_an_exploding_loss_is_told_once(caplog, first, limit):
+    alarms = Alarms()
+    steps(alarms, (first, 1.0), (EXPLODED * limit, 1.0))
+    assert not warnings(caplog)
+    steps(alarms, (EXPLODED * limit * 1.01, 1.0), (EXPLODED * limit * 9.0, 1.0), first=3)
+    (line,) = warnings(caplog)
+    assert line.startswith("step 3: the loss is") and "may be diverging" in line
+
+
+BLOWN_UP = {"optim.lr": 1e6, "optim.warmup": 0, "optim.weight_decay": 0.0, "run.steps": 30}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_that_blows_its_weights_up_ends_in_one_line(configure, caplog, method):
+    config = configure(method, **{**BLOWN_UP, "run.save_every": 1})
+    with pytest.raises(RunError, match=r"since step 2, 5 steps in a row, .* again with a lower optim\.lr") as stop:
+        train(config)
+    assert "\n" not in str(stop.value) and "those of steps below 2 are from before it happened" in str(stop.value)
+    lines = records(config.run.output_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["grad_norm"] == 0
+    assert max(line["mean_token_accuracy"] for line in lines[1:]) < 0.05, "logits that are all equal are no hits"
+    assert sum(line.startswith("step 2: grad_norm is exactly 0") for line in warnings(caplog)) == 1
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_of(materials, tmp_path):
+    """``rows_of(name, same)``: eight pairs in a file, the first ``same`` of them with rejected like chosen."""
+
+    def write(same, **columns):
+        rows = [json.loads(line) for line in (materials / "rows.jsonl").read_text().splitlines()[:8]]
+        for row in rows[:same]:
+            row["rejected"] = row["chosen"]
+        made = [{"prompt": row["prompt"], **{k: f(row) for k, f in columns.items()}} for row in rows]
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        return str(path)
+
+    return write
+
+
+PAIR = {"chosen": lambda row: row["chosen"], "rejected": lambda row: row["rejected"]}
+RANKED = {"completions": lambda row: [row["chosen"], row["rejected"]], "scores": lambda row: [1.0, 0.0]}
+FORMS = {
+    "dpo": ("dpo", {}, PAIR, "preference"),
+    "reward": ("reward", {}, PAIR, "preference"),
+    "kto": ("kto", {}, PAIR, "preference"),
+    "rrhf": ("rrhf", {}, PAIR, "preference"),
+    "k_wise": ("reward", {"loss.name": "k_wise"}, RANKED, "ranked"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs_without_a_choice_are_refused_or_counted(configure, rows_of, caplog, form):
+    method, loss, columns, kind = FORMS[form]
+    number = 16 if form == "kto" else 8  # both completions of a row are examples
+    for same in (0, 3, 8):
+        config = configure(method, **loss, **{"data.path": rows_of(same, **columns), "data.format": kind})
+        caplog.clear()
+        if same < 8:
+            load_data(config)
+            told = [line for line in warnings(caplog) if "the same tokens" in line]
+            expected = f"are the same tokens in {same * number // 8} of {number} examples: these prefer nothing"
+            assert len(told) == (same > 0) and all(expected in line for line in told)
+            continue
+        with pytest.raises(ValueError, match=rf"data\.path: .* in {number} of {number} examples: .* nothing to prefer"):
+            load_data(config)
+
+
+def test_what_is_cut_away_is_told(configure, rows_of):
+    """Pairs that differ behind data.max_length alone."""
+    columns = {
+        "chosen": lambda row: "The same beginning. " * 20 + "yes",
+        "rejected": lambda row: "The same beginning. " * 20 + "no",
+    }
+    config = configure("dpo", **{"data.path": rows_of(0, **columns), "data.max_length": 90})
+    with pytest.raises(ValueError, match=r"8 were cut at data\.max_length 90, beyond which they may differ: raise it"):
+        load_data(config)
+
+
+def test_held_out_pairs_without_a_choice_are_told_not_refused(configure, rows_of, caplog):
+    config = configure("dpo", **{"data.eval_path": rows_of(8, **PAIR)})
+    load_data(config)
+    assert any(line.startswith("the held-out data: chosen and rejected") for line in warnings(caplog))
