@@ -67,3 +67,8 @@ def test_a_schedule_ends_with_the_last_row(few):
 def test_passes_that_never_end_or_begin_are_refused(few, epochs):
     with pytest.raises(ValueError, match=r"run\.epochs must be above 0 and finite"):
         train(few(9, **{"run.epochs": epochs}))
+
+
+def test_a_short_last_step_is_told_before_the_first(few, capsys):
+    train(few(9, **{"run.epochs": 3}))
+    assert "4 of 8 examples each, the last of 3: 3 epochs of 9 examples" in " ".join(capsys.readouterr().out.split())
