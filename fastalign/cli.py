@@ -19,14 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import METHODS, UsageError, asked_method, nearest, parse_config
+from fastalign.engine.interrupt import handled
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 when the run fails, 2 for bad usage, 130 when interrupted."""
+    """Run one command and return the exit code.
+
+    0; 1 when the run fails, 2 for bad usage, 128 + the number of the signal that ended it: 130 Ctrl-C, 143 SIGTERM.
+    """
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        return fail("interrupted", code=130)
+        with handled():
+            return run_command(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as stop:
+        return leave(str(stop) or "interrupted", code=getattr(stop, "code", 130))
     except UsageError as error:
         return fail(str(error), code=2)
     except (ValueError, OSError) as error:
@@ -63,6 +68,14 @@ def write_error_file(line: str) -> None:
         reason = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):  # the line itself is told anyway
             Path(path).write_text(json.dumps(reason), encoding="utf-8")
+
+
+def leave(message: str, code: int) -> int:
+    """The end of an interrupted run, told by rank 0: the others let it go first, for torchrun kills who is left."""
+    if is_rank_0():
+        return fail(message, code)
+    time.sleep(3)
+    return code
 
 
 def is_rank_0() -> bool:
@@ -106,7 +119,10 @@ def train(method: str, argv: list[str]) -> int:
 
     run(config)
     if is_rank_0():
-        print(f"done: {config.run.output_dir} holds model/, metrics.jsonl and report.html")
+        made = [
+            name for name in ("model/", "metrics.jsonl", "report.html") if Path(config.run.output_dir, name).exists()
+        ]
+        print(f"done: {config.run.output_dir} holds {', '.join(made)}")
     return 0
 
 

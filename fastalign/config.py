@@ -155,7 +155,8 @@ class RunConfig:
     steps: int | None = None
     """Optimizer steps; default: `epochs`."""
     epochs: float = 1.0
-    """Passes over the data when `steps` is not given."""
+    """Passes over the data when `steps` is not given: each reads every example once, and the last step of the run is
+    shorter when `batch.size` does not divide them; a fraction reads so many of the examples, rounded up."""
     seed: int = 0
     """Seed of initial weights and data order."""
     log_every: int = 1
@@ -165,7 +166,9 @@ class RunConfig:
     eval_every: int = 0
     """Steps between evaluations; 0: at the end only, when there is held-out data."""
     save_every: int = 0
-    """Steps between checkpoints; 0: at the end only."""
+    """Steps between checkpoints; 0: at the end only, and every `save_minutes`."""
+    save_minutes: float = 15.0
+    """Minutes after which a checkpoint is written anyway, counted from the last one; 0 switches this off."""
     keep: int = 2
     """Whole checkpoints kept."""
     resume: bool | str = False

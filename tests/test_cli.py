@@ -20,6 +20,7 @@ from fastalign import arguments, cli
 from fastalign.arguments import UsageError, parse_config
 from fastalign.config import Config
 from fastalign.engine import methods
+from fastalign.engine.interrupt import Interrupted
 from fastalign.losses.mixture import keywords
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,23 @@ def test_the_hubs_retries_are_not_told_unless_asked_for(engine, monkeypatch, ask
 def test_an_interrupt_is_clean(capsys, engine):
     engine.error = KeyboardInterrupt()
     assert cli.main(["sft"]) == 130
+    assert capsys.readouterr().err == "fastalign: error: interrupted\n"
+
+
+def test_a_signal_decides_the_exit_code_and_rank_0_tells_it(capsys, engine, monkeypatch):
+    naps = []
+    monkeypatch.setattr(cli.time, "sleep", naps.append)
+    engine.error = Interrupted(15, "interrupted after step 3 of 9; saved it")
+    assert cli.main(["sft"]) == 143 and not naps
+    assert capsys.readouterr().err == "fastalign: error: interrupted after step 3 of 9; saved it\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["sft"]) == 143 and naps == [3]
+    assert capsys.readouterr().err == ""
+
+
+def test_sigterm_ends_any_command_with_its_code(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["info"]) == 143
     assert capsys.readouterr().err == "fastalign: error: interrupted\n"
 
 

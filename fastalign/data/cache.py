@@ -21,6 +21,8 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from fastalign.data.disk import writing
+
 
 class Unwritable(ValueError):
     """The cache cannot be written, whatever is to be kept."""
@@ -56,7 +58,9 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
         raise Unwritable(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
     try:
         if not path.is_dir():
-            _make_whole(path, make)
+            remedy = "set data.cache_dir or FASTALIGN_CACHE to a directory with room for it"
+            with writing("the cache", path.parent, remedy=remedy):
+                _make_whole(path, make)
     finally:
         lock.release()
     return path

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,13 @@ TOKENS_ALONE = ForwardCost()
 
 
 class Loader:
-    """An endless stream of optimizer steps; each item is this rank's list of micro-batches.
+    """A stream of optimizer steps; each item is this rank's list of micro-batches.
 
     Epoch e visits the dataset in the order of a permutation drawn from (seed, e) by a private generator, the same on
     all ranks. A step takes the next ``size`` examples of that stream, without regard to length; the last step of an
-    epoch runs on into the next, so every step has exactly ``size``. With ``size`` above the dataset's length a step
-    holds examples more than once (a warning says so). Every rank gets the same number of micro-batches; one with less
-    work gets `empty_batch`.
+    epoch runs on into the next. Only the last step of all may be shorter, where ``rows`` ends the stream: so that whole
+    epochs read every example equally often. Where a step has room for more than one epoch it holds examples more than
+    once (a warning says so). Every rank gets the same number of micro-batches; one with less work gets `empty_batch`.
 
     Args:
         dataset: tokenised examples.
@@ -40,6 +42,7 @@ class Loader:
         rank, world_size: which share of each step is this process's.
         cost: of the model, by which ranks get equal work.
         max_group_tokens: an example of more computed tokens is refused when it is drawn.
+        rows: examples drawn in all, repetitions counted; None: without end.
 
     Raises:
         ValueError: an empty dataset, or a size, budget, seed or rank out of range.
@@ -60,27 +63,26 @@ class Loader:
         world_size: int = 1,
         cost: ForwardCost = TOKENS_ALONE,
         max_group_tokens: int | None = None,
+        rows: int | None = None,
     ) -> None:
         _check(dataset, size, tokens, seed, rank, world_size)
         self.dataset, self.size, self.tokens, self.share_prefix = dataset, size, tokens, share_prefix
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.cost, self.max_group_tokens = cost, max_group_tokens
+        self.cost, self.max_group_tokens, self.rows = cost, max_group_tokens, rows
         self.drawn = 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        if size > len(dataset):
+        if min(size, size if rows is None else rows) > len(dataset):
             logger.warning("a step of %d examples repeats some of the dataset's %d", size, len(dataset))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every example has been seen once, rounded up."""
-        return steps_per_epoch(len(self.dataset), self.size)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         return self
 
     def __next__(self) -> list[PackedBatch]:
-        examples = self.dataset.fetch([self._at(i) for i in range(self.drawn, self.drawn + self.size)])
-        self.drawn += self.size
+        stop = self.drawn + self.size if self.rows is None else min(self.drawn + self.size, self.rows)
+        if stop <= self.drawn:
+            raise StopIteration
+        examples = self.dataset.fetch([self._at(i) for i in range(self.drawn, stop)])
+        self.drawn = stop
         check_sizes(examples, self.share_prefix, self.max_group_tokens)
         return rank_share(examples, self.tokens, self.share_prefix, self.rank, self.world_size, self.cost)
 
@@ -94,10 +96,7 @@ class Loader:
         Raises:
             ValueError: the state belongs to another seed or another number of examples.
         """
-        for key, mine in (("seed", self.seed), ("num_examples", len(self.dataset))):
-            if state[key] != mine:
-                message = f"the saved data order has {key}={state[key]}, this run has {mine}"
-                raise ValueError(f"{message}: resume with the same data and seed")
+        check_state(state, self.seed, len(self.dataset))
         self.drawn = int(state["drawn"])
 
     def _at(self, position: int) -> int:
@@ -109,9 +108,24 @@ class Loader:
         return int(self._order[offset])
 
 
-def steps_per_epoch(num_examples: int, size: int) -> int:
-    """Steps of ``size`` until every example has been seen once, rounded up."""
-    return -(-num_examples // size)
+def check_state(state: dict[str, Any], seed: int, num_examples: int) -> None:
+    """Refuses a loader's saved position in another order or other data."""
+    for key, mine in (("seed", seed), ("num_examples", num_examples)):
+        if state[key] != mine:
+            message = f"the saved data order has {key}={state[key]}, this run has {mine}"
+            raise ValueError(f"{message}: resume with the same data and seed")
+
+
+def rows_of(epochs: float, num_examples: int) -> int:
+    """Examples that so many passes read: of a last pass that is not whole, a share rounded up.
+
+    The number counts as it is written, so that 1.1 passes over 10 examples are 11 and not 12.
+
+    Example:
+        >>> [rows_of(epochs, 9) for epochs in (0.5, 1, 2.5, 3)]
+        [5, 9, 23, 27]
+    """
+    return math.ceil(Fraction(str(epochs)) * num_examples)
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -119,9 +133,9 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def visited(num_examples: int, size: int, seed: int, steps: int) -> list[int]:
-    """The examples that the first ``steps`` steps read, each once, ascending."""
-    first = epoch_order(num_examples, seed, epoch=0)[: steps * size]  # all of them from one epoch on
+def visited(num_examples: int, seed: int, rows: int) -> list[int]:
+    """The examples among the first ``rows`` drawn, each once, ascending."""
+    first = epoch_order(num_examples, seed, epoch=0)[:rows]  # all of them from one epoch on
     return np.sort(first).tolist()
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
+from fastalign.data.disk import writing
 from fastalign.data.examples import Examples, TokenExample
 
 log = logging.getLogger(__name__)
@@ -132,13 +133,10 @@ class RefCache:
                 "logps": np.concatenate([*entries.values()]).astype(np.float32),
             }
         )
-        try:
+        with writing(
+            "the reference cache", self.directory, len(data), "set reference.cache to a writable directory, or to off"
+        ):
             return _write_whole(self.directory / f"{_hash(data)}-{uuid.uuid4().hex}.safetensors", data)
-        except OSError as error:
-            raise OSError(
-                f"cannot write the reference cache {self.directory} ({error.strerror}): "
-                "set reference.cache to a writable directory, or to off"
-            ) from error
 
     def _find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions in the table, and whether the key is really there."""

@@ -16,12 +16,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets import config as hf_config
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
 from fastalign import hub
 from fastalign.data import cache, files
+from fastalign.data.disk import FULL, errno_of, reason
 
 log = logging.getLogger(__name__)
 
@@ -255,4 +257,7 @@ def reason_of(error: BaseException) -> str:
     """The first line of the innermost cause that says anything."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if errno_of(error) in FULL:
+        place = Path(hf_config.HF_DATASETS_CACHE)
+        return f"its copy in {place}: {reason(error, place)}: free some space there, or set HF_DATASETS_CACHE"
     return hub.first_line(error)

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastalign.engine.errors import RunError
+from fastalign.data.disk import reason, writing
+from fastalign.engine.errors import RunError, as_one
 from fastalign.parallel.mesh import World
 
 SCHEMA = 1
@@ -65,23 +66,43 @@ def save_checkpoint(
         RunError: on every rank, when any rank could not write.
     """
     final, temporary = directory / f"step-{step}", directory / f"step-{step}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    write_tensors(temporary, {**weights(policy), **moments(policy, optimizer)}, world)
-    (temporary / f"rng-{world.rank}.json").write_text(json.dumps(rng_state()), encoding="utf-8")
-    if world.is_main:
-        header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
-        files = sorted(file.name for file in temporary.glob("*.safetensors"))
-        full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
-        (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
-    flush_directory(temporary)
-    world.barrier()
-    if world.is_main:
-        publish(temporary, final, keep)
-    world.barrier()
+    tensors = {**weights(policy), **moments(policy, optimizer)}
+    try:
+        with as_one(world):
+            if world.is_main:
+                make_scratch(temporary, tensors)
+        write_tensors(temporary, tensors, world)
+        with as_one(world), writing("the checkpoint", final):
+            (temporary / f"rng-{world.rank}.json").write_text(json.dumps(rng_state()), encoding="utf-8")
+        with as_one(world), writing("the checkpoint", final):
+            if world.is_main:
+                header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
+                files = sorted(file.name for file in temporary.glob("*.safetensors"))
+                full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
+                (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
+            flush_directory(temporary)
+        with as_one(world), writing("the checkpoint", final):
+            if world.is_main:
+                publish(temporary, final, keep)
+    except RunError as error:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        rest = "; earlier checkpoints are intact" if whole_checkpoints(directory) else ""
+        raise RunError(f"{error}{rest}") from error
     return final
+
+
+def make_scratch(temporary: Path, tensors: dict[str, Tensor]) -> None:
+    """An empty directory for a checkpoint, where there is plainly room for one."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing("the checkpoint", temporary.with_suffix(""), need_on_this_host(tensors)):
+        temporary.mkdir(parents=True)
+
+
+def need_on_this_host(tensors: dict[str, Tensor]) -> int:
+    """Bytes that the ranks of this host write: replicas are written once, by ranks in turns."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return sum(x.nbytes for x in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // ranks
 
 
 def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
@@ -252,8 +273,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
                 no_dist=world.mesh is None,
             )
     except CheckpointException as error:
-        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-        raise RunError(f"cannot write the checkpoint {path} ({causes}); earlier checkpoints are intact") from error
+        rank, (cause, _) = next(iter(error.failures.items()))
+        with as_one(world):
+            if world.is_main:
+                shutil.rmtree(path, ignore_errors=True)  # before the free space is told
+        why = reason(cause, path, need_on_this_host(tensors))
+        whose = f" on rank {rank}" if world.size > 1 else ""
+        raise RunError(f"cannot write the checkpoint {path.with_suffix('')}{whose}: {why}") from error
 
 
 def assign_files(sizes: dict[str, int]) -> dict[str, int]:

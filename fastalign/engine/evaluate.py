@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -31,6 +32,7 @@ def evaluate(
     batch: BatchConfig,
     world: World,
     carried: Carried | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over a dataset of the metrics of a training step, weights unchanged.
 
@@ -41,6 +43,7 @@ def evaluate(
         batch: budget and prefix sharing; the step size plays no part.
         world: the ranks; each takes its share and all get the same result.
         carried: what training has carried so far, left as it is; unpaired losses find their baseline per 256 examples.
+        between: called on all ranks before every 256 examples; what it raises ends the evaluation.
 
     Returns:
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
@@ -49,16 +52,20 @@ def evaluate(
     watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
     cost = forward_cost(models.policy)
     done = 0
-    with stage("evaluating", len(dataset), shown=world.is_main) as tell:
-        for batches in evaluation_steps(dataset, batch.budget, batch.share_prefix, world.rank, world.size, cost=cost):
-            known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
-            sums = []
-            for micro, facts in known:
-                sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
-                done += micro.num_examples * world.size  # the other ranks have about as many
-                tell(min(done, len(dataset)))
-            total += add_sums(sums, objective.metric_names, world.device)
-    reshard(models.policy)
+    try:
+        with stage("evaluating", len(dataset), shown=world.is_main) as tell:
+            ours = batch.budget, batch.share_prefix, world.rank, world.size
+            for batches in evaluation_steps(dataset, *ours, cost=cost):
+                between()
+                known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
+                sums = []
+                for micro, facts in known:
+                    sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
+                    done += micro.num_examples * world.size  # the other ranks have about as many
+                    tell(min(done, len(dataset)))
+                total += add_sums(sums, objective.metric_names, world.device)
+    finally:
+        reshard(models.policy)
     return means(objective, world.sum(total))
 
 

@@ -19,8 +19,9 @@ from fastalign.data import cache
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Examples, rank_share
 from fastalign.data.ref_cache import RefCache, example_key, parts
-from fastalign.engine.errors import RunError
+from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.fingerprint import computation, fingerprint
+from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.progress import stage
 from fastalign.models.policy import Policy
 from fastalign.models.verify import Distance, Rounding
@@ -194,25 +195,28 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
         world: the ranks, all of which call this.
 
     Raises:
-        RunError: a rank does not see what another wrote.
-        OSError: the cache cannot be written.
+        RunError: a rank does not see what another wrote, or the cache cannot be written.
     """
     started, store = time.perf_counter(), filling.store
     entries: dict[bytes, np.ndarray] = {}
     written, done = started, 0
-    with stage("reference log-probs", len(filling.lacking), shown=world.is_main) as tell:
-        for examples, keys in missing_examples(filling):
-            for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
-                entries |= split(micro, score(micro.to(world.device)), keys)
-                done += micro.num_examples * world.size  # the other ranks have about as many
-                tell(min(done, len(filling.lacking)))
-            now = time.perf_counter()
-            if entries and (now - written > SHARD_SECONDS or sum(x.nbytes for x in entries.values()) > SHARD_BYTES):
-                store.write(entries)
-                entries, written = {}, now
-    if entries:
-        store.write(entries)
-    world.barrier()
+    try:
+        with stage("reference log-probs", len(filling.lacking), shown=world.is_main) as tell:
+            for examples, keys in missing_examples(filling):
+                for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
+                    entries |= split(micro, score(micro.to(world.device)), keys)
+                    done += micro.num_examples * world.size  # the other ranks have about as many
+                    tell(min(done, len(filling.lacking)))
+                now = time.perf_counter()
+                with as_one(world):  # the disk of one rank may be full
+                    if now - written > SHARD_SECONDS or sum(x.nbytes for x in entries.values()) > SHARD_BYTES:
+                        write(store, entries)
+                        entries, written = {}, now
+    except Interrupted:  # what was computed is kept
+        write(store, entries)
+        raise
+    with as_one(world):
+        write(store, entries)
     store.refresh()
     unseen = int((~store.has(list(filling.lacking))).sum()) if filling.lacking else 0
     if any(world.gather_objects(unseen)):
@@ -221,6 +225,12 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
         )
     text = "reference: %d examples from %s, %d computed now in %.1f s"
     log.info(text, filling.hits, store.directory, len(filling.lacking), time.perf_counter() - started)
+
+
+def write(store: RefCache, entries: dict[bytes, np.ndarray]) -> None:
+    """Put a rank's log-probs into the cache, if it has any."""
+    if entries:
+        store.write(entries)
 
 
 def missing_examples(filling: Filling) -> Iterator[tuple[list[TokenExample], list[bytes]]]:

@@ -12,7 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from fastalign.data.disk import WriteError, write_whole, writing
 from fastalign.engine.alarms import Alarms
 from fastalign.engine.errors import RunError
 from fastalign.engine.method import Objective
@@ -112,13 +113,14 @@ class MetricsLog:
         peak_flops: float | None = None,
     ) -> None:
         self.objective, self.world, self.sinks, self.peak_flops = objective, world, sinks, peak_flops
-        self.pending: list[tuple[StepResult, dict[str, Any]]] = []
+        self.path, self.failure = path, None
+        self.pending: list[StepResult] = []
         self.alarms = Alarms(world.is_main)
         self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
 
-    def add(self, result: StepResult, extra: dict[str, Any]) -> None:
-        """Keep a step until the next flush; ``extra`` joins its line (evaluation)."""
-        self.pending.append((result, extra))
+    def add(self, result: StepResult) -> None:
+        """Keep a step until the next flush."""
+        self.pending.append(result)
 
     def flush(self) -> None:
         """Read the kept steps back and write their lines.
@@ -128,12 +130,24 @@ class MetricsLog:
                 the gradient has been exactly 0 for some steps.
         """
         pending, self.pending = self.pending, []
-        for result, extra in pending:
-            record = self.complete(result)
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                raise RunError(self.diagnosis(result, record))
-            self.write({**record, **extra})
+        for result in pending:
+            record = self.finished(result)
+            self.write(record)
             self.alarms.check(record)
+
+    def read(self, result: StepResult) -> dict[str, Any]:
+        """The record of a step, for `write`, after the kept steps were flushed; raises as that does."""
+        self.flush()
+        record = self.finished(result)
+        self.alarms.check(record)
+        return record
+
+    def finished(self, result: StepResult) -> dict[str, Any]:
+        """The record of a step whose loss and gradient are finite; RunError for any other."""
+        record = self.complete(result)
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            raise RunError(self.diagnosis(result, record))
+        return record
 
     def complete(self, result: StepResult) -> dict[str, Any]:
         """The record of a step, with metrics, times and speeds."""
@@ -157,24 +171,42 @@ class MetricsLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line and tell the sinks."""
-        if self.file is None:
+        """Append one line and tell the sinks; a line that cannot be written is the ``failure`` that `check` raises."""
+        if self.file is None or self.failure is not None:
             return
-        self.file.write(json.dumps(tidy(record), allow_nan=False) + "\n")
-        self.file.flush()
+        with self.noted():
+            self.file.write(json.dumps(tidy(record), allow_nan=False) + "\n")
+            self.file.flush()
         for sink in self.sinks:
             sink(record)
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep what a write raises until all ranks can hear of it: one that stops alone leaves the others waiting."""
+        try:
+            with writing("metrics", self.path, remedy="free some space, then go on with run.resume=true"):
+                yield
+        except WriteError as error:
+            self.failure = error
+
     def sync(self) -> None:
-        """Put all lines on the disk: before a checkpoint that follows them."""
+        """Put all lines on the disk: before a checkpoint that follows them. Raises a `WriteError` if one is missing."""
         self.flush()
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with self.noted():
+                os.fsync(self.file.fileno())
+        self.check()
+
+    def check(self) -> None:
+        """Raise what kept a line from being written."""
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written has been told
+                self.file.close()
 
 
 def means(objective: Objective, sums: Tensor) -> dict[str, float]:
@@ -218,9 +250,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, so that a resumed run writes no step twice."""
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop the lines after ``step``, so that a resumed run writes no step twice; returns the step of the last, or 0."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(
+        path, "".join(json.dumps(record) + "\n" for record in kept), "metrics", "free some space and start again"
+    )
+    return kept[-1]["step"] if kept else 0

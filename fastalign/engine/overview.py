@@ -154,10 +154,10 @@ def spell(counts: Mapping[str, int]) -> str:
 
 
 def describe_steps(job: Job, done: int) -> str:
-    """``160 steps of 16 examples = 1 epoch``, and what is left of a resumed run."""
-    size, examples = job.loader.size, len(job.dataset)
-    epochs = job.total * size / examples
-    text = f"{job.total:,} of {size} examples each: {epochs:.3g} epochs of {examples:,} examples"
+    """Steps, their size, the epochs that they make, and what is left of a resumed run."""
+    size, examples, rows = job.loader.size, len(job.dataset), job.loader.rows or job.total * job.loader.size
+    short = f", the last of {rows % size}" if rows % size and not done else ""
+    text = f"{job.total:,} of {size} examples each{short}: {rows / examples:.3g} epochs of {examples:,} examples"
     return text + (f", going on after step {done:,}" if done else "")
 
 

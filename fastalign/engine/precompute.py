@@ -8,6 +8,7 @@ from dataclasses import replace
 from fastalign.config import Config
 from fastalign.engine.filling import Demand, default_directory, fill, open_cache
 from fastalign.engine.heads import Models, wants_autocast
+from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import scorer
 from fastalign.engine.setup import check_settings, load_data, load_weights, settle
@@ -44,7 +45,9 @@ def precompute(config: Config) -> str:
         for data, name in zip(datasets, ("training examples", "held-out examples"), strict=True)
         if data is not None
     ]
-    with world(config.parallel) as ranks:
+    with handled() as signals, world(config.parallel) as ranks:
+        signals.where = "while the reference scored examples"
+        signals.rest = "what was computed is kept: the same command goes on"
         config = settle(config, ranks.device)
         _, source, config = load_weights(config, objective, tokenizer, demands, ranks)
         assert source is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fastalign.data.disk import write_whole
 from fastalign.engine.metrics import PARTS, read_metrics
 from fastalign.engine.rundir import read_settings
 
@@ -41,6 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         ValueError: the directory holds no run.
+        OSError: the report cannot be written.
     """
     directory = Path(run_dir)
     records = read_metrics(directory / "metrics.jsonl")
@@ -50,7 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
         )
     settings = read_settings(directory) if (directory / "config.yaml").exists() else {}
     path = directory / "report.html"
-    path.write_text(page(directory.name, settings, records), encoding="utf-8")
+    write_whole(path, page(directory.name, settings, records), "the report", "free some space and run this again")
     return path
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fastalign.config import Config
+from fastalign.data.disk import write_whole
 from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap
+from fastalign.engine.errors import as_one
 from fastalign.engine.metrics import read_metrics, truncate_metrics
 from fastalign.parallel.mesh import World
 
@@ -19,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
-    *("data.cache_dir", "run.show_example"),
+    *("run.save_minutes", "run.show_example", "data.cache_dir"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
@@ -33,6 +41,69 @@ HORIZON = {"run.steps", "run.epochs"}
 """How long a run goes on: free when the learning rate does not depend on it."""
 
 
+LOCK = ".lock"
+HOLDER = "running.json"
+"""Host, process and start of the run that is writing into a directory; gone when it has ended."""
+
+
+@contextmanager
+def held(directory: Path, world: World) -> Iterator[None]:
+    """Keep a run directory for this run alone; the main rank holds it for all.
+
+    The operating system lets go of the lock when its process ends, however it ends. Whether it tells other hosts of a
+    shared disk depends on the disk: there the holder's file decides.
+
+    Raises:
+        RunError: on every rank, when another process holds it.
+        OSError: it cannot be written.
+    """
+    probe(directory, world.rank)
+    lock = FileLock(directory / LOCK)
+    with as_one(world):
+        if world.is_main:
+            take(lock, directory)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            for name in (HOLDER, LOCK):  # while they are still ours
+                (directory / name).unlink(missing_ok=True)
+            lock.release()
+
+
+def take(lock: FileLock, directory: Path) -> None:
+    """Lock a directory and say so in it, or refuse with the name of the holder."""
+    file, remedy = directory / HOLDER, "wait for it to end, or choose another run.output_dir"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        holder = read_holder(file)
+        raise ValueError(
+            f"run.output_dir {directory} is in use by {holder.get('text', 'another run')}; {remedy}"
+        ) from error
+    holder = read_holder(file)
+    if holder and holder["host"] != socket.gethostname():
+        lock.release()
+        remedy += f"; if that process is dead, remove {file}"
+        raise ValueError(f"run.output_dir {directory} is in use by {holder['text']}; {remedy}")
+    if holder:
+        log.warning("%s was left by %s, which is gone: taking over", directory, holder["text"])
+    now = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
+    try:
+        write_whole(file, json.dumps(now) + "\n", "the holder of the run directory")
+    except OSError as error:  # the disk is full, perhaps of what this run will clear away
+        log.warning("%s; going on", error)
+
+
+def read_holder(file: Path) -> dict[str, Any]:
+    """What a ``running.json`` says, with a ``text`` of it all; empty when there is none."""
+    try:
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        return {**holder, "text": f"process {holder['pid']} on {holder['host']} since {holder['since']}"}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def claim(config: Config, world: World) -> Path | None:
     """Find out whether the run directory can be used, or refuse before any work; nothing in it is changed.
 
@@ -41,10 +112,8 @@ def claim(config: Config, world: World) -> Path | None:
 
     Raises:
         ValueError: the directory holds another run, or the run to resume had other settings.
-        OSError: it cannot be written.
     """
     directory = Path(config.run.output_dir)
-    probe(directory, world.rank)
     checkpoint = find_checkpoint(config, directory)
     settings = asdict(config)
     if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
@@ -128,19 +197,23 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: Config, step: int, world: World) -> None:
+def prepare(config: Config, step: int, world: World) -> int:
     """Leave in the directory exactly what a run goes on from after ``step`` steps.
 
     Later checkpoints and lines of ``metrics.jsonl`` go, and ``config.yaml`` is written: call it when the checkpoint has
     loaded and everything else is ready, for whatever fails before must find the directory as it was.
+
+    Returns:
+        the step of the last line of ``metrics.jsonl``, 0 without any; the same on every rank.
     """
-    directory = Path(config.run.output_dir)
-    if world.is_main:
-        reap(directory / "checkpoints", after=step)
-        truncate_metrics(directory / "metrics.jsonl", step)
-        settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
-        (directory / "config.yaml").write_text(settings, encoding="utf-8")
-    world.barrier()
+    directory, last = Path(config.run.output_dir), 0
+    with as_one(world):
+        if world.is_main:
+            reap(directory / "checkpoints", after=step)  # first, for the room that it makes
+            settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+            write_whole(directory / "config.yaml", settings, "the settings", "free some space and start again")
+            last = truncate_metrics(directory / "metrics.jsonl", step)
+    return world.gather_objects(last)[0]
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 
 LEAST = (
     ("run", ("steps", "keep", "log_every"), 1),
-    ("run", ("save_every", "eval_every"), 0),
+    ("run", ("save_every", "save_minutes", "eval_every"), 0),
     ("batch", ("size", "tokens", "max_group_tokens"), 1),
     ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
 )
@@ -84,8 +85,8 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
     if not 0 <= run.seed < 2**32:
         raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
-    if run.steps is None and not run.epochs > 0:
-        raise ValueError(f"run.epochs must be above 0 when run.steps is not given, got {run.epochs}")
+    if run.steps is None and not 0 < run.epochs < math.inf:
+        raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
     if config.reference.cache in ("", "null"):
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     check_trackers(run.trackers)

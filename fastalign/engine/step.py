@@ -30,6 +30,7 @@ class Work:
         idle: tokens of ranks without work, which belong to no sequence.
         micro_batches: per rank.
         memory: peak bytes of the rank that has used most so far.
+        asked: the most that signals or the clock ask of a rank; see `interrupt.ORDER`.
     """
 
     units: int
@@ -43,10 +44,13 @@ class Work:
     idle: int
     micro_batches: int
     memory: int
+    asked: int = 0
 
 
-def measure_work(batches: Sequence[PackedBatch], objective: Objective, world: World, memory: int) -> Work:
-    """Count a step over all ranks and micro-batches, in one exchange on the host."""
+def measure_work(
+    batches: Sequence[PackedBatch], objective: Objective, world: World, memory: int, asked: int = 0
+) -> Work:
+    """Count a step over all ranks and micro-batches, in one exchange on the host, which carries requests as well."""
     mine = [
         [
             objective.count(b),
@@ -59,9 +63,10 @@ def measure_work(batches: Sequence[PackedBatch], objective: Objective, world: Wo
         ]
         for b in batches
     ]
-    everyone = world.gather([*map(sum, zip(*mine, strict=True)), memory])
-    counts = (int(x) for x in everyone[:, :-1].sum(0))
-    return Work(*counts, micro_batches=len(batches), memory=int(everyone[:, -1].max()))
+    everyone = world.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
+    counts = (int(x) for x in everyone[:, :-2].sum(0))
+    memory, asked = (int(x) for x in everyone[:, -2:].amax(0))
+    return Work(*counts, micro_batches=len(batches), memory=memory, asked=asked)
 
 
 def accumulate_gradients(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,13 +15,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import Config
-from fastalign.data.loader import Examples, Loader, TokenDataset, steps_per_epoch, visited
+from fastalign.data.disk import writing
+from fastalign.data.loader import Examples, Loader, TokenDataset, check_state, rows_of, visited
 from fastalign.engine.accounting import Accounting, account
 from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
 from fastalign.engine.console import open_sinks
+from fastalign.engine.errors import as_one
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models
+from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
+from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
@@ -29,9 +33,9 @@ from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_lea
 from fastalign.engine.overview import show_overview
 from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
-from fastalign.engine.rundir import claim, prepare
+from fastalign.engine.rundir import RUN_STATE, claim, held, is_own, prepare
 from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything, settle
-from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
+from fastalign.engine.step import Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
@@ -50,17 +54,22 @@ def train(config: Config) -> None:
     Raises:
         ValueError: a setting, a file or a batch that cannot be used, in one line that says what to do.
         OSError: the run directory cannot be written.
+        Interrupted: a signal ended the run; its text says how to go on.
     """
     objective = make_objective(config.method, config.loss)
     config = replace(config, loss={"name": objective.name, **objective.options})  # defaults filled in
     check_settings(config)
-    with world(config.parallel) as ranks:
+    with handled() as signals, world(config.parallel) as ranks, held(Path(config.run.output_dir), ranks):
+        signals.where = "before step 1"
         config = settle(config, ranks.device)
         checkpoint = claim(config, ranks)
+        if checkpoint:
+            signals.where, signals.rest = f"before it went on from {checkpoint}", "nothing new to save"
         seed_everything(config.run)
-        job = set_up(config, objective, ranks)
+        job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
         done = resume(job, checkpoint) if checkpoint else 0
-        prepare(config, done, ranks)  # the first change on the disk
+        if prepare(config, done, ranks) == done:  # the first change on the disk
+            job.owed.clear()  # the line is there
         show_overview(job, done)
         run(job, done)
 
@@ -82,6 +91,9 @@ class Job:
     accounting: Accounting
     held_out_counts: dict[str, int] | None = None
     carried: Carried = field(default_factory=Carried)
+    signals: Requests = field(default_factory=Requests)
+    owed: list[Record] = field(default_factory=list)
+    """The record of the step that is resumed from, where its evaluation is still to come."""
 
     @property
     def directory(self) -> Path:
@@ -94,16 +106,17 @@ class Job:
         return hash_tokens(self.dataset)
 
 
-def set_up(config: Config, objective: Objective, ranks: World) -> Job:
+def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path | None = None) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
     tokenizer, dataset, held_out = load_data(config)
-    total = config.run.steps or math.ceil(config.run.epochs * steps_per_epoch(len(dataset), config.batch.size))
-    demands = what_is_read(config, dataset, held_out, total)
+    total, rows = horizon(config, len(dataset), checkpoint)
+    demands = what_is_read(config, dataset, held_out, total, rows)
     models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks)
     batch = config.batch
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
-    loader = Loader(data, batch.size, batch.budget, batch.share_prefix, max_group_tokens=batch.max_group_tokens, **ours)
+    ends = {"max_group_tokens": batch.max_group_tokens, "rows": rows}
+    loader = Loader(data, batch.size, batch.budget, batch.share_prefix, **ends, **ours)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim)
@@ -111,12 +124,42 @@ def set_up(config: Config, objective: Objective, ranks: World) -> Job:
     return Job(config, objective, ranks, *made)
 
 
-def what_is_read(config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int) -> list[Demand]:
-    """The examples that a run of ``total`` steps reads, training's first, and how often."""
-    size, run = config.batch.size, config.run
-    demands = [Demand(dataset, visited(len(dataset), size, run.seed, total), total * size, "training examples")]
+def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
+    """The steps of the whole run and the examples that they read, counted on from where a checkpoint stands.
+
+    ``run.steps`` are all of ``batch.size``; ``run.epochs`` read every example once each, the last step what is left. A
+    run that is resumed with more epochs has had such a short step already.
+
+    Raises:
+        ValueError: the checkpoint is beyond the end, or of other data.
+    """
+    run, size = config.run, config.batch.size
+    done = drawn = 0
+    if checkpoint is not None:
+        state = read_state(checkpoint, **RUN_STATE)
+        check_state(state["loader"], run.seed, num_examples)
+        done, drawn = state["step"], state["loader"]["drawn"]
+    if run.steps is None:
+        rows = rows_of(run.epochs, num_examples)
+        total = done + -(-(rows - drawn) // size)
+    else:
+        rows, total = drawn + (run.steps - done) * size, run.steps
+    if rows < drawn:
+        end = f"run.epochs {run.epochs:g}" if run.steps is None else f"run.steps {run.steps}"
+        raise ValueError(
+            f"{checkpoint} is beyond {end}: it is after {done} steps and {drawn} examples; "
+            "raise that, or name an earlier checkpoint in run.resume"
+        )
+    return total, rows
+
+
+def what_is_read(
+    config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int, rows: int
+) -> list[Demand]:
+    """The examples that a run of ``total`` steps and ``rows`` examples reads, training's first, and how often."""
+    demands = [Demand(dataset, visited(len(dataset), config.run.seed, rows), rows, "training examples")]
     if held_out is not None:
-        times = sum(is_due(step, run.eval_every, total) for step in range(1, total + 1))
+        times = math.ceil(total / (config.run.eval_every or total))
         demands.append(Demand(held_out, range(len(held_out)), times * len(held_out), "held-out examples"))
     return demands
 
@@ -125,14 +168,25 @@ def run(job: Job, done: int) -> None:
     """The loop, from step ``done + 1`` to the last, then the export and the report."""
     every = job.config.run
     with open_metrics(job, done) as metrics:
-        for step in range(done + 1, job.total + 1):
-            result = train_step(job, step)
-            metrics.add(result, held_out_metrics(job) if is_due(step, every.eval_every, job.total) else {})
-            if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
-                metrics.flush()
-            if is_due(step, every.save_every, job.total):
-                metrics.sync()
-                save(job, step)
+        keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job), done, job.total)
+        with keeper.listening():
+            for record in job.owed:
+                evaluate_step(job, keeper, done, record)
+            for step in range(done + 1, job.total + 1):
+                result = train_step(job, draw(job, keeper, step))
+                saves = is_due(step, every.save_every, job.total)
+                if job.held_out is not None and is_due(step, every.eval_every, job.total):
+                    record = metrics.read(result)
+                    if saves:  # before the evaluation, so that nothing is lost if that fails
+                        keeper.save(step, record)
+                    evaluate_step(job, keeper, step, record)
+                else:
+                    metrics.add(result)
+                    if saves:
+                        keeper.save(step)
+                if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
+                    metrics.flush()
+            keeper.look(job.total)
     export(job)
 
 
@@ -148,28 +202,48 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
         )
 
 
-def train_step(job: Job, step: int) -> StepResult:
-    """One optimizer step; nothing is read back from the device."""
-    world, optimizer = job.world, job.optimizer
-    watch = Stopwatch(world.device)
-    with watch("data"):
-        batches = next(job.loader)
-        work = measure_work(batches, job.objective, world, peak_memory(world.device))
+@dataclass(frozen=True)
+class Drawn:
+    """A step about to be taken: this rank's micro-batches, what all ranks compute, and its clock."""
 
-    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
+    step: int
+    batches: list[PackedBatch]
+    work: Work
+    watch: Stopwatch
+
+
+def draw(job: Job, keeper: Keeper, step: int) -> Drawn:
+    """The next step's micro-batches; what any rank was asked for meanwhile is answered first."""
+    while True:
+        position, watch = job.loader.state_dict(), Stopwatch(job.world.device)
+        with watch("data"):
+            batches = next(job.loader)
+            work = measure_work(
+                batches, job.objective, job.world, peak_memory(job.world.device), keeper.asked(step - 1)
+            )
+        if not work.asked:
+            return Drawn(step, batches, work, watch)
+        job.loader.load_state_dict(position)  # what is saved has not had this step
+        keeper.obey(work.asked, step - 1)
+
+
+def train_step(job: Job, drawn: Drawn) -> StepResult:
+    """One optimizer step; nothing is read back from the device."""
+    world, optimizer, watch = job.world, job.optimizer, drawn.watch
+    losses = accumulate_gradients(job.models, drawn.batches, job.objective, drawn.work, world, watch, job.carried)
     with watch("optimizer"):
         sums = world.sum(add_sums(losses, job.objective.metric_names, world.device))
         loss = sums[job.objective.metric_names.index("loss")]
         grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
-        lr = learning_rate(step, job.total, job.config.optim)
+        lr = learning_rate(drawn.step, job.total, job.config.optim)
         set_learning_rate(optimizer, lr)
         optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the step
         optimizer.step()
         optimizer.zero_grad()
     watch.stop()
-    epoch = step * job.loader.size / len(job.loader.dataset)
-    known = {"step": step, "epoch": epoch, "lr": lr, **job.accounting.describe(work)}
-    return StepResult(known, sums, grad_norm, culprits(losses, batches), watch)
+    epoch = job.loader.drawn / len(job.loader.dataset)
+    known = {"step": drawn.step, "epoch": epoch, "lr": lr, **job.accounting.describe(drawn.work)}
+    return StepResult(known, sums, grad_norm, culprits(losses, drawn.batches), watch)
 
 
 def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
@@ -178,19 +252,23 @@ def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[
     return list(zip(losses, (batch.example_ids for batch in batches), strict=True))
 
 
-def held_out_metrics(job: Job) -> dict[str, float]:
-    """``eval_`` metrics, if anything is held out."""
-    if job.held_out is None:
-        return {}
-    metrics = evaluate(job.models, job.held_out, job.objective, job.config.batch, job.world, job.carried)
-    return {f"eval_{name}": value for name, value in metrics.items()}
+def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
+    """Write a step's line with its ``eval_`` metrics; a run that is stopped meanwhile leaves them to its resume."""
+    assert job.held_out is not None
+    ours = job.models, job.held_out, job.objective, job.config.batch, job.world, job.carried
+    try:
+        metrics = evaluate(*ours, between=partial(keeper.look, step))
+    except Interrupted as stop:
+        keeper.obey(ORDER.index(stop.code - 128), step, record)
+        raise
+    keeper.metrics.write({**record, **{f"eval_{name}": value for name, value in metrics.items()}})
 
 
-def save(job: Job, step: int) -> None:
-    """A checkpoint of everything that the next step depends on."""
+def save(job: Job, step: int, owed: Record | None) -> None:
+    """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
     carried, config = job.carried.state_dict(), asdict(job.config)
     state = {"loader": job.loader.state_dict(), "data": job.data_content, "carried": carried, "config": config}
-    state["base"] = job.models.policy.base_digest
+    state |= {"base": job.models.policy.base_digest, "owed": owed}
     directory = job.directory / "checkpoints"
     save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
 
@@ -214,19 +292,35 @@ def resume(job: Job, checkpoint: Path) -> int:
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size
         log.warning("resume: %d rank(s) before, %d now: numbers agree to rounding only", was, now)
+    if state.get("owed") and is_own(checkpoint, job.directory):
+        job.owed.append(state["owed"])
     return state["step"]
 
 
 def export(job: Job) -> None:
     """``model/``: a Hugging Face directory of the final weights, or of the adapter; and the report."""
-    policy, model = job.models.policy, job.config.model
+    policy, model, directory = job.models.policy, job.config.model, job.directory
+    job.signals.where = "in the export"
     state = whole_weights(policy) if job.world.size > 1 else None
-    if job.world.is_main:
-        log.info("writing %s and report.html", job.directory / "model")
-        base = None if policy.adapted is None or model.config is None else make_base_again(job)
-        save_pretrained(policy, job.tokenizer, job.directory / "model", state, base)
-        write_report(job.directory)
-    job.world.barrier()
+    with as_one(job.world):
+        if job.world.is_main:
+            log.info("writing %s and report.html", directory / "model")
+            base = None if policy.adapted is None or model.config is None else make_base_again(job)
+            written = [x for x in (policy, base) if x is not None]
+            need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
+            remedy = f"free some space and export again with: {resume_command(job.config)}"
+            with writing("the model", directory / "model", need, remedy):
+                save_pretrained(policy, job.tokenizer, directory / "model", state, base)
+            report(directory)
+
+
+def report(directory: Path) -> None:
+    """Write the report of a run that has all else: a failure is only told."""
+    try:
+        write_report(directory)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.warning("no report (%s); the run is complete: write it later with: fastalign report %s", reason, directory)
 
 
 def make_base_again(job: Job) -> PreTrainedModel:

@@ -341,13 +341,17 @@ def save_pretrained(
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     tensors = None if state_dict is None else {name.removeprefix("model."): x for name, x in state_dict.items()}
-    if policy.adapted is None:
-        policy.model.save_pretrained(fresh, state_dict=tensors)
-    else:
-        lora.save_adapter(policy, fresh, final, tensors, base)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(fresh)
-    _sync(fresh)
+    try:
+        if policy.adapted is None:
+            policy.model.save_pretrained(fresh, state_dict=tensors)
+        else:
+            lora.save_adapter(policy, fresh, final, tensors, base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        _sync(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if final.exists():
         final.rename(old)
     fresh.rename(final)

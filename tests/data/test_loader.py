@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign.data.examples import TokenExample
-from fastalign.data.loader import Loader, deal, evaluation_steps
+from fastalign.data.loader import Loader, deal, evaluation_steps, rows_of, visited
 from fastalign.data.pack import first_fit_decreasing
 from fastalign.types import ForwardCost, PackedBatch
 
@@ -58,11 +58,54 @@ def assert_same(a: list[Step], b: list[Step]) -> None:
 def test_every_step_has_its_size_and_every_epoch_every_example() -> None:
     loader = Loader(Pairs(23), size=5, tokens=200, share_prefix=True)
     steps = take(loader, 23)
-    assert loader.steps_per_epoch == 5
     assert [len(ids([step])) for step in steps] == [5] * 23
     assert sorted(ids(steps)) == sorted(list(range(23)) * 5), "5 epochs of 23 are 23 steps of 5"
     first = set(ids(steps[:4]))
     assert len(first) == 20, "no example comes back within an epoch"
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "epochs", "sizes"),
+    [
+        (9, 8, 3, [8, 8, 8, 3]),
+        (9, 8, 1, [8, 1]),
+        (9, 8, 2.5, [8, 8, 7]),
+        (9, 8, 0.5, [5]),
+        (9, 2, 0.5, [2, 2, 1]),
+        (3, 8, 1, [3]),
+        (3, 8, 3, [8, 1]),
+        (10, 5, 1.1, [5, 5, 1]),  # as floats 1.1 * 10 is above 11
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_whole_passes_read_every_example_equally_often(number, size, epochs, sizes, world_size) -> None:
+    rows = rows_of(epochs, number)
+    ends = {"rows": rows, "world_size": world_size}
+    shares = [list(Loader(Pairs(number), size, 200, True, rank=rank, **ends)) for rank in range(world_size)]
+    steps = [[batch for step in ranks for batch in step] for ranks in zip(*shares, strict=True)]
+    assert [len(ids([step])) for step in steps] == sizes
+    drawn = ids(steps)
+    counts = [drawn.count(i) for i in range(number)]
+    assert max(counts) - min(counts) <= (rows % number > 0) and sum(counts) == rows
+    assert visited(number, 0, rows) == [i for i in range(number) if counts[i]]
+
+
+def test_a_short_dataset_is_one_short_step_without_repetition(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        steps = list(Loader(Pairs(3), size=8, tokens=500, share_prefix=True, rows=rows_of(1, 3)))
+    assert sorted(ids(steps)) == [0, 1, 2] and not caplog.text
+
+
+def test_a_resumed_loader_ends_where_the_whole_one_does() -> None:
+    """Also with more epochs than before: the short step stays, and every pass is whole."""
+    first = Loader(Pairs(9), 8, 200, True, rows=rows_of(1, 9))
+    taken = list(first)
+    more = Loader(Pairs(9), 8, 200, True, rows=rows_of(3, 9))
+    more.load_state_dict(first.state_dict())
+    rest = list(more)
+    assert [len(ids([step])) for step in taken + rest] == [8, 1, 8, 8, 2]
+    drawn = ids(taken + rest)
+    assert [sorted(drawn[:9]), sorted(drawn[9:])] == [list(range(9)), sorted([*range(9)] * 2)]
 
 
 def test_epochs_have_different_orders_and_seeds_too() -> None:
@@ -116,7 +159,6 @@ def test_a_step_above_the_dataset_repeats_examples_and_says_so(caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         loader = Loader(Pairs(3), size=7, tokens=500, share_prefix=True)
     assert "a step of 7 examples repeats some of the dataset's 3" in caplog.text
-    assert loader.steps_per_epoch == 1
     assert sorted(ids(take(loader, 3))) == sorted(list(range(3)) * 7)
 
 

@@ -1,0 +1,123 @@
+"""What signals and the clock ask of a run, answered between steps: a checkpoint, or one and the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastalign.config import Config
+from fastalign.engine.errors import as_one
+from fastalign.engine.interrupt import FAILED, NOTHING, ORDER, SAVE, Interrupted, Requests, resume_command
+from fastalign.engine.metrics import MetricsLog
+from fastalign.parallel.mesh import World
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class Keeper:
+    """Saves a run and ends it where all ranks are at the same step.
+
+    Args:
+        config: of the run.
+        world: the ranks; the clock of the main one counts.
+        signals: what this process was sent.
+        metrics: whose lines go to the disk before the checkpoint that follows them.
+        save: writes a checkpoint of a step, and with it the record of that step if its evaluation is still to come.
+        done, total: steps behind the run, and all of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        signals: Requests,
+        metrics: MetricsLog,
+        save: Callable[[int, Record | None], None],
+        done: int,
+        total: int,
+    ) -> None:
+        self.config, self.world, self.signals, self.metrics, self._save = config, world, signals, metrics, save
+        self.done, self.total, self.since, self.is_due = done, total, time.monotonic(), False
+        self.saved = done if self.path(done).is_dir() else 0
+        self.command = resume_command(config)
+
+    def path(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return Path(self.config.run.output_dir) / "checkpoints" / f"step-{step}"
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are requests inside the block: `obey` answers them."""
+        signals = self.signals
+        signals.at_once = False
+        self.tell_where(self.done)
+        try:
+            yield
+        except RuntimeError as error:
+            if not signals.number or self.world.size == 1:
+                raise
+            reason = next(iter(str(error).splitlines()), "")  # of a collective whose other end was stopped first
+            raise Interrupted(signals.number, f"{signals.text} (no new checkpoint: {reason})") from error
+        finally:
+            signals.at_once = True
+        if signals.number:  # came after the last look
+            raise Interrupted(signals.number, signals.text)
+
+    def asked(self, step: int) -> int:
+        """What this rank asks for after a step, as a position in ``interrupt.ORDER``; in the exchange of every step."""
+        self.tell_where(step)
+        if self.metrics.failure is not None:
+            return FAILED
+        minutes = self.config.run.save_minutes
+        is_late = self.world.is_main and minutes > 0 and time.monotonic() - self.since >= 60 * minutes
+        self.is_due = is_late and step not in (0, self.saved)
+        return max(self.signals.level, SAVE if self.is_due else 0)
+
+    def look(self, step: int) -> None:
+        """Raise `Interrupted` on all ranks when one was asked to stop: between the parts of an evaluation."""
+        level = int(self.world.gather([self.asked(step)]).max())
+        if level > SAVE:
+            self.end(level)
+
+    def obey(self, level: int, step: int, record: Record | None = None) -> None:
+        """Save the state after ``step``, and end the run if that is what all ranks have agreed on."""
+        if level == FAILED:
+            self.end(level)
+        fresh = step != self.saved
+        self.save(step, record)
+        self.since = time.monotonic()
+        if level > SAVE:
+            self.end(level, f"saved {self.path(step)}" if fresh else "")
+        reason = f"run.save_minutes is {self.config.run.save_minutes:g}" if self.is_due else "as SIGUSR1 asked"
+        self.signals.save = False
+        log.info("%s (%s)", f"saved {self.path(step)}" if fresh else "nothing new to save", reason)
+
+    def save(self, step: int, record: Record | None = None) -> None:
+        """Write the checkpoint of a step, unless it is there."""
+        if step != self.saved:
+            with as_one(self.world):
+                self.metrics.sync()
+            self._save(step, record)
+            self.saved, self.since = step, time.monotonic()
+        self.tell_where(step)
+
+    def tell_where(self, step: int) -> None:
+        """What a stop at once would say now."""
+        self.signals.where = f"after step {step} of {self.total}" if step else "before step 1"
+        nothing = "no checkpoint was saved" if step else NOTHING
+        self.signals.rest = f"go on with: {self.command}" if self.saved else nothing
+
+    def end(self, level: int, news: str = "") -> None:
+        """Raise, on every rank, what ends the run."""
+        if level == FAILED:
+            with as_one(self.world):
+                self.metrics.check()
+        if news:
+            self.signals.where += f"; {news}"
+        raise Interrupted(ORDER[level], self.signals.text)

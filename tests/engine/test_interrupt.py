@@ -1,0 +1,235 @@
+"""Signals: a run that is stopped has saved, and goes on to the bit."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import wait_for_lines
+
+from fastalign.engine import evaluate as evaluation
+from fastalign.engine import filling
+from fastalign.engine import train as engine
+from fastalign.engine.interrupt import Interrupted
+from fastalign.engine.precompute import precompute
+from fastalign.engine.report import write_report
+from fastalign.engine.train import train
+from runs import ROOT, assert_close, finish, launch, numbers, records
+
+PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def checkpoints(config) -> list[str]:
+    return sorted(p.name for p in (Path(config.run.output_dir) / "checkpoints").glob("*"))
+
+
+def sending(number, before, at: int = 1):
+    """The function, whose call number ``at`` is preceded by a signal to this process."""
+    calls = []
+
+    def call(*args, **options):
+        calls.append(args)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return before(*args, **options)
+
+    return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Run a configuration that is sent a signal at a call of a function; the text and the code it ended with."""
+
+    def run(config, number, module, name: str, at: int = 1) -> tuple[str, int]:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+            patch.setattr(module, name, sending(number, getattr(module, name), at))
+            train(config)
+        return str(stopped.value), stopped.value.code
+
+    return run
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, materials):
+    settings = {"run.steps": 80, "run.eval_every": 30, "data.eval_path": str(materials / "held_out.jsonl")}
+    whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped here"))
+    process, directory = launch(config), Path(config.run.output_dir)
+    wait_for_lines(directory / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(ValueError, match=rf"is in use by process {process.pid} on .* since 20.*choose another"):
+        train(config)
+    assert write_report(directory).exists()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    last = len(records(directory))
+    assert 3 <= last < 80 and checkpoints(config) == ["latest", f"step-{last}"]
+    assert not list(directory.glob(".lock")) and not list(directory.glob("running.json"))
+    line = output.splitlines()[-1]
+    assert line.startswith(
+        f"fastalign: error: interrupted after step {last} of 80; saved {directory}/checkpoints/step-"
+    )
+    assert output.count("error") == 1 and "Traceback" not in output
+    command = line.partition("go on with: ")[2]
+    assert shlex.split(command)[-4:] == ["--config", f"{directory}/config.yaml", "--run.resume", "true"]
+    subprocess.run(command, shell=True, check=True, env={**os.environ, **PATHS}, cwd=ROOT)
+    train(whole)
+    assert numbers(directory) == numbers(whole.run.output_dir)
+    assert len(records(directory)) == 80
+
+
+def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
+    settings = {"run.steps": 60, "run.keep": 9}
+    whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped"))
+    process, directory = launch(config, ranks=2), Path(config.run.output_dir)
+    wait_for_lines(directory / "metrics.jsonl", 2)
+    second = max(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    os.kill(second, signal.SIGUSR1)  # one rank alone is asked
+    wait_for_lines(directory / "metrics.jsonl", len(records(directory)) + 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    last = len(records(directory))
+    assert 2 < last < 60 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
+    assert "(as SIGUSR1 asked)" in output
+    told = [line for line in output.splitlines() if line.startswith("fastalign: error:")]
+    assert len(told) == 1 and f"interrupted after step {last} of 60; saved" in told[0]
+    assert "--standalone --nproc-per-node 2 -m fastalign sft --config" in told[0]
+    config.run.resume = True
+    finish(launch(config, ranks=2))
+    train(whole)
+    assert_close(whole.run.output_dir, directory, tolerance=1e-5)  # ranks reorder sums
+
+
+def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
+    whole, config = (configure("sft", name, **{"run.keep": 9}) for name in ("whole", "saved"))
+    train(whole)
+    monkeypatch.setattr(engine, "train_step", sending(signal.SIGUSR1, engine.train_step, at=3))
+    train(config)
+    assert checkpoints(config) == ["latest", "step-3", "step-6"]
+    assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stop_finishes_the_step_it_came_in(configure, stop_at, number, code):
+    config = configure("sft")
+    text, ended = stop_at(config, number, engine, "train_step", at=3)
+    assert ended == code and text.startswith("interrupted after step 3 of 6; saved ")
+    assert text.endswith(f" -m fastalign sft --config {config.run.output_dir}/config.yaml --run.resume true")
+    assert checkpoints(config) == ["latest", "step-3"] and len(records(config.run.output_dir)) == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_before_the_first_step_there_is_nothing_to_save(configure, stop_at):
+    config = configure("sft")
+    for module, name in ((engine, "load_data"), (engine, "peak_memory")):
+        text, code = stop_at(config, signal.SIGTERM, module, name)
+        assert (text, code) == ("interrupted before step 1; nothing to save", 143)
+        assert not (Path(config.run.output_dir) / "checkpoints").exists()
+    train(config)  # the directory is free
+
+
+def test_a_resumed_run_that_has_not_moved_has_nothing_new(configure, stop_at):
+    config = configure("sft")
+    stop_at(config, signal.SIGINT, engine, "train_step", at=3)
+    config.run.resume = True
+    text, _ = stop_at(config, signal.SIGINT, engine, "peak_memory")
+    assert text.startswith("interrupted after step 3 of 6; go on with: ") and checkpoints(config) == [
+        "latest",
+        "step-3",
+    ]
+    text, _ = stop_at(config, signal.SIGINT, engine, "load_data")
+    assert text.startswith("interrupted before it went on from ") and text.endswith("step-3; nothing new to save")
+
+
+@pytest.mark.parametrize("save_every", [0, 3])
+def test_an_evaluation_that_is_stopped_is_made_by_the_resume(configure, materials, stop_at, save_every):
+    settings = {"run.eval_every": 3, "run.save_every": save_every, "data.eval_path": str(materials / "held_out.jsonl")}
+    whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped"))
+    train(whole)
+    text, _ = stop_at(config, signal.SIGINT, evaluation, "evaluation_steps")
+    assert text.startswith("interrupted after step 3 of 6;") and "step-3" in checkpoints(config)
+    assert len(records(config.run.output_dir)) == 2
+    config.run.resume = True
+    text, _ = stop_at(
+        config, signal.SIGINT, evaluation, "evaluation_steps", at=2
+    )  # the last, after the first is made up
+    assert text.startswith("interrupted after step 6 of 6;") and len(records(config.run.output_dir)) == 5
+    train(config)
+    assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
+    assert (Path(config.run.output_dir) / "model").exists()
+
+
+def test_an_evaluation_that_fails_costs_nothing(configure, materials, monkeypatch):
+    settings = {"run.eval_every": 3, "data.eval_path": str(materials / "held_out.jsonl")}
+    whole, config = (configure("sft", name, **settings) for name in ("whole", "failed"))
+    train(whole)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        fine = iter([engine.evaluate])
+        patch.setattr(engine, "evaluate", lambda *a, **k: next(fine, too_large)(*a, **k))
+        train(config)
+    assert checkpoints(config) == ["latest", "step-6"] and len(records(config.run.output_dir)) == 5
+    config.run.resume = True
+    train(config)
+    assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
+    assert (Path(config.run.output_dir) / "model").exists()
+    train(config)  # a finished run is exported again
+    assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
+
+
+def too_large(*args, **options):
+    raise MemoryError
+
+
+def test_log_probs_that_were_computed_before_a_stop_are_kept(configure, stop_at):
+    config = configure("dpo", **{"reference.cache": "auto", "run.steps": 40})
+    config.data.cache_dir = config.run.output_dir + "-cache"
+    text, _ = stop_at(config, signal.SIGINT, filling, "split", at=3)
+    assert text == "interrupted before step 1; nothing to save"
+    summary = precompute(config)
+    assert 0 < int(summary.split(" hits")[0].split()[-1]) < 96, summary
+
+
+def test_an_export_that_is_stopped_is_made_by_the_resume(configure, stop_at):
+    config = configure("sft")
+    text, code = stop_at(config, signal.SIGTERM, engine, "save_pretrained")
+    assert code == 143 and text.startswith("interrupted in the export; go on with: ")
+    assert [p.name for p in Path(config.run.output_dir).glob("*model*")] == []
+    config.run.resume = True
+    train(config)
+    assert (Path(config.run.output_dir) / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("minutes, kept", [(1e-9, ["step-4", "step-5", "step-6"]), (0, ["step-6"]), (15, ["step-6"])])
+def test_the_clock_saves_too(configure, minutes, kept):
+    config = configure("sft", **{"run.save_minutes": minutes, "run.keep": 3})
+    train(config)
+    assert checkpoints(config) == ["latest", *kept]
+    assert [line["step"] for line in records(config.run.output_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+SCRIPT = """
+import hashlib, time
+from fastalign.engine.interrupt import handled
+with handled() as signals:
+    signals.at_once, signals.where = False, "after step 1 of 9"
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where no handler runs
+"""
+
+
+@pytest.mark.parametrize("first, second, code", [("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGTERM", 143)])
+def test_a_second_signal_stops_at_once(first, second, code):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env={**os.environ, **PATHS}, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, first))
+    time.sleep(0.4)
+    assert process.poll() is None
+    process.send_signal(getattr(signal, second))
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert error.splitlines()[-1] == f"fastalign: error: stopped at once by a second {second}; nothing to save"
