@@ -227,7 +227,7 @@ def test_a_number_for_a_text_is_refused_where_it_stands(
     data = DataConfig(path=str(Path(path).parent) if "/" in name else path, num_proc=processes)
     with pytest.raises(
         ValueError,
-        match=rf"{place}: column 'prompt': expected a string .*, got a number: put it in quotes, or map .*data\.columns",
+        match=rf"{place}: column 'prompt': expected a string .*, got a number: put it in quotes, or map .*data\.col",
     ):
         encode_dataset(load_train_eval(data)[0], tokenizer, data, "sft")
 
