@@ -125,7 +125,7 @@ def policy_loss_kernel(
             logp = tl.where(inside, (z - top) - logsum, float("nan"))
             target = tl.where(inside, label, ELSEWHERE).to(tl.int32)
             hit = inside & (z == top) & (logp == logp)
-            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, ROWS, LOG_COLS).to(dtype)
+            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, LOG_COLS).to(dtype)
 
             w = tl.load(weights_ptr + row)
             advantage = zero + 1

@@ -136,23 +136,20 @@ def _combine(m, s, t, u, vocab_size, ENTROPY: tl.constexpr, TOTAL: tl.constexpr,
 
 
 @triton.jit
-def _leads(
-    row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, LOG_COLS: tl.constexpr
-):
+def _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP: tl.constexpr, LOG_COLS: tl.constexpr):
     """Whether a label that has the row's maximum is the first column that has it.
 
     Read again are the columns before the label, of lanes that saw the maximum: mostly of one. Without a hit none is.
     """
     COLS: tl.constexpr = 1 << LOG_COLS
-    lane = tl.arange(0, COLS)[None, :]
-    tile = tl.arange(0, ROWS)[:, None] * COLS + lane
-    tied = (m == top)[None, :]
-    earlier = tl.zeros((ROWS, COLS), tl.int32)
-    for start in range(0, tl.where(hit, label, 0).to(tl.int32), ROWS * COLS):
-        mask = tied & (start + tile < label)
-        z, _ = _scaled(tl.load(row_ptr + start + tile, mask=mask, other=0.0), inner, outer, HAS_SOFTCAP)
+    lane = tl.arange(0, COLS)
+    tied = m == top
+    earlier = tl.zeros((COLS,), tl.int32)
+    for start in range(0, tl.where(hit, label, 0).to(tl.int32), COLS):
+        mask = tied & (start + lane < label)
+        z, _ = _scaled(tl.load(row_ptr + start + lane, mask=mask, other=0.0), inner, outer, HAS_SOFTCAP)
         earlier |= (mask & (z == top)).to(tl.int32)
-    return hit & (tl.max(tl.max(earlier, 1), 0) == 0)
+    return hit & (tl.max(earlier, 0) == 0)
 
 
 @triton.jit

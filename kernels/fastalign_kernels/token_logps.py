@@ -97,7 +97,7 @@ def forward_kernel(
         logp = tl.where(label == ELSEWHERE, 0.0, tl.where(inside, (target - top) - logsum, float("nan")))
         if TOP1:
             hit = inside & (target == top) & (logp == logp)
-            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, ROWS, LOG_COLS).to(dtype)
+            top1 = _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP, LOG_COLS).to(dtype)
     tl.store(logps_ptr + row, logp)
     tl.store(max_ptr + row, top)
     tl.store(logsum_ptr + row, logsum)

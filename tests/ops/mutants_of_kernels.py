@@ -90,7 +90,7 @@ IN_TRITON = [
     Mutant(
         "triton: a tie with an earlier column is a hit",
         ROWS,
-        "return hit & (tl.max(tl.max(earlier, 1), 0) == 0)",
+        "return hit & (tl.max(earlier, 0) == 0)",
         "return hit",
         "ops/test_top1.py -k 'near_and_far and triton and float32'",
         quick=True,
@@ -98,8 +98,8 @@ IN_TRITON = [
     Mutant(
         "triton: a tie is sought in the first tile alone",
         ROWS,
-        "for start in range(0, tl.where(hit, label, 0).to(tl.int32), ROWS * COLS):",
-        "for start in range(0, tl.where(hit, 1, 0).to(tl.int32), ROWS * COLS):",
+        "for start in range(0, tl.where(hit, label, 0).to(tl.int32), COLS):",
+        "for start in range(0, tl.where(hit, 1, 0).to(tl.int32), COLS):",
         "ops/test_top1.py -k 'near_and_far and triton and float32'",
     ),
     Mutant(
