@@ -7,7 +7,7 @@ Hidden states and labels are the same on every rank. Per chunk one all-gather ca
     logp = ((logp_o + logsum_o) + (m_o - M)) - logS      o: the rank that owns the label
     H    = sum_r w_r (H_r - ln w_r)
     T    = sum_r T_r + V_r (m_r - M)                     T: the sum of z - max over V columns
-    top1 = top1_o and m_o = M and m_r < M for r < o      a tie goes to the earlier rank, whose columns come first
+    top1 = top1_o and m_o = M and m_r < M for r < o      a tie goes to the earlier rank; 0 where logp is NaN
 
 The combination runs in rank order on each rank and gives the same bits everywhere. The gradient of the hidden states is
 a sum over ranks, that of the weight is local. The number and shapes of collectives depend on shared values alone.
@@ -180,7 +180,8 @@ def combine(
     target = targets.gather(0, owners[None].long()).squeeze(0) - everywhere
     h = None if entropies is None else _entropy(entropies, shares - everywhere)
     t = None if totals is None else _total(shard, totals, maxima - top)
-    return target, h, top, everywhere, t, None if firsts is None else _top1(firsts, owners, maxima, top)
+    leads = None if firsts is None else _top1(firsts, owners, maxima, top).masked_fill(target.isnan(), 0)
+    return target, h, top, everywhere, t, leads
 
 
 def _entropy(entropies: Tensor, log_w: Tensor) -> Tensor:
