@@ -45,7 +45,7 @@ def reason(error: BaseException, path: Path, need: int = 0) -> str:
     number = errno_of(error)
     if number not in FULL:
         return os.strerror(number) if number else f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    wanted = f"{readable(need)} needed, " if need else ""
+    wanted = f"at least {readable(need)} needed, " if need else ""
     return f"{os.strerror(number)} ({wanted}{readable(free_bytes(path))} free)"
 
 

@@ -56,4 +56,4 @@ if __name__ == "__main__":
             try:
                 case(Path(sys.argv[1]), Path(sys.argv[2]), ranks)
             except RunError as error:
-                print(number, error, flush=True)
+                os.write(1, f"{number} {error}\n".encode())  # whole lines of both ranks
