@@ -1,6 +1,9 @@
 // The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "attention.h"
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
@@ -188,10 +191,18 @@ Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& refer
   return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value)};
 }
 
+// A dtype that is computed in fp32; any other would be read as one of them.
+Dtype computed_in_fp32(int dtype) {
+  if (dtype != static_cast<int>(Dtype::float32) && dtype != static_cast<int>(Dtype::bfloat16) &&
+      dtype != static_cast<int>(Dtype::float16))
+    throw std::invalid_argument("expected fp32, bf16 or fp16 (dtype 0, 1 or 2), got dtype " + std::to_string(dtype));
+  return static_cast<Dtype>(dtype);
+}
+
 using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
 
 Heads heads(const HeadsArgument& x) {
-  return {pointer(std::get<0>(x)), static_cast<Dtype>(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
+  return {pointer(std::get<0>(x)), computed_in_fp32(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
 }
 
 void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
@@ -208,7 +219,7 @@ void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsAr
 using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
 
 Rows rows_of(const RowsArgument& x) {
-  return {pointer(std::get<0>(x)), static_cast<Dtype>(std::get<1>(x)), std::get<2>(x)};
+  return {pointer(std::get<0>(x)), computed_in_fp32(std::get<1>(x)), std::get<2>(x)};
 }
 
 void run_rms_norm(const RowsArgument& x, const RowsArgument& y, const RowsArgument& weight, Address inverse,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops import _cpp
+from fastalign.ops._final import final
 
 
 def unavailable() -> str | None:
@@ -32,13 +32,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, dtype: torc
     Returns:
         ``[T, H, d]``.
     """
-    return _Attend.apply(q, k, v, plan, scale, dtype)
+    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, dtype)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, dtype):
-        q, k, v = (_neighbours(x) for x in (q, k, v))
         out = torch.empty(q.shape, dtype=dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         _call(q, k, v, plan, scale, lse, out=_heads(out))
@@ -47,7 +46,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @final("packed_attention by cpp")
     def backward(ctx, *grads):
         q, k, v, lse = ctx.saved_tensors
         grad_out, grad_q = _neighbours(grads[0]), torch.empty(q.shape, dtype=q.dtype)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops import _cpp, _onednn
+from fastalign.ops._final import final
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,12 +40,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
         eps: added to the mean square.
         dtype: of the result.
     """
-    return _RmsNorm.apply(x, weight, eps, dtype)
+    return _RmsNorm.apply(x.contiguous(), weight, eps, dtype)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` of two ``[..., D]`` tensors of one dtype, rounded once."""
-    return _SiluMul.apply(gate, up)
+    return _SiluMul.apply(gate.contiguous(), up.contiguous())
 
 
 def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         gate, up: ``[..., K]`` of one dtype.
         weight: ``[N, K]`` of that dtype.
     """
-    return _SiluMulLinear.apply(gate, up, weight)
+    return _SiluMulLinear.apply(gate.contiguous(), up.contiguous(), weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _Rotate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @final("the native rotate")
     def backward(ctx, *grads):
         y = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         x = torch.empty(y.shape, dtype=ctx.dtype)
@@ -105,7 +105,6 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        x = x.contiguous()
         y = torch.empty(x.shape, dtype=dtype)
         inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
         _norm(x, weight, inverse, eps, y=_rows(y))
@@ -114,7 +113,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @final("the native rms_norm")
     def backward(ctx, *grads):
         x, weight, inverse = ctx.saved_tensors
         grad_y, grad_x = grads[0].contiguous(), torch.empty_like(x)
@@ -135,14 +134,13 @@ def _norm(x: Tensor, weight: Tensor, inverse: Tensor, eps: float, **more: Any) -
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
         _silu(gate, up, y=_rows(y))
         ctx.save_for_backward(gate, up)
         return y
 
     @staticmethod
-    @once_differentiable
+    @final("the native silu_mul")
     def backward(ctx, *grads):
         gate, up = ctx.saved_tensors
         grad_y, grad_gate, grad_up = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
@@ -153,14 +151,13 @@ class _SiluMul(torch.autograd.Function):
 class _SiluMulLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, weight):
-        gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
         _silu(gate, up, y=_rows(y))
         ctx.save_for_backward(gate, up, weight)
         return _onednn.linear(y, weight, None) if _onednn.serves(y, weight) else torch.nn.functional.linear(y, weight)
 
     @staticmethod
-    @once_differentiable
+    @final("the native silu_mul_linear")
     def backward(ctx, *grads):
         gate, up, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)

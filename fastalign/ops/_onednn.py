@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fastalign.ops._final import final
 
 LEAST_WORK = 1 << 22
 """Multiply-adds from which a product is worth a fresh result that is copied."""
@@ -70,7 +71,7 @@ class _Linear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr="none", scalars=[], algorithm="")
 
     @staticmethod
-    @once_differentiable
+    @final("a linear layer by oneDNN")
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
         grad, rows = grads[0].flatten(0, -2), x.flatten(0, -2)

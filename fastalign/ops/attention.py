@@ -33,6 +33,9 @@ from fastalign.types import Segments
 
 log = logging.getLogger(__name__)
 
+NARROW = {torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes that may be mixed: attention is computed in fp32, or in the dtype of q."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -162,18 +165,19 @@ def packed_attention(
 
     Args:
         q: `[T, H, d]` queries; fp64, fp32, bf16 or fp16.
-        k: `[T, K, d]` keys; K divides H, query head h reads key head h // (H / K).
-        v: `[T, K, d]` values.
+        k: `[T, K, d]` keys, fp64 where q is, otherwise of any other of these dtypes; K divides H, query head h reads
+            key head h // (H / K).
+        v: `[T, K, d]` values, likewise.
         segments: the segments of the row, or their `layout`, which many layers can share.
         scale: factor of the scores; default `d ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`; `sdpa` (slower) and `flash` know it.
         backend: `sdpa`, `cpp`, `varlen`, `flash` or None for the best one here.
 
     Returns:
-        `[T, H, d]` in the dtype of q (the autocast dtype under autocast).
+        `[T, H, d]` in the dtype of q (the autocast dtype under autocast, which leaves fp64 alone).
 
     Raises:
-        ValueError: on shapes that do not fit, or a backend that cannot serve these tensors.
+        ValueError: on shapes, dtypes or devices that do not fit, or a backend that cannot serve these tensors.
 
     >>> q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     >>> packed_attention(q, k, v, Segments([0, 3, 5, 9], [-1, 0, 0])).shape
@@ -181,6 +185,7 @@ def packed_attention(
     """
     plan = segments if isinstance(segments, Layout) else layout(segments)
     _check_shapes(q, k, v, plan)
+    _check_kinds(q, k, v)
     dtype = _out_dtype(q)
     name = backend or choose_backend(q.device.type, dtype, softcap is not None)
     if name not in BACKENDS:
@@ -196,7 +201,20 @@ def packed_attention(
 
 def _out_dtype(q: Tensor) -> torch.dtype:
     device = q.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    cast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else q.dtype
+
+
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtypes, devices = [x.dtype for x in (q, k, v)], [x.device for x in (q, k, v)]
+    if not ({*dtypes} <= NARROW or {*dtypes} == {torch.float64}):
+        raise ValueError(f"expected q, k and v all in fp64, or each in fp32, bf16 or fp16; got {_spell(dtypes)}")
+    if len({*devices}) > 1:
+        raise ValueError(f"expected q, k and v on one device, got {_spell(devices)}")
+
+
+def _spell(values: Sequence[object]) -> str:
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Layout) -> None:
@@ -240,7 +258,7 @@ def unavailable(name: str, device: str, dtype: torch.dtype, softcap: bool = Fals
 def _cpp_unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
     if device != "cpu":
         return f"needs CPU tensors, got {device}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in NARROW:
         return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
     return "the native attention has no softcap" if softcap else _cpp_attention.unavailable()
 

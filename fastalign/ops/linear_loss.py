@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastalign.ops._call import Call, head_of, make_call
 from fastalign.ops._checks import Lora
+from fastalign.ops._final import mark
 from fastalign.ops._gradients import needed, recomputed_gradients
 from fastalign.ops._head import Head, Leaves, Needs, Wanted, kernel_dtype, reported, spread
 from fastalign.ops._loss_fn import DIFFERENTIABLE, LossFn, checked
@@ -50,20 +51,8 @@ class _Attach(torch.autograd.Function):
             made = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
             _scale(made, upstream[0])
         if torch.is_grad_enabled():
-            made = (None if g is None else _Final.apply(g, x) for g, x in zip(made, inputs, strict=True))
+            made = (None if g is None else mark("linear_loss", g, x) for g, x in zip(made, inputs, strict=True))
         return *made, None, None, None
-
-
-class _Final(torch.autograd.Function):
-    """Marks a gradient made under ``create_graph``: differentiating it again must raise, not give zero."""
-
-    @staticmethod
-    def forward(ctx, grad, source):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("linear_loss does not support double backward: its gradients are final")
 
 
 def _scale(grads: Leaves, upstream: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from fastalign.ops import _functors, dispatch
 from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling
+from fastalign.ops._final import mark
 from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
 from fastalign.ops._torch_policy import tabulate, write_gradient
 from fastalign.ops.token_logps import Call as TokenCall
@@ -193,19 +194,7 @@ class _Eager(torch.autograd.Function):
             return None, None, *others
         with torch.no_grad():
             grad = _scaled(ctx.made.pop() if ctx.made else _again(ctx), upstream)
-        return None, _Final.apply(grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *others
-
-
-class _Final(torch.autograd.Function):
-    """Marks a gradient made under ``create_graph``: differentiating it again must raise, not give zero."""
-
-    @staticmethod
-    def forward(ctx, grad, logits):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("policy_loss does not support double backward: its gradient is final")
+        return None, mark("policy_loss", grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *others
 
 
 def _again(ctx) -> Tensor:

@@ -241,3 +241,24 @@ def test_layers_of_other_classes_stay():
     holder = nn.ModuleList([LlamaRMSNorm(), nn.Identity()])
     native.use_native_layers(holder)
     assert type(holder[0]) is LlamaRMSNorm
+
+
+NATIVE = {
+    "rms_norm": (lambda x, w: _cpp_layers.rms_norm(x, w[0], 1e-5, torch.float32), (6, 16), (3, 16)),
+    "silu_mul": (_cpp_layers.silu_mul, (6, 16), (6, 16)),
+    "silu_mul_linear": (lambda x, w: _cpp_layers.silu_mul_linear(x, x * 2, w), (6, 16), (8, 16)),
+    "rotate": (lambda x, w: _cpp_layers.rotate(x, w[:, 0], w[:, 0]) * w.sum(), (6, 2, 16), (6, 1, 16)),
+    "linear": (lambda x, w: _onednn.linear(x, w, None), (6, 16), (8, 16)),
+}
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_second_derivative_is_refused(name, strided):
+    """Of a sum, whose upstream gradient is a constant, it would look like zero."""
+    f, *shapes = NATIVE[name]
+    x, w = draw(*shapes, dtype=torch.float32)
+    given = x.mT.contiguous().mT if strided else x
+    (grad,) = torch.autograd.grad(f(given, w).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not support double backward"):
+        grad.square().sum().backward()

@@ -130,5 +130,37 @@ def test_it_is_the_choice_on_a_cpu_where_it_serves():
 def test_double_backward_is_refused():
     inputs = leaves(tensors(14), torch.float32)
     grad = torch.autograd.grad(native(segments_of("pair"))(*inputs).square().sum(), inputs[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "sdpa", None])
+@pytest.mark.parametrize("dtypes", ["float32 float64 float64", "float64 float32 float32", "float32 float32 int64"])
+def test_dtypes_that_do_not_go_together_are_refused(backend, dtypes):
+    q, k, v = (x.to(getattr(torch, name)) for x, name in zip(tensors(14), dtypes.split(), strict=True))
+    with pytest.raises(ValueError, match=f"fp64, or each in fp32.*got {', '.join(dtypes.split())}"):
+        packed_attention(q, k, v, segments_of("pair"), backend=backend)
+
+
+def test_autocast_leaves_fp64_alone():
+    inputs = leaves(tensors(14), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = packed_attention(*inputs, segments_of("pair"))
+    torch.testing.assert_close(out, reference(*inputs, segments_of("pair")), rtol=1e-12, atol=1e-12)
+
+
+def test_the_extension_knows_no_other_dtype():
+    x = torch.ones(2, 1, 4, dtype=torch.float64)
+    heads, rows = (x.data_ptr(), 3, 4, 4), (x.data_ptr(), 3, 4)
+    with pytest.raises(ValueError, match="expected fp32, bf16 or fp16"):
+        _C.rotate(x=heads, y=heads, cos=rows, sin=rows, shape=(2, 1, 4), adjoint=False, threads=1)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_second_derivative_through_a_sum_is_refused(strided):
+    inputs = leaves(tensors(14), torch.float32)
+    given = [x.mT.contiguous().mT if strided else x for x in inputs]
+    out = native(segments_of("pair"))(*given)
+    (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not support double backward"):
+        (out.sum() + grad.square().sum()).backward()
