@@ -227,6 +227,13 @@ def test_cross_entropies(fused, options, reduction):
         assert torch.equal(found.predicted_tokens, logits.argmax(-1).masked_fill(~scored, -1))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_untrained_head_is_right_one_time_in_v(reduction):
+    loss = ours.LigerFusedLinearCrossEntropyLoss(reduction=reduction, return_token_accuracy=True)
+    found = loss(torch.zeros(16, 5), torch.randn(16, 5), torch.arange(16))
+    assert found.token_accuracy.sum() == (1 / 16 if reduction == "mean" else 1)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     "options",

@@ -122,6 +122,12 @@ def test_fields_are_those_of_the_logits(softcap, biased):
     assert torch.equal(top1, z.argmax(-1) == labels) and top1[:3].all()
 
 
+def test_of_equal_logits_the_first_is_the_choice():
+    hidden, labels = torch.randn(13, 5), torch.arange(13)
+    *_, top1 = head_fields(hidden, Head(torch.zeros(13, 5)), labels, Scaling(), ("is_top1",))
+    assert top1.tolist() == [True] + [False] * 12, "as in TRL's argmax"
+
+
 def test_fields_that_nobody_wants_are_none():
     fields = head_fields(torch.ones(2, 3), Head(torch.ones(4, 3)), torch.zeros(2, dtype=torch.int64), Scaling(), ())
     assert [x is None for x in fields] == [False, True, True, True, True]

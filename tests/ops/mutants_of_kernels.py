@@ -165,7 +165,7 @@ IN_CPP = [
     Mutant(
         "c++: drop the mask",
         "csrc/cpu/rows.h",
-        "if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0, 0});",
+        "if (label == kIgnored) return write_row(op, row, 0, {0, 0, 0, 0, 0}, false);",
         "",
         NATIVE,
         ("token_logps",),
