@@ -149,10 +149,11 @@ class Statistics(NamedTuple):
 def _outputs(logits: Tensor, entropy: bool, total: bool, top1: bool) -> Statistics:
     """Fresh memory for the statistics, beside the logits."""
 
-    def fresh(wanted: bool) -> Tensor | None:
-        return torch.empty(len(logits), dtype=_stats_dtype(logits), device=logits.device) if wanted else None
+    def fresh() -> Tensor:
+        return torch.empty(len(logits), dtype=_stats_dtype(logits), device=logits.device)
 
-    return Statistics(*map(fresh, (True, entropy, True, True, total, top1)))
+    others = (fresh() if wanted else None for wanted in (total, top1))
+    return Statistics(fresh(), fresh() if entropy else None, fresh(), fresh(), *others)
 
 
 def _vectors(given: Mapping[str, Tensor | None], logits: Tensor) -> dict[str, Tensor]:
