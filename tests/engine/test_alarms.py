@@ -63,7 +63,7 @@ def test_an_exploding_loss_is_told_once(caplog, first, limit):
     assert line.startswith("step 3: the loss is") and "may be diverging" in line
 
 
-BLOWN_UP = {"optim.lr": 1e6, "optim.warmup": 0, "optim.weight_decay": 0.0, "run.steps": 30}
+BLOWN_UP = {"optim.lr": 1e6, "optim.warmup": 0, "optim.weight_decay": 0.0, "run.steps": 30, "reference.cache": "off"}
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
