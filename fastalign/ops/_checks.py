@@ -12,6 +12,8 @@ from torch import Tensor
 from fastalign.types import IGNORE_INDEX
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW = frozenset(FLOATS[:3])
+"""Dtypes that attention may mix: it computes in fp32, or in the dtype of the queries."""
 Lora = tuple[Tensor, Tensor, float]
 """An adapter of the head: A ``[r, D]``, B ``[V, r]`` and the factor of their product."""
 
@@ -162,3 +164,13 @@ def _sums_in_fixed_order(group: dist.ProcessGroup) -> bool:
     algorithms = os.environ.get("NCCL_ALGO", "")
     excluded = algorithms.startswith("^") == ("NVLS" in algorithms.upper())
     return os.environ.get("NCCL_NVLS_ENABLE") == "0" or (algorithms != "" and excluded)
+
+
+def check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses queries, keys and values of dtypes that do not go together, or on several devices."""
+    dtypes, devices = [x.dtype for x in (q, k, v)], [x.device for x in (q, k, v)]
+    if not ({*dtypes} <= NARROW or {*dtypes} == {torch.float64}):
+        got = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"expected q, k and v all in fp64, or each in fp32, bf16 or fp16; got {got}")
+    if len({*devices}) > 1:
+        raise ValueError(f"expected q, k and v on one device, got {', '.join(map(str, devices))}")

@@ -29,12 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.ops import _cpp_attention
+from fastalign.ops._checks import NARROW, check_kinds
 from fastalign.types import Segments
 
 log = logging.getLogger(__name__)
-
-NARROW = {torch.float32, torch.bfloat16, torch.float16}
-"""Dtypes that may be mixed: attention is computed in fp32, or in the dtype of q."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def packed_attention(
     """
     plan = segments if isinstance(segments, Layout) else layout(segments)
     _check_shapes(q, k, v, plan)
-    _check_kinds(q, k, v)
+    check_kinds(q, k, v)
     dtype = _out_dtype(q)
     name = backend or choose_backend(q.device.type, dtype, softcap is not None)
     if name not in BACKENDS:
@@ -203,18 +201,6 @@ def _out_dtype(q: Tensor) -> torch.dtype:
     device = q.device.type
     cast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else q.dtype
-
-
-def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
-    dtypes, devices = [x.dtype for x in (q, k, v)], [x.device for x in (q, k, v)]
-    if not ({*dtypes} <= NARROW or {*dtypes} == {torch.float64}):
-        raise ValueError(f"expected q, k and v all in fp64, or each in fp32, bf16 or fp16; got {_spell(dtypes)}")
-    if len({*devices}) > 1:
-        raise ValueError(f"expected q, k and v on one device, got {_spell(devices)}")
-
-
-def _spell(values: Sequence[object]) -> str:
-    return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Layout) -> None:
