@@ -20,13 +20,14 @@ class WriteError(OSError):
 
 
 @contextmanager
-def writing(what: str, path: Path, need: int = 0, remedy: str = "") -> Iterator[None]:
+def writing(what: str, path: Path, need: int = 0, remedy: str = "", then: str = "") -> Iterator[None]:
     """Turn what a block's writes raise into one `WriteError`.
 
     Args:
         what, path: named in the error.
         need: bytes that will be written, if they are known: the block is not entered when they are not free.
         remedy: what to do about it.
+        then: or what to do once there is space, or the cause is mended.
     """
     try:
         if need > free_bytes(path):
@@ -34,7 +35,11 @@ def writing(what: str, path: Path, need: int = 0, remedy: str = "") -> Iterator[
         yield
     except WriteError:
         raise
+    except ConnectionError:  # of a process that ended, not of a disk
+        raise
     except (OSError, SafetensorError) as error:
+        if then:
+            remedy = f"{'free some space' if errno_of(error) in FULL else 'mend that'} and {then}"
         raise WriteError(
             f"cannot write {what} {path}: {reason(error, path, need)}{remedy and f'; {remedy}'}"
         ) from error
@@ -83,11 +88,11 @@ def readable(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def write_whole(path: Path, text: str, what: str, remedy: str = "") -> None:
+def write_whole(path: Path, text: str, what: str, then: str = "") -> None:
     """Replace a text file; one that cannot be written whole stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(what, path, remedy=remedy):
+        with writing(what, path, then=then):
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
     finally:

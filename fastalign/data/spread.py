@@ -53,7 +53,7 @@ def encode(rows: Dataset, encoder: Encoder, file: str, processes: int, options: 
     folder = Path(f"{file}.parts")
     folder.mkdir()
     options = {**options, "cache_file_name": str(folder / "part.arrow")}
-    with _one_thread():
+    with _one_thread(), _stopped():
         encoded = rows.map(Counted(encoder, str(folder)), with_rank=True, num_proc=processes, **options)
     for rank in range(processes):
         encoder.counts.update(json.loads((folder / f"{rank}.json").read_text()))
@@ -61,6 +61,17 @@ def encode(rows: Dataset, encoder: Encoder, file: str, processes: int, options: 
     number = len(encoded)
     shutil.rmtree(folder)
     return number
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    """A stop is raised as that: `datasets` asks its workers for results meanwhile and raises that there are none."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager

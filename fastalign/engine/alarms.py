@@ -75,7 +75,7 @@ SOLVED = (
 STUCK = (
     "step {step}: grad_norm has been exactly 0 since step {first}, {number} steps in a row, while the loss is "
     "{loss:.4g}: nothing is learned any more; the weights have probably blown up: start again with a lower optim.lr "
-    "(now {lr:.2e}); checkpoints are intact, those of steps below {first} are from before it happened"
+    "(now {lr:.2e}); of the checkpoints that are left, those of steps below {first} are from before it happened"
 )
 EXPLODING = (
     "step {step}: the loss is {loss:.4g}, the first was {first:.4g}: the run may be diverging; "

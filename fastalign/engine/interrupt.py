@@ -126,6 +126,18 @@ def handled() -> Iterator[Requests]:
         os.close(writer)  # ends the thread
 
 
+def _in_child() -> None:
+    """A forked worker (of tokenising) leaves Ctrl-C to its parent and ends at its signals, which it must not hear."""
+    if _current is not None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
 def resume_command(config: Config) -> str:
     """The shell command that goes on with a run, started as this process was."""
     file = Path(config.run.output_dir) / "config.yaml"

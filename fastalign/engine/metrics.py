@@ -184,7 +184,7 @@ class MetricsLog:
     def noted(self) -> Iterator[None]:
         """Keep what a write raises until all ranks can hear of it: one that stops alone leaves the others waiting."""
         try:
-            with writing("metrics", self.path, remedy="free some space, then go on with run.resume=true"):
+            with writing("metrics", self.path, then="go on with run.resume=true"):
                 yield
         except WriteError as error:
             self.failure = error
@@ -253,7 +253,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, step: int) -> int:
     """Drop the lines after ``step``, so that a resumed run writes no step twice; returns the step of the last, or 0."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_whole(
-        path, "".join(json.dumps(record) + "\n" for record in kept), "metrics", "free some space and start again"
-    )
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept), "metrics", "start again")
     return kept[-1]["step"] if kept else 0

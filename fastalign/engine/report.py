@@ -52,7 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
         )
     settings = read_settings(directory) if (directory / "config.yaml").exists() else {}
     path = directory / "report.html"
-    write_whole(path, page(directory.name, settings, records), "the report", "free some space and run this again")
+    write_whole(path, page(directory.name, settings, records), "the report", "run this again")
     return path
 
 

@@ -35,7 +35,7 @@ LAYOUT = {
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
-RUN_STATE = {"config": dict, "loader": dict, "data": str}
+RUN_STATE = {"config": dict, "loader": dict, "data": str, "carried": dict}
 """What a run adds to the ``state.json`` of its checkpoints."""
 HORIZON = {"run.steps", "run.epochs"}
 """How long a run goes on: free when the learning rate does not depend on it."""
@@ -121,6 +121,8 @@ def claim(config: Config, world: World) -> Path | None:
     if checkpoint is not None:
         check_same_run(read_state(checkpoint, **RUN_STATE)["config"], settings, checkpoint)
     lines = read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
+    if not lines and not (checkpoint and is_own(checkpoint, directory)):
+        refuse_model(directory)
     if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
     world.barrier()
@@ -158,6 +160,15 @@ def refuse_occupied(directory: Path) -> None:
     if newest_checkpoint(directory / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
         raise ValueError(
             f"{directory} already holds a run: continue it with run.resume=true, or choose another run.output_dir"
+        )
+
+
+def refuse_model(directory: Path) -> None:
+    """A run never writes its model over one that is not its own."""
+    if (model := directory / "model").exists():
+        raise ValueError(
+            f"{model} is there, and of no run that left checkpoints or metrics: it would be replaced; "
+            "move it, or choose another run.output_dir"
         )
 
 
@@ -211,7 +222,7 @@ def prepare(config: Config, step: int, world: World) -> int:
         if world.is_main:
             reap(directory / "checkpoints", after=step)  # first, for the room that it makes
             settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
-            write_whole(directory / "config.yaml", settings, "the settings", "free some space and start again")
+            write_whole(directory / "config.yaml", settings, "the settings", "start again")
             last = truncate_metrics(directory / "metrics.jsonl", step)
     return world.gather_objects(last)[0]
 

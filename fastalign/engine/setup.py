@@ -89,6 +89,8 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
     if config.reference.cache in ("", "null"):
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
+    if not run.output_dir.strip():
+        raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
     check_trackers(run.trackers)
     training_path(config.data)
     check_named(config.model)

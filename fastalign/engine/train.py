@@ -308,8 +308,8 @@ def export(job: Job) -> None:
             base = None if policy.adapted is None or model.config is None else make_base_again(job)
             written = [x for x in (policy, base) if x is not None]
             need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
-            remedy = f"free some space and export again with: {resume_command(job.config)}"
-            with writing("the model", directory / "model", need, remedy):
+            then = f"export again with: {resume_command(job.config)}"
+            with writing("the model", directory / "model", need, then=then):
                 save_pretrained(policy, job.tokenizer, directory / "model", state, base)
             report(directory)
 

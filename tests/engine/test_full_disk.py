@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fastalign.data.disk import free_bytes, writing
+from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
@@ -215,3 +215,9 @@ def test_two_ranks_say_it_once_and_wait_for_nobody(small_disk, tmp_path):
     assert re.search(r"cannot write the checkpoint .*step-1 on rank [01]: No space left", told[0])
     assert re.search(r"cannot write the reference cache .*: No space left", told[2])
     assert re.search(r"is in use by process \d+ on .* since", told[4])
+
+
+def test_the_remedy_fits_the_cause(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(WriteError, match=r"cannot write it .*file: Is a directory; mend that and start again$"):
+        write_whole(tmp_path / "file", "text", "it", "start again")

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_resume import wait_for_lines
 
@@ -233,3 +234,23 @@ def test_a_second_signal_stops_at_once(first, second, code):
     _, error = process.communicate(timeout=10)
     assert process.returncode == code
     assert error.splitlines()[-1] == f"fastalign: error: stopped at once by a second {second}; nothing to save"
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_workers_that_tokenise_end_with_the_run(configure, materials, tmp_path, everybody):
+    """Ctrl-C reaches the workers of a terminal's process group too, and `kill` the run alone."""
+    rows = (materials / "rows.jsonl").read_text()
+    (tmp_path / "many.jsonl").write_text(rows * 200)
+    many = {"data.path": str(tmp_path / "many.jsonl"), "data.num_proc": 2, "data.cache_dir": str(tmp_path / "cache")}
+    process = launch(configure("dpo", **many), start_new_session=True)
+    run = psutil.Process(process.pid)
+    workers = []
+    while len(workers) < 2:  # those that have tokenised something
+        workers = run.children(recursive=True) if list(tmp_path.glob("cache/tokens/*/*.parts/*.json")) else []
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output
+    assert output.rstrip().splitlines()[-1] == "fastalign: error: interrupted before step 1; nothing to save"
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]

@@ -149,3 +149,22 @@ def test_a_group_above_the_limit_is_refused_before_anything_is_computed(configur
 def test_settings_at_their_bounds_are_accepted(configure):
     zero = {f"optim.{name}": 0.0 for name in ("lr", "warmup", "clip_norm", "weight_decay")}
     check_settings(configure("sft", **zero, **{"optim.betas": (0.0, 0.0), "batch.size": 1, "run.seed": 2**32 - 1}))
+
+
+def test_a_model_of_no_run_is_not_replaced(configure):
+    config = configure("sft")
+    model = Path(config.run.output_dir) / "model"
+    model.mkdir(parents=True)
+    (model / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        config.run.resume = resume
+        with pytest.raises(
+            ValueError, match=r"model is there, and of no run .* it would be replaced; move it, or choose"
+        ):
+            train(config)
+    assert (model / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_output_dir_is_refused(configure):
+    with pytest.raises(ValueError, match=r"run\.output_dir is empty: name a directory"):
+        train(configure("sft", **{"run.output_dir": ""}))
