@@ -168,6 +168,71 @@ def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(ma
     assert [text for _, text in exact] == ["four</s>yes</s>", "four</s>no</s>"], "turns say where the answers begin"
 
 
+HISTORY = [user("hi"), answer("hello"), user()]
+HISTORY_ASKED = "<user>hi</s><assistant>hello</s>" + ASKED
+
+
+@pytest.mark.parametrize("prompt", [QUESTION, [user()]])
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "given"),
+    [
+        (HISTORY, [user()], HISTORY_ASKED),
+        ([user()], HISTORY, HISTORY_ASKED),
+        (HISTORY, [], HISTORY_ASKED),
+        ([turn("system", "kind"), user()], [user()], "<system>kind</s>" + ASKED),
+        ([user()], [turn("system", "kind"), user()], "<system>kind</s>" + ASKED),
+        (HISTORY, [user("hi"), answer("ho"), user()], None),
+        (HISTORY, [user("hey"), answer("hello"), user()], None),
+        ([turn("system", "kind"), user()], [turn("system", "rude"), user()], None),
+    ],
+)
+def test_both_sides_have_one_prompt_whatever_stands_before_it(
+    make_tokenizer: Make, prompt: Any, chosen: list[Turn], rejected: list[Turn], given: str | None
+) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = pair([*chosen, answer("four")], [*rejected, answer("five")], prompt=prompt)
+    ranked = {"prompt": prompt, "completions": [row["chosen"], row["rejected"]], "scores": [1, 0]}
+    for method, each in (("dpo", row), ("kto", row), ("rrhf", row), ("rrhf", ranked)):
+        if given is None:
+            with pytest.raises(ValueError, match=r"^row 0: .* have different turns before the prompt: expected"):
+                parts(tokenizer, each, method)
+        else:
+            assert parts(tokenizer, each, method) == [(given, "four</s>"), (given, "five</s>")], method
+
+
+def test_common_turns_may_differ_in_white_space(make_tokenizer: Make) -> None:
+    row = pair([user(), answer("four")], [user(f"{QUESTION}\n"), answer("five")])
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    assert parts(tokenizer, row, "dpo") == [(ASKED, "four</s>"), (ASKED, "five</s>")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given"),
+    [
+        ("continue", "<user>continue</s>"),
+        ([user("continue")], "<user>continue</s>"),
+        (
+            [user("hi"), answer("one"), user("continue")],
+            "<user>hi</s><assistant>one</s><user>continue</s>",
+        ),
+        ([turn("system", "kind"), user("continue")], "<system>kind</s><user>continue</s>"),
+    ],
+)
+def test_an_answer_that_begins_with_the_assistant_is_an_answer_alone(
+    make_tokenizer: Make, prompt: Any, given: str
+) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    talk = [answer("one"), user("continue"), answer("two")]
+    whole = f"{given}<assistant>one</s><user>continue</s><assistant>two</s>"
+    for row, method in (
+        ({"prompt": prompt, "completion": talk}, "sft"),
+        ({"prompt": prompt, "completion": talk, "label": True}, "kto"),
+        (pair(talk, [answer("three")], prompt=prompt), "dpo"),
+    ):
+        before, scored = parts(tokenizer, row, method)[0]
+        assert scored == "one</s>two</s>" and len(before) + len(scored) == len(whole), method
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -187,7 +252,10 @@ def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(ma
             pair([turn("system", "x"), answer("b")], [turn("system", "y"), answer("c")], prompt=QUESTION),
             "different turns before the prompt",
         ),
-        (pair([answer("hi"), user(), answer("b")], [answer("c")], prompt=QUESTION), "'chosen' begins with an answer"),
+        (
+            pair([answer("hi"), user(), answer("b")], [answer("hi"), user(), answer("c")], prompt=QUESTION),
+            "'chosen' and 'rejected' begin with an answer, and 'prompt' follows in them",
+        ),
         ({"prompt": QUESTION, "completions": ["a", [answer("b")]], "scores": [1, 0]}, "'completions' must all be"),
         ({"question": QUESTION, "system": "kind", "chosen": "four", "rejected": "five"}, r"e\.g\. {prompt: question}$"),
         ({"instruction": QUESTION, **ALONE}, r"not read: 'instruction': rename .* {prompt: instruction}$"),
