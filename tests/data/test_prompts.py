@@ -377,13 +377,86 @@ def test_every_column_that_is_not_read_is_named_once(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
         encode([row], make_tokenizer(chat_template=TEMPLATE), method)
-    context = [name for name in unread if name in formats.CONTEXT]
+    repeated = row.get("messages") == row.get("chosen", [])[:1]
+    context = [name for name in unread if name in formats.CONTEXT and not repeated]
     said = {r.levelname: r.message for r in caplog.records if r.name == "fastalign.data.columns"}
     others = [name for name in unread if name not in context]
     assert said.get("INFO", "columns not read: ") == f"columns not read: {', '.join(others)}"
     assert ("WARNING" in said) == bool(context) and ", ".join(context) in said.get("WARNING", "")
     if context:
         assert "data.columns" in said["WARNING"]
+
+
+def test_a_column_that_one_of_the_first_rows_needs_is_read(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**WHOLE, "messages": [user("x")]}, {**ALONE, "messages": [user()]}]
+    with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
+        encode(rows, make_tokenizer(chat_template=TEMPLATE), "reward:soft_label")
+    assert "messages" not in caplog.text
+
+
+def test_messages_that_repeat_prompt_and_answer_need_no_joining(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {**WHOLE, "prompt": QUESTION, "messages": WHOLE["chosen"]}
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    with caplog.at_level(logging.WARNING):
+        encode([row], tokenizer, "dpo")
+    assert not caplog.records
+    encode([row, {**row, "messages": [turn("system", "be kind"), *WHOLE["chosen"]]}], tokenizer, "dpo")
+    assert "columns that may belong to the prompt are not read: messages" in caplog.text
+
+
+def test_a_column_of_text_that_is_refused_is_not_said_to_be_trained(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": QUESTION, "chosen": json.dumps([answer("four")]), "rejected": [answer("five")]}
+    with pytest.raises(ValueError, match="must both be strings or both be lists"):
+        encode([row], make_tokenizer(chat_template=TEMPLATE), "dpo")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_the_remedy_for_answers_in_a_column_of_their_own_is_said(make_tokenizer: Make, name: str) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = {name: [user()], "chosen": [answer("four")], "rejected": [answer("five")]}
+    with pytest.raises(ValueError, match=rf"^row 0: '{name}' ends before the answer: set data\.format=preference"):
+        encode([row], tokenizer, "sft")
+    row = {name: [user()], "completion": "four"}
+    with pytest.raises(ValueError, match=rf"^row 0: '{name}' ends .*data\.columns, {{prompt: {name}}}, to learn from"):
+        encode([row], tokenizer, "sft")
+
+
+NULLS = [
+    ({"prompt": "a", "completion": "b"}, "sft", 1, "'completion'"),
+    ({"prompt": "a", "completion": "b", "label": True}, "kto", 1, "'completion'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", 1, "'chosen' or 'rejected'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "kto", 2, "'chosen' or 'rejected'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "sft", 1, "'chosen'"),
+    ({"prompt": "a", "completions": ["b", "c"], "scores": [1, 0]}, "rrhf", 1, "'completions'"),
+    ({"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}, "reward:process", 1, "'completions'"),
+    ({"text": "The cat"}, "sft", 1, "'text'"),
+]
+
+
+@pytest.mark.parametrize(("row", "method", "number", "column"), NULLS)
+def test_rows_of_another_shape_are_said(
+    make_tokenizer: Make, row: dict, method: str, number: int, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Dataset.from_list([{**row, "response": None}, {"prompt": "a", "response": "b"}])
+    with caplog.at_level(logging.WARNING, logger="fastalign.data.columns"):
+        counts = encode_dataset(rows, make_tokenizer(), DataConfig(), method).counts
+    assert counts["dropped_null_completion"] == number and "dropped_empty_completion" not in counts
+    said = f"{number} examples are dropped, {column} is null; one has "
+    assert [r.message[: len(said)] for r in caplog.records] == [said] and "'response'" in caplog.text
+
+
+def test_tools_given_twice_are_refused(make_tokenizer: Make) -> None:
+    tools = [{"name": "adder"}]
+    row = {"messages": [user(), answer("four")], "tools": tools, "chat_template_kwargs": {"tools": tools}}
+    with pytest.raises(ValueError, match=r"^row 0: .* 'tools' and 'chat_template_kwargs' both give tools"):
+        parts(make_tokenizer(chat_template=TEMPLATE), row, "sft")
 
 
 def test_answers_beside_whole_texts_are_not_passed_over_in_silence(
