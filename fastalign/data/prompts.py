@@ -151,7 +151,7 @@ def _without_answer(prompt: Turns, sides: Sequence[Turns]) -> Turns:
 
 def _end(prompt: Turns, side: Turns) -> int | None:
     """Where the prompt ends within a conversation; None if it is not in it, or comes after an answer to it."""
-    if prompt and prompt[0]["role"] != "assistant" and not begins_with_a_question(side):
+    if prompt and side[0]["role"] == "assistant" != prompt[0]["role"]:
         return None
     return _find(prompt, side)
 

@@ -168,6 +168,7 @@ def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(ma
     assert [text for _, text in exact] == ["four</s>yes</s>", "four</s>no</s>"], "turns say where the answers begin"
 
 
+GREETED = [turn("system", "kind"), answer("hello"), user()]
 HISTORY = [user("hi"), answer("hello"), user()]
 HISTORY_ASKED = "<user>hi</s><assistant>hello</s>" + ASKED
 
@@ -179,6 +180,7 @@ HISTORY_ASKED = "<user>hi</s><assistant>hello</s>" + ASKED
         (HISTORY, [user()], HISTORY_ASKED),
         ([user()], HISTORY, HISTORY_ASKED),
         (HISTORY, [], HISTORY_ASKED),
+        (GREETED, GREETED, "<system>kind</s><assistant>hello</s>" + ASKED),
         ([turn("system", "kind"), user()], [user()], "<system>kind</s>" + ASKED),
         ([user()], [turn("system", "kind"), user()], "<system>kind</s>" + ASKED),
         (HISTORY, [user("hi"), answer("ho"), user()], None),
