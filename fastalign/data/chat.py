@@ -122,7 +122,7 @@ def render_steps(
     if isinstance(example.prompt, str):
         return [Steps((example.prompt, True), steps, separator)]
     chat = Chat(tokenizer, template, example.template)
-    return [Steps((chat.text(_turns(example.prompt or ""), True), False), steps, separator)]
+    return [Steps((chat.before(_turns(example.prompt or "")), False), steps, separator)]
 
 
 class Chat:
@@ -136,7 +136,8 @@ class Chat:
 
     def completion(self, prompt: Turns, completion: Turns) -> Rendered:
         """Prompt and completion; everything after the prompt is scored."""
-        return Rendered(self.text([*prompt, *completion]), ((self.text(prompt, True), None),), standard=False)
+        given = self.before(prompt) if prompt or completion[0]["role"] == "assistant" else ""
+        return Rendered(self.text([*prompt, *completion]), ((given, None),), standard=False)
 
     def conversation(self, prompt: Turns, completion: Turns) -> Rendered | Marked:
         """Both, with the assistant turns of the completion scored that are learnt from, their end tokens included."""
@@ -145,13 +146,28 @@ class Chat:
         if self.has_markers():
             return self.marked(turns, learnt)
         through = [None if i + 1 == len(turns) else self.text(turns[: i + 1]) for i in learnt]
-        before = [self.text(turns[:i], True) for i in learnt]
+        before = [self.before(turns[:i]) for i in learnt]
         return Rendered(self.text(turns), tuple(zip(before, through, strict=True)), standard=False)
 
     def has_markers(self) -> bool:
         """Whether the template has ``{% generation %}`` markers and the tokenizer can place them."""
         text = self.template or self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))
         return bool(self.tokenizer.is_fast) and "endgeneration" in text
+
+    def before(self, turns: Turns) -> str:
+        """What stands before the assistant's next turn; of the first turn what the template writes in front of it.
+
+        Raises:
+            ValueError: where a first turn begins cannot be told.
+        """
+        if turns:
+            return self.text(turns, True)
+        texts = [self.text([{"role": "assistant", "content": content}]) for content in ("0", "1")]
+        if texts[0] == texts[1]:
+            message = "the chat template does not write the content of a first turn that is the assistant's"
+            raise ValueError(f"{message}: begin the conversation with the user, or set data.chat_template")
+        parted = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), None)
+        return texts[0][:parted]
 
     def text(self, turns: Turns, generation_prompt: bool = False) -> str:
         """The messages as the template writes them."""

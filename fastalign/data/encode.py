@@ -88,6 +88,7 @@ def encode_dataset(
     encoder = Encoder(tokenizer, data, form, method, template, *columns.layout(plain, form))
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
     columns.report_unread(plain, form, method, named)
+    columns.report_null(plain, form, method, counts)
     _report(counts, data.max_length)
     return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows)
 
@@ -158,9 +159,11 @@ class Encoder:
 
     def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
         """The row's texts and what it says of them, or None when it is dropped."""
+        if formats.is_null(row, self.form, self.method):
+            return self.drop("null_completion", 2 if self.is_pair_of_examples() else 1)
         example = formats.normalise(row, self.form, self.method, self.raw_dialogue, self.repeated)
         if example is None:
-            return self.drop("prompt_mismatch", 2 if self.reading.unit == "completion" else 1)
+            return self.drop("prompt_mismatch", 2 if self.is_pair_of_examples() else 1)
         if (example := self.without_empty(example)) is None:
             return None
         if not example.is_asked():
@@ -170,6 +173,10 @@ class Encoder:
         else:
             texts = chat.render(example, self.tokenizer, self.template, judged=self.reading.own_rows)
         return texts, example.scores
+
+    def is_pair_of_examples(self) -> bool:
+        """Whether a row gives two examples."""
+        return self.reading.unit == "completion" and self.form == "preference"
 
     def without_empty(self, example: formats.Example) -> formats.Example | None:
         """The example without the completions that have nothing to learn from, or None when it is dropped."""

@@ -152,7 +152,9 @@ def normalise(
         ValueError: a value of the wrong type, lists that do not fit together, or answers without their question.
     """
     if form == "text":
-        return _example(row, None, (_whole(row),))
+        whole = _whole(row)
+        _check_answered(row, whole)
+        return _example(row, None, (whole,))
     if form == "stepwise":
         return _stepwise(row, repeated)
     names, sides = completions(row, form)
@@ -166,6 +168,19 @@ def normalise(
     if form == "preference" and METHODS[method].imitates:
         return _example(row, prompt, sides[:1])
     return _example(row, prompt, sides, _scores(row, form, method))
+
+
+def is_null(row: dict[str, Any], form: str, method: str) -> bool:
+    """Whether the columns of a row's answers are null, all or, where a whole row is dropped, one that is trained on."""
+    nulls = [row.get(name) is None for name in answers(row, form, method)]
+    return any(nulls) if METHODS[method].unit == "row" and form != "text" else all(nulls)
+
+
+def answers(columns: Iterable[str], form: str, method: str) -> list[str]:
+    """The columns that hold what a method learns from."""
+    names = {"preference": ["chosen"] if METHODS[method].imitates else ["chosen", "rejected"]}
+    names |= {"text": [name for name in ("messages", "conversations", "text") if name in columns]}
+    return names.get(form, ["completions"] if form in ("ranked", "stepwise") else ["completion"])
 
 
 def completions(row: dict[str, Any], form: str) -> tuple[tuple[str, ...], tuple[Text, ...]]:
@@ -197,6 +212,18 @@ def _placed(
     if form == "preference" and not given:
         _check_asked(row, prompt, sides)
     return prompt, sides
+
+
+def _check_answered(row: dict[str, Any], whole: Text) -> None:
+    """Refuse a conversation without an answer, where the answer is in a column that is not read."""
+    if not isinstance(whole, list) or any(turn["role"] == "assistant" for turn in whole):
+        return
+    name = next((name for name in ("messages", "conversations") if row.get(name) is not None), "messages")
+    if row.get("chosen") and row.get("rejected"):
+        raise ValueError(f"{name!r} ends before the answer: set data.format=preference to learn from 'chosen'")
+    if row.get("completion"):
+        remedy = f"name the prompt with data.columns, {{prompt: {name}}}, to learn from 'completion'"
+        raise ValueError(f"{name!r} ends before the answer: {remedy}")
 
 
 def _check_asked(row: dict[str, Any], prompt: Text, sides: Sequence[Text]) -> None:
@@ -256,7 +283,9 @@ def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     options, tools = row.get("chat_template_kwargs") or {}, _tools(row.get("tools"))
     if not isinstance(options, dict):
         raise ValueError(f"column 'chat_template_kwargs': expected a mapping, got {kind_of(options)}")
-    return {"tools": tools, **strip_none(options)} if tools else strip_none(options)
+    if tools and options.get("tools"):
+        raise ValueError("the columns 'tools' and 'chat_template_kwargs' both give tools: expected them in one")
+    return {**strip_none(options), "tools": tools} if tools else strip_none(options)
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:

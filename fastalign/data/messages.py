@@ -29,6 +29,11 @@ SHAREGPT_ROLES = {
 FLAGS = ("weight", "train", "training")
 """Keys of a turn that say whether it is learnt from: 0 or false says no, in any of them. No template sees them."""
 
+SPEECH = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that hold what it says."""
+
+_OTHER_TEXTS = ("value", "text", "message", "parts")  # where other notations keep it
+
 _UNTRAINED = {"train": False}  # how a turn that is not learnt from is kept
 
 
@@ -52,7 +57,25 @@ def read_turns(value: Any, name: str, expected: str = "a string or a list of {ro
     if not isinstance(value, list) or not all(isinstance(turn, dict) and _is_turn(turn) for turn in value):
         remedy = "" if isinstance(value, list | str) else ": put it in quotes, or map another column with data.columns"
         raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}{remedy}")
-    return [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
+    turns = [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
+    for i, turn in enumerate(turns):
+        if not any(key in turn for key in SPEECH) and not _is_unanswered(turns, i, value[i]):
+            _refuse_silence(value[i], name)
+    return turns
+
+
+def _is_unanswered(turns: Turns, index: int, written: dict[str, Any]) -> bool:
+    """Whether a turn is the one answer of its conversation, and written as null: it is dropped and counted."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    null = {"content", "value"} & set(written) and not any(written.get(key) for key in _OTHER_TEXTS)
+    return answers == [index] == [len(turns) - 1] and bool(null)
+
+
+def _refuse_silence(written: dict[str, Any], name: str) -> None:
+    speaker = written.get("role") or written.get("from")
+    keys = sorted(key for key, value in written.items() if value is not None)
+    found = f"a turn of {speaker!r} that says nothing, with {keys}"
+    raise ValueError(f"{name!r} has {found}: expected {{role, content}}, or tool_calls in place of the content")
 
 
 def is_trained(turn: Message) -> bool:
@@ -118,7 +141,7 @@ def _from_sharegpt(turn: dict[str, Any], name: str) -> Message:
     if not isinstance(value, str | list | None):
         raise ValueError(f"{name!r} has a turn whose 'value' is {kind_of(value)}: expected a string")
     rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": SHAREGPT_ROLES[speaker], "content": value or "", **rest}
+    return {"role": SHAREGPT_ROLES[speaker], "content": value, **rest}
 
 
 def _content(content: Any, name: str) -> str:
@@ -151,5 +174,5 @@ def _flag(value: Any, key: str, name: str) -> bool:
 
 
 def _says_something(turn: Message) -> bool:
-    values = [value for key, value in turn.items() if key not in ("role", "name", *FLAGS)]
+    values = [turn.get(key) for key in SPEECH]
     return any(value.strip() if isinstance(value, str) else value for value in values)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-from fastalign.data.messages import Turns, bare
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Turn markers of the raw hh-rlhf dialogues."""
@@ -41,12 +38,3 @@ def common_characters(first: str, second: str) -> int:
     while length and not first[length - 1].isspace():
         length -= 1
     return length
-
-
-def common_messages(sides: Sequence[Turns]) -> int:
-    """Number of common first turns of two conversations or more; each keeps at least one. Of one, none."""
-    if len(sides) < 2:
-        return 0
-    first, *others = map(bare, sides)
-    limit = max(0, min(map(len, sides)) - 1)
-    return next((i for i in range(limit) if any(other[i] != first[i] for other in others)), limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastalign.data import preference
-from fastalign.data.messages import Message, Text, Turns
+from fastalign.data.messages import SPEECH, Message, Text, Turns
 
 _SYSTEM = ("system", "developer")
 
@@ -109,10 +109,12 @@ def _place_turns(
 ) -> tuple[Turns, tuple[Turns, ...]]:
     full = [side for side in sides if side]
     prompt = _without_answer(prompt, full)
-    ends = [_end(prompt, side, name) for side, name in zip(sides, names, strict=True) if side]
-    if full and None not in ends:
-        length = _shared(full, ends[0] or 0, exact)
+    ends = [_end(prompt, side) for side in full]
+    if full and None not in ends and _begin_alike(full, end := ends[0] or 0):
+        length = end if exact else max(end, _common(full))
         return full[0][:length], tuple(side[length:] for side in sides)
+    if prompt and len(full) > 1:
+        _check_greetings(prompt, full, names)
     parts = [_apart(prompt, side, name) if side else (prompt, side) for side, name in zip(sides, names, strict=True)]
     longest = max((before for before, _ in parts), key=len, default=prompt)
     if not all(_agree(before, longest) or _agree(before, prompt) for before, _ in parts):
@@ -120,10 +122,23 @@ def _place_turns(
     return longest, tuple(rest for _, rest in parts)
 
 
-def _shared(sides: Sequence[Turns], end: int, exact: bool) -> int:
-    """How many first turns of conversations that repeat their prompt belong to it: until its end, or all in common."""
-    agreed = all(_agree(side[:end], sides[0][:end]) for side in sides)
-    return end if agreed and exact else max(preference.common_messages(sides), end if agreed else 0)
+def _begin_alike(sides: Sequence[Turns], end: int) -> bool:
+    return all(_agree(side[:end], sides[0][:end]) for side in sides)
+
+
+def _common(sides: Sequence[Turns]) -> int:
+    """Number of common first turns of two conversations or more; each keeps at least one. Of one, none."""
+    limit = min(map(len, sides)) - 1 if len(sides) > 1 else 0
+    return next((i for i in range(limit) if not all(_alike(side[i], sides[0][i]) for side in sides)), limit)
+
+
+def _check_greetings(prompt: Turns, sides: Sequence[Turns], names: Sequence[str]) -> None:
+    """Refuse conversations that all begin with one and the same answer, and go on with their prompt."""
+    end = _find(prompt, sides[0])
+    if end and sides[0][0]["role"] == "assistant" != prompt[0]["role"] and _begin_alike(sides, end):
+        raise ValueError(
+            f"{_spell(names)} begin with an answer, and 'prompt' follows in them: expected it in front or not at all"
+        )
 
 
 def _without_answer(prompt: Turns, sides: Sequence[Turns]) -> Turns:
@@ -134,23 +149,24 @@ def _without_answer(prompt: Turns, sides: Sequence[Turns]) -> Turns:
     return prompt[:-1] if answered else prompt
 
 
-def _end(prompt: Turns, side: Turns, name: str) -> int | None:
-    """Where the prompt ends within a conversation; None if it is not in it."""
+def _end(prompt: Turns, side: Turns) -> int | None:
+    """Where the prompt ends within a conversation; None if it is not in it, or comes after an answer to it."""
+    if prompt and side[0]["role"] == "assistant" != prompt[0]["role"]:
+        return None
+    return _find(prompt, side)
+
+
+def _find(prompt: Turns, side: Turns) -> int | None:
     starts = range(len(side) - len(prompt) + 1)
-    end = next((i + len(prompt) for i in starts if _agree(side[i : i + len(prompt)], prompt)), None)
-    if end and side[0]["role"] == "assistant" != prompt[0]["role"]:
-        raise ValueError(
-            f"{name!r} begins with an answer, and 'prompt' follows in it: expected it in front or not at all"
-        )
-    return end
+    return next((i + len(prompt) for i in starts if _agree(side[i : i + len(prompt)], prompt)), None)
 
 
 def _apart(prompt: Turns, side: Turns, name: str) -> tuple[Turns, Turns]:
     """What stands before a completion, and the completion: with the prompt, its last turns or none of it in front."""
-    if (end := _end(prompt, side, name)) is not None:
+    if (end := _end(prompt, side)) is not None:
         return side[:end], side[end:]
-    shared = next((n for n in range(len(prompt) - 1, 0, -1) if _agree(prompt[-n:], side[:n])), 0)
-    if shared:
+    asked = (n for n in range(len(prompt) - 1, 0, -1) if prompt[-n]["role"] != "assistant")
+    if shared := next((n for n in asked if _agree(prompt[-n:], side[:n])), 0):
         return prompt, side[shared:]
     systems = next((i for i, turn in enumerate(side) if turn["role"] not in _SYSTEM), len(side))
     system, rest = side[:systems], side[systems:]
@@ -170,7 +186,7 @@ def _agree(first: Turns, second: Turns) -> bool:
 
 def _alike(first: Message, second: Message) -> bool:
     """Whether two turns say the same, white space around it aside."""
-    return all(_said(first, key) == _said(second, key) for key in ("role", "content", "tool_calls"))
+    return all(_said(first, key) == _said(second, key) for key in ("role", *SPEECH))
 
 
 def _said(turn: Message, key: str) -> object:

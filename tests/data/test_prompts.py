@@ -168,6 +168,73 @@ def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(ma
     assert [text for _, text in exact] == ["four</s>yes</s>", "four</s>no</s>"], "turns say where the answers begin"
 
 
+GREETED = [turn("system", "kind"), answer("hello"), user()]
+HISTORY = [user("hi"), answer("hello"), user()]
+HISTORY_ASKED = "<user>hi</s><assistant>hello</s>" + ASKED
+
+
+@pytest.mark.parametrize("prompt", [QUESTION, [user()]])
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "given"),
+    [
+        (HISTORY, [user()], HISTORY_ASKED),
+        ([user()], HISTORY, HISTORY_ASKED),
+        (HISTORY, [], HISTORY_ASKED),
+        (GREETED, GREETED, "<system>kind</s><assistant>hello</s>" + ASKED),
+        ([turn("system", "kind"), user()], [user()], "<system>kind</s>" + ASKED),
+        ([user()], [turn("system", "kind"), user()], "<system>kind</s>" + ASKED),
+        (HISTORY, [user("hi"), answer("ho"), user()], None),
+        (HISTORY, [user("hey"), answer("hello"), user()], None),
+        ([turn("system", "kind"), user()], [turn("system", "rude"), user()], None),
+    ],
+)
+def test_both_sides_have_one_prompt_whatever_stands_before_it(
+    make_tokenizer: Make, prompt: Any, chosen: list[Turn], rejected: list[Turn], given: str | None
+) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = pair([*chosen, answer("four")], [*rejected, answer("five")], prompt=prompt)
+    ranked = {"prompt": prompt, "completions": [row["chosen"], row["rejected"]], "scores": [1, 0]}
+    for method, each in (("dpo", row), ("kto", row), ("rrhf", row), ("rrhf", ranked)):
+        if given is None:
+            with pytest.raises(ValueError, match=r"^row 0: .* have different turns before the prompt: expected"):
+                parts(tokenizer, each, method)
+        else:
+            assert parts(tokenizer, each, method) == [(given, "four</s>"), (given, "five</s>")], method
+
+
+def test_common_turns_may_differ_in_white_space(make_tokenizer: Make) -> None:
+    row = pair([user(), answer("four")], [user(f"{QUESTION}\n"), answer("five")])
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    assert parts(tokenizer, row, "dpo") == [(ASKED, "four</s>"), (ASKED, "five</s>")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given"),
+    [
+        ("continue", "<user>continue</s>"),
+        ([user("continue")], "<user>continue</s>"),
+        (
+            [user("hi"), answer("one"), user("continue")],
+            "<user>hi</s><assistant>one</s><user>continue</s>",
+        ),
+        ([turn("system", "kind"), user("continue")], "<system>kind</s><user>continue</s>"),
+    ],
+)
+def test_an_answer_that_begins_with_the_assistant_is_an_answer_alone(
+    make_tokenizer: Make, prompt: Any, given: str
+) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    talk = [answer("one"), user("continue"), answer("two")]
+    whole = f"{given}<assistant>one</s><user>continue</s><assistant>two</s>"
+    for row, method in (
+        ({"prompt": prompt, "completion": talk}, "sft"),
+        ({"prompt": prompt, "completion": talk, "label": True}, "kto"),
+        (pair(talk, [answer("three")], prompt=prompt), "dpo"),
+    ):
+        before, scored = parts(tokenizer, row, method)[0]
+        assert scored == "one</s>two</s>" and len(before) + len(scored) == len(whole), method
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -187,7 +254,10 @@ def test_of_longer_conversations_all_that_both_sides_begin_with_is_the_prompt(ma
             pair([turn("system", "x"), answer("b")], [turn("system", "y"), answer("c")], prompt=QUESTION),
             "different turns before the prompt",
         ),
-        (pair([answer("hi"), user(), answer("b")], [answer("c")], prompt=QUESTION), "'chosen' begins with an answer"),
+        (
+            pair([answer("hi"), user(), answer("b")], [answer("hi"), user(), answer("c")], prompt=QUESTION),
+            "'chosen' and 'rejected' begin with an answer, and 'prompt' follows in them",
+        ),
         ({"prompt": QUESTION, "completions": ["a", [answer("b")]], "scores": [1, 0]}, "'completions' must all be"),
         ({"question": QUESTION, "system": "kind", "chosen": "four", "rejected": "five"}, r"e\.g\. {prompt: question}$"),
         ({"instruction": QUESTION, **ALONE}, r"not read: 'instruction': rename .* {prompt: instruction}$"),
@@ -309,13 +379,86 @@ def test_every_column_that_is_not_read_is_named_once(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
         encode([row], make_tokenizer(chat_template=TEMPLATE), method)
-    context = [name for name in unread if name in formats.CONTEXT]
+    repeated = row.get("messages") == row.get("chosen", [])[:1]
+    context = [name for name in unread if name in formats.CONTEXT and not repeated]
     said = {r.levelname: r.message for r in caplog.records if r.name == "fastalign.data.columns"}
     others = [name for name in unread if name not in context]
     assert said.get("INFO", "columns not read: ") == f"columns not read: {', '.join(others)}"
     assert ("WARNING" in said) == bool(context) and ", ".join(context) in said.get("WARNING", "")
     if context:
         assert "data.columns" in said["WARNING"]
+
+
+def test_a_column_that_one_of_the_first_rows_needs_is_read(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**WHOLE, "messages": [user("x")]}, {**ALONE, "messages": [user()]}]
+    with caplog.at_level(logging.INFO, logger="fastalign.data.columns"):
+        encode(rows, make_tokenizer(chat_template=TEMPLATE), "reward:soft_label")
+    assert "messages" not in caplog.text
+
+
+def test_messages_that_repeat_prompt_and_answer_need_no_joining(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {**WHOLE, "prompt": QUESTION, "messages": WHOLE["chosen"]}
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    with caplog.at_level(logging.WARNING):
+        encode([row], tokenizer, "dpo")
+    assert not caplog.records
+    encode([row, {**row, "messages": [turn("system", "be kind"), *WHOLE["chosen"]]}], tokenizer, "dpo")
+    assert "columns that may belong to the prompt are not read: messages" in caplog.text
+
+
+def test_a_column_of_text_that_is_refused_is_not_said_to_be_trained(
+    make_tokenizer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": QUESTION, "chosen": json.dumps([answer("four")]), "rejected": [answer("five")]}
+    with pytest.raises(ValueError, match="must both be strings or both be lists"):
+        encode([row], make_tokenizer(chat_template=TEMPLATE), "dpo")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_the_remedy_for_answers_in_a_column_of_their_own_is_said(make_tokenizer: Make, name: str) -> None:
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    row = {name: [user()], "chosen": [answer("four")], "rejected": [answer("five")]}
+    with pytest.raises(ValueError, match=rf"^row 0: '{name}' ends before the answer: set data\.format=preference"):
+        encode([row], tokenizer, "sft")
+    row = {name: [user()], "completion": "four"}
+    with pytest.raises(ValueError, match=rf"^row 0: '{name}' ends .*data\.columns, {{prompt: {name}}}, to learn from"):
+        encode([row], tokenizer, "sft")
+
+
+NULLS = [
+    ({"prompt": "a", "completion": "b"}, "sft", 1, "'completion'"),
+    ({"prompt": "a", "completion": "b", "label": True}, "kto", 1, "'completion'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", 1, "'chosen' or 'rejected'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "kto", 2, "'chosen' or 'rejected'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "sft", 1, "'chosen'"),
+    ({"prompt": "a", "completions": ["b", "c"], "scores": [1, 0]}, "rrhf", 1, "'completions'"),
+    ({"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}, "reward:process", 1, "'completions'"),
+    ({"text": "The cat"}, "sft", 1, "'text'"),
+]
+
+
+@pytest.mark.parametrize(("row", "method", "number", "column"), NULLS)
+def test_rows_of_another_shape_are_said(
+    make_tokenizer: Make, row: dict, method: str, number: int, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Dataset.from_list([{**row, "response": None}, {"prompt": "a", "response": "b"}])
+    with caplog.at_level(logging.WARNING, logger="fastalign.data.columns"):
+        counts = encode_dataset(rows, make_tokenizer(), DataConfig(), method).counts
+    assert counts["dropped_null_completion"] == number and "dropped_empty_completion" not in counts
+    said = f"{number} examples are dropped, {column} is null; one has "
+    assert [r.message[: len(said)] for r in caplog.records] == [said] and "'response'" in caplog.text
+
+
+def test_tools_given_twice_are_refused(make_tokenizer: Make) -> None:
+    tools = [{"name": "adder"}]
+    row = {"messages": [user(), answer("four")], "tools": tools, "chat_template_kwargs": {"tools": tools}}
+    with pytest.raises(ValueError, match=r"^row 0: .* 'tools' and 'chat_template_kwargs' both give tools"):
+        parts(make_tokenizer(chat_template=TEMPLATE), row, "sft")
 
 
 def test_answers_beside_whole_texts_are_not_passed_over_in_silence(

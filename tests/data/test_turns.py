@@ -115,6 +115,73 @@ def test_a_turn_that_says_no_is_not_learnt(make_tokenizer: Make, template: str, 
     assert masks(tokenizer, {"conversations": shared}, "sft") == masks(tokenizer, {"messages": talk}, "sft")
 
 
+QWEN = "{% if messages[0].role != 'system' %}<system>You are kind{{ eos_token }}{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize("template", [PLAIN, QWEN, MARKED], ids=["plain", "default system", "marked"])
+def test_of_a_first_turn_that_is_the_assistants_no_header_is_scored(make_tokenizer: Make, template: str) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    talk = [answer("hello"), user("2+2?"), answer("four")]
+    shared = [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "four"}]
+    for row in ({"messages": talk}, {"conversations": shared}, {"prompt": [], "completion": talk}):
+        assert masks(tokenizer, row, "sft")[0][1] == ["hello</s>", "four</s>"]
+    pair = {"chosen": [answer("hello")], "rejected": [answer("go away")]}
+    assert [scored for _, scored in masks(tokenizer, pair, "dpo")] == [["hello</s>"], ["go away</s>"]]
+    assert masks(tokenizer, {"messages": [CALL, tool("x")]}, "sft")[0][1] == ["[adder]</s>"]
+
+
+def test_of_steps_without_a_prompt_the_header_is_given(make_tokenizer: Make) -> None:
+    row = {"prompt": [], "completions": ["two", "four"], "labels": [1, 1]}
+    text, _ = masks(make_tokenizer(chat_template=QWEN), row, "reward:process")[0]
+    assert text.startswith("<system>You are kind</s><assistant>two")
+
+
+def test_a_first_turn_that_cannot_be_found_is_refused(make_tokenizer: Make) -> None:
+    template = (
+        "{% for m in messages %}{% if not loop.first or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    row = {"messages": [answer("hello"), user("2+2?"), answer("four")]}
+    with pytest.raises(ValueError, match=r"^row 0: the chat template does not write the content of a first turn"):
+        masks(make_tokenizer(chat_template=template), row, "sft")
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "text": "2+2?"}, answer("four")],
+        [{"role": "user", "value": "2+2?"}, answer("four")],
+        [{"role": "user", "content": None, "text": "2+2?"}, answer("four")],
+        [user(None), answer("four")],
+        [{"from": "human", "value": None}, {"from": "gpt", "value": "four"}],
+        [{"role": "system", "id": 5}, user("2+2?"), answer("four")],
+        [user("2+2?"), {"role": "assistant", "text": "four"}],
+        [user("2+2?"), {"role": "assistant", "content": None, "text": "four"}],
+        [user("2+2?"), answer(None), user("well?"), answer("four")],
+        [user("2+2?"), answer("four"), user("well?"), answer(None)],
+    ],
+)
+def test_a_turn_that_says_nothing_is_refused(make_tokenizer: Make, turns: list[Turn]) -> None:
+    tokenizer = make_tokenizer(chat_template=PLAIN)
+    message = (
+        r"^row 0: '\w+' has a turn of '\w+' that says nothing, with \[.*\]: expected {role, content}, or tool_calls"
+    )
+    rows = [{"messages": turns}, {"prompt": [user("hi")], "completion": turns}, {"prompt": turns, "completion": "four"}]
+    for row in rows:
+        with pytest.raises(ValueError, match=message) as caught:
+            masks(tokenizer, row, "sft")
+        assert "\n" not in str(caught.value)
+
+
+def test_only_what_is_said_makes_a_turn_full(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(chat_template=PLAIN)
+    for turn in (answer("", id="a1"), answer(" ", timestamp=5.0), answer(None, id=7)):
+        encoder = Encoder(tokenizer, DataConfig(), "text", "sft", None, False)
+        assert encoder.render({"messages": [user("2+2?"), turn]}) is None
+        assert encoder.counts["dropped_empty_completion"] == 1
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "adder"}]}
+    assert masks(tokenizer, {"messages": [user("2+2?"), call]}, "sft")[0][1] == ["[adder]</s>"]
+
+
 def test_flags_do_not_reach_the_template(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(chat_template=EVERY_KEY)
     flags = {"weight": 1, "train": True, "training": True}
