@@ -113,11 +113,12 @@ class Encoder:
         self.reading = formats.METHODS[method]
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
+        self.total = 0
         self.told = time.monotonic()
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
         """Writes the encoded rows to an arrow file and returns the counts."""
-        self.counts = Counter()
+        self.counts, self.total = Counter(), len(rows)
         options = {"batched": True, "batch_size": _BATCH_ROWS, "remove_columns": rows.column_names}
         options |= {"features": FEATURES, "load_from_cache_file": False, "new_fingerprint": fingerprint}
         options |= {"with_indices": True, "desc": "Tokenising", "cache_file_name": file}
@@ -155,7 +156,7 @@ class Encoder:
         """A line now and then where there is no bar."""
         if datasets.are_progress_bars_disabled() and time.monotonic() - self.told > _LINE_SECONDS:
             self.told = time.monotonic()
-            logger.info("tokenising: %d of %d rows", done, self.counts["rows"])
+            logger.info("tokenising: %d of %d rows", done, self.total)
 
     def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
         """The row's texts and what it says of them, or None when it is dropped."""

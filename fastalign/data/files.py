@@ -12,50 +12,29 @@ import hashlib
 import itertools
 import json
 import re
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
-from datasets.features.features import register_feature
 
-from fastalign.data import cache
+from fastalign.data import anyjson, cache
+from fastalign.data.anyjson import AnyJson
 from fastalign.words import kind_of
-
-
-@dataclass
-class AnyJson:
-    """Values of any types, kept as JSON. That of `datasets` rounds numbers, and reads the text "7" as one."""
-
-    dtype: ClassVar[str] = "string"
-    pa_type: ClassVar[Any] = pa.string()
-    _type: str = field(default="AnyJson", init=False, repr=False)
-
-    def __call__(self) -> Any:
-        """What it is on disk."""
-        return self.pa_type
-
-    def encode_example(self, value: Any) -> str | None:
-        """A value as JSON."""
-        return None if value is None else json.dumps(value, ensure_ascii=False)
-
-    def decode_example(self, text: str | None, token_per_repo_id: object = None) -> Any:
-        """The value again."""
-        return None if text is None else json.loads(text)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # the function is said to be experimental
-    register_feature(AnyJson, "AnyJson")
 
 PLACE = "__place__"
 """The column that says where a row stands, as errors name it: ``a.jsonl, line 6``."""
+
+
+def refuse_place(names: Iterable[str], owner: str) -> None:
+    """Refuses a column of the data that would be overwritten."""
+    if PLACE in names:
+        raise ValueError(f"{owner} has a column {PLACE!r}, a name that is kept for the rows' places: rename it")
+
 
 Located = tuple[str, Path]
 """A file, and what errors call it."""
@@ -81,11 +60,13 @@ def read(files: Sequence[Located], kind: str, cache_dir: str | None = None, sepa
     """
     if kind == "csv":
         csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
-    names = [(name, _digest(name, path)) for name, path in files]
-    key = cache.key(names, kind, separator, cache.key(Path(__file__).read_bytes()))
+    names = [(name, digest(name, path)) for name, path in files]
+    key = cache.key(
+        names, kind, separator, cache.key(*(Path(str(m)).read_bytes() for m in (__file__, anyjson.__file__)))
+    )
 
     def write(directory: Path) -> None:
-        features = _features(row for _, row in _all_rows(files, kind, separator))
+        features = _features(_all_rows(files, kind, separator))
         if features is None:
             raise ValueError(f"{files[0][0]!r} has no rows: expected {_LEAST[kind]}")
         _write(directory / "rows.arrow", features, _all_rows(files, kind, separator))
@@ -100,7 +81,7 @@ def numbers(rows: Dataset, names: Iterable[str]) -> Dataset:
     """
     for name in (name for name in names if name in rows.column_names):
         values = [_number(text) for text in rows[name]]
-        kind = reduce(_merge, map(_kind, values))
+        kind = reduce(_merge, map(_kind, values), None)
         kind = float if kind is _MIXED and not any(isinstance(value, str) for value in values) else kind
         column, feature = _array(values, _feature(kind)), _feature(kind)
         rows = rows.remove_columns(name).add_column(name, column, feature=feature)  # type: ignore[arg-type]
@@ -131,7 +112,8 @@ def _suffix(name: str) -> str:
     return Path(name).suffix[1:] or "text"
 
 
-def _digest(name: str, path: Path) -> str:
+def digest(name: str, path: Path) -> str:
+    """A hash of what a file holds."""
     try:
         digest = hashlib.blake2b(digest_size=16)
         with open(path, "rb") as file:
@@ -196,7 +178,7 @@ def _is_document(name: str) -> bool:
 def _is_whole(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -250,11 +232,12 @@ def _array_rows(name: str, text: str) -> Rows:
     at = space.match(text, space.match(text).end() + 1).end()  # type: ignore[union-attr]
     line, counted = 1, 0
     closed = text[at : at + 1] == "]"
+    at += closed
     while not closed:
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad_array(name, getattr(error, "lineno", line), getattr(error, "msg", str(error))) from error
         got = _half_pair(text[at:end], value) if isinstance(value, dict) else kind_of(value)
         if got is not None:
@@ -265,7 +248,7 @@ def _array_rows(name: str, text: str) -> Rows:
             raise _bad_array(name, text.count("\n", 0, at) + 1, "Expecting ',' delimiter")
         closed = text[at] == "]"
         at = space.match(text, at + 1).end()  # type: ignore[union-attr]
-    if text[at:].strip("] \t\r\n"):
+    if text[at:].strip(" \t\r\n"):
         raise _bad_array(name, text.count("\n", 0, at) + 1, "more after its end")
 
 
@@ -287,7 +270,7 @@ def _table_rows(name: str, text: str) -> Rows:
 def _document(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, **_STRICT)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line, got = getattr(error, "lineno", 1), getattr(error, "msg", str(error))
         message = f"{name}, line {line}: expected one JSON object, got malformed JSON ({got})"
         raise ValueError(f"{message}: mend or remove the line") from error
@@ -317,7 +300,8 @@ def _csv_rows(name: str, path: Path, separator: str) -> Rows:
                 yield f"line {start}", dict(zip(columns, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{name}, line {start}: not a CSV row ({error}): mend its quotes") from error
+        remedy = "save the file with \\n at the ends of lines" if "new-line" in str(error) else "mend its quotes"
+        raise ValueError(f"{name}, line {start}: not a CSV row ({error}): {remedy}") from error
 
 
 def _columns(name: str, header: list[str]) -> list[str]:
@@ -361,14 +345,17 @@ def _merge(one: Any, other: Any) -> Any:
     return _MIXED
 
 
-def _features(rows: Iterable[dict[str, Any]]) -> Features | None:
+def _features(rows: Rows) -> Features | None:
     """The columns of all rows; None without a row."""
     kinds: dict[str, Any] = {}
     found = False
-    for row in rows:
+    for place, row in rows:
         found = True
-        for name, value in row.items():
-            kinds[name] = _merge(kinds.get(name), _kind(value))
+        refuse_place(row, place)
+        try:
+            kinds |= {name: _merge(kinds.get(name), _kind(value)) for name, value in row.items()}
+        except RecursionError as error:
+            raise ValueError(f"{place}: lists within lists, too deep to be read") from error
     return Features({name: _feature(kind) for name, kind in kinds.items()}) if found else None
 
 

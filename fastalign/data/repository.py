@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import re
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets import config as hf_config
 from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.csv.csv import Csv, CsvConfig
-from datasets.packaged_modules.json.json import Json, JsonConfig
+from datasets.packaged_modules.arrow.arrow import Arrow
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fastalign import hub
-from fastalign.data import cache, files
+from fastalign.data import cache, files, tables
 from fastalign.data.disk import FULL, errno_of, reason
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 """Which reader a file needs, by its suffix; each may be followed by ``.gz``, parquet excepted."""
 ARCHIVES = (".bz2", ".lz4", ".tar", ".xz", ".zip", ".zst", ".7z")
 """What is unpacked before it is read; ``.gz`` is read as it is."""
+
+TELLING = (".md", ".py", ".rst", ".yaml", ".yml")
+NAMES = ("LICENSE", "LICENCE", "README", "DATASET_INFOS")
+"""What tells of the data beside it, by suffix and by name."""
 
 UNREADABLE = (DatasetsError, ValueError, OSError, EOFError, zlib.error, StopIteration)  # the last: no rows
 
@@ -63,7 +68,7 @@ def open_repository(
     record = _record(path, name, revision, cache_dir)
     if not Path(path).is_dir() and hub.silent() is not None and (known := _recorded(record)) is not None:
         with hub.asked_once(f"dataset {path!r}"):
-            return _text_source(path, section, [*known["splits"]], known["kind"], lambda: known, cache_dir)
+            return _file_source(path, section, [*known["splits"]], known["kind"], lambda: known, cache_dir)
     try:
         builder = _builder(path, name, revision)
     except UNREADABLE as error:
@@ -72,14 +77,20 @@ def open_repository(
         raise ValueError(f"{section}name: {path!r} has the configurations {names}, got {name!r}")
     _tell_of_unread(builder, path, section)
     splits = [str(split) for split in builder.config.data_files or builder.info.splits or {}]
-    if not isinstance(builder, Json | Csv):
+    if (kind := _kind(builder)) is None:
         return Source(path, section, splits, partial(_prepared, builder, path, section))
     _check_options(builder.config, path, section)
     found = lru_cache(partial(_downloaded, builder, path, record))
-    return _text_source(path, section, splits, "csv" if isinstance(builder, Csv) else "json", found, cache_dir)
+    return _file_source(path, section, splits, kind, found, cache_dir)
 
 
-def _text_source(
+def _kind(builder: Any) -> str | None:
+    """Which of our readers reads the files."""
+    kinds = {Json: "json", Csv: "csv", Parquet: "parquet", Arrow: "arrow"}
+    return next((kind for reader, kind in kinds.items() if isinstance(builder, reader)), None)
+
+
+def _file_source(
     path: str,
     section: str,
     splits: Sequence[str],
@@ -87,39 +98,54 @@ def _text_source(
     found: Callable[[], dict[str, Any]],
     cache_dir: str | None,
 ) -> Source:
-    """JSON or CSV files; ``found`` brings them: what is written by `_downloaded`."""
+    """Files that are read here; ``found`` brings them: what is written by `_downloaded`."""
 
     def read(split: str) -> Dataset:
         record = found()
         located = [(name, Path(place)) for name, place in record["splits"][split]]
+        if kind in tables.KINDS:
+            return tables.read(located, kind, cache_dir)
         return files.read(located, kind, cache_dir, record["separator"])
 
     return Source(path, section, splits, naming(section, read), texts=kind == "csv")
 
 
 def _tell_of_unread(builder: Any, path: str, section: str) -> None:
-    """Says which files of a directory belong to no split."""
+    """Says which files of a directory are not read: those of no split, and those of another kind than the first."""
     if not Path(path).is_dir() or len(builder.builder_configs) > 1:
         return
     known = {Path(url).resolve() for urls in (builder.config.data_files or {}).values() for url in urls}
-    data = sorted(file for file in Path(path).rglob("*") if file.is_file() and suffix(file.name) in SUFFIXES)
-    if unread := [str(file) for file in data if file.resolve() not in known]:
+    if unread := [str(file) for file in _data_files(Path(path)) if file.resolve() not in known]:
         shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
         log.warning("%spath: %d files of %s are in no split and not read: %s", section, len(unread), path, shown)
+
+
+def _data_files(directory: Path) -> list[Path]:
+    """What may hold rows: all files but hidden ones and what tells of the data."""
+    inside = ((file, file.relative_to(directory).parts) for file in directory.rglob("*") if file.is_file())
+    shown = [file for file, parts in inside if not any(part[0] in "._" for part in parts)]
+    return sorted(file for file in shown if file.suffix.lower() not in TELLING and file.stem.upper() not in NAMES)
 
 
 def _builder(path: str, name: str | None, revision: str | None) -> Any:
     with hub.quiet():
         if Path(path).is_dir():
+            if glob.has_magic(str(Path(path).resolve())):
+                raise ValueError("directories whose names hold *, ? or [ are taken as patterns: rename it")
             return datasets.load_dataset_builder(path, name)
         with hub.asked_once(f"dataset {path!r}"):
             return datasets.load_dataset_builder(path, name, revision=revision)
 
 
 def _check_options(config: Any, path: str, section: str) -> None:
-    """Refuses what a README.md may say of its files, the separator of CSV cells excepted."""
+    """Refuses cells of two separators, and what a README.md may say of its files but for the separator."""
+    ends = {suffix(str(url)) for urls in (config.data_files or {}).values() for url in urls}
+    if {".csv", ".tsv"} <= ends:
+        raise ValueError(
+            f"{section}path: {path!r} holds .csv and .tsv files, whose cells end differently: keep one kind"
+        )
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
-    plain = CsvConfig() if isinstance(config, CsvConfig) else JsonConfig()
+    plain = type(config)()
     for option, value in vars(config).items():
         if option not in ours and value != getattr(plain, option):
             remedy = "load it with the datasets library and give the directory of save_to_disk"
@@ -129,7 +155,7 @@ def _check_options(config: Any, path: str, section: str) -> None:
 def _downloaded(builder: Any, path: str, record: Path) -> dict[str, Any]:
     """The files of every split with their names, on this machine; those of the hub are recorded for later runs."""
     manager = datasets.DownloadManager(dataset_name=builder.dataset_name, base_path=builder.base_path)
-    kind, separator = "csv" if isinstance(builder, Csv) else "json", getattr(builder.config, "sep", ",")
+    kind, separator = _kind(builder), getattr(builder.config, "sep", ",")
     given: Any = builder.config.data_files
     splits = {str(split): [str(url) for url in urls] for split, urls in given.items()}
     if Path(path).is_dir():
@@ -188,11 +214,11 @@ def _prepared(builder: Any, path: str, section: str, split: str) -> Dataset:
     try:
         with hub.quiet(), hub.asked_once(f"dataset {path!r}"):
             builder.download_and_prepare()
-            return checked(builder.as_dataset(split=split))
+            rows = checked(builder.as_dataset(split=split))
     except UNREADABLE as error:
-        local = [Path(url) for url in (builder.config.data_files or {}).get(split, []) if Path(url).is_file()]
-        reason = damaged(path, local, section)
-        raise ValueError(reason or f"{section}path: cannot read {path!r}: {reason_of(error)}") from error
+        raise ValueError(f"{section}path: cannot read {path!r}: {reason_of(error)}") from error
+    files.refuse_place(rows.column_names, f"{section}path: {path!r}")
+    return rows
 
 
 def _not_found(path: str, section: str, name: str | None, revision: str | None, error: BaseException) -> str:
@@ -201,8 +227,7 @@ def _not_found(path: str, section: str, name: str | None, revision: str | None, 
         got = ": name one" if name is None else f", got {name!r}"
         return f"{section}name: {path!r} has the configurations {names}{got}"
     if Path(path).is_dir():
-        parts = sorted(file for file in Path(path).rglob("*.parquet") if file.is_file())
-        return damaged(path, parts, section) or f"{section}path: {path!r}: {reason_of(error)}; {HELP}"
+        return f"{section}path: {path!r}: {reason_of(error)}; {HELP}"
     if "evision" in str(error):
         return f"data.revision: {hub.first_line(error)}"
     return f"{section}path: {hub.why_not(path, 'dataset', error, HELP)}"
@@ -234,17 +259,6 @@ def checked(rows: Any) -> Dataset:
     """The rows of files; text that is not UTF-8 is read without complaint and would fail where no line is known."""
     rows.data.validate(full=True)
     return rows
-
-
-def damaged(path: str, parts: Sequence[Path], section: str) -> str | None:
-    """Which parquet file is not whole, if any."""
-    for part in parts:
-        try:
-            pq.read_schema(part)
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = f"cannot read {str(part)!r}: {reason_of(error)}: expected a whole parquet file"
-            return f"{section}path: {reason}"
-    return None
 
 
 def suffix(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -12,19 +13,19 @@ from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 
 from fastalign import hub
 from fastalign.config import DataConfig
-from fastalign.data import builtin, files
+from fastalign.data import builtin, files, tables
 from fastalign.data.repository import (
     HELP,
     SUFFIXES,
     UNREADABLE,
     Source,
-    checked,
-    damaged,
     naming,
     open_repository,
     reason_of,
     suffix,
 )
+
+log = logging.getLogger(__name__)
 
 JUDGEMENTS = ("label", "margin", "probability")
 """The columns that hold numbers, or true and false; in a CSV file every other cell is text."""
@@ -71,27 +72,38 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
     """
     _check_evaluation(data)
     source = open_source(training_path(data), data.name, data.revision, data.cache_dir)
-    held_out = _held_out(source, data) if data.eval_path or data.eval_split else None
+    held_out = None if data.eval_path is data.eval_split is None else _held_out(source, data)
     split = None if held_out is None else eval_split(held_out, source, data)
     rows = take(source, data.split, data.columns, data.limit)
     if held_out is not None and split is not None:
-        return rows, take(held_out, split, data.columns)
+        evaluated = take(held_out, split, data.columns)
+        if (source.path, data.name) == (held_out.path, data.eval_name or data.name):
+            _tell_of_seen(rows, evaluated, split)
+        return rows, evaluated
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
+
+
+def _tell_of_seen(rows: Dataset, evaluated: Dataset, split: str) -> None:
+    """Says how many rows are evaluated on and trained on."""
+    if seen := len({*rows[files.PLACE]} & {*evaluated[files.PLACE]}):
+        what = "data.eval_split: %d of the %d rows of %s are trained on too: the evaluation says little of new rows"
+        log.warning(what, seen, len(evaluated), split)
 
 
 def training_path(data: DataConfig) -> str:
     """``data.path``; ValueError when it is not set: nothing is trained on by default."""
-    if data.path is None:
+    if not (data.path or "").strip():
         raise ValueError(
             "no training data is given: set data.path to a file, a directory or a hub name, e.g. --data.path "
             "pairs.jsonl (to try things out: --data.path builtin:docstrings)"
         )
-    return data.path
+    return str(data.path)
 
 
 def _check_evaluation(data: DataConfig) -> None:
     """Refuses settings of the evaluation data that would not be read."""
-    named = "data.eval_path" if data.eval_path else "data.eval_split" if data.eval_split else None
+    given = [f"data.{name}" for name in ("eval_path", "eval_split") if getattr(data, name) is not None]
+    named = next(iter(given), None)
     if named is not None and data.eval_fraction:
         raise ValueError(f"data.eval_fraction: got {data.eval_fraction} beside {named}: set one of them")
     if named is None and data.eval_name:
@@ -100,7 +112,7 @@ def _check_evaluation(data: DataConfig) -> None:
 
 def _held_out(source: Source, data: DataConfig) -> Source:
     """What is evaluated on: another split of the training data, or a dataset of its own."""
-    path = data.eval_path or training_path(data)
+    path = training_path(data) if data.eval_path is None else data.eval_path
     name = data.eval_name or (data.name if path == data.path else None)
     revision = data.revision if path == data.path else None
     return open_source(path, name, revision, data.cache_dir, "data.eval_")
@@ -188,6 +200,8 @@ def open_source(
     section: str = "data.",
 ) -> Source:
     """Finds what a path names; ``section`` begins the settings' names in errors."""
+    if not path.strip():
+        raise ValueError(f"{section}path: expected a path, got {path!r}: {HELP}")
     place = Path(path).expanduser()
     if path.startswith("builtin:"):
         _refuse(section, path, "is built in", name=name, revision=revision)
@@ -220,19 +234,10 @@ def _file(place: Path, section: str, cache_dir: str | None) -> Source:
     if kind is None:
         known = ", ".join(SUFFIXES)
         raise ValueError(f"{section}path: {str(place)!r} is of no known kind: expected one of {known}")
-    if kind == "parquet":
-        return Source(str(place), section, ["train"], lambda _: _parquet(place, section))
     located = [(str(place), place)]
-    read = naming(section, lambda _: files.read(located, kind, cache_dir))
+    reader = tables.read if kind in tables.KINDS else files.read
+    read = naming(section, lambda _: reader(located, kind, cache_dir))
     return Source(str(place), section, ["train"], read, texts=kind == "csv")
-
-
-def _parquet(place: Path, section: str) -> Dataset:
-    try:
-        with hub.quiet():
-            return checked(datasets.load_dataset("parquet", split="train", data_files=str(place)))
-    except UNREADABLE as error:
-        raise ValueError(damaged(str(place), [place], section) or f"{section}path: {reason_of(error)}") from error
 
 
 def _is_saved(place: Path) -> bool:
@@ -243,11 +248,13 @@ def _saved(place: Path, section: str, name: str | None) -> Source:
     """What ``save_to_disk`` wrote."""
     _refuse(section, str(place), "is a saved dataset", name=name)
     try:
-        rows = datasets.load_from_disk(str(place))
+        rows = datasets.load_from_disk(str(place)).with_format(None)  # of numpy or pandas, the rows are no rows
     except UNREADABLE as error:
         reason = f"cannot read the saved dataset {str(place)!r}: {reason_of(error)}"
         raise ValueError(f"{section}path: {reason}") from error
     splits = {str(split): part for split, part in rows.items()} if isinstance(rows, DatasetDict) else {"train": rows}
+    for part in splits.values():
+        files.refuse_place(part.column_names, f"{section}path: {str(place)!r}")
     return Source(str(place), section, [*splits], splits.__getitem__)
 
 
@@ -260,5 +267,8 @@ def _rename(rows: Dataset, columns: dict[str, str], source: Source) -> Dataset:
     renames = {actual: expected for expected, actual in columns.items()}
     if len(renames) < len(columns):
         raise ValueError(f"data.columns: a column can be renamed once only, got {columns}")
+    files.refuse_place(columns, "data.columns")
     in_the_way = [name for name in columns if name in found and name not in renames]
+    if in_the_way:
+        log.warning("data.columns: %s of %r is left out for what is renamed to it", ", ".join(in_the_way), source.path)
     return rows.remove_columns(in_the_way).rename_columns({a: e for a, e in renames.items() if a != e})

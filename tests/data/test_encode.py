@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -55,6 +56,18 @@ def run(
 def parts(tokenizer: PreTrainedTokenizerFast, example: TokenExample) -> list[tuple[str, str]]:
     """For each sequence the text that is given and the text that is scored."""
     return [(tokenizer.decode(ids[~scored]), tokenizer.decode(ids[scored])) for ids, scored in example.sequences]
+
+
+def test_progress_tells_the_rows_there_are(
+    make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encode, "_LINE_SECONDS", -1.0)
+    monkeypatch.setattr(encode, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(datasets, "are_progress_bars_disabled", lambda: True)
+    with caplog.at_level(logging.INFO, logger="fastalign"):
+        run([{"prompt": "a", "completion": "b"}] * 5, make_tokenizer())
+    said = [record.getMessage() for record in caplog.records if "tokenising" in record.getMessage()]
+    assert said == [f"tokenising: {done} of 5 rows" for done in (2, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,26 @@ def test_judgements_in_csv_are_numbers(write: Write) -> None:
     assert renamed["label"][:] == [1.0, 0.0]
 
 
+def test_a_slice_without_rows_is_refused_in_csv_too(write: Write) -> None:
+    with pytest.raises(ValueError, match=r"^data\.path: .* \(split 'train\[:0\]', limit None\) has no rows"):
+        load_rows(write("a.csv", "prompt,completion,label\na,b,true\n"), split="train[:0]")
+
+
+@pytest.mark.parametrize("form", ['{"a": %s}', '[{"a": %s}]', '{\n"a": %s}', '{"a": %s}\n{"a": 1}\n'])
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_values_nested_too_deep_are_one_line(write: Write, form: str, depth: int) -> None:
+    with pytest.raises(ValueError, match=r"^data\.path: .*a\.json, line \d") as raised:
+        load_rows(write("a.json", form % ("[" * depth + "]" * depth)))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_array_is_no_rows_and_ends_once(write: Write) -> None:
+    with pytest.raises(ValueError, match="has no rows"):
+        load_rows(write("a.json", "[ ]\n"))
+    with pytest.raises(ValueError, match=r"line 1: .*more after its end"):
+        load_rows(write("b.json", "[]]"))
+
+
 @pytest.mark.parametrize(("cell", "got"), [("maybe", "a string"), ("", "null"), ("nan", "NaN"), ("2", "2.0")])
 def test_a_cell_that_is_no_judgement_is_named(
     write: Write, tokenizer: PreTrainedTokenizerBase, cell: str, got: str
@@ -196,6 +216,9 @@ def test_empty_cells_are_empty_texts(write: Write, tokenizer: PreTrainedTokenize
         ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', r"a\.jsonl, line 2: .*NaN, which JSON has not"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json, line 2: .*Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}]\n[]', r"a\.json, line 2: .*more after its end"),
+        ("a.json", '[{"a": 1}\n]]', r"a\.json, line 2: .*more after its end"),
+        ("a.csv", "a,b\r1,2\r", r"a\.csv, line 1: .*save the file with \\n at the ends of lines"),
+        ("a.jsonl", '{"a": 1}\n{"__place__": "x"}\n', r"a\.jsonl, line 2 has a column '__place__'"),
         ("a.json", '[{"a": 1},\n"x"]', r"a\.json, line 2: expected a JSON array of objects, got a str"),
         ("a.json", '[{"a": 1},\n', r"a\.json, line 2: expected a JSON array of objects"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv, line 3: expected 2 cells, as in the first line, got 1"),

@@ -50,6 +50,39 @@ def test_columns_are_renamed_and_rows_limited(write: Write) -> None:
     assert rows.to_list() == [{"prompt": "q", "completion": "a"}] * 3
 
 
+def test_a_column_in_the_way_of_a_renamed_one_is_told(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    path = write("a.jsonl", '{"question": "q", "prompt": "in the way"}\n')
+    assert load_rows(path, columns={"prompt": "question"}).to_list() == [{"prompt": "q"}]
+    said = f"data.columns: prompt of {path!r} is left out for what is renamed to it"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    with pytest.raises(ValueError, match=r"^data\.columns has a column '__place__'"):
+        load_rows(path, columns={"__place__": "question"})
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_none(path: str, write: Write) -> None:
+    with pytest.raises(ValueError, match=r"^no training data is given: set data\.path"):
+        load_train_eval(DataConfig(path=path))
+    with pytest.raises(ValueError, match=r"^data\.path: expected a path, got '"):
+        load_rows(path)
+    with pytest.raises(ValueError, match=r"^data\.eval_path: expected a path, got '"):
+        load_train_eval(DataConfig(path=write("a.jsonl", LINES), eval_path=path))
+
+
+@pytest.mark.parametrize(
+    ("split", "evaluated", "seen"),
+    [("train", "train", 5), ("train[:3]", "train[2:]", 1), ("train[:3]", "train[3:]", 0)],
+)
+def test_evaluation_on_training_rows_is_told(
+    write: Write, caplog: pytest.LogCaptureFixture, split: str, evaluated: str, seen: int
+) -> None:
+    data = DataConfig(path=write("a.jsonl", LINES), split=split, eval_split=evaluated)
+    _, held_out = load_train_eval(data)
+    assert held_out is not None
+    said = f"data.eval_split: {seen} of the {len(held_out)} rows of {evaluated} are trained on too: "
+    assert (said in caplog.text) == (seen > 0) and len(caplog.records) == (seen > 0)
+
+
 def test_columns_can_change_places(write: Write) -> None:
     rows = load_rows(
         write("a.jsonl", '{"chosen": "a", "rejected": "b"}\n'), columns={"chosen": "rejected", "rejected": "chosen"}
