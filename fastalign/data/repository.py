@@ -141,9 +141,8 @@ def _check_options(config: Any, path: str, section: str) -> None:
     """Refuses cells of two separators, and what a README.md may say of its files but for the separator."""
     ends = {suffix(str(url)) for urls in (config.data_files or {}).values() for url in urls}
     if {".csv", ".tsv"} <= ends:
-        raise ValueError(
-            f"{section}path: {path!r} holds .csv and .tsv files, whose cells end differently: keep one kind"
-        )
+        remedy = "which separate their cells differently: keep one kind"
+        raise ValueError(f"{section}path: {path!r} holds .csv and .tsv files, {remedy}")
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
     plain = type(config)()
     for option, value in vars(config).items():

@@ -77,7 +77,8 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
     rows = take(source, data.split, data.columns, data.limit)
     if held_out is not None and split is not None:
         evaluated = take(held_out, split, data.columns)
-        if (source.path, data.name) == (held_out.path, data.eval_name or data.name):
+        same = (source.path, data.name) == (held_out.path, data.eval_name or data.name)
+        if same and {*_names(split)} & {*_names(data.split)}:
             _tell_of_seen(rows, evaluated, split)
         return rows, evaluated
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
@@ -153,7 +154,7 @@ def take(source: Source, split: str, columns: dict[str, str], limit: int | None 
 
 def _slices(source: Source, split: str) -> Dataset:
     """The rows that ``train``, ``train[:100]`` or ``train+validation[10%:]`` names."""
-    names = [part.partition("[")[0].strip() for part in split.split("+")]
+    names = _names(split)
     if unknown := [name for name in names if name not in source.splits]:
         there = f"{source.path!r} has the splits {[*source.splits]}, got {unknown[0]!r}"
         raise ValueError(f"{source.section}split: {there}")
@@ -166,6 +167,11 @@ def _slices(source: Source, split: str) -> Dataset:
         expected = "expected a split or a slice of one, such as train[:100]"
         raise ValueError(f"{source.section}split: {expected}, got {split!r} ({hub.first_line(error)})") from error
     return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _names(split: str) -> list[str]:
+    """The splits that a split, a slice or several of them is of."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
 def _placed(source: Source, split: str) -> Dataset:

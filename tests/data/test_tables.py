@@ -121,7 +121,8 @@ def test_patterns_in_names_are_names(tmp_path: Path) -> None:
 def test_a_saved_dataset_is_read_without_its_format(tmp_path: Path, form: str) -> None:
     rows = [{"messages": [{"role": "user", "content": "a"}]}]
     Dataset.from_list(rows).with_format(form).save_to_disk(str(tmp_path / "d[1]"))
-    assert [*load_rows(str(tmp_path / "d[1]"))] == rows
+    read = [*load_rows(str(tmp_path / "d[1]"))]
+    assert read == rows and type(read[0]["messages"]) is list
 
 
 def test_a_saved_dataset_keeps_no_column_of_places(tmp_path: Path) -> None:
