@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, Value
+from datasets import Sequence as ListOf
 from datasets.table import cast_array_to_feature, table_cast
 
 from fastalign import hub
@@ -182,9 +183,11 @@ def _merge(one: Any, other: Any, at: str) -> Any:
         both = {**other, **one}
         names = [*one, *(name for name in other if name not in one)]
         return {k: _merge(one.get(k, both[k]), other.get(k, both[k]), f"{at}.{k}") for k in names}
-    if isinstance(one, List | LargeList) and isinstance(other, List | LargeList):
-        wide = LargeList if LargeList in (type(one), type(other)) else List
-        return wide(_merge(one.feature, other.feature, at))
+    if _is_list(one) and _is_list(other):
+        inner = _merge(_items(one), _items(other), at)
+        if LargeList in (type(one), type(other)):
+            return LargeList(inner)
+        return [inner] if isinstance(inner, dict) else ListOf(inner)
     if type(one) is Value and type(other) is Value:
         dtypes = {one.dtype, other.dtype}
         if dtypes <= _TEXTS:
@@ -194,7 +197,15 @@ def _merge(one: Any, other: Any, at: str) -> Any:
     raise _Differ(at, one, other)
 
 
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, list | ListOf | LargeList)
+
+
+def _items(feature: Any) -> Any:
+    return feature[0] if isinstance(feature, list) else feature.feature
+
+
 def _said(feature: Any) -> str:
     if isinstance(feature, dict):
         return "objects"
-    return "lists" if isinstance(feature, List | LargeList) else str(getattr(feature, "dtype", type(feature).__name__))
+    return "lists" if _is_list(feature) else str(getattr(feature, "dtype", type(feature).__name__))
