@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hub_server import Hub, hub
 
-HERE = Path(sys.argv[1])
+HERE = Path(sys.argv[1] if __name__ == "__main__" else ".")  # pytest imports every file, for its doctests
 README = """---
 configs:
 - config_name: main

@@ -42,7 +42,7 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
     """
     layers, was = transformer_blocks(policy), policy.attention
     inner = {module for layer in layers for module in layer.modules()}
-    outer = [x for module in policy.modules() if module not in inner for x in tensors(module, recurse=False)]
+    outer = [x for module in policy.modules() if module not in inner for x in places(module, recurse=False)]
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(exact_products(policy))
@@ -57,9 +57,15 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
         yield
 
 
-def tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
-    """Floating-point parameters and buffers."""
-    return [x for x in (*module.parameters(recurse), *module.buffers(recurse)) if x.is_floating_point()]
+Place = tuple[dict[str, Any], str]
+"""A dict of a module and a name in it: where a parameter or a buffer is kept."""
+
+
+def places(module: nn.Module, recurse: bool = True) -> list[Place]:
+    """Where floating-point parameters and buffers are kept."""
+    modules = module.modules() if recurse else [module]
+    dicts = [kept for owner in modules for kept in (owner._parameters, owner._buffers)]
+    return [(kept, name) for kept in dicts for name, x in kept.items() if x is not None and x.is_floating_point()]
 
 
 @contextmanager
@@ -94,18 +100,31 @@ def eager_experts(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def wide(narrow: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """The tensors in a wider dtype, then their own storage again."""
-    kept: list[tuple[Tensor, Tensor]] = []
+def wide(narrow: list[Place], dtype: torch.dtype) -> Iterator[None]:
+    """Wider copies in place of the tensors, then the same tensors again.
+
+    They are replaced, not changed: a parameter whose ``data`` has had another dtype is cut off from the hooks by which
+    DistributedDataParallel sums gradients.
+    """
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    made: dict[int, Tensor] = {}  # tied weights stay one tensor
     try:
-        for x in narrow:
-            if torch.promote_types(x.dtype, dtype) != x.dtype:  # a tied weight is met twice and widened once
-                kept.append((x, x.data))
-                x.data = x.data.to(dtype)
+        for owner, name in narrow:
+            x: Tensor = owner[name]
+            if torch.promote_types(x.dtype, dtype) != x.dtype:
+                kept.append((owner, name, x))
+                if id(x) not in made:
+                    made[id(x)] = _copy(x, dtype)
+                owner[name] = made[id(x)]
         yield
     finally:
-        for x, data in kept:
-            x.data = data
+        for owner, name, x in kept:
+            owner[name] = x
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = x.detach().to(dtype)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(x, nn.Parameter) else copy
 
 
 @contextmanager
@@ -114,7 +133,7 @@ def wide_while_it_runs(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     stack = ExitStack()
 
     def before(*_: Any) -> None:
-        stack.enter_context(wide(tensors(layer), dtype))
+        stack.enter_context(wide(places(layer), dtype))
 
     def after(*_: Any) -> None:
         stack.close()

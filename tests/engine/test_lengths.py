@@ -138,7 +138,7 @@ def test_a_run_whose_rows_fit_is_accepted(configure, write):
 
 
 def test_rows_that_are_not_read_do_not_matter(configure, write):
-    read = visited(12, 4, 0, 1)
+    read = visited(12, 0, 4)
     path = write("rows", *[(3, 2) if i in read else (3, 90) for i in range(12)])
     config = configure("sft", **{"model.config": GPT2, "data.path": path, "data.max_length": 4096, **ONE})
     train(config)
