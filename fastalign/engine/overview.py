@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,7 +243,7 @@ def shorten(text: str, limit: int) -> str:
 
 def show(lines: list[Line]) -> None:
     """Print names and texts as a table; what is scored is green on a terminal with colours, else between brackets."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, no_color=bool(os.environ.get("NO_COLOR")))
     colours = console.is_terminal and console.color_system is not None and not console.no_color
     has_example = any(part.scored for _, parts in lines for part in parts)
     legend = "(green text is scored)" if colours else "(text between [[ and ]] is scored)"
