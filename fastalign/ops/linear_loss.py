@@ -51,7 +51,8 @@ class _Attach(torch.autograd.Function):
             made = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
             _scale(made, upstream[0])
         if torch.is_grad_enabled():
-            made = (None if g is None else mark("linear_loss", g, x) for g, x in zip(made, inputs, strict=True))
+            both = zip(made, inputs, strict=True)
+            made = (g if g is None or x is None else mark("linear_loss", g, x) for g, x in both)
         return *made, None, None, None
 
 
