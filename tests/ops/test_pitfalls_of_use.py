@@ -286,7 +286,8 @@ def packed_calls(op, backend, num_sequences):
     x, values = (torch.randn(n, generator=new, requires_grad=True) for _ in range(2))
     logits = torch.randn(n, 7, generator=new, requires_grad=True)
     labels = torch.randint(7, (n,), generator=new)
-    hidden, weight = torch.randn(n, 3, generator=new, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    # drawn alike: where no label at all is the likeliest, as of few rows by chance, nothing is compared with an earlier tie
+    hidden, weight = (torch.randn(size, 3, generator=new, requires_grad=True) for size in (n, 7))
 
     def by_pair(stats):
         return dpo(pair_logps(stats.logps, stats.cu_seqlens)).sum()
@@ -307,7 +308,7 @@ def packed_calls(op, backend, num_sequences):
             result.sum().backward()
 
     forward_and_backward()  # what is only done once
-    return calls(forward_and_backward) & calls(forward_and_backward)  # what came in between once is nobody's loop
+    return calls(forward_and_backward)
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "triton"])
