@@ -286,7 +286,7 @@ def packed_calls(op, backend, num_sequences):
     x, values = (torch.randn(n, generator=new, requires_grad=True) for _ in range(2))
     logits = torch.randn(n, 7, generator=new, requires_grad=True)
     labels = torch.randint(7, (n,), generator=new)
-    # drawn alike: where no label at all is the likeliest, as of few rows by chance, nothing is compared with an earlier tie
+    # all from one seed: where no label is the likeliest, as of few rows by chance, there is nothing to allocate for
     hidden, weight = (torch.randn(size, 3, generator=new, requires_grad=True) for size in (n, 7))
 
     def by_pair(stats):
