@@ -12,6 +12,7 @@
 #include "policy_loss.h"
 #include "product.h"
 #include "scan.h"
+#include "short_waits.h"
 #include "token_logps.h"
 
 namespace py = pybind11;
@@ -333,6 +334,10 @@ PYBIND11_MODULE(_C, m) {
              divergence(op, Walk::backward, threads);
            },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+#if defined(_OPENMP)
+  py::class_<ShortWaits>(m, "ShortWaits", "While one exists, threads that wait for one another soon sleep.")
+      .def(py::init<int>(), py::arg("threads"));
+#endif
 #if defined(FASTALIGN_CUDA)
   bind_cuda(m);
 #endif

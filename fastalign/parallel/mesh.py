@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastalign.config import ParallelConfig
+from fastalign.parallel.waiting import sharing_cores
 
 LAST_WORK_SECONDS = 0.2
 """How long a rank leaves the interpreter lock to gloo's threads before it may exit.
@@ -87,12 +88,14 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
     shape = mesh_shape(parallel, size)
     device = local_device()
     if size == 1:
-        yield World(0, 1, device)
+        with sharing_cores():
+            yield World(0, 1, device)
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-        yield World(dist.get_rank(), size, device, mesh)
+        with sharing_cores():
+            yield World(dist.get_rank(), size, device, mesh)
     finally:
         dist.destroy_process_group()
         time.sleep(LAST_WORK_SECONDS)
