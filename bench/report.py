@@ -74,7 +74,10 @@ def newest(rows: Rows, kind: str) -> Rows:
 def key(row: dict[str, Any], kind: str) -> str:
     """What a row is compared within."""
     known = ", precomputed reference" if row.get("precomputed") else ""
-    return f"{row['task']}{known}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
+    beside = f", beside {row['neighbours']} busy processes" if row.get("neighbours") else ""
+    return (
+        f"{row['task']}{known}{beside}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
+    )
 
 
 def grouped(rows: Rows, kind: str) -> list[Rows]:

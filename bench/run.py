@@ -48,6 +48,13 @@ def positive(text: str) -> int:
     return value
 
 
+def whole(text: str) -> int:
+    """A count that may be none."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
 def setting_of(options: argparse.Namespace) -> Setting:
     """The setting asked for.
 

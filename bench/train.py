@@ -8,6 +8,7 @@ our own stands the share of the machine's speed at bare matrix products, measure
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new("--precomputed", action="store_true", help="reference log-probs are known before the first step, on both sides")
     new("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast on both sides")
     new("--threads", type=run.positive, default=2, help="CPU threads of each side")
+    new("--neighbours", type=run.whole, default=0, help="busy processes that run beside every side (default 0)")
     new("--repeats", type=run.positive, default=1, help="runs of each side, in random order")
     new("--only", choices=list(SIDES), action="append", help="measure these sides only")
     new("--profile", action="store_true", help="print where the time of fastalign's steps goes")
@@ -68,14 +70,26 @@ def run_side(side: str, work: Workload, profile: bool) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     threads |= {"CUDA_VISIBLE_DEVICES": ""} if work.device == "cpu" else {}
     log = work.path / f"{side}.log"
-    with log.open("w") as file:
-        command += ["--profile"] * profile
+    command += ["--profile"] * profile
+    with log.open("w") as file, busy(work.neighbours):
         done = subprocess.run(command, cwd=common.ROOT, env={**os.environ, **threads}, stdout=file, stderr=file)
     if done.returncode:
         raise SystemExit(f"{SIDES.get(side, side)} failed:\n{log.read_text()[-3000:]}")
     if profile:
         print(log.read_text())
     return json.loads((work.path / f"{side}.json").read_text())
+
+
+@contextlib.contextmanager
+def busy(number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that want a core of their own all the time."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield hogs
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
 
 
 def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
@@ -123,11 +137,12 @@ def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work:
         rows.append((SIDES[side], speed, ratios[0], steps, cpu, ratios[1], *memory, ratios[2]))
     model = f"{facts['parameters'] / 1e6:.1f}M-parameter Llama"
     where = f"{work.threads} threads" if work.device == "cpu" else work.device
+    beside = f", beside {work.neighbours} busy processes" if work.neighbours else ""
     unit, known = TASKS[work.task].unit, "precomputed" if work.precomputed else "online"
     reference = f"{known} reference; " if TASKS[work.task].reference else ""
     timed = f"{work.steps - work.warmup} timed steps after {work.warmup}"
     common.print_table(
-        f"{work.task} on {facts['data']}, {model}, {work.dtype}, {work.examples} {unit} a step, {where}",
+        f"{work.task} on {facts['data']}, {model}, {work.dtype}, {work.examples} {unit} a step, {where}{beside}",
         (
             "",
             f"{unit.split()[0]}/s",
@@ -207,7 +222,8 @@ def plot(figures: dict[str, dict[str, Any]], what: dict[str, Any], where: dict[s
 
 def make_work(options: argparse.Namespace, directory: str, work: Workload | None) -> Workload:
     """The workload that the options describe."""
-    wanted = {name: getattr(options, name) for name in ("task", "steps", "dtype", "threads", "device", "precomputed")}
+    same = ("task", "steps", "dtype", "threads", "device", "precomputed", "neighbours")
+    wanted = {name: getattr(options, name) for name in same}
     wanted["examples"] = options.examples or TASKS[options.task].examples
     return replace(work or Workload(directory, **SIZES[options.model]), directory=directory, **wanted)
 
@@ -239,8 +255,10 @@ def main(options: argparse.Namespace, work: Workload | None = None) -> int:
     loss_table(figures)
     what = {"bench": "train", "task": work.task, "dtype": work.dtype, "steps": work.steps, **facts}
     what |= {"examples": work.examples, "unit": TASKS[work.task].unit, "precomputed": work.precomputed, "roof": roof}
+    what |= {"neighbours": work.neighbours} if work.neighbours else {}
     where = {**common.environment(options.device), "threads": work.threads}
-    plot(figures, what, where, options.results)
+    if not work.neighbours:
+        plot(figures, what, where, options.results)
     if options.record:
         rows = [{**what, "side": side, **row} for side, row in figures.items()]
         print("recorded in", common.record(f"train-{work.task}", rows, where, options.results))

@@ -89,6 +89,7 @@ class Workload:
         steps: optimizer steps, ``examples`` of the task's units each.
         precomputed: the reference's log-probs are known before the first step.
         warmup: first steps left out of the timing.
+        neighbours: busy processes beside it.
         tokens: entries of the tokenizer that is trained; the model's vocabulary may be larger.
     """
 
@@ -106,6 +107,7 @@ class Workload:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 2
+    neighbours: int = 0
     beta: float = 0.1
     lr: float = 1e-4
     seed: int = 0

@@ -263,6 +263,7 @@ def test_a_lost_case_is_shown(results):
         (["memory", "--mode", "half"], "invalid choice: 'half'"),
         (["train", "--device", "cpu", "--steps", "2"], "--steps: the first 2 are not timed"),
         (["train", "--device", "cpu", "--task", "sft", "--precomputed"], "--precomputed: sft has no reference"),
+        (["train", "--device", "cpu", "--neighbours", "-1"], "--neighbours: expected 0 or more, got -1"),
         (["report", "--results", "/nowhere"], "no results in /nowhere"),
     ],
 )
@@ -349,6 +350,14 @@ def test_the_roof_is_measured_at_the_models_shapes(tmp_path):
     sides.run("roof", work, profile=False)
     rates = json.loads((tmp_path / "roof.json").read_text())
     assert rates["torch.mm"] > 0 and all(rate < 1e5 for rate in rates.values())
+
+
+def test_neighbours_are_busy_while_a_side_runs_and_gone_after():
+    with train.busy(2) as hogs:
+        assert len(hogs) == 2 and all(hog.poll() is None for hog in hogs)
+    assert all(hog.poll() is not None for hog in hogs)
+    row = {"task": "dpo", "dtype": "float32", "parameters": 9}
+    assert report.key(row, "train") != report.key({**row, "neighbours": 2}, "train")
 
 
 def test_the_summary_counts_timed_steps_only():
