@@ -1,6 +1,7 @@
 // The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,7 @@
 #include "cpu_level.h"
 #include "divergence.h"
 #include "layers.h"
+#include "out_of_memory.h"
 #include "policy_loss.h"
 #include "product.h"
 #include "scan.h"
@@ -57,6 +59,9 @@ void rotate(const Rotation& op, bool adjoint, int threads);
 }  // namespace fastalign
 
 namespace {
+
+// Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/_cpp.py.
+constexpr int kAbi = 1;
 
 void token_logps(const TokenLogps& op, bool backward, int threads) {
   switch (cpu_level()) {
@@ -243,10 +248,21 @@ void run_rotate(const HeadsArgument& x, const HeadsArgument& y, const RowsArgume
          adjoint, threads);
 }
 
+void translate(std::exception_ptr raised) {
+  try {
+    std::rethrow_exception(raised);
+  } catch (const OutOfMemory& missing) {
+    PyErr_Format(PyExc_MemoryError, "%s: no memory for %lld bytes to work in", missing.op,
+                 static_cast<long long>(missing.bytes));
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastalign over addresses; fastalign.ops._cpp is their checked face.";
+  m.attr("abi") = kAbi;
+  py::register_exception_translator(&translate);
   m.def("cpu_level", [] { return name(cpu_level()); }, "The instruction set in use: avx512, avx2 or scalar.");
   m.def("set_cpu_level", [](const std::string& level) { cpu_level() = level_named(level); },
         "Use a lower instruction set from now on; not while a kernel runs.");

@@ -6,10 +6,9 @@
 // are cut where the call begins, and the gradients of one tree's keys are added by one thread, call after call.
 #include "attention.h"
 
-#include <cstdlib>
-#include <memory>
-#include <vector>
+#include <optional>
 
+#include "cpu/scratch.h"
 #include "cpu/tiles.h"
 #include "cpu/typed.h"
 
@@ -20,16 +19,13 @@ constexpr int64_t kBlock = 48, kLeastBlock = 24;  // queries at a time: multiple
 constexpr int64_t kScores = 65536;                // scores of a block: what the second-level cache holds
 constexpr int64_t kQueries = 192;                 // of one forward task, a multiple of kBlock
 
-struct Free {
-  void operator()(float* x) const { std::free(x); }
-};
-using Floats = std::unique_ptr<float[], Free>;
+using Floats = Scratch<float>;
 
 Floats floats(int64_t count) {
-  int64_t bytes = (count * int64_t(sizeof(float)) + 63) / 64 * 64;
-  float* data = static_cast<float*>(std::aligned_alloc(64, bytes));
-  std::memset(data, 0, bytes);  // columns beyond the size of a head stay zero
-  return Floats(data);
+  count = (count + kLanes - 1) / kLanes * kLanes;
+  Floats data = scratch<float>("attention", count);
+  std::memset(data.get(), 0, count * sizeof(float));  // columns beyond the size of a head stay zero
+  return data;
 }
 
 template <class T>
@@ -240,47 +236,52 @@ double cost(const Attention& op, const AttentionCall& call, int64_t first, int64
   return queries * (before + double(first + last) / 2);
 }
 
-// Of each call up to kQueries queries of one key head.
-std::vector<Task> forward_tasks(const Attention& op) {
-  std::vector<Task> tasks;
+// Of each call up to kQueries queries of one key head. Returns how many, and writes them where there is room.
+int64_t forward_tasks(const Attention& op, Task* tasks) {
+  int64_t count = 0;
   for (int64_t c = 0; c < op.num_calls; ++c) {
     int64_t queries = op.calls[c].stop - op.calls[c].start;
     for (int64_t first = 0; first < queries; first += kQueries)
-      for (int64_t head = 0; head < op.key_heads; ++head) {
+      for (int64_t head = 0; head < op.key_heads; ++head, ++count) {
         int64_t last = std::min(queries, first + kQueries);
-        tasks.push_back({c, head, first, last, cost(op, op.calls[c], first, last)});
+        if (tasks) tasks[count] = {c, head, first, last, cost(op, op.calls[c], first, last)};
       }
   }
-  return tasks;
+  return count;
 }
 
 // Of each tree one key head.
-std::vector<Task> backward_tasks(const Attention& op) {
-  std::vector<Task> tasks;
-  for (int64_t t = 0; t < op.num_trees; ++t)
+int64_t backward_tasks(const Attention& op, Task* tasks) {
+  for (int64_t t = 0; tasks && t < op.num_trees; ++t)
     for (int64_t head = 0; head < op.key_heads; ++head) {
       double sum = 0;
       for (int64_t c = op.trees[t]; c < op.trees[t + 1]; ++c)
         sum += cost(op, op.calls[c], 0, op.calls[c].stop - op.calls[c].start);
-      tasks.push_back({t, head, 0, 0, sum});
+      *tasks++ = {t, head, 0, 0, sum};
     }
-  return tasks;
+  return op.num_trees * op.key_heads;
 }
 
 }  // namespace
 
 void attention(const Attention& op, bool backward, int threads) {
-  std::vector<Task> tasks = backward ? backward_tasks(op) : forward_tasks(op);
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  int64_t longest = 0, count = int64_t(tasks.size());
+  auto* list_tasks = backward ? backward_tasks : forward_tasks;
+  int64_t longest = 0, count = list_tasks(op, nullptr);
+  Scratch<Task> tasks = scratch<Task>("attention", count);
+  list_tasks(op, tasks.get());
+  std::stable_sort(&tasks[0], &tasks[count], [](const Task& a, const Task& b) { return a.cost > b.cost; });
   for (int64_t c = 0; c < op.num_calls; ++c) longest = std::max(longest, num_keys(op, op.calls[c]));
   threads = int(std::min<int64_t>(threads, count));
+  OutOfMemory missing{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Room room(op, longest, backward);
+    std::optional<Room> room;
+    keep_failure(missing, [&] { room.emplace(op, longest, backward); });
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) (backward ? backward_task : forward_task)(room, tasks[i]);
+    for (int64_t i = 0; i < count; ++i)
+      if (room) (backward ? backward_task : forward_task)(*room, tasks[i]);
   }
+  throw_failure(missing);
 }
 
 }  // namespace fastalign::LEVEL

@@ -1,6 +1,4 @@
 // Divergence of two rows of logits, and what else is known of them in the same read. Compiled once per instruction set.
-#include <memory>
-
 #include "cpu/streams.h"
 
 namespace fastalign::LEVEL {
@@ -156,7 +154,7 @@ void finish_row(const Divergence& op, int64_t row, const Pair* pairs, int64_t sl
 template <bool wants_cross, Entropy entropy>
 void fold_rows_with(const Divergence& op, int threads) {
   int64_t slabs = num_slabs(op.vocabulary()), items = op.rows() * slabs;
-  std::unique_ptr<Pair[]> pairs(new Pair[items]);
+  Scratch<Pair> pairs = scratch<Pair>("divergence", items);
   bool forward = op.kind == Kind::forward_kl;
   parallel_for(items, op.rows() * op.vocabulary(), threads, [&](int64_t item) {
     int64_t row = item / slabs, begin = item % slabs * kSlab;
@@ -209,7 +207,7 @@ MixturePartial mix_slab(const Divergence& op, int64_t row, int64_t begin, int64_
 template <class F>
 void mix_rows(const Divergence& op, int threads, F f) {
   int64_t slabs = num_slabs(op.vocabulary()), items = op.rows() * slabs;
-  std::unique_ptr<MixturePartial[]> partials(new MixturePartial[items]);
+  Scratch<MixturePartial> partials = scratch<MixturePartial>("divergence", items);
   parallel_for(items, op.rows() * op.vocabulary(), threads, [&](int64_t item) {
     int64_t row = item / slabs, begin = item % slabs * kSlab;
     if (!op.masked(row)) partials[item] = mix_slab(op, row, begin, std::min(begin + kSlab, op.vocabulary()));

@@ -1,7 +1,7 @@
 // Layers between the products, forward and backward, each in one pass over its rows; compiled once per instruction set.
 #include "layers.h"
 
-#include <vector>
+#include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/typed.h"
@@ -45,8 +45,8 @@ T* row_of(const Rows& x, int64_t row, T*) {
   return static_cast<T*>(x.data) + row * x.stride;
 }
 
-std::vector<float> widened(const Rows& x, int64_t columns) {
-  std::vector<float> out(columns);
+Scratch<float> widened(const Rows& x, int64_t columns) {
+  Scratch<float> out = scratch<float>("rms_norm", columns);
   with_type(x.dtype, [&](auto* type) {
     for_columns(columns, [&](int64_t j, int64_t n) { put(&out[j], get(row_of(x, 0, type) + j, n), n); });
   });
@@ -54,7 +54,7 @@ std::vector<float> widened(const Rows& x, int64_t columns) {
 }
 
 void norm_forward(const RmsNorm& op, int threads) {
-  std::vector<float> weight = widened(op.weight, op.columns);
+  Scratch<float> weight = widened(op.weight, op.columns);
   with_type(op.x.dtype, [&](auto* x_type) {
     with_type(op.y.dtype, [&](auto* y_type) {
       for_rows(op.rows, op.columns, threads, [&](int64_t, int64_t row) {
@@ -77,9 +77,10 @@ void norm_forward(const RmsNorm& op, int threads) {
 
 // With n = x / rms and u = weight dy: dx = (u - n mean(u n)) / rms, d weight = sum over rows of dy n.
 void norm_backward(const RmsNorm& op, int threads) {
-  std::vector<float> weight = widened(op.weight, op.columns);
+  Scratch<float> weight = widened(op.weight, op.columns);
   int64_t runs = (op.rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  std::vector<float> parts(runs * op.columns);
+  Scratch<float> parts = scratch<float>("rms_norm", runs * op.columns);
+  std::memset(parts.get(), 0, runs * op.columns * sizeof(float));
   with_type(op.x.dtype, [&](auto* x_type) {
     with_type(op.grad_y.dtype, [&](auto* y_type) {
       for_rows(op.rows, op.columns, threads, [&](int64_t run, int64_t row) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/scratch.h"
+
 namespace fastalign::LEVEL {
 
 // Columns that one thread folds in one go: few enough to share a row of a large vocabulary among threads.
@@ -15,8 +17,10 @@ inline int64_t num_slabs(int64_t vocabulary) { return std::max<int64_t>(1, (voca
 template <class F>
 void parallel_for(int64_t items, int64_t elements, int threads, F f) {
   threads = static_cast<int>(std::min<int64_t>({threads, items, 1 + elements / kSlab}));
+  OutOfMemory missing{};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) f(item);
+  for (int64_t item = 0; item < items; ++item) keep_failure(missing, [&] { f(item); });
+  throw_failure(missing);
 }
 
 }  // namespace fastalign::LEVEL

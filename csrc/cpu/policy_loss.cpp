@@ -2,8 +2,6 @@
 // gradient is one multiplication away once the row's coefficient is known. Compiled once per instruction set.
 #include "policy_loss.h"
 
-#include <memory>
-
 #include "cpu/functors.h"
 #include "cpu/rows.h"
 
@@ -69,7 +67,7 @@ struct Row {
   }
 
   void decide(const Slab* read) const {
-    std::unique_ptr<Partial[]> partials(new Partial[slabs]);
+    Scratch<Partial> partials = scratch<Partial>("policy_loss", slabs);
     for (int64_t k = 0; k < slabs; ++k) partials[k] = read[k].partial;
     finish_row<T, form>(rows, row, partials.get());
     Policy<float>{op}.finish(row);
@@ -124,13 +122,13 @@ void run_rows(const PolicyLoss& op, int threads) {
   if (rows >= threads) {
     return parallel_for(rows, elements, threads, [&](int64_t i) {
       PolicyRow row(op, i);
-      std::unique_ptr<Slab[]> read(new Slab[slabs]);
+      Scratch<Slab> read = scratch<Slab>("policy_loss", slabs);
       for (int64_t k = 0; k < slabs; ++k) row.read(k, read[k]);
       row.decide(read.get());
       for (int64_t k = 0; k < slabs && row.differentiable(); ++k) row.write(k, read[k]);
     });
   }
-  std::unique_ptr<Slab[]> read(new Slab[rows * slabs]);
+  Scratch<Slab> read = scratch<Slab>("policy_loss", rows * slabs);
   parallel_for(rows * slabs, elements, threads, [&](int64_t i) { PolicyRow(op, i / slabs).read(i % slabs, read[i]); });
   for (int64_t i = 0; i < rows; ++i) PolicyRow(op, i).decide(&read[i * slabs]);
   if (op.rows.grad.data)

@@ -12,7 +12,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+
+#include "cpu/scratch.h"
 
 #define BF16 __attribute__((target("avx512bf16,avx512bw,avx512vl,avx512dq,avx512f")))
 
@@ -25,12 +26,9 @@ constexpr int64_t kRows = 6;   // 6 x 4 vectors of sums, 4 of b and one of a fil
 constexpr int64_t kBlock = 48;  // rows packed at a time: a multiple of kRows and kLanes
 
 using Word = uint32_t;
-struct Free {
-  void operator()(Word* words) const { std::free(words); }
-};
-using Words = std::unique_ptr<Word[], Free>;
+using Words = LEVEL::Scratch<Word>;
 
-Words words(int64_t count) { return Words(static_cast<Word*>(std::aligned_alloc(64, count * sizeof(Word)))); }
+Words words(int64_t count) { return LEVEL::scratch<Word>("add_product", count); }
 
 int64_t blocks(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
@@ -124,20 +122,24 @@ bool has_bf16_product() { return __builtin_cpu_supports("avx512bf16"); }
 void add_product(const Product& op, int threads) {
   int64_t strips = blocks(op.n, kCols), row_blocks = blocks(op.m, kBlock);
   Words b = words(strips * kCols * kDepth / 2);
+  OutOfMemory missing{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Words a = words(kBlock * kDepth / 2);
+    Words a;
+    LEVEL::keep_failure(missing, [&] { a = words(kBlock * kDepth / 2); });
     for (int64_t k = 0; k < op.k; k += kDepth) {
       int64_t depth = std::min(kDepth, op.k - k), pairs = blocks(depth, 2);
 #pragma omp for
       for (int64_t s = 0; s < strips; ++s) pack_columns(op, k, depth, s * kCols, &b[s * kCols * pairs]);
 #pragma omp for
       for (int64_t r = 0; r < row_blocks; ++r) {
+        if (!a) continue;
         (op.a_row_stride == 1 ? pack_neighbours : pack_rows)(op, k, depth, r * kBlock, a.get());
         add_block(op, a.get(), b.get(), pairs, r * kBlock, op.accumulate || k);
       }
     }
   }
+  LEVEL::throw_failure(missing);
 }
 
 }  // namespace fastalign

@@ -1,8 +1,6 @@
 // Row statistics and their gradient, rows and slabs of columns over threads. Compiled once per instruction set.
 #include "token_logps.h"
 
-#include <memory>
-
 #include "cpu/rows.h"
 
 namespace fastalign::LEVEL {
@@ -11,7 +9,7 @@ namespace {
 template <class T, Form form, bool entropy, bool total>
 void forward_rows(const TokenLogps& op, int threads) {
   int64_t slabs = num_slabs(op.vocabulary), items = op.rows * slabs;
-  std::unique_ptr<Partial[]> partials(new Partial[items]);
+  Scratch<Partial> partials = scratch<Partial>("token_logps", items);
   parallel_for(items, op.rows * op.vocabulary, threads, [&](int64_t item) {
     int64_t row = item / slabs, begin = item % slabs * kSlab;
     if (op.label(row) == kIgnored) return;

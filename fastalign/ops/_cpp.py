@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -16,12 +17,27 @@ from fastalign.ops._rows import Coefficients
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CPU = torch.device("cpu")
+ABI = 1
+"""The bindings that this package calls: ``kAbi`` in csrc/bindings.cpp, raised with every change to them."""
 
 
+@cache
 def unavailable() -> str | None:
-    """Why the native kernels cannot be used, or None when they can. A present but broken extension raises."""
+    """Why the native kernels cannot be used, or None when they can.
+
+    Raises:
+        ImportError: the extension is there but cannot be loaded, or it was built from the sources of another version,
+            whose functions take other arguments.
+    """
     if find_spec("fastalign._C") is None:
         return "fastalign._C is not built (no C++ compiler when fastalign was installed)"
+    from fastalign import _C
+
+    if getattr(_C, "abi", None) != ABI:
+        raise ImportError(
+            f"the native extension {_C.__file__} was built for another version of fastalign: build it again with "
+            "`pip install .` (beside the sources: `python setup.py build_ext --inplace`), or remove the file"
+        )
     return None
 
 

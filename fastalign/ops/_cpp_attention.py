@@ -10,14 +10,8 @@ from torch import Tensor
 from fastalign.ops import _cpp
 from fastalign.ops._final import final
 
-
-def unavailable() -> str | None:
-    """Why the native attention cannot be used, or None when it can."""
-    if reason := _cpp.unavailable():
-        return reason
-    from fastalign import _C
-
-    return None if hasattr(_C, "attention") else "fastalign._C is older than its sources: build it again"
+unavailable = _cpp.unavailable
+"""Why the native attention cannot be used, or None when it can."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, dtype: torch.dtype) -> Tensor:

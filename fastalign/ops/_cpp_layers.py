@@ -13,13 +13,8 @@ from fastalign.ops._final import final
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unavailable() -> str | None:
-    """Why the native layers cannot be used, or None when they can."""
-    if reason := _cpp.unavailable():
-        return reason
-    from fastalign import _C
-
-    return None if hasattr(_C, "rotate") else "fastalign._C is older than its sources: build it again"
+unavailable = _cpp.unavailable
+"""Why the native layers cannot be used, or None when they can."""
 
 
 def serves(*tensors: Tensor) -> bool:
