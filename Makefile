@@ -76,6 +76,8 @@ $(VENV)/.torch: | $(BIN)/python
 $(VENV)/.installed-demo: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test,peers]
 $(VENV)/.installed-check: EXTRAS := [check]
+# A compiler's warning fails our own checks, and never a user's build.
+$(VENV)/.installed-check: export FASTALIGN_WERROR := 1
 $(VENV)/.installed-releases: EXTRAS := [test,lora]
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/.torch
 	$(PIP) $(CONSTRAINTS) $(PINS) -e '.$(EXTRAS)'

@@ -1,12 +1,13 @@
 """Build the native extension ``fastalign._C`` with ninja; everything else is in pyproject.toml.
 
 The extension needs a C++17 compiler and pybind11, not torch. ``csrc/cpu`` is compiled once per instruction set and
-``csrc/cuda`` where ``nvcc`` is found.
+``csrc/cuda`` where ``nvcc`` is found; where that fails the extension is built without it, and the build says so.
 
 Environment:
-    FASTALIGN_CPP    1 demands the extension, 0 leaves it out; by default it is built where a compiler is.
-    FASTALIGN_CUDA   1 demands the CUDA kernels, 0 leaves them out; by default they are built where nvcc is.
-    CXX, NVCC        the compilers.
+    FASTALIGN_CPP     1 demands the extension, 0 leaves it out; by default it is built where a compiler is.
+    FASTALIGN_CUDA    1 demands the CUDA kernels, 0 leaves them out; by default they are built where nvcc is.
+    FASTALIGN_WERROR  1 makes every warning of the compilers an error, as our own checks do; by default none is.
+    CXX, NVCC         the compilers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,7 +38,7 @@ LEVELS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
 }
 CUDA_ARCHS = ("80", "90", "100")
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -t 0 -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings"
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -t 0 -Xcompiler=-fPIC,-fvisibility=hidden"
 
 
 def demanded(name: str) -> bool | None:
@@ -53,35 +55,52 @@ def say(message: str) -> None:
 
 
 def accepts(command: str, code: str | None = None) -> bool:
-    """Whether a compiler takes the source given or named."""
-    return subprocess.run(shlex.split(command), input=code, text=True, capture_output=True).returncode == 0
+    """Whether a compiler is there and takes the source given or named."""
+    return run(command, code) is not None
 
 
+def run(command: str, code: str | None = None) -> str | None:
+    """What a program prints, None when it cannot be started or fails."""
+    try:
+        done = subprocess.run(shlex.split(command), input=code, text=True, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+@cache
 def find_cxx() -> str | None:
     """A C++17 compiler that can build Python extensions, or None."""
-    include = shlex.quote(sysconfig.get_path("include"))
-    for cxx in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        check = f"{cxx} -std=c++17 -I{include} -x c++ -fsyntax-only -"
-        if shutil.which(cxx.split()[0]) and accepts(check, "#include <Python.h>\n"):
+    include, asked = shlex.quote(sysconfig.get_path("include")), os.environ.get("CXX")
+    for cxx in filter(None, (asked, "c++", "g++", "clang++")):
+        if accepts(f"{cxx} -std=c++17 -I{include} -x c++ -fsyntax-only -", "#include <Python.h>\n"):
             return cxx
+        if cxx == asked:
+            say(f"CXX={cxx} does not compile here: looking for c++, g++ and clang++")
     return None
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler if it is wanted, present and at peace with its C++ compiler, else None."""
+    """The CUDA compiler if it is wanted, present and can preprocess with its C++ compiler, else None."""
     wanted = demanded("FASTALIGN_CUDA")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    found = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    nvcc = os.environ.get("NVCC") or (found and shlex.quote(found))
     if wanted is False or not (wanted or nvcc):
         return None
     # The kernels have code for sm_90: an nvcc older than 11.8 refuses the name.
     check = ["-std=c++17", "-arch=sm_90", f"-I{ROOT}/csrc", "-E", *sources("cuda/*.cu")[:1]]
-    if nvcc and accepts(f"{nvcc} {shlex.join(check)}"):
+    if nvcc and accepts(f"{nvcc} {shlex.join(check)}") and gencode(nvcc):
         return nvcc
-    reason = f"{nvcc} does not compile here" if nvcc else "no nvcc was found"
-    if wanted:
+    without_cuda(f"{nvcc} does not compile here" if nvcc else "no nvcc was found")
+    return None
+
+
+def without_cuda(reason: str) -> None:
+    """Say that there will be no CUDA kernels, or end a build that demands them."""
+    if demanded("FASTALIGN_CUDA"):
         sys.exit(f"fastalign: FASTALIGN_CUDA=1 demands the CUDA kernels, but {reason}: set NVCC or CUDA_HOME")
-    return say(f"building without the CUDA kernels ({reason})")
+    say(f"building without the CUDA kernels ({reason})")
 
 
 def sources(pattern: str) -> list[str]:
@@ -90,9 +109,11 @@ def sources(pattern: str) -> list[str]:
 
 
 def gencode(nvcc: str) -> str:
-    """Machine code for each architecture that this nvcc knows, and PTX of the last for what comes later."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    """Machine code for each architecture that this nvcc knows, PTX of the last for what comes later; or nothing."""
+    known = (run(f"{nvcc} --list-gpu-arch") or "").split()
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        return ""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
@@ -112,9 +133,11 @@ def rules(cxx: str, nvcc: str | None) -> Iterator[str]:
     include = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
     defines = " ".join(f"-DFASTALIGN_{name.upper()}" for name in (*levels(), *(["cuda"] if nvcc else [])))
     dependencies = "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-    yield f"rule cxx\n  command = {cxx} {CXX_FLAGS} {WARNINGS} {openmp} {include} {defines} $flags {dependencies}"
+    cxx_errors, nvcc_errors = ("-Werror", "-Werror=all-warnings") if demanded("FASTALIGN_WERROR") else ("", "")
+    cxx_flags = f"{CXX_FLAGS} {WARNINGS} {cxx_errors} {openmp} {include} {defines}"
+    yield f"rule cxx\n  command = {cxx} {cxx_flags} $flags {dependencies}"
     if nvcc:
-        yield f"rule cu\n  command = {nvcc} {NVCC_FLAGS} {gencode(nvcc)} {include} {dependencies}"
+        yield f"rule cu\n  command = {nvcc} {NVCC_FLAGS} {nvcc_errors} {gencode(nvcc)} {include} {dependencies}"
     # nvcc as linker knows where the static CUDA runtime lies; with that the extension imports without a driver.
     linker = f"{nvcc} -shared -cudart static -Xcompiler={openmp or '-fPIC'}" if nvcc else f"{cxx} -shared {openmp}"
     undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
@@ -132,13 +155,12 @@ def objects(nvcc: str | None) -> Iterator[tuple[str, str, str, str]]:
         yield f"{Path(source).stem}.cuda.o", rule, source, flags
 
 
-def ninja_file(cxx: str, output: Path) -> str:
+def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
     """The whole build: one object per source and instruction set, one link."""
 
     def escaped(path: str | Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    nvcc = find_nvcc()
     lines, names = list(rules(cxx, nvcc)), []
     for name, rule, source, flags in objects(nvcc):
         names.append(name)
@@ -154,8 +176,18 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(find_cxx() or "c++", output))
-        subprocess.run(["ninja", "-C", str(folder)], check=True)
+        cxx, nvcc = find_cxx() or "c++", find_nvcc()
+        if nvcc and not ninja(folder, ninja_file(cxx, nvcc, output)):
+            without_cuda(f"the build with {nvcc} failed: see above")
+            nvcc = None
+        if nvcc is None and not ninja(folder, ninja_file(cxx, None, output)):
+            sys.exit(f"fastalign: {cxx} failed: see above; FASTALIGN_CPP=0 installs fastalign without native kernels")
+
+
+def ninja(folder: Path, rules: str) -> bool:
+    """Whether ninja makes everything that the rules say, in a folder."""
+    (folder / "build.ninja").write_text(rules)
+    return subprocess.run(["ninja", "-C", str(folder)]).returncode == 0
 
 
 def extensions() -> list[Extension]:

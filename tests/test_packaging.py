@@ -76,6 +76,108 @@ def test_demands_are_not_ignored(tree):
         assert run.returncode != 0 and message in run.stderr
 
 
+MODULE = """
+#include <Python.h>
+static int nobody_calls_this() { return 1; }  // which -Wall warns of
+#if defined(FASTALIGN_CUDA)
+#define CUDA 1
+#else
+#define CUDA 0
+#endif
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "cuda", CUDA);
+  return module;
+}
+"""
+NVCC = """#!/bin/sh
+echo "$@" >> called
+case "$*" in
+  *" -E "*) exit 0 ;;
+  *--list-gpu-arch*) echo compute_90; exit 0 ;;
+esac
+echo "nvcc: unsupported GNU version" >&2
+exit 1
+"""
+"""A compiler that is there, preprocesses, and then does not get on with the C++ compiler."""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """setup.py beside an extension of one file, whose compiler warns, and one for a broken nvcc in ``bin``."""
+    for folder in ("csrc/cuda", "fastalign", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "csrc/bindings.cpp").write_text(MODULE)
+    (tmp_path / "csrc/cuda/kernel.cu").touch()
+    (tmp_path / "bin/nvcc").write_text(NVCC)
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    return tmp_path
+
+
+def build_in(tree: Path, **env: str) -> tuple[int, str]:
+    """Build the extension beside its sources; the exit code and all that was printed."""
+    path = os.pathsep.join([str(tree / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = (
+        {name: value for name, value in os.environ.items() if not name.startswith("FASTALIGN_")} | {"PATH": path} | env
+    )
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return run.returncode, run.stdout
+
+
+def test_a_broken_nvcc_and_a_warning_end_no_users_build(small):
+    code, said = build_in(small)
+    assert code == 0, said
+    assert f"fastalign: building without the CUDA kernels (the build with {small}/bin/nvcc failed: see above)" in said
+    assert "unsupported GNU version" in said and "nobody_calls_this" in said  # the compilers' own words
+    (built,) = (small / "fastalign").glob("_C*.so")
+    spec = importlib.util.spec_from_file_location("_C", built)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert module.cuda == 0
+
+
+def test_what_is_demanded_of_a_build_ends_it(small):
+    code, said = build_in(small, FASTALIGN_CUDA="1")
+    assert code != 0 and said.splitlines()[-1].startswith("fastalign: FASTALIGN_CUDA=1 demands the CUDA kernels, but")
+    (small / "called").unlink()
+    code, said = build_in(small, FASTALIGN_CUDA="0", FASTALIGN_WERROR="1")
+    assert code != 0 and "[-Werror=unused-function]" in said and not (small / "called").exists()
+    assert "FASTALIGN_CPP=0 installs fastalign without native kernels" in said.splitlines()[-1]
+    assert not list((small / "fastalign").iterdir())
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch):
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("recipe", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    for name in ("FASTALIGN_CUDA", "NVCC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.mark.parametrize("nvcc", ["/nowhere/nvcc", "false", "echo compute_30"])
+def test_an_nvcc_that_cannot_be_used_is_passed_over_and_named(recipe, monkeypatch, capsys, nvcc):
+    """Absent, broken, and too old for any architecture that the kernels are made for."""
+    monkeypatch.setenv("NVCC", nvcc)
+    assert recipe.find_nvcc() is None
+    assert capsys.readouterr().err == f"fastalign: building without the CUDA kernels ({nvcc} does not compile here)\n"
+    monkeypatch.setenv("FASTALIGN_CUDA", "1")
+    with pytest.raises(SystemExit, match=rf"demands the CUDA kernels, but {nvcc} does not compile here: set NVCC"):
+        recipe.find_nvcc()
+
+
+def test_a_compiler_that_cannot_be_used_is_named(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert recipe.find_cxx() != "/nowhere/c++"
+    said = "fastalign: CXX=/nowhere/c++ does not compile here: looking for c++, g++ and clang++\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.slow
 def test_wheel_has_a_working_extension(tree, tmp_path):
     if importlib.util.find_spec("fastalign._C") is None:

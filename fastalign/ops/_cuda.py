@@ -26,7 +26,10 @@ def unavailable() -> str | None:
     from fastalign import _C
 
     if not _C.has_cuda:
-        return "fastalign._C was built without CUDA (no nvcc of 11.8 or newer when fastalign was installed)"
+        return (
+            "fastalign._C was built without CUDA (no nvcc of 11.8 or newer when fastalign was installed, or it failed: "
+            "FASTALIGN_CUDA=1 pip install -v . says why)"
+        )
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "no CUDA device"
     return None
