@@ -17,7 +17,7 @@ from torch import Tensor
 from fastalign.data import cache
 from fastalign.models import lora
 from fastalign.models.policy import Policy
-from fastalign.ops import attention
+from fastalign.ops import _onednn, attention
 from fastalign.ops.dispatch import choose
 from fastalign.parallel.mesh import World
 
@@ -65,6 +65,7 @@ def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: b
     kernels = (
         own or attention.choose_backend(world.device.type, dtype),
         choose("linear_loss", None, world.device.type),
+        _onednn.preferred() and _onednn.enabled(),
     )
     return cache.key(precision, share_prefix, kernels, temperature, code_version(), device_name(world.device))
 

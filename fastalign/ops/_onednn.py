@@ -30,11 +30,16 @@ def preferred() -> bool:
     return known and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
+def enabled() -> bool:
+    """Whether PyTorch may use oneDNN now; ``torch.backends.mkldnn.flags`` switches it for some calls."""
+    return torch.backends.mkldnn.enabled
+
+
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes these: plain fp32 CPU tensors that autocast leaves alone."""
+    """Whether `linear` takes these: plain fp32 CPU tensors that autocast leaves alone, with oneDNN switched on."""
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     usual = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and x.numel() > 0
-    return plain and usual and preferred() and not torch.is_autocast_enabled("cpu")
+    return plain and usual and preferred() and enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
         grad, rows = grads[0].flatten(0, -2), x.flatten(0, -2)
-        needs = ctx.needs_input_grad
-        grad_x = product(grad, weight).view(x.shape) if needs[0] else None
-        grad_weight = product(grad.t(), rows) if needs[1] else None
+        needs, multiplied = ctx.needs_input_grad, product if enabled() else torch.mm
+        grad_x = multiplied(grad, weight).view(x.shape) if needs[0] else None
+        grad_weight = multiplied(grad.t(), rows) if needs[1] else None
         return grad_x, grad_weight, grad.sum(0) if needs[2] else None

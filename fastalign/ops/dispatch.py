@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from fastalign.ops import _cpp, _cuda
+from fastalign.ops import _cpp, _cuda, _onednn
 
 log = logging.getLogger("fastalign")
 
@@ -55,7 +55,8 @@ def available(op: str) -> tuple[str, ...]:
 
 def reasons(op: str) -> dict[str, str]:
     """What ``fastalign info`` prints: each backend of ``op`` with "usable" and its level, or why it is not."""
-    return {backend: missing(backend) or f"usable ({_level(backend)})" for backend in _modules(op)}
+    usable = {backend: f"usable ({_level(backend)}{_switched_off(op, backend)})" for backend in available(op)}
+    return {backend: usable.get(backend) or str(missing(backend)) for backend in _modules(op)}
 
 
 def missing(backend: str) -> str | None:
@@ -88,7 +89,8 @@ def choose(op: str, backend: str | None, device: str) -> str:
             f" ({why or 'it serves another device'}); available: {', '.join(usable)}"
         )
     chosen = backend or next(name for name in _PREFERENCE.get(device, ("torch",)) if name in usable)
-    asked = ", as asked" if backend else _passed_over(chosen, device)
+    asked = _switched_off(op, chosen if device == "cpu" else "")
+    asked += ", as asked" if backend else _passed_over(chosen, device)
     log.info("%s: %s (%s tensor, %s%s)", op, chosen, device, _level(chosen), asked)
     return chosen
 
@@ -126,6 +128,13 @@ def _passed_over(chosen: str, device: str) -> str:
         if why := missing(name):
             return f"; not {name}: {why}"
     return ""
+
+
+def _switched_off(op: str, backend: str) -> str:
+    """What is said of a linear op on a CPU whose fp32 products would be oneDNN's; asked again at every call."""
+    concerned = op.startswith("linear") and backend in ("torch", "cpp") and _onednn.preferred()
+    off = concerned and not _onednn.enabled()
+    return ", fp32 products not by oneDNN: torch.backends.mkldnn.enabled is False" if off else ""
 
 
 def _level(backend: str) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausal
 
 from fastalign.models import native
 from fastalign.models.policy import Policy
-from fastalign.ops import _cpp_layers, _onednn
+from fastalign.ops import _cpp_layers, _onednn, _products, dispatch
 
 if _cpp_layers.unavailable():
     pytest.skip(_cpp_layers.unavailable(), allow_module_level=True)
@@ -150,6 +150,37 @@ def test_product_in_tiles(add, m, k, n, monkeypatch):
     truth = a.double().t() @ b[:, 3:].double() + (before[:, 1:].double() if add else 0)
     assert (out[:, 1:] - truth).abs().max() <= 1e-6 * (1 + truth.abs().max())
     assert torch.equal(out[:, 0], before[:, 0])
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_onednn_that_is_switched_off_is_not_used(always, monkeypatch):
+    """By PyTorch's flag, whenever it is set: in the layers, the head's products, and between forward and backward."""
+    monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    multiplied, product = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a, **k: multiplied.append(1) or product(*a, **k))
+    linear = native.Linear(64, 48)
+    x, out = torch.randn(512, 64, requires_grad=True), torch.empty(512, 512)
+    gate = torch.randn(512, 64, requires_grad=True)
+
+    def each():
+        yield linear(x)
+        yield _cpp_layers.silu_mul_linear(gate, x, linear.weight)
+        _products.multiply(x.detach(), torch.randn(64, 512), out, None, False)
+        _products.add_product(out, x.detach(), torch.randn(64, 512), first=False)
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        for y in each():
+            y.sum().backward()
+        assert not multiplied
+        said = dispatch.reasons("linear_loss")
+    words = "fp32 products not by oneDNN: torch.backends.mkldnn.enabled is False"
+    assert all((words in said[name]) == always for name in ("cpp", "torch"))
+    results = list(each())
+    assert len(multiplied) == 4 * always and words not in str(dispatch.reasons("linear_loss"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        for y in results:
+            y.sum().backward()
+    assert len(multiplied) == 4 * always
 
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
