@@ -147,14 +147,16 @@ def evaluation_steps(
     world_size: int = 1,
     size: int = 256,
     cost: ForwardCost = TOKENS_ALONE,
+    order: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[list[PackedBatch]]:
-    """Every example exactly once over all ranks, in the dataset's order, ``size`` examples at a time.
+    """Every example exactly once over all ranks, in the dataset's ``order`` or another, ``size`` examples at a time.
 
     Each item is this rank's list of micro-batches, equally long on all ranks; the arguments are `Loader`'s.
     """
     _check(dataset, size, tokens, 0, rank, world_size)
     for start in range(0, len(dataset), size):
-        examples = dataset.fetch(list(range(start, min(start + size, len(dataset)))))
+        taken = range(start, min(start + size, len(dataset)))
+        examples = dataset.fetch([i if order is None else int(order[i]) for i in taken])
         yield rank_share(examples, tokens, share_prefix, rank, world_size, cost)
 
 

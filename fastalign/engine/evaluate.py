@@ -1,14 +1,21 @@
-"""Held-out loss and metrics: every example exactly once, over all ranks."""
+"""Held-out loss and metrics: every example exactly once, over all ranks.
+
+Most losses of an example are its own. Some depend on its companions in an optimizer step: the ranks of aot, the
+baselines of kto and bco, and imitation terms, which are means over the tokens of a step. A model scored on 256 examples
+at a time would then have another loss than in steps of 8. Such losses are evaluated in steps as training takes them:
+``batch.size`` examples drawn at random, the last step what is left, and bco's baseline carried from one to the next.
+So ``eval_loss`` is what training would report of these examples if the weights stood still.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from fastalign.config import BatchConfig, Config
-from fastalign.data.loader import Examples, evaluation_steps
+from fastalign.data.loader import Examples, epoch_order, evaluation_steps
 from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models, run_head
 from fastalign.engine.method import Objective, StepFacts
@@ -21,7 +28,10 @@ from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import reshard
-from fastalign.types import PackedBatch
+from fastalign.types import ForwardCost, PackedBatch
+
+ORDER_SEED = 0
+"""Of the companions of an example: the same in all evaluations, so that these can be compared."""
 
 
 @torch.no_grad()
@@ -40,24 +50,22 @@ def evaluate(
         models: policy and, if the loss needs one, reference.
         dataset: tokenised held-out examples.
         objective: the method and its loss.
-        batch: budget and prefix sharing; the step size plays no part.
+        batch: budget and prefix sharing; and the size of a step, for losses that depend on it.
         world: the ranks; each takes its share and all get the same result.
-        carried: what training has carried so far, left as it is; unpaired losses find their baseline per 256 examples.
-        between: called on all ranks before every 256 examples; what it raises ends the evaluation.
+        carried: what training has carried so far; it is left as it is.
+        between: called on all ranks before every step; what it raises ends the evaluation.
 
     Returns:
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
     """
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
-    watch, per_unit = Stopwatch(torch.device("cpu")), imitated_per_unit(dataset, objective, batch)
-    cost = forward_cost(models.policy)
-    done = 0
+    watch, carried, done = Stopwatch(torch.device("cpu")), replace(carried or Carried()), 0
     try:
         with stage("evaluating", len(dataset), shown=world.is_main) as tell:
-            ours = batch.budget, batch.share_prefix, world.rank, world.size
-            for batches in evaluation_steps(dataset, *ours, cost=cost):
+            for batches in steps_of(dataset, objective, batch, world, forward_cost(models.policy)):
                 between()
-                known = look_ahead(models, batches, objective, per_unit, world, watch, carried or Carried())
+                per_unit = imitated_per_unit(batches, objective, world)
+                known = look_ahead(models, batches, objective, per_unit, world, watch, carried)
                 sums = []
                 for micro, facts in known:
                     sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
@@ -69,13 +77,23 @@ def evaluate(
     return means(objective, world.sum(total))
 
 
-def imitated_per_unit(dataset: Examples, objective: Objective, batch: BatchConfig) -> float | None:
-    """Imitated tokens per unit over the whole dataset, counted without a model; None if the loss imitates nothing."""
+def steps_of(
+    dataset: Examples, objective: Objective, batch: BatchConfig, world: World, cost: ForwardCost
+) -> Iterator[list[PackedBatch]]:
+    """This rank's micro-batches of every step: as training takes them where that matters, else packed more densely."""
+    ours = batch.budget, batch.share_prefix, world.rank, world.size
+    if not objective.depends_on_step:
+        return evaluation_steps(dataset, *ours, cost=cost)
+    order = epoch_order(len(dataset), ORDER_SEED, epoch=0)
+    return evaluation_steps(dataset, *ours, size=batch.size, cost=cost, order=order)
+
+
+def imitated_per_unit(batches: Sequence[PackedBatch], objective: Objective, world: World) -> float | None:
+    """Imitated tokens per unit of a step, over all ranks; None if the loss imitates nothing."""
     if not objective.imitates:
         return None
-    method, steps = objective.method, evaluation_steps(dataset, batch.budget, batch.share_prefix)
-    counts = [(method.imitated(micro), objective.count(micro)) for step in steps for micro in step]
-    tokens, units = map(sum, zip(*counts, strict=True))
+    mine = [sum(objective.method.imitated(b) for b in batches), sum(objective.count(b) for b in batches)]
+    tokens, units = world.gather(mine).sum(0).tolist()
     return max(tokens, 1) / max(units, 1)
 
 

@@ -129,6 +129,11 @@ class Objective:
         """Whether a loss needs the log-probs of the whole step first."""
         return not self.method.step_coupled.isdisjoint(self.names)
 
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether the loss of an example depends on which others are in its optimizer step."""
+        return self.is_step_coupled or self.imitates
+
     def count(self, batch: PackedBatch) -> int:
         """How many units of a batch the loss is a mean over: scored tokens or examples."""
         return batch.num_scored if self.method.per_token.issuperset(self.names) else batch.num_examples

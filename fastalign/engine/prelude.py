@@ -98,12 +98,10 @@ def with_baseline(
     logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
     sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
     policy, reference = (torch.cat(part) for part in zip(*sums, strict=True))
-    baseline = unpaired.BASELINES[name](
+    carried.baseline = unpaired.BASELINES[name](
         carried.baseline, policy, reference, beta=objective.options["beta"], process_group=world.group
     )
-    if torch.is_grad_enabled():  # an evaluation leaves no trace
-        carried.baseline = baseline
-    return [(batch, StepFacts(baseline=baseline)) for batch in (batches if both else scored)]
+    return [(batch, StepFacts(baseline=carried.baseline)) for batch in (batches if both else scored)]
 
 
 def score_both(
