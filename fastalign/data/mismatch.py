@@ -8,6 +8,7 @@ their reference log-probs can be kept.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -39,6 +40,10 @@ class MismatchedDataset(TokenDataset):
 
     def lengths(self) -> np.ndarray:
         """``[n]`` tokens of the longer of each example's sequence and its mismatched one, which is never made here."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         own, starts = super().lengths(), self._boundaries()
         return np.maximum(own, np.minimum(starts + (own - starts)[self.partners], self.max_length))
 

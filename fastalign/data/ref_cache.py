@@ -18,7 +18,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +95,18 @@ class RefCache:
         self._keys, first = np.unique(keys, return_index=True)  # of two equal ones the older
         self._places = np.concatenate([places for _, places in tables])[first]
 
-    def has(self, keys: Sequence[bytes]) -> np.ndarray:
-        """``[n]`` bool: which keys are known."""
-        return self._find(keys)[1]
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files that were taken up; files of one name hold the same everywhere."""
+        return list(self._files)
+
+    def has(self, keys: Sequence[bytes], shards: Container[str] | None = None) -> np.ndarray:
+        """``[n]`` bool: which keys are known, in some of the shards if these are named."""
+        positions, known = self._find(keys)
+        if shards is not None and known.any():
+            allowed = np.array([name in shards for name in self._files])
+            known[known] = allowed[self._places[positions[known], 0]]
+        return known
 
     def read(self, keys: Sequence[bytes]) -> list[np.ndarray]:
         """The log-probs of each key, fp32 ``[scored tokens]``.

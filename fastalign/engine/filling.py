@@ -69,19 +69,27 @@ class Filling:
     Attributes:
         store: the cache.
         demands: all that the run reads.
-        keys: of the different examples among them.
-        lacking: those that are not there, the same on every rank.
+        lacking: for each of them, `[n]` bool over its examples and their mismatched ones: to be computed, of equal ones
+            the first; the same on every rank.
+        count: how many different examples the demands have.
+        keys: theirs, on the main rank; a million of them would take long to send.
     """
 
     store: RefCache
     demands: Sequence[Demand]
+    lacking: Sequence[np.ndarray]
+    count: int
     keys: Sequence[bytes]
-    lacking: frozenset[bytes]
+
+    @property
+    def misses(self) -> int:
+        """Examples that are to be computed."""
+        return sum(int(np.count_nonzero(each)) for each in self.lacking)
 
     @property
     def hits(self) -> int:
         """Examples that are there already."""
-        return len(self.keys) - len(self.lacking)
+        return self.count - self.misses
 
 
 def open_cache(
@@ -113,12 +121,13 @@ def open_cache(
     root = default_directory(config) if asked == "auto" else Path(asked).expanduser()
     filling = look_up(RefCache(root / space), demands, world)
     uses = sum(demand.uses * parts_each(demand) for demand in demands)
-    wanted = asked != "auto" or len(filling.lacking) <= WORTH * uses
+    misses = filling.misses
+    wanted = asked != "auto" or misses <= WORTH * uses
     if not wanted and not is_memory_short(reference, world):
         text = "reference: with every batch, %d sequences or groups, as the cache lacks %d (reference.cache is auto)"
-        log.info(text, uses, len(filling.lacking))
+        log.info(text, uses, misses)
         return None
-    problem = cannot_share(filling.store.directory, world) if filling.lacking else None
+    problem = cannot_share(filling.store.directory, world) if misses else None
     if problem and asked == "auto":
         log.warning("reference: with every batch, as %s", problem)
         return None
@@ -133,15 +142,31 @@ def default_directory(config: Config) -> Path:
 
 
 def look_up(store: RefCache, demands: Sequence[Demand], world: World) -> Filling:
-    """What a cache has and lacks of the demands; ranks that opened it at different moments agree on what is lacking."""
-    every: set[bytes] = set()
-    for demand in demands:
-        for window in windows(demand.indices):
-            every.update(example_key(part) for part in parts(demand.dataset.fetch(window)))
-    keys = list(every)
-    mine = [key for key, known in zip(keys, store.has(keys), strict=True) if not known]
-    lacking = frozenset(key for rank in world.gather_objects(mine) for key in rank)
-    return Filling(store, demands, keys, lacking)
+    """What a cache has and lacks of the demands: the main rank looks, the others are sent a bit for each example.
+
+    Ranks may have opened the cache at different moments: what not all of them see is lacking.
+    """
+    seen_by_all = frozenset.intersection(*map(frozenset, world.gather_objects(store.shards)))
+    ends = np.cumsum([len(demand.indices) * parts_each(demand) for demand in demands])
+    keys: Sequence[bytes] = ()
+    lacking = np.zeros(ends[-1], dtype=bool)
+    if world.is_main:
+        first = first_places(demands)
+        keys, places = list(first), np.fromiter(first.values(), dtype=np.int64)
+        lacking[places[~store.has(keys, seen_by_all)]] = True
+    count = world.broadcast(torch.tensor([len(keys)])).item()
+    bits = world.broadcast(torch.from_numpy(np.packbits(lacking))).numpy()
+    lacking = np.unpackbits(bits, count=len(lacking)).astype(bool)
+    return Filling(store, demands, np.split(lacking, ends[:-1]), int(count), keys)
+
+
+def first_places(demands: Sequence[Demand]) -> dict[bytes, int]:
+    """The key of each different example, with where it comes first: counted over all demands, mismatched ones too."""
+    first: dict[bytes, int] = {}
+    fetched = (demand.dataset.fetch(window) for demand in demands for window in windows(demand.indices))
+    for place, part in enumerate(part for examples in fetched for part in parts(examples)):
+        first.setdefault(example_key(part), place)
+    return first
 
 
 def parts_each(demand: Demand) -> int:
@@ -199,14 +224,16 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
     """
     started, store = time.perf_counter(), filling.store
     entries: dict[bytes, np.ndarray] = {}
-    written, done = started, 0
+    written, done, misses = started, 0, filling.misses
+    needed: list[bytes] = []
     try:
-        with stage("reference log-probs", len(filling.lacking), shown=world.is_main) as tell:
+        with stage("reference log-probs", misses, shown=world.is_main) as tell:
             for examples, keys in missing_examples(filling):
+                needed += keys
                 for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
                     entries |= split(micro, score(micro.to(world.device)), keys)
                     done += micro.num_examples * world.size  # the other ranks have about as many
-                    tell(min(done, len(filling.lacking)))
+                    tell(min(done, misses))
                 now = time.perf_counter()
                 with as_one(world):  # the disk of one rank may be full
                     if now - written > SHARD_SECONDS or sum(x.nbytes for x in entries.values()) > SHARD_BYTES:
@@ -218,13 +245,13 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
     with as_one(world):
         write(store, entries)
     store.refresh()
-    unseen = int((~store.has(list(filling.lacking))).sum()) if filling.lacking else 0
+    unseen = int((~store.has(needed)).sum())
     if any(world.gather_objects(unseen)):
         raise RunError(
             f"{unseen} examples written to {store.directory} cannot be read back: set reference.cache to off"
         )
     text = "reference: %d examples from %s, %d computed now in %.1f s"
-    log.info(text, filling.hits, store.directory, len(filling.lacking), time.perf_counter() - started)
+    log.info(text, filling.hits, store.directory, misses, time.perf_counter() - started)
 
 
 def write(store: RefCache, entries: dict[bytes, np.ndarray]) -> None:
@@ -235,15 +262,16 @@ def write(store: RefCache, entries: dict[bytes, np.ndarray]) -> None:
 
 def missing_examples(filling: Filling) -> Iterator[tuple[list[TokenExample], list[bytes]]]:
     """Windows of examples that the cache lacks, equal ones once, numbered by place in the window; and their keys."""
-    done: set[bytes] = set()
-    for demand in filling.demands:
-        for window in windows(demand.indices):
-            found = {example_key(part): part for part in parts(demand.dataset.fetch(window))}
-            new = {key: part for key, part in found.items() if key in filling.lacking and key not in done}
-            done |= new.keys()
-            if new:
-                numbered = [replace(part, example_id=i, mismatched=None) for i, part in enumerate(new.values())]
-                yield numbered, list(new)
+    for demand, lacking in zip(filling.demands, filling.lacking, strict=True):
+        of_example = lacking.reshape(len(demand.indices), -1)  # itself, and its mismatched one
+        for start in range(0, len(demand.indices), WINDOW):
+            places = start + np.flatnonzero(of_example[start : start + WINDOW].any(1))
+            if len(places) == 0:
+                continue
+            fetched = parts(demand.dataset.fetch([demand.indices[i] for i in places]))
+            new = [part for part, wanted in zip(fetched, of_example[places].flat, strict=True) if wanted]
+            numbered = [replace(part, example_id=i, mismatched=None) for i, part in enumerate(new)]
+            yield numbered, [example_key(part) for part in new]
 
 
 def split(batch: PackedBatch, logps: Tensor, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:

@@ -23,7 +23,7 @@ def precompute(config: Config) -> str:
         config: of such a run; what does not change a log-prob plays no part.
 
     Returns:
-        a line that says what was there, what was computed, and what it took.
+        a line that says what was there, what was computed, and what it took; only the main rank's counts tokens.
 
     Raises:
         ValueError: a loss that reads no reference log-probs, or settings, data and models that cannot be used.
@@ -56,8 +56,8 @@ def precompute(config: Config) -> str:
         assert filling is not None
         models = Models(shard(source, ranks, bf16=autocast), None, autocast)
         fill(filling, scorer(models, objective, ranks), config.batch, ranks)
-    store, misses = filling.store, len(filling.lacking)
+    store, misses = filling.store, filling.misses
     return (
-        f"{len(filling.keys)} examples, {store.num_tokens(filling.keys)} tokens: {filling.hits} hits, {misses} misses, "
+        f"{filling.count} examples, {store.num_tokens(filling.keys)} tokens: {filling.hits} hits, {misses} misses, "
         f"{time.perf_counter() - started:.1f} s; {store.num_bytes} bytes in {store.directory}"
     )

@@ -71,6 +71,12 @@ class World:
             dist.all_gather_object(everyone, value)
         return everyone
 
+    def broadcast(self, values: Tensor) -> Tensor:
+        """``values`` of the main rank, on the host, put into those of every other rank."""
+        if self.mesh is not None:
+            dist.broadcast(values, 0)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.mesh is not None:

@@ -13,12 +13,12 @@ import torch
 from safetensors.numpy import load_file
 
 from fastalign.config import ModelConfig
-from fastalign.data.ref_cache import KEY_BYTES, RefCache
+from fastalign.data.ref_cache import KEY_BYTES, RefCache, example_key
 from fastalign.engine import filling, reference, train
 from fastalign.engine.checkpoint import rng_state
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
-from fastalign.engine.filling import Demand, Filling, cannot_share, open_cache
+from fastalign.engine.filling import Demand, Filling, cannot_share, look_up, missing_examples, open_cache
 from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.precompute import precompute
 from fastalign.engine.reference import frozen_copy
@@ -169,14 +169,14 @@ def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
     policy = load_policy(config.model, tokenizer=tokenizer)
     assert opened(20) is None and opened(20, "off") is None  # a single pass is the same work either way
     twice = opened(40)
-    assert twice is not None and len(twice.lacking) == 20 and twice.hits == 0
+    assert twice is not None and twice.misses == 20 and twice.hits == 0
     assert opened(20, str(tmp_path / "named")) is not None
     monkeypatch.setattr(filling, "is_memory_short", lambda policy, world: True)
     assert opened(20) is not None
     monkeypatch.undo()
     twice.store.write({key: np.zeros(1) for key in twice.keys[:5]})
     warm = opened(20)
-    assert warm is not None and (warm.hits, len(warm.lacking)) == (5, 15)
+    assert warm is not None and (warm.hits, warm.misses) == (5, 15)
     assert opened(18) is None
     (tmp_path / "file").write_text("")
     assert opened(40, directory="file") is None  # nothing can be written there: a run goes on without
@@ -203,7 +203,60 @@ def test_auto_counts_the_mismatched_completions_on_both_sides(configure, tmp_pat
         return open_cache(config, policy, [Demand(Mismatched(), range(20), uses)], ALONE, autocast=False)
 
     twice = opened(40)
-    assert opened(20) is None and twice is not None and len(twice.lacking) == 40
+    assert opened(20) is None and twice is not None and twice.misses == 40
+
+
+class Main(World):
+    """The first of two ranks; what it sends is kept."""
+
+    def gather_objects(self, value):
+        return [value, value]
+
+    def broadcast(self, values):
+        sent.append(values.clone())
+        return values
+
+
+class Other(Main):
+    """The second, which is sent what was kept."""
+
+    def broadcast(self, values):
+        return values.copy_(sent.pop(0))
+
+
+sent: list[torch.Tensor] = []
+
+
+def test_the_main_rank_looks_up_and_sends_a_bit_for_each_example(configure, monkeypatch, tmp_path):
+    dataset = load_data(configure("dpo"))[1]
+    demands = [Demand(dataset, range(20), 20), Demand(dataset, [3, 70, 70], 3, "held-out examples")]
+    store = RefCache(tmp_path)
+    store.write({example_key(example): np.zeros(1) for example in dataset.fetch([0, 5, 70])})
+    store.refresh()
+    main = look_up(store, demands, Main(0, 2, ALONE.device))
+    assert (main.count, main.hits, main.misses, len(main.keys)) == (21, 3, 18, 21)
+    assert [np.flatnonzero(~each).tolist() for each in main.lacking] == [[0, 5], [0, 1, 2]]  # the 3 comes first above
+    assert sum(values.nbytes for values in sent) == 8 + 3
+    missing = list(missing_examples(main))
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "example_key", None)
+        other = look_up(store, demands, Other(1, 2, ALONE.device))
+    assert other.count == 21 and not other.keys and not sent
+    for (mine, keys), (theirs, same) in zip(missing, missing_examples(other), strict=True):
+        assert keys == same and [e.example_id for e in mine] == [e.example_id for e in theirs] == list(range(18))
+
+
+def test_what_one_rank_does_not_see_is_lacking(configure, tmp_path):
+    class Later(World):
+        def gather_objects(self, value):
+            return [value, value[:1]]
+
+    dataset = load_data(configure("dpo"))[1]
+    for i in (0, 1):
+        RefCache(tmp_path).write({example_key(example): np.zeros(1) for example in dataset.fetch([i])})
+    store = RefCache(tmp_path)
+    found = look_up(store, [Demand(dataset, range(4), 4)], Later(0, 2, ALONE.device))
+    assert found.misses == 3 and (found.hits, len(store)) == (1, 2)
 
 
 def test_ranks_that_see_different_directories_are_told(tmp_path):
