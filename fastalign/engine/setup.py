@@ -155,7 +155,7 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     return tokenizer, dataset, held_out
 
 
-def check_groups(dataset: TokenDataset | None, batch: BatchConfig) -> None:
+def check_groups(dataset: Examples | None, batch: BatchConfig) -> None:
     """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
     if dataset is None or batch.max_group_tokens is None:
         return
@@ -212,18 +212,25 @@ def load_models(
 def load_weights(
     config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, demands: Sequence[Demand], ranks: World
 ) -> tuple[Policy, Policy | None, Config]:
-    """The policy and what its loss compares it with, checked, not yet sharded; and the settings that are left."""
+    """The policy and what its loss compares it with, checked, not yet sharded; and the settings that are left.
+
+    Both read the same batches: prefixes are shared if both compute them exactly, on every rank.
+    """
     autocast, scalar = wants_autocast(config.model, ranks.device), objective.method.scalar_head
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
     if scalar:
         separate_padding(policy, tokenizer)
-    config = checked(config, policy.train(), autocast, demands, ranks.device)
+    asked, config = config.batch, checked(config, policy.train(), autocast, demands, ranks)
     source = load_reference(config, objective, policy, tokenizer)
     if objective.head == "distributions":
         refuse_heads(objective, policy, source)
     if source is not None and source is not policy:
         name = "the teacher" if objective.method.teacher else "the reference"
-        config = checked(config, source, autocast, demands, ranks.device, name)
+        before, config = config.batch, checked(config, source, autocast, demands, ranks, name)
+        if config.batch != before:  # what the policy was checked on is not what it will read
+            verified(config, Models(policy, None, autocast), demands[0], ranks)
+    for demand in demands if config.batch != asked else ():
+        check_groups(demand.dataset, config.batch)
     return policy, source, config
 
 
@@ -232,13 +239,13 @@ def checked(
     policy: Policy,
     autocast: bool,
     demands: Sequence[Demand],
-    device: torch.device,
+    ranks: World,
     name: str = "the model",
 ) -> Config:
-    """The settings that are left for a model, moved to ``device``, that takes all sequences and packs exactly."""
+    """The settings that are left for a model, moved to its device, that takes all sequences and packs exactly."""
     check_lengths(policy, demands, config.data.max_length, name)
-    models = Models(policy.to(device), None, autocast)
-    config = replace(config, batch=verified(config, models, demands[0], device, name))
+    models = Models(policy.to(ranks.device), None, autocast)
+    config = replace(config, batch=verified(config, models, demands[0], ranks, name))
     check_lengths(policy, demands, config.data.max_length, name, warn=False)  # a forward pass shows every window
     return config
 
@@ -309,20 +316,26 @@ def load_reference(
     return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
 
 
-def verified(
-    config: Config, models: Models, demand: Demand, device: torch.device, name: str = "the model"
-) -> BatchConfig:
-    """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees."""
-    with models.precision(device):
-        first = first_batch(demand, config.batch).to(device)
-        if verify_packed(models.policy, first, config.model.on_mismatch, name):
+def verified(config: Config, models: Models, demand: Demand, ranks: World, name: str = "the model") -> BatchConfig:
+    """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees.
+
+    All ranks go on alike: one whose batch disagrees takes sharing from all.
+    """
+    on_mismatch = config.model.on_mismatch if config.batch.share_prefix else "raise"
+    with models.precision(ranks.device):
+        first = first_batch(demand, config.batch).to(ranks.device)
+        if all(ranks.gather_objects(verify_packed(models.policy, first, on_mismatch, name))):
             return config.batch
         unshared = replace(config.batch, share_prefix=False)
-        verify_packed(models.policy, first_batch(demand, unshared).to(device), name=name)
+        verify_packed(models.policy, first_batch(demand, unshared).to(ranks.device), name=name)
         return unshared
 
 
 def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
-    """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone."""
+    """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone.
+
+    Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one.
+    """
     batches = pack(demand.dataset.fetch(list(demand.indices[: batch.size])), batch.budget, batch.share_prefix)
-    return max(batches, key=lambda packed: packed.depth)
+    every = [*batches, *(packed.both for packed in batches if packed.both is not None)]
+    return max(every, key=lambda packed: packed.depth)

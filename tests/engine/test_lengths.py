@@ -13,17 +13,13 @@ from fastalign.config import ModelConfig
 from fastalign.data.examples import TokenDataset
 from fastalign.data.loader import visited
 from fastalign.data.pack import build_batch
-from fastalign.engine import setup
 from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.filling import Demand
 from fastalign.engine.precompute import precompute
 from fastalign.engine.setup import check_lengths, load_data
 from fastalign.engine.train import train
-from fastalign.models import policy as policy_module
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.support import max_length, trained_positions
-from fastalign.ops import attention
-from fastalign.types import Segments
 from runs import LLAMA
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -236,21 +232,3 @@ def test_another_vocabulary(configure, other, method, loss):
     with pytest.raises(ValueError, match=r"the head of the model has 512 rows, that of reference\.path 600: choose"):
         train(config)
     assert not list(Path(config.run.output_dir).glob("*.*"))
-
-
-def test_a_reference_that_cannot_share_prefixes_takes_sharing_from_the_run(configure, other, monkeypatch):
-    """The policy reads packed rows exactly, and the reference does so only without a shared prefix."""
-    real = attention.layout
-    config = configure("dpo", **{"reference.path": other(512), "model.on_mismatch": "fallback", **ONE})
-    verify = setup.verify_packed
-
-    def with_a_fault(policy, batch, on_mismatch="raise", name="the model"):
-        lost = (lambda s: real(Segments(s.offsets, [-1] * len(s)))) if name == "the reference" else real
-        monkeypatch.setattr(policy_module, "layout", lost)
-        return verify(policy, batch, on_mismatch, name)
-
-    monkeypatch.setattr(setup, "verify_packed", with_a_fault)
-    jobs = []
-    monkeypatch.setattr("fastalign.engine.train.run", lambda job, done: jobs.append(job))
-    train(config)
-    assert jobs[0].config.batch.share_prefix is False and jobs[0].loader.share_prefix is False
