@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ from pathlib import Path
 from fastalign.arguments import METHODS, UsageError, asked_method, nearest, parse_config
 from fastalign.engine.interrupt import handled
 
+LAST_WORDS = "FASTALIGN_LAST_WORDS"
+"""Names the file in which rank 0 leaves to ``fastalign torchrun`` what an interrupted run says."""
+SECONDS_TO_BE_STOPPED = 10
+"""How long a rank whose peer is gone waits for torchrun to notice and to stop the others."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code.
@@ -28,13 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 when the run fails, 2 for bad usage, 128 + the number of the signal that ended it: 130 Ctrl-C, 143 SIGTERM.
     """
     try:
-        with handled():
+        with handled(), after_lost_peers():
             return run_command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as stop:
         return leave(str(stop) or "interrupted", code=getattr(stop, "code", 130))
     except UsageError as error:
         return fail(str(error), code=2)
-    except (ValueError, OSError) as error:
+    except MemoryError as error:
+        said = f"out of memory: {error}" if str(error) else "out of memory"
+        return fail(f"{said}; lower batch.tokens, batch.size or data.max_length", code=1)
+    except (ValueError, OSError, ImportError) as error:
         return fail(str(error), code=1)
 
 
@@ -70,12 +79,28 @@ def write_error_file(line: str) -> None:
             Path(path).write_text(json.dumps(reason), encoding="utf-8")
 
 
+@contextlib.contextmanager
+def after_lost_peers() -> Iterator[None]:
+    """A collective that fails since another rank has died is no error of this one: torchrun is about to stop it."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = "gloo" in str(error) or type(error).__name__.startswith("Dist")  # torch's errors of communication
+        if lost and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(SECONDS_TO_BE_STOPPED)
+        raise
+
+
 def leave(message: str, code: int) -> int:
     """The end of an interrupted run, told by rank 0: the others let it go first, for torchrun kills who is left."""
-    if is_rank_0():
-        return fail(message, code)
-    time.sleep(3)
-    return code
+    if not is_rank_0():
+        time.sleep(3)
+        return code
+    if path := os.environ.get(LAST_WORDS):  # the launcher tells of it, and of the rank that was the reason
+        with contextlib.suppress(OSError):
+            Path(path).write_text(message, encoding="utf-8")
+            return code
+    return fail(message, code)
 
 
 def is_rank_0() -> bool:
@@ -219,8 +244,6 @@ def torchrun(argv: list[str]) -> int:
         )
         return 0 if argv else 2
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = run.parse_args(["-m", *argv])  # takes what is no option for the module to run
     command = [options.training_script, *options.training_script_args]
@@ -228,18 +251,33 @@ def torchrun(argv: list[str]) -> int:
     options.training_script, options.training_script_args = "fastalign", command
     logging.disable(logging.ERROR)  # of the launcher alone: the ranks are processes of their own
     os.environ.pop("RANK", None)  # which would be that of another launch
+    with tempfile.TemporaryDirectory() as folder:
+        words = Path(folder, "words")
+        os.environ[LAST_WORDS] = str(words)
+        code, reason = run_ranks(options)
+        del os.environ[LAST_WORDS]
+        said = [reason, words.read_text(encoding="utf-8") if words.exists() else ""]
+    return fail("; ".join(filter(None, said)), code) if any(said) else code  # what failed by itself has told why
+
+
+def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
+    """Start the ranks and wait for them: the exit code, and the reason of a failure that no rank could tell."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         run.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # it could not say so itself
-            return fail(f"rank {rank} was stopped by {failure.signal_name()}", code=128 - failure.exitcode)
-        return failure.exitcode
-    except SignalException as error:  # passed on to the ranks, which have told of it
-        return 128 + error.sigval
+        if failure.exitcode < 0:
+            return 128 - failure.exitcode, f"rank {rank} was stopped by {failure.signal_name()}"
+        return failure.exitcode, ""
+    except SignalException as error:  # passed on to the ranks
+        return 128 + error.sigval, ""
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return 130, ""
+    return 0, ""
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

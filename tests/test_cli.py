@@ -217,6 +217,37 @@ def test_sigterm_ends_any_command_with_its_code(capsys, monkeypatch):
     assert capsys.readouterr().err == "fastalign: error: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            MemoryError("attention: no memory for 64 bytes to work in"),
+            "out of memory: attention: no memory for 64 bytes",
+        ),
+        (MemoryError(), "out of memory; lower batch.tokens"),
+        (ImportError("the native extension is of another version"), "the native extension is of another version"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(capsys, engine, error, said):
+    engine.error = error
+    assert cli.main(["sft"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"fastalign: error: {said}") and line.count("\n") == 1
+
+
+def test_a_rank_whose_peer_is_gone_waits_to_be_stopped(engine, monkeypatch, tmp_path, capsys):
+    """And leaves what it has to say to the launcher, which knows of the other rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(cli.LAST_WORDS, str(tmp_path / "words"))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    engine.error = RuntimeError("[.../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert cli.main(["sft"]) == 143
+    assert capsys.readouterr().err == "" and (tmp_path / "words").read_text() == "interrupted"
+    engine.error = RuntimeError("a fault of this rank")
+    with pytest.raises(RuntimeError, match="a fault of this rank"):
+        cli.main(["sft"])
+
+
 def test_other_ranks_let_rank_0_speak_first(capsys, engine, monkeypatch):
     naps = []
     monkeypatch.setattr(cli.time, "sleep", naps.append)

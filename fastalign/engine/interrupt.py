@@ -73,7 +73,9 @@ class Requests:
             self.number = number
             if self.at_once:
                 raise Interrupted(number, self.text)
-            tell(f"{signal.Signals(number).name}: saving after this step, then stopping (once more: at once)")
+            # To ranks torchrun sends a SIGTERM also when another has died: what it was, the end of the run tells.
+            if number != signal.SIGTERM or os.environ.get("WORLD_SIZE", "1") == "1":
+                tell(f"{signal.Signals(number).name}: saving after this step, then stopping (once more: at once)")
 
     def watch(self, pipe: int) -> None:
         """End the process at the second stop, even where Python code is not reached: in a collective that hangs."""

@@ -19,7 +19,7 @@ from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.precompute import precompute
 from fastalign.engine.report import write_report
 from fastalign.engine.train import train
-from runs import ROOT, assert_close, finish, launch, numbers, records
+from runs import ROOT, assert_close, finish, launch, numbers, records, write_yaml
 
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
@@ -103,6 +103,26 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     finish(launch(config, ranks=2))
     train(whole)
     assert_close(whole.run.output_dir, directory, tolerance=1e-5)  # ranks reorder sums
+
+
+def test_a_rank_that_is_killed_ends_the_run_with_one_line(configure):
+    """The launcher's: which rank and why, and from rank 0 how far the run was. Nothing of torch's own."""
+    config = configure("sft", **{"run.steps": 500, "run.save_every": 2, "run.show_example": False})
+    path, directory = write_yaml(config), Path(config.run.output_dir)
+    command = [sys.executable, "-m", "fastalign", "torchrun", "--standalone", "--nproc-per-node", "2", "sft"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, **PATHS, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--config", str(path)], env=environment, cwd=ROOT, **pipes)
+    wait_for_lines(directory / "metrics.jsonl", 3)
+    second = max(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    os.kill(second, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL, errors
+    *before, line = errors.splitlines()
+    start = "fastalign: error: rank 1 was stopped by SIGKILL; interrupted after step "
+    assert line.startswith(start) and "; go on with: " in line
+    after = before[max(i for i, text in enumerate(before) if text.startswith("step ")) + 1 :]
+    assert not after and "Traceback" not in errors, errors
 
 
 def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
