@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hub_runs import README
 
 from fastalign.config import DataConfig
 from fastalign.data.sources import load_rows, load_train_eval, split_rows
@@ -208,16 +209,6 @@ def test_training_and_evaluation_rows(write: Write) -> None:
     assert evaluation is not None and (len(train), len(evaluation)) == (4, 2)
     train, evaluation = load_train_eval(DataConfig(path=path, eval_fraction=0.4))
     assert evaluation is not None and (len(train), len(evaluation)) == (3, 2)
-
-
-README = """---
-configs:
-- config_name: main
-  data_files: [{split: train, path: main/train.jsonl}, {split: test, path: main/test.jsonl}]
-- config_name: socratic
-  data_files: [{split: train, path: socratic/train.jsonl}]
----
-"""
 
 
 @pytest.fixture
