@@ -68,7 +68,8 @@ def test_it_leaves_what_training_carries():
 
 @pytest.mark.parametrize(("method", "loss"), [("dpo", "aot"), ("kto", "kto")])
 def test_a_run_whose_learning_rate_is_zero(configure, tmp_path, method, loss):
-    config = configure(method, **{"loss.name": loss, "optim.lr": 0.0, "run.steps": None, "data.format": "preference"})
+    settings = {"loss.name": loss, "loss.beta": 2.0, "optim.lr": 0.0, "run.steps": None, "data.format": "preference"}
+    config = configure(method, **settings)
     rows = Path(config.data.path).read_text().splitlines()[:16]
     for setting in ("path", "eval_path"):
         (tmp_path / f"{setting}.jsonl").write_text("\n".join(rows))
