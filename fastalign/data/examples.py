@@ -73,11 +73,13 @@ class TokenDataset:
 
     def lengths(self) -> np.ndarray:
         """``[n]`` tokens of the longest sequence of each example, its mismatched one included; read from one column."""
-        column = cast(pa.Table, self.table.select_columns("lengths").with_format("arrow")[:])[
-            "lengths"
-        ].combine_chunks()
+        column = self._column("lengths").combine_chunks()
         starts = np.cumsum(column.value_lengths().to_numpy()[:-1], dtype=np.int64)
         return np.maximum.reduceat(column.flatten().to_numpy(), np.concatenate([[0], starts]))
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A whole column; `Dataset` would make it a row at a time."""
+        return cast(pa.Table, self.table.select_columns(name).with_format("arrow")[:])[name]
 
     def __getitem__(self, index: int) -> TokenExample:
         return self.fetch([index])[0]

@@ -36,7 +36,7 @@ class MismatchedDataset(TokenDataset):
     def __init__(self, dataset: TokenDataset, max_length: int) -> None:
         super().__init__(dataset.table, dataset.counts, dataset.fingerprint, dataset.own_rows)
         self.max_length = max_length
-        self.partners = choose_partners(np.asarray(self.table["example_id"]))
+        self.partners = choose_partners(self._column("example_id").to_numpy())
 
     def lengths(self) -> np.ndarray:
         """``[n]`` tokens of the longer of each example's sequence and its mismatched one, which is never made here."""
