@@ -134,6 +134,9 @@ class OptimConfig:
     """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
     clip_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
+    master_weights: bool = True
+    """Of trained weights in half precision (`model.dtype: bfloat16`), keep masters, gradients and moments in fp32: 18
+    bytes a weight instead of 8. Without them steps of usual learning rates round to nothing."""
 
 
 @dataclass

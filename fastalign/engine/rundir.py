@@ -33,6 +33,7 @@ FREE = {
 LAYOUT = {
     *("batch.tokens", "batch.share_prefix", "parallel.dp_replicate", "parallel.dp_shard", "run.deterministic"),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
+    "optim.master_weights",
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
 RUN_STATE = {"config": dict, "loader": dict, "data": str, "carried": dict}
