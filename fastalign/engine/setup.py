@@ -67,6 +67,8 @@ ATTENTION_NEEDS = {
     "flash": f"a CUDA GPU, {HALF} and the flash-attn package (pip install 'fastalign[flash]')",
 }
 """What the backends of attention need, for those who ask for one."""
+NO_DIRECTORY = ("", "null", "true", "false", "on", "yes", "no")
+"""Words for `reference.cache` that are meant otherwise than as the name of a directory."""
 KERNELS = 32
 """Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""
 
@@ -87,7 +89,7 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
     if run.steps is None and not 0 < run.epochs < math.inf:
         raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
-    if config.reference.cache in ("", "null"):
+    if config.reference.cache.lower() in NO_DIRECTORY:
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     if not run.output_dir.strip():
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
