@@ -6,8 +6,16 @@ of the chosen loss function are its schema.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+
+def expand_homes(section: Any, *names: str) -> None:
+    """Put the home directory for the ``~`` of paths: in a file, and behind ``=``, no shell does."""
+    for name in names:
+        if isinstance(value := getattr(section, name), str):
+            setattr(section, name, os.path.expanduser(value))
 
 
 @dataclass
@@ -41,6 +49,9 @@ class ModelConfig:
     quantization: dict[str, Any] | None = None
     """Quantise the frozen weights below an adapter: settings of `BitsAndBytesConfig`, e.g. `{load_in_4bit: true}`."""
 
+    def __post_init__(self) -> None:
+        expand_homes(self, "path", "tokenizer")
+
 
 @dataclass
 class ReferenceConfig:
@@ -53,6 +64,9 @@ class ReferenceConfig:
     cache: str = "auto"
     """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
     of tokenised data, where that means less work."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "path")
 
 
 @dataclass
@@ -93,6 +107,9 @@ class DataConfig:
     """Where rows and tokenised data are kept; default `~/.cache/fastalign`."""
     num_proc: int | None = None
     """Processes that tokenise; default: one, whose tokenizer uses all cores."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "chat_template")
 
 
 @dataclass
@@ -180,6 +197,9 @@ class RunConfig:
     """Refuse any kernel whose result may differ between two runs."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Extra metric sinks, if installed."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "output_dir", "resume")
 
 
 @dataclass
