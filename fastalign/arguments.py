@@ -17,6 +17,7 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any, cast
 
+from fastalign import written
 from fastalign.config import Config
 from fastalign.words import describe_type, kind_of
 
@@ -98,8 +99,8 @@ def parse_config(method: str, argv: list[str]) -> Config:
         check_keys(leaves, schema, losses, f" in {path}")
         check_nulls(path, leaves, schema)
     check_keys(flag_keys(flags), schema, losses)
-    words = [word for path in paths for word in ("--config", path)] + flags
-    words += ["--loss.name", name if isinstance(name, str) else json.dumps(name)]
+    words = [word for tree in trees.values() for word in ("--config", as_string(read_tree(tree, schema)))]
+    words += [*read_flags(flags, schema), "--loss.name", name if isinstance(name, str) else json.dumps(name)]
     settings = parse(build_parser(method, losses), words, schema)
     return Config(
         method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
@@ -118,25 +119,74 @@ def split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; words without quotes are left as `written.Plain`."""
     import yaml
 
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, written.Loader)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {kind_of(tree)}")
+        raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {kind_of(written.free(tree))}")
     return tree
+
+
+def read_tree(tree: dict[str, Any], schema: dict[str, str]) -> dict[str, Any]:
+    """The settings of a file, each read as what it takes."""
+    found: dict[str, Any] = {}
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            found[section] = {name: read_value(f"{section}.{name}", x, schema) for name, x in values.items()}
+        else:
+            found[section] = read_value(section, values, schema)
+    return found
+
+
+def read_flags(flags: list[str], schema: dict[str, str]) -> list[str]:
+    """The flags with lists and mappings as JSON, where nothing is left to guess; a number that is none is refused."""
+    words = list(flags)
+    for place, word in enumerate(flags):
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--").removesuffix("+")
+        if not flag.startswith("--") or key not in schema:
+            continue
+        if equals:
+            words[place] = f"{flag}={read_flag(key, value, schema)}"
+        elif place + 1 < len(flags) and not flags[place + 1].startswith("--"):
+            words[place + 1] = read_flag(key, flags[place + 1], schema)
+    return words
+
+
+def read_flag(key: str, value: str, schema: dict[str, str]) -> str:
+    """A flag's value as the parser is to have it."""
+    import yaml
+
+    if value[:1] not in ("[", "{"):
+        read_value(key, written.Plain(value), schema)
+        return value
+    try:
+        return as_string(read_value(key, yaml.load(value, written.Loader), schema))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{key}: {value!r} is not valid YAML: {error}") from error
+
+
+def read_value(key: str, value: Any, schema: dict[str, str]) -> Any:
+    """A value as the setting takes it."""
+    try:
+        return written.read(value, schema[key])
+    except ValueError as error:
+        shown = value if isinstance(value, str) else in_yaml(value)
+        raise UsageError(f"{key}: expected {describe_type(schema[key], key)}, got {shown}") from error
 
 
 def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> list[str]:
     """The losses named by the last flag (``dpo``, ``dpo,sft`` or ``[dpo, sft]``), or else by the last file with any."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     named = [section.get("name") for tree in trees if isinstance(section := tree.get("loss"), dict)]
+    named = [None if isinstance(name, written.Plain) and name in written.NULLS else name for name in named]
     named += [value for flag, value in pairwise(words) if flag == "--loss.name"]
     last = next((name for name in reversed(named) if name is not None), [])
     names = last if isinstance(last, list) else str(last).strip("[]").split(",")
@@ -198,7 +248,7 @@ def asked_method(argv: list[str], default: str) -> str:
     named = [tree["method"] for tree in map(read_yaml, split_config(argv)[0]) if "method" in tree]
     if named and str(named[-1]) not in METHODS:
         raise UsageError(f"unknown method {named[-1]!r}{nearest(str(named[-1]), METHODS)} (all: {', '.join(METHODS)})")
-    return named[-1] if named else default
+    return str(named[-1]) if named else default
 
 
 def check_method(path: str, tree: dict[str, Any], method: str) -> None:
@@ -207,10 +257,8 @@ def check_method(path: str, tree: dict[str, Any], method: str) -> None:
     if str(named) not in METHODS:
         hint = f"{nearest(str(named), METHODS)} (all: {', '.join(METHODS)})"
         raise UsageError(f"{path} is for the unknown method {in_yaml(named)}{hint}")
-    if tree.get("method", method) != method:
-        raise UsageError(
-            f"{path} is for {tree['method']!r}, not {method!r}: run fastalign {tree['method']} --config {path}"
-        )
+    if named != method:
+        raise UsageError(f"{path} is for '{named}', not {method!r}: run fastalign {named} --config {path}")
 
 
 def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
@@ -219,22 +267,26 @@ def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> N
         value = tree.get(section, ...)
         if value is not ... and not (isinstance(value, dict) and value):
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
-            raise UsageError(
-                f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {in_yaml(value)}"
-            )
+            got = in_yaml(written.free(value))
+            raise UsageError(f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {got}")
 
 
 def check_nulls(path: str, leaves: dict[str, Any], schema: dict[str, str]) -> None:
     """Refuse a null for a setting that has none: the parser lets it pass in a file."""
     for key, value in leaves.items():
-        if value is None and "None" not in schema.get(key, "None"):
+        if written.free(value) is None and "None" not in schema.get(key, "None"):
             expected = describe_type(schema[key], key)
             raise UsageError(f"{key} in {path}: expected {expected}, got null: leave the line out for the default")
 
 
 def in_yaml(value: Any) -> str:
-    """A value as a configuration file writes it."""
-    return json.dumps(value, default=str)
+    """A value as a configuration file may write it, in JSON."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def as_string(value: Any) -> str:
+    """A value for the parser, which reads YAML: all but ASCII escaped, as some characters are breaks or forbidden."""
+    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", in_yaml(value))
 
 
 def as_written(text: str) -> str:
@@ -266,16 +318,29 @@ def check_keys(keys: Iterable[str], schema: dict[str, str], losses: Losses, plac
         section, name, *_ = [*key.split("."), ""]
         if key in schema or schema.get(f"{section}.{name}", "").startswith("dict"):
             continue
-        owner = f" (the loss is {'+'.join(losses)!r})" if section == "loss" else ""
-        raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}{owner}")
+        if section != "loss":
+            raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}")
+        own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or close_to(key, [k]))]
+        hint = nearest(key, [*own, *(k for k in schema if k.endswith(f".{name}"))])
+        raise UsageError(f"unknown key {key!r}{place}{hint} (the loss is {'+'.join(losses)!r})")
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """``: did you mean 'optim.lr'?`` or nothing; compares last parts first, then whole names."""
     accepted, last = list(accepted), name.rsplit(".", 1)[-1]
     same = [TRL_NAMES[last]] if last in TRL_NAMES else [key for key in accepted if key.rsplit(".", 1)[-1] == last]
-    close = same or difflib.get_close_matches(name, accepted, n=1, cutoff=0.3)
+    close = same or longer(last, accepted) or close_to(name, accepted, cutoff=0.3)
     return f": did you mean {close[0]!r}?" if close else ""
+
+
+def longer(last: str, accepted: Iterable[str]) -> list[str]:
+    """The settings whose last part begins with a shorter one: gamma_beta_ratio with gamma."""
+    return [key for key in accepted if len(last) > 2 and key.rsplit(".", 1)[-1].startswith(f"{last}_")]
+
+
+def close_to(name: str, accepted: Iterable[str], cutoff: float = 0.8) -> list[str]:
+    """The accepted name that is spelled most like one."""
+    return difflib.get_close_matches(name, list(accepted), n=1, cutoff=cutoff)
 
 
 def build_parser(method: str, losses: Losses) -> Any:

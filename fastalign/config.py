@@ -6,8 +6,16 @@ of the chosen loss function are its schema.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+
+def expand_homes(section: Any, *names: str) -> None:
+    """Put the home directory for the ``~`` of paths: in a file, and behind ``=``, no shell does."""
+    for name in names:
+        if isinstance(value := getattr(section, name), str):
+            setattr(section, name, os.path.expanduser(value))
 
 
 @dataclass
@@ -41,6 +49,9 @@ class ModelConfig:
     quantization: dict[str, Any] | None = None
     """Quantise the frozen weights below an adapter: settings of `BitsAndBytesConfig`, e.g. `{load_in_4bit: true}`."""
 
+    def __post_init__(self) -> None:
+        expand_homes(self, "path", "tokenizer")
+
 
 @dataclass
 class ReferenceConfig:
@@ -53,6 +64,9 @@ class ReferenceConfig:
     cache: str = "auto"
     """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
     of tokenised data, where that means less work."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "path")
 
 
 @dataclass
@@ -94,6 +108,9 @@ class DataConfig:
     num_proc: int | None = None
     """Processes that tokenise; default: one, whose tokenizer uses all cores."""
 
+    def __post_init__(self) -> None:
+        expand_homes(self, "chat_template")
+
 
 @dataclass
 class BatchConfig:
@@ -134,6 +151,9 @@ class OptimConfig:
     """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
     clip_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
+    master_weights: bool = True
+    """Of trained weights in half precision (`model.dtype: bfloat16`), keep masters, gradients and moments in fp32: 18
+    bytes a weight instead of 8. Without them steps of usual learning rates round to nothing."""
 
 
 @dataclass
@@ -177,6 +197,9 @@ class RunConfig:
     """Refuse any kernel whose result may differ between two runs."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Extra metric sinks, if installed."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "output_dir", "resume")
 
 
 @dataclass

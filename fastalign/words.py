@@ -39,7 +39,7 @@ def describe_type(annotation: str, setting: str = "") -> str:
         'two numbers such as [0.9, 0.95]'
     """
     example = EXAMPLES.get(setting)
-    return _join([_describe(node, example) for node in _members(ast.parse(annotation, mode="eval").body)])
+    return _join([_describe(node, example) for node in members(ast.parse(annotation, mode="eval").body)])
 
 
 def kind_of(value: Any) -> str:
@@ -54,11 +54,11 @@ def kind_of(value: Any) -> str:
     return KINDS.get(name, f"a {name}") + (f" of {' and '.join(inner)}" if inner else "")
 
 
-def _members(node: ast.expr) -> list[ast.expr]:
+def members(node: ast.expr) -> list[ast.expr]:
     """The types of a union, or the one there is."""
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Optional":
-        return [*_members(node.slice), ast.Constant(None)]
-    return [*_members(node.left), *_members(node.right)] if isinstance(node, ast.BinOp) else [node]
+        return [*members(node.slice), ast.Constant(None)]
+    return [*members(node.left), *members(node.right)] if isinstance(node, ast.BinOp) else [node]
 
 
 def _join(words: list[str]) -> str:

@@ -73,9 +73,16 @@ class TokenDataset:
 
     def lengths(self) -> np.ndarray:
         """``[n]`` tokens of the longest sequence of each example, its mismatched one included; read from one column."""
+        return self._over_sequences(np.maximum)
+
+    def totals(self) -> np.ndarray:
+        """``[n]`` tokens of all sequences of each example together, what they share counted for each."""
+        return self._over_sequences(np.add)
+
+    def _over_sequences(self, reduce: np.ufunc) -> np.ndarray:
         column = self._column("lengths").combine_chunks()
         starts = np.cumsum(column.value_lengths().to_numpy()[:-1], dtype=np.int64)
-        return np.maximum.reduceat(column.flatten().to_numpy(), np.concatenate([[0], starts]))
+        return reduce.reduceat(column.flatten().to_numpy(), np.concatenate([[0], starts]))
 
     def _column(self, name: str) -> pa.ChunkedArray:
         """A whole column; `Dataset` would make it a row at a time."""

@@ -160,14 +160,14 @@ def evaluation_steps(
         yield rank_share(examples, tokens, share_prefix, rank, world_size, cost)
 
 
-def check_sizes(examples: Sequence[TokenExample], share_prefix: bool, limit: int | None) -> None:
-    """Refuses an example of more computed tokens than ``limit``, which no micro-batch may hold."""
+def check_sizes(examples: Sequence[TokenExample], share_prefix: bool, limit: int | None, where: str = "") -> None:
+    """Refuses an example of more computed tokens than ``limit``, which no micro-batch may hold; ``where`` it is."""
     if limit is None:
         return
     for example in examples:
         if (tokens := _tokens(group_forest(example, share_prefix)[0])) > limit:
             raise ValueError(
-                f"example {example.example_id} takes {tokens} computed tokens, more than batch.max_group_tokens "
+                f"{where}example {example.example_id} takes {tokens} computed tokens, more than batch.max_group_tokens "
                 f"{limit}: lower data.max_length or raise the limit"
             )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import json
 import logging
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,10 +72,11 @@ def open_repository(
     if not Path(path).is_dir() and hub.silent() is not None and (known := _recorded(record)) is not None:
         with hub.asked_once(f"dataset {path!r}"):
             return _file_source(path, section, [*known["splits"]], known["kind"], lambda: known, cache_dir)
+    place = _linked(path) if Path(path).is_dir() else path
     try:
-        builder = _builder(path, name, revision)
+        builder = _builder(place, name, revision)
     except UNREADABLE as error:
-        raise ValueError(_not_found(path, section, name, revision, error)) from error
+        raise ValueError(_not_found(place, section, name, revision, error).replace(place, path)) from error
     if name is not None and name not in (names := [*builder.builder_configs] or ["default"]):
         raise ValueError(f"{section}name: {path!r} has the configurations {names}, got {name!r}")
     _tell_of_unread(builder, path, section)
@@ -130,11 +134,22 @@ def _data_files(directory: Path) -> list[Path]:
 def _builder(path: str, name: str | None, revision: str | None) -> Any:
     with hub.quiet():
         if Path(path).is_dir():
-            if glob.has_magic(str(Path(path).resolve())):
-                raise ValueError("directories whose names hold *, ? or [ are taken as patterns: rename it")
             return datasets.load_dataset_builder(path, name)
         with hub.asked_once(f"dataset {path!r}"):
             return datasets.load_dataset_builder(path, name, revision=revision)
+
+
+def _linked(path: str) -> str:
+    """A directory to be read in place of one in whose full name `datasets` would see a pattern: links to its files."""
+    place = Path(path).resolve()
+    if not glob.has_magic(str(place)):
+        return path
+    links = Path(tempfile.mkdtemp(prefix="fastalign-")).resolve()
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    for entry in sorted(place.rglob("*")):
+        here = links / entry.relative_to(place)
+        here.mkdir() if entry.is_dir() else here.symlink_to(entry)
+    return str(links)
 
 
 def _check_options(config: Any, path: str, section: str) -> None:
@@ -158,6 +173,7 @@ def _downloaded(builder: Any, path: str, record: Path) -> dict[str, Any]:
     given: Any = builder.config.data_files
     splits = {str(split): [str(url) for url in urls] for split, urls in given.items()}
     if Path(path).is_dir():
+        splits = {split: [url.replace(builder.base_path, path, 1) for url in urls] for split, urls in splits.items()}
         return {
             "kind": kind,
             "separator": separator,

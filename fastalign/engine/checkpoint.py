@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, safetensors and JSON only, resumed to the bit.
 
-``checkpoints/step-N/`` holds the weights and Adam moments of all ranks (``torch.distributed.checkpoint`` in
+``checkpoints/step-N/`` holds weights, fp32 masters and Adam moments of all ranks (``torch.distributed.checkpoint`` in
 safetensors), ``state.json`` (step, data position, settings, versions) and ``rng-R.json`` of each rank. It is written as
 ``step-N.tmp`` and renamed when every byte is on the disk. Nothing here is ever unpickled.
 """
@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastalign.data.disk import reason, writing
 from fastalign.engine.errors import RunError, as_one
+from fastalign.engine.optim import AdamW
+from fastalign.engine.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
 from fastalign.parallel.mesh import World
 
 SCHEMA = 1
@@ -47,7 +49,7 @@ def save_checkpoint(
     directory: Path,
     step: int,
     policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     state: dict[str, Any],
     world: World,
     keep: int,
@@ -105,8 +107,10 @@ def need_on_this_host(tensors: dict[str, Tensor]) -> int:
     return sum(x.nbytes for x in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // ranks
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Restore weights, Adam moments and this rank's generators in place; returns the contents of ``state.json``.
+def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: World) -> dict[str, Any]:
+    """Restore weights, masters, Adam moments and this rank's generators in place; returns what ``state.json`` says.
+
+    A checkpoint without masters has them start from its weights; those of one with masters may be left out.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model, with the first difference.
@@ -117,11 +121,14 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     tensors = {**weights(policy), **moments(policy, optimizer)}
     reader = HuggingFaceStorageReader(str(path))
     try:
-        check_shapes(path, tensors, saved_shapes(reader))
+        tensors, saved = in_both(tensors, saved_shapes(reader))
+        check_shapes(path, tensors, saved)
         with alone_is_fine():
             load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     except (SafetensorError, CheckpointException) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
+    if optimizer.masters and not has_masters(tensors):
+        optimizer.start_masters()
     restore_generators(path / f"rng-{world.rank}.json")
     return state
 
@@ -217,32 +224,6 @@ def tied_names(policy: nn.Module) -> set[str]:
     """Second and further names of shared parameters."""
     every = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in policy.named_parameters()}
-
-
-def moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam moments by name, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; the live tensors."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in policy.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if key != "step"
-    }
-
-
-def optimizer_steps(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """How often each parameter was updated; Adam's bias correction reads it."""
-    return {n: optimizer.state[p]["step"].item() for n, p in policy.named_parameters() if p in optimizer.state}
-
-
-def make_moments(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float]) -> None:
-    """Give the optimizer zero moments, of the right layout, for the parameters that had some."""
-    for name, parameter in policy.named_parameters():
-        if name in steps:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(steps[name], dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
 
 def saved_shapes(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:

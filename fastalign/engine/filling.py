@@ -24,6 +24,7 @@ from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.progress import stage
 from fastalign.models.policy import Policy
+from fastalign.models.precision import HALF
 from fastalign.models.verify import Distance, Rounding
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
@@ -123,7 +124,7 @@ def open_cache(
     uses = sum(demand.uses * parts_each(demand) for demand in demands)
     misses = filling.misses
     wanted = asked != "auto" or misses <= WORTH * uses
-    if not wanted and not is_memory_short(reference, world):
+    if not wanted and not is_memory_short(reference, world, config.optim.master_weights):
         text = "reference: with every batch, %d sequences or groups, as the cache lacks %d (reference.cache is auto)"
         log.info(text, uses, misses)
         return None
@@ -179,15 +180,26 @@ def windows(indices: Sequence[int]) -> Iterator[list[int]]:
     return (list(indices[start : start + WINDOW]) for start in range(0, len(indices), WINDOW))
 
 
-def is_memory_short(policy: Policy, world: World) -> bool:
-    """Whether weights and, of what trains, gradients, moments and a reference leave less than a quarter of a GPU."""
+def is_memory_short(policy: Policy, world: World, masters: bool = True) -> bool:
+    """Whether weights and what comes with those that train leave less than a quarter of a GPU."""
     if world.device.type != "cuda":
         return False
     shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
     free, total = torch.cuda.mem_get_info(world.device)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad) or weights
-    return free + weights - (weights + 4 * trained) / shards < total / 4
+    trained = [p for p in policy.parameters() if p.requires_grad] or [*policy.parameters()]
+    beside = sum(p.numel() * bytes_beside(p.dtype, masters) for p in trained)
+    return free + weights - (weights + beside) / shards < total / 4
+
+
+def bytes_beside(dtype: torch.dtype, masters: bool) -> int:
+    """Bytes beside a trained weight: gradient, two moments and a reference; with a master all but the last in fp32.
+
+    Example:
+        >>> bytes_beside(torch.float32, True), bytes_beside(torch.bfloat16, True), bytes_beside(torch.bfloat16, False)
+        (16, 18, 8)
+    """
+    return 16 + dtype.itemsize if masters and dtype in HALF else 4 * dtype.itemsize
 
 
 def cannot_share(directory: Path, world: World) -> str | None:

@@ -115,9 +115,10 @@ def count_elements(parameter: Tensor) -> int:
 
 
 def describe_dtype(job: Job) -> str:
-    """What the weights are kept in, and whether forwards run under autocast."""
+    """What the weights are kept in, with or without masters, and whether forwards run under autocast."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in job.models.policy.parameters()})
-    return f"weights {' and '.join(kinds)}, autocast {'bfloat16' if job.models.autocast else 'off'}"
+    masters = " with float32 masters" if job.optimizer.masters else ""
+    return f"weights {' and '.join(kinds)}{masters}, autocast {'bfloat16' if job.models.autocast else 'off'}"
 
 
 def describe_device(job: Job) -> str:

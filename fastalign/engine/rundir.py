@@ -21,6 +21,7 @@ from fastalign.data.disk import write_whole
 from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap
 from fastalign.engine.errors import as_one
 from fastalign.engine.metrics import read_metrics, truncate_metrics
+from fastalign.models.load import check_target
 from fastalign.parallel.mesh import World
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ FREE = {
 LAYOUT = {
     *("batch.tokens", "batch.share_prefix", "parallel.dp_replicate", "parallel.dp_shard", "run.deterministic"),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
+    "optim.master_weights",
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
 RUN_STATE = {"config": dict, "loader": dict, "data": str, "carried": dict}
@@ -123,6 +125,7 @@ def claim(config: Config, world: World) -> Path | None:
     lines = read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
     if not lines and not (checkpoint and is_own(checkpoint, directory)):
         refuse_model(directory)
+    check_target(directory / "model", "choose another run.output_dir")
     if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
     world.barrier()

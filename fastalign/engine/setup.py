@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
-from fastalign.data import builtin
+from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
+from fastalign.data import builtin, feedback, formats
+from fastalign.data.files import PLACE
 from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
@@ -35,9 +36,9 @@ from fastalign.models import lora
 from fastalign.models.head import head_of
 from fastalign.models.load import (
     DTYPES,
+    check_model,
     check_named,
     check_place,
-    check_vocabulary,
     load_policy,
     load_tokenizer,
     separate_padding,
@@ -67,6 +68,8 @@ ATTENTION_NEEDS = {
     "flash": f"a CUDA GPU, {HALF} and the flash-attn package (pip install 'fastalign[flash]')",
 }
 """What the backends of attention need, for those who ask for one."""
+NO_DIRECTORY = ("", "null", "true", "false", "on", "yes", "no")
+"""Words for `reference.cache` that are meant otherwise than as the name of a directory."""
 KERNELS = 32
 """Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""
 
@@ -87,7 +90,7 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
     if run.steps is None and not 0 < run.epochs < math.inf:
         raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
-    if config.reference.cache in ("", "null"):
+    if config.reference.cache.lower() in NO_DIRECTORY:
         raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     if not run.output_dir.strip():
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
@@ -143,33 +146,60 @@ def seed_everything(run: RunConfig) -> None:
 def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, TokenDataset | None]:
     """The tokenizer, and the training and held-out examples in tokens."""
     tokenizer = load_tokenizer(config.model, fallback=builtin_tokenizer)
-    check_vocabulary(config.model, tokenizer)
+    check_models(config, tokenizer)
     rows, held_out = load_train_eval(config.data, config.run.seed)
-    dataset = encode(rows, tokenizer, config)
-    held_out = encode(held_out, tokenizer, config, rows.column_names) if held_out else None
+    training, evaluated = f"data.path: {config.data.path!r}", held_out_source(config.data)
+    dataset = encode(rows, tokenizer, config, training)
+    held_out = encode(held_out, tokenizer, config, evaluated, rows.column_names) if held_out else None
     check_choices(dataset, config.data.max_length, "data.path", refuse=True)
     if held_out is not None:
         check_choices(held_out, config.data.max_length, "the held-out data", refuse=False)
-    for examples in (dataset, held_out):
-        check_groups(examples, config.batch)
+    for examples, where in ((dataset, training), (held_out, evaluated)):
+        check_groups(examples, config.batch, where)
     return tokenizer, dataset, held_out
 
 
-def check_groups(dataset: Examples | None, batch: BatchConfig) -> None:
+def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a policy, and a reference of its own, that cannot run, before anything is tokenised."""
+    objective = make_objective(config.method, config.loss)
+    check_model(config.model, tokenizer, scalar_head=objective.method.scalar_head)
+    if config.reference.path is not None and objective.needs_reference:
+        check_model(described_reference(config), setting="reference.path")
+
+
+def held_out_source(data: DataConfig) -> str:
+    """The setting that names the held-out rows, and what it is."""
+    names = ("eval_path", "eval_split", "eval_fraction")
+    return next((f"data.{name}: {value!r}" for name in names if (value := getattr(data, name))), "data.eval_path")
+
+
+def check_groups(dataset: TokenDataset | None, batch: BatchConfig, where: str) -> None:
     """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
     if dataset is None or batch.max_group_tokens is None:
         return
-    for window in windows(range(len(dataset))):
-        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens)
+    large = np.flatnonzero(dataset.totals() > batch.max_group_tokens)  # without what they share they may fit
+    for window in windows(large.tolist()):
+        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens, f"{where}: ")
 
 
 def encode(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, named: Sequence[str] = ()
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, where: str, named: Sequence[str] = ()
 ) -> TokenDataset:
     """Rows as the tokens that the method's loss reads; the unread ones of the columns ``named`` were logged before."""
     objective = make_objective(config.method, config.loss)
+    check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
+
+
+def check_columns(columns: Sequence[str], data: DataConfig, method: str, where: str) -> None:
+    """Refuse columns that do not fit the method, with the setting that names the rows."""
+    try:
+        formats.recognise(columns, method, data.format)
+        if method == "reward:soft_label":
+            feedback.check_columns(columns, method)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def hash_tokens(dataset: TokenDataset) -> str:
@@ -230,7 +260,7 @@ def load_weights(
         if config.batch != before:  # what the policy was checked on is not what it will read
             verified(config, Models(policy, None, autocast), demands[0], ranks)
     for demand in demands if config.batch != asked else ():
-        check_groups(demand.dataset, config.batch)
+        check_groups(cast(TokenDataset, demand.dataset), config.batch, f"the {demand.name}")
     return policy, source, config
 
 
@@ -308,12 +338,17 @@ def load_reference(
         raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
     if path is None:
         return policy
+    described = described_reference(config)
+    if objective.method.teacher:  # new rows would teach that a new token is an average one
+        described = replace(described, resize_embeddings=False)
+    return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
+
+
+def described_reference(config: Config) -> ModelConfig:
+    """The model section of the model that ``reference.path`` names."""
     dtype = config.reference.dtype or config.model.dtype
     plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
-    if objective.method.teacher:  # new rows would teach that a new token is an average one
-        plain["resize_embeddings"] = False
-    described = replace(config.model, path=path, dtype=dtype, **plain)
-    return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
+    return replace(config.model, path=config.reference.path, dtype=dtype, **plain)
 
 
 def verified(config: Config, models: Models, demand: Demand, ranks: World, name: str = "the model") -> BatchConfig:

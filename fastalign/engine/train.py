@@ -119,7 +119,7 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     loader = Loader(data, batch.size, batch.budget, batch.share_prefix, **ends, **ours)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
-    optimizer = make_optimizer(models.policy, config.optim)
+    optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
     made = (tokenizer, models, optimizer, dataset, loader, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
 

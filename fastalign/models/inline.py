@@ -1,13 +1,23 @@
-"""Inline configs: keys that transformers would take and never read."""
+"""Inline configs, and keys of theirs that transformers would take and never read."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+REFUSALS = (
+    *(SafetensorError, StrictDataclassError, ValueError, TypeError, LookupError),
+    *(AttributeError, ArithmeticError, RuntimeError),
+)
+"""What transformers raises on files that are damaged and on values that make no model."""
 
 EVERY_CONFIG = {
     *("name_or_path", "transformers_version", "torch_dtype", "attn_implementation"),
@@ -15,6 +25,35 @@ EVERY_CONFIG = {
     *("output_attentions", "use_cache", "tie_word_embeddings", "num_labels", "is_decoder"),
 }
 """Keys that each config has, or had: transformers still reads them or writes them itself."""
+
+
+def make(described: Mapping[str, Any], scalar: bool, vocab_size: int | None) -> Any:
+    """The Hugging Face config that `model.config` describes; with ``scalar`` that of a reward model."""
+    options: dict[str, Any] = dict(described) | ({"num_labels": 1} if scalar else {})
+    kind = options.pop("model_type", None)
+    if kind is None:
+        raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
+    check_keys(kind, options)
+    for name in SPECIAL_TOKENS:  # a config's default ids belong to some other tokenizer
+        options.setdefault(name, None)
+    if vocab_size is not None:
+        options.setdefault("vocab_size", vocab_size)
+    with makes(kind):
+        return AutoConfig.for_model(kind, **options)
+
+
+@contextmanager
+def makes(kind: str) -> Iterator[None]:
+    """Turns what transformers raises on values that make no model into one line."""
+    try:
+        yield
+    except REFUSALS as error:
+        raise ValueError(f"model.config makes no {kind}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error with its kind, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_keys(kind: str, options: Mapping[str, Any]) -> None:

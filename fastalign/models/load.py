@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,21 +24,16 @@ from transformers import (
 
 from fastalign import hub
 from fastalign.config import ModelConfig
-from fastalign.models import inline, lora, vocabulary
+from fastalign.models import inline, lora, outline, vocabulary
+from fastalign.models.inline import REFUSALS, SPECIAL_TOKENS, makes, one_line
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-REFUSALS = (
-    *(SafetensorError, StrictDataclassError, ValueError, TypeError, LookupError),
-    *(AttributeError, ArithmeticError, RuntimeError),
-)
-"""What transformers raises on files that are damaged and on values that make no model."""
 SCALAR_HEAD = "score.weight"
 """What transformers calls the head of a sequence classifier."""
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_policy(
@@ -157,7 +150,7 @@ def _quantization(options: Mapping[str, Any]) -> BitsAndBytesConfig:
     try:
         made: Any = BitsAndBytesConfig.from_dict(dict(options), return_unused_kwargs=True)
     except REFUSALS as error:
-        raise ValueError(f"model.quantization: {_one_line(error)}") from error
+        raise ValueError(f"model.quantization: {one_line(error)}") from error
     config, unknown = made
     if unknown:
         raise ValueError(f"unknown key {next(iter(unknown))!r} in model.quantization: see BitsAndBytesConfig")
@@ -205,23 +198,11 @@ def check_loaded(name: str, info: Mapping[str, Any]) -> None:
 
 def _from_scratch(model: ModelConfig, auto: Any, vocab_size: int | None, seed: int) -> PreTrainedModel:
     scalar = auto is AutoModelForSequenceClassification
-    options: dict[str, Any] = dict(model.config or {}) | ({"num_labels": 1} if scalar else {})
-    kind = options.pop("model_type", None)
-    if kind is None:
-        raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
-    inline.check_keys(kind, options)
-    for name in SPECIAL_TOKENS:  # a config's default ids belong to some other tokenizer
-        options.setdefault(name, None)
-    if vocab_size is not None:
-        options.setdefault("vocab_size", vocab_size)
-    try:
-        config = AutoConfig.for_model(kind, **options)
-        dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made = auto.from_config(config, dtype=dtype)
-    except REFUSALS as error:
-        raise ValueError(f"model.config makes no {kind}: {_one_line(error)}") from error
+    config = inline.make(model.config or {}, scalar, vocab_size)
+    dtype = DTYPES.get(model.dtype) or config.dtype or torch.float32
+    with makes(config.model_type), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = auto.from_config(config, dtype=dtype)
     if scalar:
         _new_scalar_head(made, seed)
     return made
@@ -260,17 +241,29 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a model with too few rows by its config alone, before data are tokenised for it."""
+def check_model(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    scalar_head: bool = False,
+    setting: str = "model.path",
+) -> None:
+    """Refuses by its config alone, before data are tokenised for it, a model that cannot run or has too few rows.
+
+    The arguments are those of `load_policy`.
+    """
+    size = None if tokenizer is None else vocabulary.size(tokenizer)
     if model.path is None:
-        rows, name = (model.config or {}).get("vocab_size"), "model.config"
+        config, name = inline.make(model.config or {}, scalar_head, size), "model.config"
+        rows = (model.config or {}).get("vocab_size")
     else:
-        path, where = _base_path(model, lora.saved_adapter(model), "model.path")
+        path, where = _base_path(model, lora.saved_adapter(model), setting)
         with _readable("model", path, "config.json and safetensors weights", where):
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
-    if isinstance(rows, int):
-        vocabulary.refuse_few(rows, vocabulary.size(tokenizer), name, resize=model.resize_embeddings)
+    outline.check(config, name, scalar_head=scalar_head, trust_remote_code=model.trust_remote_code)
+    if isinstance(rows, int) and size is not None:
+        vocabulary.refuse_few(rows, size, name, resize=model.resize_embeddings)
 
 
 def _tokenizer_home(model: ModelConfig) -> str | None:
@@ -302,17 +295,13 @@ def _readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
         with hub.quiet(), nullcontext() if local else hub.asked_once(f"{kind} {name!r}"):
             yield
     except OSError as error:
-        expected = f"no {kind} in {name!r}: expected a directory with {files} ({_one_line(error)})"
+        expected = f"no {kind} in {name!r}: expected a directory with {files} ({one_line(error)})"
         raise ValueError(f"{setting}: {expected if local else hub.why_not(name, kind, error)}") from error
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, REFUSALS):  # tokenizers raises the bare class
             raise
-        reason = f"the {kind} {name!r} cannot be loaded ({_one_line(error)}): check its files"
+        reason = f"the {kind} {name!r} cannot be loaded ({one_line(error)}): check its files"
         raise ValueError(f"{setting}: {reason}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def save_pretrained(
@@ -336,7 +325,8 @@ def save_pretrained(
     Returns:
         The directory.
     """
-    final = Path(directory)
+    final = Path(directory).resolve()  # behind a link the model goes where that leads, and the link stays
+    check_target(final)
     fresh, old = (final.with_name(f".{final.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -356,7 +346,13 @@ def save_pretrained(
         final.rename(old)
     fresh.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    return final
+    return Path(directory)
+
+
+def check_target(directory: Path, otherwise: str = "choose another directory") -> None:
+    """Refuses a place for a model's directory that a file takes."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, where the model's directory is to be: move it, or {otherwise}")
 
 
 def _sync(directory: Path) -> None:

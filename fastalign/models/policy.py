@@ -27,6 +27,8 @@ ATTENTION = "fastalign"
 
 HARMLESS = {"position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "output_hidden_states"}
 """Keywords of HF attention calls that carry nothing the packed layout does not."""
+KNOWN = {"s_aux": "attention sinks (s_aux)"}
+"""What some of the others are called."""
 
 
 class Policy(nn.Module):
@@ -200,7 +202,7 @@ def _attention_function(backend: str | None) -> Callable[..., tuple[Tensor, None
     ) -> tuple[Tensor, None]:
         if packed_layout is None:
             raise ValueError("this model's attention reads packed rows only: call it through Policy")
-        _check_call(module, query, attention_mask, dropout, sliding_window, packed_layout, other)
+        check_call(module, query, key, value, attention_mask, dropout, sliding_window, packed_layout, other)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = packed_attention(q, k, v, packed_layout, scale=scaling, softcap=softcap, backend=backend)
         return out[None], None
@@ -208,9 +210,11 @@ def _attention_function(backend: str | None) -> Callable[..., tuple[Tensor, None
     return attention
 
 
-def _check_call(
+def check_call(
     module: nn.Module,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     dropout: float,
     window: int | None,
@@ -219,9 +223,14 @@ def _check_call(
 ) -> None:
     """Refuses what the packed attention would silently leave out."""
     name = type(module).__name__
-    unknown = sorted(key for key, value in other.items() if value is not None and key not in HARMLESS)
+    unknown = sorted(KNOWN.get(word, word) for word, x in other.items() if x is not None and word not in HARMLESS)
     if unknown:
         raise ValueError(f"{name} passes {', '.join(unknown)}, which the packed attention does not compute")
+    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+        raise ValueError(
+            f"{name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers (multi-head latent attention);"
+            " the packed attention takes both of one width"
+        )
     if mask is not None or query.shape[0] != 1:
         raise ValueError(f"{name}: packed rows take no attention mask and one row, got a mask or {query.shape[0]} rows")
     if dropout:

@@ -16,6 +16,9 @@ EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """Layer types in which a token reads other tokens through attention alone."""
 
 
+ACROSS = "carry state or read spans across sequence boundaries"
+
+
 def check(model: PreTrainedModel) -> None:
     """Refuses a model whose packed forward would differ from the plain one.
 
@@ -28,19 +31,32 @@ def check(model: PreTrainedModel) -> None:
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why a model is refused; None for a model that is accepted."""
-    config = model.config
+    if reason := refusal_of_config(model.config) or refusal_of_class(type(model)):
+        return reason
+    if not isinstance(head := unwrapped(output_layer(model)), nn.Linear):
+        return f"its head is {type(head).__name__}; a Linear is expected"
+    return refusal_of_numbers(model.config)
+
+
+def refusal_of_config(config: Any) -> str | None:
+    """Why any model of a config's kind is refused."""
     layers = set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS
     if config.is_encoder_decoder:
         return "it is an encoder-decoder; a decoder-only causal LM is expected"
     if config.get_text_config() is not config:
         return "it reads more than text; load its text model"
-    if layers or getattr(model, "_is_stateful", False):
-        return f"{', '.join(sorted(layers)) or 'recurrent'} layers carry state or read spans across sequence boundaries"
-    if not getattr(model, "_supports_attention_backend", False):
+    if layers:
+        return f"{', '.join(sorted(layers))} layers {ACROSS}"
+    return None
+
+
+def refusal_of_class(kind: type) -> str | None:
+    """Why any model of a class is refused."""
+    if getattr(kind, "_is_stateful", False):
+        return f"recurrent layers {ACROSS}"
+    if not getattr(kind, "_supports_attention_backend", False):
         return "its attention is not behind transformers' AttentionInterface"
-    if not isinstance(head := unwrapped(output_layer(model)), nn.Linear):
-        return f"its head is {type(head).__name__}; a Linear is expected"
-    return _numerical_refusal(config)
+    return None
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module | None:
@@ -49,7 +65,8 @@ def output_layer(model: PreTrainedModel) -> nn.Module | None:
     return getattr(model, "score", None) if head is None else head
 
 
-def _numerical_refusal(config: Any) -> str | None:
+def refusal_of_numbers(config: Any) -> str | None:
+    """Why what a config computes is refused."""
     if getattr(config, "output_router_logits", False):
         return "the router's auxiliary loss depends on how tokens are packed; set output_router_logits to false"
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):

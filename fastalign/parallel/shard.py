@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from fastalign.models.precision import HALF
 from fastalign.models.support import transformer_blocks
 from fastalign.parallel.mesh import World
 
@@ -23,7 +24,8 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     Args:
         model: the same weights on every rank.
         world: the ranks.
-        bf16: gather and compute in bf16, reduce gradients and keep master weights in their own dtype.
+        bf16: gather and compute in bf16. Weights stay in their own dtype; gradients are added up in fp32, as are those
+            of weights in half precision.
 
     Raises:
         ValueError: weights that FSDP cannot shard together.
@@ -31,9 +33,9 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     if world.mesh is None:
         return model
     check_dtypes(model)
-    precision = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    )
+    half = bf16 or any(p.dtype in HALF for p in model.parameters() if p.requires_grad)
+    computed, reduced = torch.bfloat16 if bf16 else None, torch.float32 if half else None
+    precision = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
     for block in transformer_blocks(model):
         fully_shard(block, mesh=world.mesh, mp_policy=precision)
     fully_shard(model, mesh=world.mesh, mp_policy=precision)

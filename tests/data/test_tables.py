@@ -1,6 +1,7 @@
 """Parquet and arrow files keep the types they give, agree on them, and an error names file, column and row."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,14 @@ def test_patterns_in_names_are_names(tmp_path: Path) -> None:
         pq.write_table(pa.table({"x": [name]}), tmp_path / name / "a.parquet")
     for name in ("run[1]", "run*"):
         assert load_rows(str(tmp_path / name / "a.parquet"))["x"][:] == [name]
-        with pytest.raises(ValueError, match=r"^data\.path: '.*run.*names hold \*, \? or \[ are taken as patterns"):
-            load_rows(str(tmp_path / name))
+        assert load_rows(str(tmp_path / name))["x"][:] == [name]
+    broken = tmp_path / "a?" / "in [b]" / "rows.jsonl"
+    broken.parent.mkdir(parents=True)
+    broken.write_text('{"x": "kept"}')
+    assert load_rows(str(tmp_path / "a?"))["x"][:] == ["kept"]
+    broken.write_text('{"x": 1}\n{')
+    with pytest.raises(ValueError, match=re.escape(f"{broken}, line 2: expected one JSON object")):
+        load_rows(str(tmp_path / "a?"))
 
 
 @pytest.mark.parametrize("form", ["numpy", "pandas"])

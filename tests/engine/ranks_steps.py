@@ -1,13 +1,21 @@
 """Run under torchrun: a sharded step over all ranks has the metrics and gradients of one process."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import steps
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastalign.config import ParallelConfig
+from fastalign.config import OptimConfig, ParallelConfig
 from fastalign.data.loader import rank_share
+from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastalign.engine.heads import Models
 from fastalign.engine.methods import METHODS
+from fastalign.engine.optim import AdamW, make_optimizer
+from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import shard
 from fastalign.types import ForwardCost
@@ -27,7 +35,52 @@ def check(method: str, losses: list[str], ranks: World) -> None:
         print("agreed on", method, loss, file=sys.stderr)
 
 
+def masters(ranks: World) -> None:
+    """fp32 masters are sharded as their weights are, and a checkpoint brings them back to the bit."""
+    alone, sharded = (steps.make_models("sft").policy.bfloat16() for _ in range(2))
+    shard(sharded, ranks)
+    options = OptimConfig(lr=1e-3, weight_decay=0.1)
+    optimizers = make_optimizer(alone, options), make_optimizer(sharded, options)
+    torch.manual_seed(1)
+    for _ in range(3):
+        for mine, want in zip(sharded.parameters(), alone.parameters(), strict=True):
+            assert isinstance(mine, DTensor)
+            gradient = torch.randn(want.shape).bfloat16()
+            mine.grad, want.grad = distribute_tensor(gradient, mine.device_mesh, mine.placements), gradient.float()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(kept(sharded, optimizers[1]), kept(alone, optimizers[0]), rtol=1e-6, atol=1e-8)
+    assert all(m.placements == p.placements for p, m in optimizers[1].masters.items())
+    batches = rank_share(steps.make_examples("sft", "sft"), 50, True, ranks.rank, ranks.size, COST)
+    gradients = steps.run_step(Models(sharded, None, False), batches, "sft", "sft", ranks)[1]
+    assert {g.dtype for g in gradients} == {torch.bfloat16} and all(g.isfinite().all() for g in gradients)
+
+    directory = Path(ranks.gather_objects(tempfile.mkdtemp())[0])
+    path = save_checkpoint(directory, 3, sharded, optimizers[1], {}, ranks, keep=1)
+    fresh = shard(steps.make_models("sft").policy.bfloat16(), ranks)
+    again = make_optimizer(fresh, options)
+    load_checkpoint(path, fresh, again, ranks)
+    for mine, want in zip(kept(fresh, again), kept(sharded, optimizers[1]), strict=True):
+        assert torch.equal(mine, want)
+    print("agreed on masters", file=sys.stderr)
+
+
+def kept(policy: Policy, optimizer: AdamW) -> list[Tensor]:
+    """Masters and moments, whole, and the weights, which are the masters rounded."""
+    masters = [optimizer.masters[p] for p in policy.parameters()]
+    moments = [optimizer.state[m][key] for m in masters for key in ("exp_avg", "exp_avg_sq")]
+    weights, *others = ([whole(x.detach()) for x in part] for part in (policy.parameters(), masters, moments))
+    assert all(torch.equal(weight, master.bfloat16()) for weight, master in zip(weights, others[0], strict=True))
+    return [*others[0], *others[1]]
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 if __name__ == "__main__":
     with world(ParallelConfig()) as ranks:
+        masters(ranks)
         for method in METHODS:
             check(method, [loss for name, loss in steps.OBJECTIVES if name == method], ranks)

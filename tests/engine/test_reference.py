@@ -171,7 +171,7 @@ def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
     twice = opened(40)
     assert twice is not None and twice.misses == 20 and twice.hits == 0
     assert opened(20, str(tmp_path / "named")) is not None
-    monkeypatch.setattr(filling, "is_memory_short", lambda policy, world: True)
+    monkeypatch.setattr(filling, "is_memory_short", lambda *_: True)
     assert opened(20) is not None
     monkeypatch.undo()
     twice.store.write({key: np.zeros(1) for key in twice.keys[:5]})

@@ -1,14 +1,17 @@
 """A run that is refused leaves its directory as it was."""
 
 import math
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from fastalign.data.pack import group_tokens
 from fastalign.engine.precompute import precompute
 from fastalign.engine.rundir import check_same_run
-from fastalign.engine.setup import check_settings
+from fastalign.engine.setup import check_groups, check_settings, load_data
 from fastalign.engine.train import train
 from runs import numbers
 
@@ -140,10 +143,51 @@ def test_a_group_above_the_limit_is_refused_before_anything_is_computed(configur
     logps = tmp_path / "logps"
     config = configure("dpo", **{"batch.max_group_tokens": 9, "reference.cache": str(logps)})
     with pytest.raises(
-        ValueError, match=r"example \d+ takes \d+ computed tokens, more than batch\.max_group_tokens 9:"
+        ValueError,
+        match=r"^data\.path: '.*': example \d+ takes \d+ computed tokens, more than batch\.max_group_tokens 9:",
     ):
         start(config)
     assert not Path(config.run.output_dir, "metrics.jsonl").exists() and not logps.exists()
+
+
+def test_a_held_out_group_above_the_limit_is_told_with_its_data(configure, tmp_path, own_rows):
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(own_rows.read_text().replace('"prompt": "', '"prompt": "' + "again " * 20))
+    config = configure("dpo", **{"data.eval_path": str(longer)})
+    config.batch.share_prefix, config.batch.max_group_tokens = False, int(load_data(config)[1].totals().max())
+    with pytest.raises(ValueError, match=rf"^data\.eval_path: '{longer}': example \d+ takes \d+ computed tokens"):
+        train(config)
+
+
+def test_a_group_that_fits_without_what_it_shares_is_accepted(configure):
+    config = configure("dpo")
+    dataset = load_data(config)[1]
+    most = max(group_tokens(example, True) for example in dataset)
+    assert most < dataset.totals().max()
+    check_groups(dataset, replace(config.batch, max_group_tokens=most), "here")
+    with pytest.raises(ValueError, match=rf"^here: example \d+ takes {most} computed tokens"):
+        check_groups(dataset, replace(config.batch, max_group_tokens=most - 1), "here")
+
+
+@pytest.mark.parametrize("setting", ["data.path", "data.eval_path"])
+def test_columns_that_do_not_fit_are_told_with_their_setting(configure, tmp_path, setting):
+    rows = tmp_path / "odd.jsonl"
+    rows.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    expected = rf"^{setting}: '{rows}': dpo expects the columns .*; found \['answer', 'question'\]: rename"
+    with pytest.raises(ValueError, match=expected):
+        train(configure("dpo", **{setting: str(rows)}))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_where_the_model_is_to_be_is_not_replaced(configure, finished, own_rows, resume):
+    config = configure("sft", "run" if resume else "fresh", **SHORT, **{"data.path": str(own_rows)})
+    config.run.resume, model = resume, Path(config.run.output_dir) / "model"
+    model.parent.mkdir(exist_ok=True)
+    shutil.rmtree(model, ignore_errors=True)
+    model.write_text("mine")
+    with pytest.raises(ValueError, match=rf"{model} is"):
+        train(config)
+    assert model.read_text() == "mine" and not (model.parent / ".model.old").exists()
 
 
 def test_settings_at_their_bounds_are_accepted(configure):
@@ -168,3 +212,40 @@ def test_a_model_of_no_run_is_not_replaced(configure):
 def test_an_empty_output_dir_is_refused(configure):
     with pytest.raises(ValueError, match=r"run\.output_dir is empty: name a directory"):
         train(configure("sft", **{"run.output_dir": ""}))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "deepseek_v3", "mamba"])
+def test_a_model_that_cannot_run_is_refused_before_any_data_are_read(configure, tmp_path, kind):
+    """Even at full size: no weight is made."""
+    odd = configure("dpo", **{"model.config": {"model_type": kind}, "data.path": "absent.jsonl"})
+    with pytest.raises(ValueError, match=rf"^model\.config: a {kind} model cannot run on packed rows: "):
+        train(odd)
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "odd")
+    beside = configure("dpo", **{"reference.path": str(tmp_path / "odd"), "data.path": "absent.jsonl"})
+    with pytest.raises(ValueError, match=rf"^reference\.path: '{tmp_path}/odd': a {kind} model cannot run"):
+        train(beside)
+
+
+def test_names_that_look_like_patterns_are_names(configure, materials, tmp_path, monkeypatch):
+    home = tmp_path / "a [1]" / "b*c?"
+    (home / "data").mkdir(parents=True)
+    shutil.copytree(materials / "tokenizer", home / "tokenizer")
+    (home / "data" / "train.jsonl").write_text((materials / "rows.jsonl").read_text())
+    (home / "data" / "test.jsonl").write_text((materials / "held_out.jsonl").read_text())
+    monkeypatch.setenv("HOME", str(home))
+    first = configure(
+        "sft", **SHORT, **{"run.output_dir": str(home / "first"), "model.tokenizer": str(home / "tokenizer")}
+    )
+    first.data = replace(first.data, path=str(home / "data"), cache_dir=str(home / "cache"))
+    train(first)
+    model = replace(first.model, path="~/first/model", tokenizer=None, config=None)
+    then = replace(first, method="dpo", model=model, data=replace(first.data, format="auto", eval_split="test"))
+    then = replace(
+        then,
+        run=replace(first.run, output_dir="~/then", steps=2),
+        reference=replace(first.reference, path="~/first/model"),
+    )
+    train(then)
+    then.run.resume, then.run.steps = True, 2
+    train(then)
+    assert len(numbers(home / "then")) == 2 and (home / "then" / "model").is_dir()

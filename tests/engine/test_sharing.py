@@ -145,7 +145,9 @@ def test_a_limit_of_tokens_is_held_without_sharing_before_the_first_step(configu
     config.batch.max_group_tokens = max(group_tokens(example, True) for example in dataset)
     weights(config)  # every pair fits while its prompt is shared
     faulty(POLICY)
-    with pytest.raises(ValueError, match=r"^example \d+ takes \d+ computed tokens, more than batch.max_group_tokens"):
+    with pytest.raises(
+        ValueError, match=r"^the examples: example \d+ takes \d+ computed tokens, more than batch.max_group_tokens"
+    ):
         weights(config)
 
 

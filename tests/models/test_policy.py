@@ -257,7 +257,7 @@ def test_each_call_refuses_what_it_would_leave_out(options, reason):
 
 def test_attention_sinks_are_refused():
     policy = Policy(small("gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=64))
-    with pytest.raises(ValueError, match="s_aux, which the packed attention does not compute"):
+    with pytest.raises(ValueError, match=r"attention sinks \(s_aux\), which the packed attention does not compute"):
         policy(make_batch((7, [5, 3]))[0], logps_head)
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from fastalign.config import ModelConfig
 from fastalign.models import lora
-from fastalign.models.load import check_vocabulary, load_policy, load_tokenizer, save_pretrained
+from fastalign.models.load import check_model, load_policy, load_tokenizer, save_pretrained
 
 V, MORE = 61, 70
 
@@ -52,10 +52,10 @@ def test_too_few_rows_are_refused_with_both_ways_out(small):
     with pytest.raises(ValueError, match=expected):
         load(section)
     with pytest.raises(ValueError, match=expected):  # its config says as much, before data are tokenised
-        check_vocabulary(section, load_tokenizer(section))
+        check_model(section, load_tokenizer(section))
     with pytest.raises(ValueError, match=r"^model\.config: the tokenizer has 70 tokens and the model only 61"):
-        check_vocabulary(inline(vocab_size=V), make_tokenizer(MORE))
-    check_vocabulary(inline(), make_tokenizer(V))
+        check_model(inline(vocab_size=V), make_tokenizer(MORE))
+    check_model(inline(), make_tokenizer(V))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])  # gpt2 ties its head, phi's has a bias

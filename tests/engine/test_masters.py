@@ -1,0 +1,182 @@
+"""Weights in half precision: their masters in fp32 learn as an fp32 run does, and live as long as the run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fastalign.config import OptimConfig
+from fastalign.engine.optim import make_optimizer
+from fastalign.engine.train import train
+from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
+from runs import numbers
+
+LR, STEPS = 5e-7, 30
+
+
+def tensors(run, step):
+    """What a checkpoint holds, by name."""
+    files = (Path(run.run.output_dir) / "checkpoints" / f"step-{step}").glob("*.safetensors")
+    return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def updated(run, step):
+    """The weights that the optimizer's steps were added to, without a prefix."""
+    every = tensors(run, step)
+    kind = "master." if any(name.startswith("master.") for name in every) else "model."
+    return {name.removeprefix(kind): x for name, x in every.items() if name.startswith(kind)}
+
+
+@pytest.fixture
+def start(configure, tmp_path):
+    """A checkpoint in bf16: all runs start from the same numbers."""
+    section = configure("sft").model
+    policy = load_policy(section, tokenizer=(tokenizer := load_tokenizer(section)))
+    save_pretrained(load_policy(section, tokenizer=tokenizer), tokenizer, tmp_path / "start")
+    policy.model.bfloat16().save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.fixture
+def tune(configure, start):
+    def make(name, dtype="bfloat16", **overrides):
+        settings = {"model.path": start, "model.config": None, "model.tokenizer": None, "model.dtype": dtype}
+        settings |= {"run.steps": STEPS, "optim.lr": LR, "optim.warmup": 0, "optim.weight_decay": 0.0}
+        return configure("sft", name, **{**settings, **overrides})
+
+    return make
+
+
+def moves(run, start):
+    """How far each weight has come."""
+    before = load_file(Path(start) / "model.safetensors")
+    after = updated(run, STEPS)
+    return torch.cat([(after[f"model.{name}"].double() - x.double()).flatten() for name, x in before.items()])
+
+
+def test_masters_move_as_the_weights_of_an_fp32_run_and_bf16_alone_does_not(tune, start, caplog):
+    """30 steps of 5e-7: of weights of about 0.02 bf16 holds no change below 6e-5."""
+    wide, half, alone = tune("wide", "float32"), tune("half"), tune("alone", **{"optim.master_weights": False})
+    for run in (wide, half):
+        train(run)
+    assert "master_weights" not in caplog.text
+    train(alone)
+    told = "optim.master_weights false: steps of optim.lr 5e-07 on bfloat16 weights mostly round to nothing"
+    assert caplog.text.count(told) == 1
+    want, got, lost = (moves(run, start) for run in (wide, half, alone))
+    assert got.abs().mean() / want.abs().mean() == pytest.approx(1, abs=0.03)
+    assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.95  # gradients of bf16 forwards, through Adam
+    assert (got != 0)[want != 0].double().mean() > 0.99  # tokens that no row has stay
+    assert lost.abs().mean() / want.abs().mean() < 0.2 and (lost != 0).double().mean() < 0.2
+
+
+def test_the_checkpoint_is_in_fp32_and_the_exported_model_is_its_rounding(tune):
+    run = tune("run", **{"run.steps": 2, "optim.lr": 1e-3})
+    train(run)
+    kept, masters = tensors(run, 2), updated(run, 2)
+    assert {x.dtype for name, x in kept.items() if not name.startswith("model.")} == {torch.float32}
+    exported = AutoModelForCausalLM.from_pretrained(Path(run.run.output_dir) / "model")
+    assert exported.dtype == torch.bfloat16
+    for name, x in exported.state_dict().items():
+        assert torch.equal(x, masters[f"model.{name}"].bfloat16()) and torch.equal(x, kept[f"model.model.{name}"])
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in masters.values())
+
+
+def test_a_run_with_masters_goes_on_to_the_bit(tune):
+    run = tune("run", **{"run.steps": 6, "run.save_every": 3, "optim.lr": 1e-3})
+    train(run)
+    expected, kept = numbers(run.run.output_dir), tensors(run, 6)
+    shutil.rmtree(Path(run.run.output_dir) / "checkpoints" / "step-6")
+    run.run.resume = True
+    train(run)
+    assert numbers(run.run.output_dir) == expected
+    again = tensors(run, 6)
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], x) for name, x in kept.items())
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_run_may_begin_or_cease_to_keep_masters_and_says_so(tune, caplog, begins):
+    settings = {"run.steps": 4, "run.save_every": 2, "optim.lr": 1e-3}
+    run = tune("run", **settings, **{"optim.master_weights": not begins})
+    train(run)
+    directory = Path(run.run.output_dir) / "checkpoints"
+    shutil.rmtree(directory / "step-4")
+    if begins:  # as an earlier release left it, which knew no masters
+        state = json.loads((directory / "step-2" / "state.json").read_text())
+        del state["config"]["optim"]["master_weights"]
+        (directory / "step-2" / "state.json").write_text(json.dumps(state))
+    run.run.resume, run.optim.master_weights = True, begins
+    with caplog.at_level("INFO"):
+        train(run)
+    told = {
+        True: "resume: the checkpoint has no fp32 masters: they start from its weights",
+        False: "resume: the checkpoint's fp32 masters are left out: optim.master_weights is false",
+    }
+    assert caplog.text.count(told[begins]) == 1
+    assert ({x.dtype for x in updated(run, 4).values()} == {torch.float32}) is begins
+
+
+def test_masters_that_start_from_a_checkpoint_are_its_weights(tune):
+    run = tune("run", **{"run.steps": 2, "optim.lr": 1e-3, "optim.master_weights": False})
+    train(run)
+    weights = updated(run, 2)
+    run.run.resume, run.optim.master_weights, run.optim.schedule = True, True, "cosine"
+    train(run)  # at its end already: only loaded, and exported
+    exported = load_file(Path(run.run.output_dir) / "model" / "model.safetensors")
+    assert all(torch.equal(x, weights[f"model.{name}"]) for name, x in exported.items())
+
+
+def test_the_overview_names_masters(tune, capsys):
+    train(tune("run", **{"run.steps": 1}))
+    assert "weights bfloat16 with float32 masters, autocast off" in capsys.readouterr().out
+
+
+def test_an_adapter_over_bf16_trains_in_fp32_without_masters(tune, capsys):
+    pytest.importorskip("peft")
+    run = tune("run", **{"run.steps": 2, "model.lora": {"r": 2}})
+    train(run)
+    assert "weights bfloat16 and float32, autocast off" in capsys.readouterr().out
+    kept = tensors(run, 2)
+    assert not any(name.startswith("master.") for name in kept) and {x.dtype for x in kept.values()} == {torch.float32}
+
+
+def test_whole_modules_beside_an_adapter_get_masters_and_what_is_frozen_none(tune):
+    pytest.importorskip("peft")
+    run = tune("run", **{"run.steps": 2, "model.lora": {"r": 2, "modules_to_save": ["lm_head"]}})
+    train(run)
+    masters = [name for name in tensors(run, 2) if name.startswith("master.")]
+    assert len(masters) <= 1 and all("lm_head" in name for name in masters)
+
+
+def test_gradients_of_many_micro_batches_add_up_in_fp32():
+    """A sum of 2000 equal parts: in bf16 it stands still at 256."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    make_optimizer(layer, OptimConfig())
+    for _ in range(2000):
+        layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.item() == 2000
+
+
+def test_a_step_that_is_called_off_leaves_masters_and_weights():
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    optimizer = make_optimizer(layer, OptimConfig(lr=0.1))
+    before = [x.detach().clone() for pair in optimizer.masters.items() for x in pair]
+    layer(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    after = [x for pair in optimizer.masters.items() for x in pair]
+    assert all(torch.equal(x, was) for x, was in zip(after, before, strict=True))
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all((weight == master.bfloat16()).all() for weight, master in optimizer.masters.items())
+    assert layer.weight.grad is None and not torch.equal(layer.weight, before[0])
+
+
+def test_float16_is_warned_of(caplog):
+    make_optimizer(torch.nn.Linear(2, 2, dtype=torch.float16), OptimConfig())
+    assert "float16 weights train without loss scaling: gradients below 6e-8 are lost" in caplog.text
