@@ -206,13 +206,8 @@ def test_auto_counts_the_mismatched_completions_on_both_sides(configure, tmp_pat
     assert opened(20) is None and twice is not None and len(twice.lacking) == 40
 
 
-def test_ranks_that_see_different_directories_are_told(tmp_path):
-    class Elsewhere(World):
-        def gather_objects(self, value: object) -> list:
-            return [value, ".probe-of-another-machine" if str(value).startswith(".probe") else value]
-
+def test_a_directory_that_can_be_shared_is_left_empty(tmp_path):
     assert cannot_share(tmp_path / "here", ALONE) is None
-    assert "not the same directory for all ranks" in str(cannot_share(tmp_path / "here", Elsewhere(0, 2, ALONE.device)))
     assert not list((tmp_path / "here").iterdir())
 
 
