@@ -142,12 +142,12 @@ def train(method: str, argv: list[str]) -> int:
     config = parse_config(method, argv)
     from fastalign.engine.train import train as run  # brings transformers and datasets
 
-    run(config)
+    note = run(config)
     if is_rank_0():
         made = [
             name for name in ("model/", "metrics.jsonl", "report.html") if Path(config.run.output_dir, name).exists()
         ]
-        print(f"done: {config.run.output_dir} holds {', '.join(made)}")
+        print(f"done: {config.run.output_dir} holds {', '.join(made)}{f'; but {note}' if note else ''}")
     return 0
 
 

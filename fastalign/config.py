@@ -164,6 +164,9 @@ class ParallelConfig:
     """Replicas of the sharded model."""
     dp_shard: int = -1
     """Ranks that share one copy of the weights (FSDP2); -1: all ranks that are left."""
+    timeout_minutes: float = 60.0
+    """Minutes that a rank waits for another, which reads data, loads a model or writes to a slow disk, before it gives
+    the run up."""
 
 
 @dataclass
@@ -192,7 +195,10 @@ class RunConfig:
     keep: int = 2
     """Whole checkpoints kept."""
     resume: bool | str = False
-    """true: from the newest whole checkpoint in `output_dir` (afresh if there is none); or a checkpoint's path."""
+    """true: from the newest whole checkpoint in `output_dir` (afresh if it has none); or a checkpoint's path."""
+    overwrite_later: bool = False
+    """With `resume` at a checkpoint that has later ones: move these, and their lines of metrics.jsonl, to
+    `superseded-N/` in `output_dir`, and go on; otherwise that is refused."""
     deterministic: bool = False
     """Refuse any kernel whose result may differ between two runs."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)

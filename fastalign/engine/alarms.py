@@ -50,6 +50,11 @@ class Alarms:
         if self.idle_since is not None and step - self.idle_since + 1 >= PATIENCE:
             raise RunError(STUCK.format(step=step, first=self.idle_since, number=PATIENCE, loss=loss, lr=record["lr"]))
 
+    @property
+    def note(self) -> str:
+        """What the last line of a run says when its last steps had a loss but no gradient."""
+        return "" if self.idle_since is None else UNMOVED.format(first=self.idle_since)
+
     def check_size(self, step: int, loss: float) -> None:
         """Compare the loss with that of the first step that this process saw."""
         if self.first_loss is None:
@@ -66,7 +71,12 @@ class Alarms:
 
 IDLE = (
     "step {step}: grad_norm is exactly 0 while the loss is {loss:.4g}: this step teaches nothing; the weights may have "
-    "blown up (lower optim.lr), or the loss is saturated; after {number} such steps in a row the run stops"
+    "blown up (lower optim.lr), or the loss is saturated; after {number} such steps in a row the run stops; until a "
+    "gradient is back no older checkpoint is removed"
+)
+UNMOVED = (
+    "grad_norm has been exactly 0 since step {first} while the loss is not: nothing was learned from there on; the "
+    "weights may have blown up (start again with a lower optim.lr), or the loss is saturated"
 )
 SOLVED = (
     "step {step}: loss and grad_norm are exactly 0: these examples have nothing left to teach; "

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, safetensors and JSON only, resumed to the bit.
 
 ``checkpoints/step-N/`` holds weights, fp32 masters and Adam moments of all ranks (``torch.distributed.checkpoint`` in
-safetensors), ``state.json`` (step, data position, settings, versions) and ``rng-R.json`` of each rank. It is written as
-``step-N.tmp`` and renamed when every byte is on the disk. Nothing here is ever unpickled.
+safetensors), ``state.json`` (step, data position, settings, versions, the files with their sizes) and ``rng-R.json`` of
+each rank. It is written as ``step-N.tmp`` and renamed when every byte is on the disk. Nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
+import logging
 import platform
 import random
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -31,14 +30,24 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastalign.data.disk import reason, writing
+from fastalign.data.disk import WriteError, reason, writing
+from fastalign.engine.checkpoints import (
+    SCHEMA,
+    flaw,
+    flush_directory,
+    publish,
+    read_json,
+    read_state,
+    whole_checkpoints,
+)
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.optim import AdamW
 from fastalign.engine.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
+from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
 
-SCHEMA = 1
-"""Version of the layout of a checkpoint."""
+log = logging.getLogger(__name__)
+
 FILES = 16
 """A rank's tensors go into about so many files: writing takes twice the memory of one of them."""
 FILE_BYTES = (1 << 20, 1 << 30)
@@ -52,7 +61,7 @@ def save_checkpoint(
     optimizer: AdamW,
     state: dict[str, Any],
     world: World,
-    keep: int,
+    keep: int | None,
 ) -> Path:
     """Write ``directory/step-N`` from all ranks and keep the newest ``keep``.
 
@@ -62,7 +71,7 @@ def save_checkpoint(
         policy, optimizer: plain or sharded.
         state: JSON values to find again: data position, settings.
         world: the ranks.
-        keep: whole checkpoints that stay.
+        keep: whole checkpoints that stay; None: all.
 
     Raises:
         RunError: on every rank, when any rank could not write.
@@ -79,7 +88,7 @@ def save_checkpoint(
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
                 header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
-                files = sorted(file.name for file in temporary.glob("*.safetensors"))
+                files = written_files(temporary, tensors)
                 full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
             flush_directory(temporary)
@@ -97,14 +106,30 @@ def save_checkpoint(
 def make_scratch(temporary: Path, tensors: dict[str, Tensor]) -> None:
     """An empty directory for a checkpoint, where there is plainly room for one."""
     shutil.rmtree(temporary, ignore_errors=True)
-    with writing("the checkpoint", temporary.with_suffix(""), need_on_this_host(tensors)):
+    with writing("the checkpoint", temporary.with_suffix(""), size_of(tensors)):
         temporary.mkdir(parents=True)
 
 
-def need_on_this_host(tensors: dict[str, Tensor]) -> int:
-    """Bytes that the ranks of this host write: replicas are written once, by ranks in turns."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return sum(x.nbytes for x in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // ranks
+def size_of(tensors: dict[str, Tensor]) -> int:
+    """Bytes of whole tensors: all ranks write to one disk, and a replica is written once."""
+    return sum(x.nbytes for x in tensors.values())
+
+
+def expected_size(policy: nn.Module, master_weights: bool) -> int:
+    """Bytes of the tensors in a checkpoint of a policy, before it has been trained: weights, masters, Adam moments."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    with_masters = [p for p in trained if master_weights and p.dtype in HALF]
+    without = sum(p.nbytes for p in trained) - sum(p.nbytes for p in with_masters)
+    return size_of(weights(policy)) + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
+
+
+def written_files(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The files of tensors and their bytes, as ``state.json`` lists them; `OSError` when they cannot be all."""
+    sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
+    if sum(sizes.values()) < size_of(tensors):
+        text = f"rank 0 sees {sum(sizes.values())} of at least {size_of(tensors)} bytes: does every rank write there?"
+        raise WriteError(f"cannot write the checkpoint {temporary.with_suffix('')}: {text}")
+    return sizes
 
 
 def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: World) -> dict[str, Any]:
@@ -116,7 +141,8 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: Worl
         ValueError: the checkpoint is damaged, or of another model, with the first difference.
     """
     state = read_state(path)
-    check_files(path, state.get("files", []))
+    if reason := flaw(path):
+        raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
     make_moments(policy, optimizer, state["optimizer_steps"])
     tensors = {**weights(policy), **moments(policy, optimizer)}
     reader = HuggingFaceStorageReader(str(path))
@@ -129,80 +155,22 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: Worl
         raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
     if optimizer.masters and not has_masters(tensors):
         optimizer.start_masters()
-    restore_generators(path / f"rng-{world.rank}.json")
+    if world.rank < state["world_size"]:  # a rank more than there were has none
+        restore_generators(path / f"rng-{world.rank}.json")
     return state
 
 
-def check_files(path: Path, names: list[str]) -> None:
-    """Refuse a checkpoint that lost files of tensors."""
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise ValueError(f"{path} is incomplete: {', '.join(missing)} is missing; resume from another checkpoint")
-
-
 def restore_generators(file: Path) -> None:
-    """Set this process's generators from a file, if the rank had one."""
+    """Set this process's generators from a file; without it they go on from `run.seed`, which is told."""
     if not file.exists():
+        log.warning(
+            "resume: %s is missing: what draws random numbers, a user's own code, starts again from run.seed", file
+        )
         return
     try:
         set_rng_state(read_json(file))
     except (KeyError, TypeError, AttributeError, RuntimeError, binascii.Error) as error:
         raise ValueError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint") from error
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    return max(whole_checkpoints(directory), key=step_of, default=None)
-
-
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """The finished checkpoints, oldest first; what a crash left behind is not among them."""
-    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
-
-
-def reap(directory: Path, after: int | None = None) -> None:
-    """Remove what interrupted writes left, and the checkpoints after a step that a run goes back to."""
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path)
-    later = [path for path in whole_checkpoints(directory) if after is not None and step_of(path) > after]
-    if later:
-        point_to(directory, [path for path in whole_checkpoints(directory) if path not in later][-1:])
-    for path in reversed(later):
-        remove(path)
-
-
-def read_state(path: Path, **parts: type) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, its ``parts`` among the entries with these types.
-
-    Raises:
-        ValueError: there is none, it cannot be read, an entry is not there, or it is of another schema.
-    """
-    file = path / "state.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is not a whole checkpoint: it has no state.json; name a checkpoints/step-N directory")
-    state = read_json(file)
-    if not isinstance(state, dict) or "schema" not in state:
-        raise ValueError(f"{file} is damaged: expected an object with a schema; resume from another checkpoint")
-    if state["schema"] != SCHEMA:
-        raise ValueError(f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
-    for key, kind in {"step": int, "world_size": int, "optimizer_steps": dict, **parts}.items():
-        if not isinstance(state.get(key), kind):
-            raise ValueError(f"{file} is damaged: expected a {kind.__name__} {key!r}; resume from another checkpoint")
-    return state
-
-
-def read_json(file: Path) -> Any:
-    """The value in a JSON file; ValueError with the file's name when there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON, or the encoding
-        raise ValueError(f"{file} is not JSON ({error}); resume from another checkpoint") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -258,7 +226,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
         with as_one(world):
             if world.is_main:
                 shutil.rmtree(path, ignore_errors=True)  # before the free space is told
-        why = reason(cause, path, need_on_this_host(tensors))
+        why = reason(cause, path, size_of(tensors))
         whose = f" on rank {rank}" if world.size > 1 else ""
         raise RunError(f"cannot write the checkpoint {path.with_suffix('')}{whose}: {why}") from error
 
@@ -290,40 +258,6 @@ def alone_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def flush_directory(path: Path) -> None:
-    """Force the files of a directory and its entries to the disk."""
-    for entry in [*path.iterdir(), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def publish(temporary: Path, final: Path, keep: int) -> None:
-    """Rename a finished checkpoint into place, point ``latest`` at it, remove old ones."""
-    if final.exists():
-        remove(final)
-    temporary.rename(final)
-    point_to(final.parent, [final])
-    flush_directory(final.parent)
-    for old in whole_checkpoints(final.parent)[:-keep]:
-        remove(old)
-
-
-def point_to(directory: Path, newest: list[Path]) -> None:
-    """Make ``latest`` name the one newest checkpoint, or nothing when there is none."""
-    pointer = directory / "latest.tmp"
-    pointer.write_text("".join(f"{path.name}\n" for path in newest), encoding="utf-8")
-    pointer.replace(directory / "latest") if newest else (directory / "latest").unlink(missing_ok=True)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; under another name first, so that a crash half-way leaves nothing that looks whole."""
-    doomed = path.with_name(path.name + ".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def rng_state() -> dict[str, Any]:

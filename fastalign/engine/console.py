@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastalign.data.disk import write_whole
 from fastalign.engine.progress import Pace, training_bar
+
+log = logging.getLogger(__name__)
 
 Sink = Callable[[dict[str, Any]], None]
 
+TRACKED = "trackers.json"
+"""What each tracker knows the run of a directory by."""
 SHOWN = (
     *("loss", "accuracy", "rank_accuracy", "rewards/accuracies", "margin", "rewards/margins", "mean_token_accuracy"),
     "grad_norm",
@@ -34,7 +41,7 @@ def open_sinks(
         log_every: steps between lines.
     """
     with ExitStack() as stack:
-        opened = [console(total, done, log_every), *(TRACKERS[name](directory, config) for name in trackers)]
+        opened = [console(total, done, log_every), *(TRACKERS[name](directory, config, done) for name in trackers)]
         yield [stack.enter_context(sink) for sink in opened]
 
 
@@ -100,11 +107,11 @@ def is_number(value: Any) -> bool:
 
 
 @contextmanager
-def tensorboard(directory: Path, config: dict[str, Any]) -> Iterator[Sink]:
-    """Scalars under ``tensorboard/`` of the run directory."""
+def tensorboard(directory: Path, config: dict[str, Any], done: int) -> Iterator[Sink]:
+    """Scalars under ``tensorboard/`` of the run directory; those of steps that come again are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(directory / "tensorboard")) as writer:
+    with SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1) as writer:
 
         def sink(record: dict[str, Any]) -> None:
             for name, value in numbers(record).items():
@@ -113,14 +120,21 @@ def tensorboard(directory: Path, config: dict[str, Any]) -> Iterator[Sink]:
         yield sink
 
 
-def hosted(module: str) -> Callable[[Path, dict[str, Any]], Any]:
-    """A tracker with the interface ``init(project, name, config)``, ``log(values, step)``, ``finish()``."""
+def hosted(module: str, key: str) -> Callable[[Path, dict[str, Any], int], Any]:
+    """A tracker with the interface ``init(project, name, config)``, ``log(values, step)``, ``finish()``.
+
+    A resumed run goes on in the tracker's run, which ``key``, an argument and an attribute of what ``init`` returns,
+    finds again: ``trackers.json`` of the run directory keeps it.
+    """
 
     @contextmanager
-    def opened(directory: Path, config: dict[str, Any]) -> Iterator[Sink]:
-        tracker = importlib.import_module(module)
-        tracker.init(project="fastalign", name=directory.name, config=config)
+    def opened(directory: Path, config: dict[str, Any], done: int) -> Iterator[Sink]:
+        tracker, known = importlib.import_module(module), read_tracked(directory)
+        again = {key: known[module], "resume": "allow"} if done and module in known else {}
+        made = tracker.init(**{"project": "fastalign", "name": directory.name, "config": config, **again})
         try:
+            text = json.dumps({**known, module: getattr(made, key)}, indent=1) + "\n"
+            write_whole(directory / TRACKED, text, "the trackers' runs")
             yield lambda record: tracker.log(numbers(record), step=record["step"])
         finally:
             tracker.finish()
@@ -128,13 +142,23 @@ def hosted(module: str) -> Callable[[Path, dict[str, Any]], Any]:
     return opened
 
 
+def read_tracked(directory: Path) -> dict[str, str]:
+    """What each tracker knows the run by; nothing, which is told, when the file cannot be read."""
+    file = directory / TRACKED
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s cannot be read (%s): the trackers begin a new run", file, error)
+        return {}
+
+
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """The numeric fields of a record, its step apart."""
     return {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Any]] = {
     "tensorboard": tensorboard,
-    "wandb": hosted("wandb"),
-    "trackio": hosted("trackio"),
+    "wandb": hosted("wandb", "id"),
+    "trackio": hosted("trackio", "name"),
 }

@@ -23,7 +23,7 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.metrics import Stopwatch, means
 from fastalign.engine.prelude import Carried, look_ahead, score_reference
 from fastalign.engine.progress import stage
-from fastalign.engine.setup import check_settings, load_data, load_models, settle
+from fastalign.engine.setup import check_settings, load_data, load_models, require_same_rows, settle
 from fastalign.engine.step import add_sums
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
@@ -125,6 +125,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:
         config = settle(config, ranks.device)
+        require_same_rows(ranks, dataset, held_out)
         examples = held_out or dataset
         demands = [Demand(examples, range(len(examples)), len(examples))]
         models, (data,), config = load_models(config, objective, tokenizer, demands, ranks)

@@ -19,9 +19,10 @@ from fastalign.data import cache
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Examples, rank_share
 from fastalign.data.ref_cache import RefCache, example_key, parts
+from fastalign.engine.agree import not_shared
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.fingerprint import computation, fingerprint
-from fastalign.engine.interrupt import Interrupted
+from fastalign.engine.interrupt import Interrupted, leaving
 from fastalign.engine.progress import stage
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
@@ -39,6 +40,8 @@ WINDOW = 256
 """Examples that are packed together: enough for full micro-batches and even ranks."""
 SHARD_SECONDS = 60.0
 """The most work that a killed process loses."""
+KEPT = "the reference log-probs computed so far are kept: the same command goes on"
+"""What is told of a filling that was stopped."""
 SHARD_BYTES = 64 << 20
 """A shard is read whole when it is checked."""
 
@@ -94,7 +97,13 @@ class Filling:
 
 
 def open_cache(
-    config: Config, reference: Policy, demands: Sequence[Demand], world: World, *, autocast: bool
+    config: Config,
+    reference: Policy,
+    demands: Sequence[Demand],
+    world: World,
+    *,
+    autocast: bool,
+    weights: str | None = None,
 ) -> Filling | None:
     """The cache that a run takes its reference log-probs from, or None when it computes them with every batch.
 
@@ -109,16 +118,16 @@ def open_cache(
         demands: what will be read.
         world: the ranks, all of which call this.
         autocast: whether the forwards run under it.
+        weights: the reference's `hash_weights`, where that is known.
 
     Raises:
-        ValueError: a directory was named that not all ranks see.
-        OSError: it cannot be written.
+        OSError: a directory was named that cannot be written, or that not all ranks see.
     """
     asked = config.reference.cache
     if asked == "off":
         return None
     how = {"share_prefix": config.batch.share_prefix, "temperature": TEMPERATURE, "autocast": autocast}
-    space = cache.key(fingerprint(reference, world), computation(reference, world, **how))
+    space = cache.key(fingerprint(reference, world, weights), computation(reference, world, **how))
     root = default_directory(config) if asked == "auto" else Path(asked).expanduser()
     filling = look_up(RefCache(root / space), demands, world)
     uses = sum(demand.uses * parts_each(demand) for demand in demands)
@@ -208,16 +217,13 @@ def cannot_share(directory: Path, world: World) -> str | None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
+        probe.unlink()
     except OSError as error:
         problem = f"the reference cache {directory} cannot be written ({error.strerror})"
-    written = problem is None
-    others = world.gather_objects(probe.name)
-    if written and not all((directory / name).exists() for name in others):
-        problem = f"the reference cache {directory} is not the same directory for all ranks"
-    problems = world.gather_objects(problem)  # nobody removes a probe before all have looked
-    if written:
-        probe.unlink(missing_ok=True)
-    return next((problem for problem in problems if problem), None)
+    if problems := [text for text in world.gather_objects(problem) if text]:
+        return problems[0]
+    split = not_shared(directory, world)
+    return split and f"the reference cache is not one directory for all ranks ({split})"
 
 
 def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> None:
@@ -239,7 +245,7 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
     written, done, misses = started, 0, filling.misses
     needed: list[bytes] = []
     try:
-        with stage("reference log-probs", misses, shown=world.is_main) as tell:
+        with leaving(KEPT), stage("reference log-probs", misses, shown=world.is_main) as tell:
             for examples, keys in missing_examples(filling):
                 needed += keys
                 for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):

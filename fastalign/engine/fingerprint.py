@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -33,21 +31,27 @@ CODE = (
 """What lays out and computes them here, by import name."""
 
 
-def fingerprint(policy: Policy, world: World) -> str:
+def fingerprint(policy: Policy, world: World, weights: str | None = None) -> str:
     """A hash of everything that makes a policy the model it is: parameters, buffers, architecture, adapter.
+
+    Args:
+        policy: not yet sharded.
+        world: the ranks, all of which call this.
+        weights: the policy's `hash_weights`, where that is known.
+    """
+    architecture = {**policy.config.to_dict(), **lora.identity(policy)[1]}
+    described = {key: value for key, value in architecture.items() if key not in INERT}
+    return cache.key(weights or hash_weights(policy, world), json.dumps(described, sort_keys=True, default=str))
+
+
+def hash_weights(policy: Policy, world: World) -> str:
+    """A hash of a policy's tensors, each with its name, dtype and shape; of nothing that a library's version changes.
 
     Call it before the policy is sharded, on all ranks: each reads its share of the tensors.
     """
-    tensors, adapter = lora.identity(policy)
-    return fingerprint_of(tensors, {**policy.config.to_dict(), **adapter}, world)
-
-
-def fingerprint_of(tensors: Iterable[tuple[str, Tensor]], architecture: Mapping[str, Any], world: World) -> str:
-    """A hash of tensors, each with its name, dtype and shape, and of an architecture without what is inert in it."""
-    mine = {n: hash_tensor(x) for i, (n, x) in enumerate(sorted(dict(tensors).items())) if i % world.size == world.rank}
-    every = sorted(item for part in world.gather_objects(mine) for item in part.items())
-    described = {key: value for key, value in architecture.items() if key not in INERT}
-    return cache.key(every, json.dumps(described, sort_keys=True, default=str))
+    tensors = sorted(dict(lora.identity(policy)[0]).items())
+    mine = {name: hash_tensor(x) for i, (name, x) in enumerate(tensors) if i % world.size == world.rank}
+    return cache.key(sorted(item for part in world.gather_objects(mine) for item in part.items()))
 
 
 def hash_tensor(x: Tensor) -> str:

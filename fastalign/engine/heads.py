@@ -27,6 +27,8 @@ class Models:
     policy: Policy
     reference: Policy | WithoutAdapter | None
     autocast: bool
+    reference_digest: str | None = None
+    """A hash of the weights that the reference has on the disk; None without one, or one that a seed made."""
 
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The context in which both run forward."""

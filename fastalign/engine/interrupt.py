@@ -100,6 +100,17 @@ _current: Requests | None = None
 
 
 @contextmanager
+def leaving(rest: str) -> Iterator[None]:
+    """What a stop inside the block leaves, told in place of the run's ``rest``."""
+    requests = _current or Requests()
+    before, requests.rest = requests.rest, rest
+    try:
+        yield
+    finally:
+        requests.rest = before
+
+
+@contextmanager
 def handled() -> Iterator[Requests]:
     """Take this process's signals until the block ends; an inner block shares the outer one's requests.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.config import Config
+from fastalign.engine.checkpoints import flaw
 from fastalign.engine.errors import as_one
 from fastalign.engine.interrupt import FAILED, NOTHING, ORDER, SAVE, Interrupted, Requests, resume_command
 from fastalign.engine.metrics import MetricsLog
@@ -28,7 +29,8 @@ class Keeper:
         world: the ranks; the clock of the main one counts.
         signals: what this process was sent.
         metrics: whose lines go to the disk before the checkpoint that follows them.
-        save: writes a checkpoint of a step, and with it the record of that step if its evaluation is still to come.
+        save: writes a checkpoint of a step, with the record of that step if its evaluation is still to come, and leaves
+            so many, None for all.
         done, total: steps behind the run, and all of them.
     """
 
@@ -38,13 +40,13 @@ class Keeper:
         world: World,
         signals: Requests,
         metrics: MetricsLog,
-        save: Callable[[int, Record | None], None],
+        save: Callable[[int, Record | None, int | None], None],
         done: int,
         total: int,
     ) -> None:
         self.config, self.world, self.signals, self.metrics, self._save = config, world, signals, metrics, save
         self.done, self.total, self.since, self.is_due = done, total, time.monotonic(), False
-        self.saved = done if self.path(done).is_dir() else 0
+        self.saved = done if done and not flaw(self.path(done)) else 0
         self.command = resume_command(config)
 
     def path(self, step: int) -> Path:
@@ -103,7 +105,8 @@ class Keeper:
         if step != self.saved:
             with as_one(self.world):
                 self.metrics.sync()
-            self._save(step, record)
+            idle = self.metrics.alarms.idle_since is not None  # an older checkpoint may be the last good one
+            self._save(step, record, None if idle else self.config.run.keep)
             self.saved, self.since = step, time.monotonic()
         self.tell_where(step)
 
@@ -118,6 +121,6 @@ class Keeper:
         if level == FAILED:
             with as_one(self.world):
                 self.metrics.check()
-        if news:
-            self.signals.where += f"; {news}"
+        for words in (news, self.metrics.alarms.note):
+            self.signals.where += f"; {words}" if words else ""
         raise Interrupted(ORDER[level], self.signals.text)

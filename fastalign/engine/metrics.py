@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastalign.data.disk import WriteError, write_whole, writing
+from fastalign.data.disk import WriteError, writing
 from fastalign.engine.alarms import Alarms
 from fastalign.engine.errors import RunError
 from fastalign.engine.method import Objective
@@ -230,28 +230,56 @@ def peak_memory(device: torch.device) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out.
+    """The records of a metrics.jsonl; see `read_lines`."""
+    return [record for _, record in read_lines(path) if record is not None]
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a metrics.jsonl with its record, one at a time; a last line that was cut short comes with None.
 
     Raises:
         ValueError: another line is not JSON, or a line is not the object of a step.
     """
-    records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    if path.exists():
+        with path.open("rb") as file:
+            yield from parse_lines(path, file)
+
+
+def parse_lines(path: Path, lines: Iterator[bytes], first: int = 1) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """What `read_lines` gives, of the lines from number ``first`` to the end of the file."""
+    for number, line in enumerate(lines, first):
+        record = None
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8", "replace"))
         except json.JSONDecodeError as error:
-            if number < len(lines):
+            if next(lines, None) is not None:
                 raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
-        records.append(record)
-    return records
+        else:
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
+        yield line, record
 
 
-def truncate_metrics(path: Path, step: int) -> int:
-    """Drop the lines after ``step``, so that a resumed run writes no step twice; returns the step of the last, or 0."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept), "metrics", "start again")
-    return kept[-1]["step"] if kept else 0
+@dataclass(frozen=True)
+class Kept:
+    """What `truncate_metrics` has left: the step of the last line, 0 without any; and what it has not."""
+
+    last: int
+    dropped: int
+    was_cut: bool
+
+
+def truncate_metrics(path: Path, step: int) -> Kept:
+    """Cut the lines after ``step`` off, so that a resumed run writes no step twice."""
+    last = size = dropped = 0
+    was_cut, line = False, b"\n"
+    for text, record in read_lines(path):
+        was_cut = record is None
+        if record is not None and record["step"] <= step and not dropped:
+            last, size, line = record["step"], size + len(text), text
+        else:
+            dropped += not was_cut
+    with writing("metrics", path, then="start again"), path.open("ab") as file:
+        file.truncate(size)
+        file.write(b"" if line.endswith(b"\n") else b"\n")
+    return Kept(last, dropped, was_cut)

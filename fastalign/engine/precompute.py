@@ -11,7 +11,7 @@ from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import scorer
-from fastalign.engine.setup import check_settings, load_data, load_weights, settle
+from fastalign.engine.setup import check_settings, load_data, load_weights, require_same_rows, settle
 from fastalign.parallel.mesh import world
 from fastalign.parallel.shard import shard
 
@@ -49,6 +49,7 @@ def precompute(config: Config) -> str:
         signals.where = "while the reference scored examples"
         signals.rest = "what was computed is kept: the same command goes on"
         config = settle(config, ranks.device)
+        require_same_rows(ranks, *datasets)
         _, source, config = load_weights(config, objective, tokenizer, demands, ranks)
         assert source is not None
         autocast = wants_autocast(config.model, ranks.device)

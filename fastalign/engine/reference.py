@@ -19,6 +19,7 @@ from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples
 from fastalign.data.ref_cache import Referenced
 from fastalign.engine.filling import TEMPERATURE, Demand, Filling, Score, check_agreement, fill, open_cache
+from fastalign.engine.fingerprint import hash_weights
 from fastalign.engine.heads import Models, chunks, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.models.lora import WithoutAdapter, why_not_its_own_reference
@@ -96,15 +97,16 @@ def with_reference(
         world: the ranks, all of which call this.
     """
     autocast = wants_autocast(config.model, world.device)
-    filling = None
+    from_disk = config.reference.path is not None or config.model.path is not None
+    filling, digest = None, hash_weights(source, world) if source is not None and from_disk else None
     if source is not None and objective.head == "logps":
-        filling = open_cache(config, source, demands, world, autocast=autocast)
+        filling = open_cache(config, source, demands, world, autocast=autocast, weights=digest)
     reference: Policy | WithoutAdapter | None = source
     if source is policy and filling is None:
         reference = starting_reference(policy, objective, share=world.mesh is None)
     if isinstance(reference, Policy) and reference is not policy:
         shard(reference, world, bf16=autocast)
-    models = Models(shard(policy, world, bf16=autocast), None, autocast)
+    models = Models(shard(policy, world, bf16=autocast), None, autocast, digest)
     if filling is None or source is None:
         return replace(models, reference=reference), [demand.dataset for demand in demands]
     return models, fill_cache(filling, replace(models, policy=source), objective, config.batch, world)

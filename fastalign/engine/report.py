@@ -5,13 +5,18 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import yaml
+from pyarrow import json
 
 from fastalign.data.disk import write_whole
-from fastalign.engine.metrics import PARTS, read_metrics
+from fastalign.engine.metrics import PARTS, parse_lines
 from fastalign.engine.rundir import read_settings
 
 PLOTTED = (
@@ -21,7 +26,16 @@ PLOTTED = (
     *("tokens_per_second", "tokens_computed_per_second", "share_ratio", "packing_efficiency", "mfu"),
 )
 """Metrics that get a plot, in this order, if a run has them; ``eval_`` twins share it."""
+BUCKETS = 400
+"""Stretches of steps in a plot of a long run, about one for each pixel; each shows its lowest and highest value."""
+MOST_POINTS = 2000
+"""Points of a metric that are held, and drawn; beyond, each bucket keeps two."""
+CHUNK_BYTES, BATCH = 8 << 20, 4096
+"""What is read at a time, in bytes or in lines."""
+AT_ONCE = json.ReadOptions(use_threads=False, block_size=2 * CHUNK_BYTES)
+"""One block for a chunk, so that no column changes its type within it."""
 
+NO_METRICS = {"step", "schema", "wall_time"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1, h2 { font-weight: 600 } table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: right }
@@ -45,42 +59,125 @@ def write_report(run_dir: str | Path) -> Path:
         OSError: the report cannot be written.
     """
     directory = Path(run_dir)
-    records = read_metrics(directory / "metrics.jsonl")
-    if not records and not (directory / "config.yaml").exists():
+    steps, curves = read_curves(directory / "metrics.jsonl")
+    if not steps and not (directory / "config.yaml").exists():
         raise ValueError(
             f"{directory} holds no run: expected config.yaml and metrics.jsonl; name the output_dir of a run"
         )
     settings = read_settings(directory) if (directory / "config.yaml").exists() else {}
     path = directory / "report.html"
-    write_whole(path, page(directory.name, settings, records), "the report", "run this again")
+    write_whole(path, page(directory.name, settings, steps, curves), "the report", "run this again")
     return path
 
 
-def page(name: str, settings: dict[str, Any], records: list[dict[str, Any]]) -> str:
+class Curve:
+    """A metric over the steps, in the memory of a few points however many there are.
+
+    Attributes:
+        first, last, total: of all values.
+        steps, values: to draw: all, or of a long run the lowest and highest of each bucket, so that no spike is lost.
+    """
+
+    def __init__(self, steps: np.ndarray, values: np.ndarray) -> None:
+        self.first, self.total = float(values[0]), 0.0
+        self.steps, self.values = steps[:0], values[:0]
+        self.add(steps, values)
+
+    def add(self, steps: np.ndarray, values: np.ndarray) -> None:
+        """Take up the next steps."""
+        self.last, self.total = float(values[-1]), self.total + float(values.sum())
+        self.steps, self.values = np.concatenate([self.steps, steps]), np.concatenate([self.values, values])
+        if len(self.steps) > MOST_POINTS:
+            kept = extremes(self.steps, self.values)
+            self.steps, self.values = self.steps[kept], self.values[kept]
+
+
+def extremes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Positions of the lowest and the highest value in each of ``BUCKETS`` equal stretches of steps, in order."""
+    buckets = (steps - steps.min()) * BUCKETS // (np.ptp(steps) + 1)
+    order = np.lexsort((values, buckets))  # by bucket, then by value
+    edges = np.flatnonzero(np.diff(buckets[order], prepend=-1, append=BUCKETS))
+    return np.unique([order[edges[:-1]], order[edges[1:] - 1]])
+
+
+def read_curves(path: Path) -> tuple[int, dict[str, Curve]]:
+    """The last step, 0 without any, and the numeric metrics in order of appearance, from one pass over the lines."""
+    last, curves = 0, {}
+    for columns in read_columns(path):
+        steps = columns["step"]
+        last = int(steps[-1])
+        for name, values in columns.items():
+            known = np.isfinite(values)
+            if name not in NO_METRICS and known.any():
+                new = steps[known], values[known]
+                curves[name].add(*new) if name in curves else curves.update({name: Curve(*new)})
+    return last, curves
+
+
+def read_columns(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The numeric fields of a metrics.jsonl, some MB of lines at a time, ``step`` among them; nan where one is absent.
+
+    Arrow parses them. Lines that it cannot, as one that was cut short, are left to `parse_lines`, with those after.
+    """
+    number = 1
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        while lines := file.readlines(CHUNK_BYTES):
+            try:
+                yield as_arrays(json.read_json(pa.BufferReader(b"".join(lines)), AT_ONCE))
+            except (pa.ArrowInvalid, KeyError):
+                rest = parse_lines(path, chain(lines, file), number)
+                records = (record for _, record in rest if record is not None)
+                while some := list(islice(records, BATCH)):
+                    yield collected(some)
+            number += len(lines)
+
+
+def as_arrays(table: pa.Table) -> dict[str, np.ndarray]:
+    """The numeric columns, floats but for the steps; KeyError when a line has no step."""
+    arrays = {
+        n: table[n].to_numpy() for n, f in zip(table.column_names, table.schema, strict=True) if is_number(f.type)
+    }
+    if arrays["step"].dtype != np.int64:
+        raise KeyError("step")
+    return {name: x if name == "step" else x.astype(np.float64) for name, x in arrays.items()}
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column holds numbers."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def collected(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The same of parsed records."""
+    names = dict.fromkeys(k for record in records for k, v in record.items() if isinstance(v, (int, float)))
+    rows = [[v if isinstance(v := record.get(name), (int, float)) else np.nan for record in records] for name in names]
+    kinds = [np.int64 if name == "step" else np.float64 for name in names]
+    return {name: np.array(row, kind) for name, row, kind in zip(names, rows, kinds, strict=True)}
+
+
+def page(name: str, settings: dict[str, Any], steps: int, curves: dict[str, Curve]) -> str:
     """The whole document."""
     title = html.escape(f"{settings.get('method', 'run')}: {name}")
     config = html.escape(yaml.safe_dump(settings, sort_keys=False))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1>{summary_table(records)}{time_table(records)}{plots(records)}<h2>Settings</h2><pre>{config}</pre></html>\n"
+        f"<h1>{title}</h1>{summary_table(steps, curves)}{time_table(curves)}{plots(curves)}"
+        f"<h2>Settings</h2><pre>{config}</pre></html>\n"
     )
 
 
-def summary_table(records: list[dict[str, Any]]) -> str:
+def summary_table(steps: int, curves: dict[str, Curve]) -> str:
     """First, last, lowest and highest value of every numeric metric."""
-    rows = [(name, [y for _, y in series(records, name)]) for name in metric_names(records)]
-    cells = "".join(
-        f"<tr><td>{html.escape(name)}" + "".join(f"<td>{v:.5g}" for v in (ys[0], ys[-1], min(ys), max(ys)))
-        for name, ys in rows
-        if ys
-    )
-    steps = f"{records[-1]['step']} steps" if records else "no step finished yet"
-    return f"<h2>Metrics ({steps})</h2><table><tr><th>metric<th>first<th>last<th>lowest<th>highest{cells}</table>"
+    rows = [(name, (c.first, c.last, c.values.min(), c.values.max())) for name, c in curves.items()]
+    cells = "".join(f"<tr><td>{html.escape(name)}" + "".join(f"<td>{v:.5g}" for v in four) for name, four in rows)
+    told = f"{steps} steps" if steps else "no step finished yet"
+    return f"<h2>Metrics ({told})</h2><table><tr><th>metric<th>first<th>last<th>lowest<th>highest{cells}</table>"
 
 
-def time_table(records: list[dict[str, Any]]) -> str:
+def time_table(curves: dict[str, Curve]) -> str:
     """Where the time of all steps went: seconds and share of each part."""
-    totals = {f"t_{part}": sum(y for _, y in series(records, f"t_{part}")) for part in ("step", *PARTS, "other")}
+    names = [f"t_{part}" for part in ("step", *PARTS, "other")]
+    totals = {name: curves[name].total if name in curves else 0.0 for name in names}
     whole = totals["t_step"]
     if not whole:
         return ""
@@ -88,15 +185,15 @@ def time_table(records: list[dict[str, Any]]) -> str:
     return f"<h2>Time</h2><table><tr><th>part<th>seconds<th>share{cells}</table>"
 
 
-def plots(records: list[dict[str, Any]]) -> str:
+def plots(curves: dict[str, Curve]) -> str:
     """Curves as inline SVG; matplotlib draws them."""
     if importlib.util.find_spec("matplotlib") is None:
         return "<p>No plots: matplotlib is not installed (pip install fastalign[report], then `fastalign report`).</p>"
-    drawn = [plot(records, name) for name in PLOTTED if series(records, name) or series(records, f"eval_{name}")]
+    drawn = [plot(curves, name) for name in PLOTTED if name in curves or f"eval_{name}" in curves]
     return f"<h2>Curves</h2><div class=plots>{''.join(drawn)}</div>"
 
 
-def plot(records: list[dict[str, Any]], name: str) -> str:
+def plot(curves: dict[str, Curve], name: str) -> str:
     """One metric over steps, with its held-out twin, as an svg element."""
     from matplotlib.figure import Figure
 
@@ -104,21 +201,9 @@ def plot(records: list[dict[str, Any]], name: str) -> str:
     figure.subplots_adjust(left=0.17, right=0.96, bottom=0.18, top=0.88)
     axes = figure.add_subplot(title=name, xlabel="step")
     for key, style in ((name, "-"), (f"eval_{name}", "o--")):
-        points = series(records, key)
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=key, linewidth=1.2, markersize=3)
+        if key in curves:
+            axes.plot(curves[key].steps, curves[key].values, style, label=key, linewidth=1.2, markersize=3)
     axes.legend(fontsize="small")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def metric_names(records: list[dict[str, Any]]) -> list[str]:
-    """Numeric fields in order of appearance."""
-    names = dict.fromkeys(k for record in records for k, v in record.items() if isinstance(v, (int, float)))
-    return [name for name in names if name not in ("step", "schema", "wall_time")]
-
-
-def series(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """``(step, value)`` where the metric is a number."""
-    return [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,20 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fastalign.config import Config
-from fastalign.data.disk import write_whole
-from fastalign.engine.checkpoint import newest_checkpoint, read_state, reap
+from fastalign.data.disk import free_bytes, readable, write_whole, writing
+from fastalign.engine.agree import not_shared, require_same
+from fastalign.engine.checkpoints import (
+    checkpoints,
+    flaw,
+    move_later,
+    newest_checkpoint,
+    read_state,
+    reap,
+    step_of,
+    whole_checkpoints,
+)
 from fastalign.engine.errors import as_one
-from fastalign.engine.metrics import read_metrics, truncate_metrics
+from fastalign.engine.metrics import read_lines, truncate_metrics
 from fastalign.models.load import check_target
 from fastalign.parallel.mesh import World
 
@@ -28,7 +41,7 @@ log = logging.getLogger(__name__)
 
 FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
-    *("run.save_minutes", "run.show_example", "data.cache_dir"),
+    *("run.save_minutes", "run.show_example", "run.overwrite_later", "data.cache_dir", "parallel.timeout_minutes"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
@@ -41,11 +54,18 @@ RUN_STATE = {"config": dict, "loader": dict, "data": str, "carried": dict}
 """What a run adds to the ``state.json`` of its checkpoints."""
 HORIZON = {"run.steps", "run.epochs"}
 """How long a run goes on: free when the learning rate does not depend on it."""
-
+PLACES = {
+    *("run.output_dir", "run.resume", "data.path", "data.eval_path", "data.cache_dir", "data.chat_template"),
+    *("model.path", "model.tokenizer", "reference.path", "reference.cache"),
+}
+"""Settings that may have another value on another host: what is found there is compared."""
 
 LOCK = ".lock"
 HOLDER = "running.json"
 """Host, process and start of the run that is writing into a directory; gone when it has ended."""
+FILES = ("config.yaml", "metrics.jsonl", "report.html", "trackers.json", "checkpoints/latest", LOCK, HOLDER)
+FOLDERS = ("checkpoints", "model")
+"""What a run writes, by kind."""
 
 
 @contextmanager
@@ -56,10 +76,18 @@ def held(directory: Path, world: World) -> Iterator[None]:
     shared disk depends on the disk: there the holder's file decides.
 
     Raises:
-        RunError: on every rank, when another process holds it.
-        OSError: it cannot be written.
+        RunError: on every rank, when another process holds it, or a rank cannot write there.
+        ValueError: ranks see different directories.
     """
-    probe(directory, world.rank)
+    with as_one(world):
+        if world.is_main:  # the others make no directory where this one is not
+            probe(directory, world.rank)
+            check_kinds(directory)
+    if split := not_shared(directory, world):
+        remedy = "set run.output_dir to an absolute path on a disk that all ranks share"
+        raise ValueError(f"run.output_dir {directory} is not one directory for all ranks: {split}; {remedy}")
+    with as_one(world):
+        probe(directory, world.rank)
     lock = FileLock(directory / LOCK)
     with as_one(world):
         if world.is_main:
@@ -115,20 +143,53 @@ def claim(config: Config, world: World) -> Path | None:
     Raises:
         ValueError: the directory holds another run, or the run to resume had other settings.
     """
+    require_same_settings(config, world)
+    checkpoint = None
+    with as_one(world):
+        if world.is_main:
+            checkpoint = choose(config)
+    checkpoint = world.gather_objects(checkpoint)[0]
+    if checkpoint is not None:
+        remedy = "name a checkpoint on a disk that all ranks share"
+        require_same(world, content(checkpoint / "state.json"), f"sees another {checkpoint}", remedy)
+    return checkpoint
+
+
+def require_same_settings(config: Config, world: World) -> None:
+    """Refuse ranks that were started with different settings."""
+    settings = {key: value for key, value in flatten(asdict(config)) if key not in PLACES}
+    every = world.gather_objects((settings, socket.gethostname()))
+    ours, host = every[0]
+    for rank, (theirs, place) in enumerate(every):
+        for key in ours | theirs:
+            if ours.get(key) != theirs.get(key):
+                pair = f"{ours.get(key)!r} for rank 0 on {host}, {theirs.get(key)!r} for rank {rank} on {place}"
+                raise ValueError(f"{key} is {pair}: start every rank with the same settings")
+
+
+def content(file: Path) -> str | None:
+    """A hash of a file's bytes; None when there is none."""
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
+
+
+def choose(config: Config) -> Path | None:
+    """The checkpoint that a run goes on from, its directory and its settings checked; None for a fresh start."""
     directory = Path(config.run.output_dir)
     checkpoint = find_checkpoint(config, directory)
     settings = asdict(config)
+    if config.run.overwrite_later and not config.run.resume:
+        log.warning("run.overwrite_later changes nothing: it is about a checkpoint that run.resume goes back to")
     if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
         refuse_occupied(directory)
     if checkpoint is not None:
         check_same_run(read_state(checkpoint, **RUN_STATE)["config"], settings, checkpoint)
-    lines = read_metrics(directory / "metrics.jsonl")  # a broken line is refused now: later it is cut
+    metrics = read_lines(directory / "metrics.jsonl")
+    lines = sum(record is not None for _, record in metrics)  # all: a broken one is refused before any work
     if not lines and not (checkpoint and is_own(checkpoint, directory)):
         refuse_model(directory)
     check_target(directory / "model", "choose another run.output_dir")
     if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
-    world.barrier()
     return checkpoint
 
 
@@ -145,11 +206,36 @@ def probe(directory: Path, rank: int) -> None:
         ) from error
 
 
+def check_kinds(directory: Path) -> None:
+    """Refuse a directory where a run's files are directories, or its directories files: it would fail at its save."""
+    steps = [path for path in directory.glob("checkpoints/step-*") if re.match(r"step-\d", path.name)]
+    wrong = [(directory / name, "directory", "file") for name in FILES if (directory / name).is_dir()]
+    folders = [*(directory / name for name in FOLDERS), *steps]
+    wrong += [(path, "file", "directory") for path in folders if path.exists() and not path.is_dir()]
+    for path, found, meant in wrong:
+        raise ValueError(f"{path} is a {found} where a run keeps a {meant}: move it, or choose another run.output_dir")
+
+
 def find_checkpoint(config: Config, directory: Path) -> Path | None:
-    """The checkpoint that ``run.resume`` means: a path, or the newest of the run."""
-    if isinstance(config.run.resume, str):
-        return Path(config.run.resume)
-    return newest_checkpoint(directory / "checkpoints") if config.run.resume else None
+    """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run.
+
+    Raises:
+        ValueError: it is not whole, or the run has later ones that would be left behind.
+    """
+    if not isinstance(config.run.resume, str):
+        return newest_checkpoint(directory / "checkpoints") if config.run.resume else None
+    path = Path(config.run.resume).absolute()
+    read_state(path)
+    if reason := flaw(path):
+        raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
+    later = [p.name for p in whole_checkpoints(path.parent) if step_of(p) > read_state(path)["step"]]
+    if later and is_own(path, directory) and not config.run.overwrite_later:
+        raise ValueError(
+            f"run.resume goes back to {path.name}, and {directory} has later checkpoints ({', '.join(later)}): set "
+            "run.overwrite_later=true to move them and their lines of metrics.jsonl to a directory superseded-N there, "
+            "or choose another run.output_dir"
+        )
+    return path
 
 
 def is_own(checkpoint: Path, directory: Path) -> bool:
@@ -160,7 +246,7 @@ def is_own(checkpoint: Path, directory: Path) -> bool:
 def refuse_occupied(directory: Path) -> None:
     """A fresh run never writes over another."""
     metrics = directory / "metrics.jsonl"
-    if newest_checkpoint(directory / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+    if checkpoints(directory / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
         raise ValueError(
             f"{directory} already holds a run: continue it with run.resume=true, or choose another run.output_dir"
         )
@@ -211,11 +297,35 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: Config, step: int, world: World) -> int:
+def make_room(config: Config, need: int, done: int, total: int, world: World) -> None:
+    """Remove what interrupted writes left, and refuse a run whose next checkpoint does not fit on the disk.
+
+    Args:
+        config: ``run.save_every`` and ``run.keep`` tell how many checkpoints there will be beside each other.
+        need: bytes of one.
+        done, total: steps behind the run, and all of them.
+        world: the ranks, all of which call this.
+    """
+    directory, every = Path(config.run.output_dir) / "checkpoints", config.run.save_every or total
+    with as_one(world):
+        if world.is_main:
+            reap(directory)
+            coming = total // every - done // every + (total % every > 0) if done < total else 0
+            with writing("checkpoints to", directory, need if coming else 0, "free some space before the run starts"):
+                free = free_bytes(directory)
+            beside = min(coming, config.run.keep + 1 - min(len(checkpoints(directory)), config.run.keep))
+            if free < beside * need:
+                text = "%s has room for %d more checkpoint(s) of %s (%s free) and the run will hold %d (run.keep is %d)"
+                told = directory, free // need, readable(need), readable(free), beside, config.run.keep
+                log.warning(f"{text}, one of them while it is written: it may stop for want of space", *told)
+
+
+def prepare(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
     """Leave in the directory exactly what a run goes on from after ``step`` steps.
 
-    Later checkpoints and lines of ``metrics.jsonl`` go, and ``config.yaml`` is written: call it when the checkpoint has
-    loaded and everything else is ready, for whatever fails before must find the directory as it was.
+    Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written: call it
+    when the checkpoint has loaded and everything else is ready, for whatever fails before must find the directory as
+    it was.
 
     Returns:
         the step of the last line of ``metrics.jsonl``, 0 without any; the same on every rank.
@@ -223,11 +333,38 @@ def prepare(config: Config, step: int, world: World) -> int:
     directory, last = Path(config.run.output_dir), 0
     with as_one(world):
         if world.is_main:
-            reap(directory / "checkpoints", after=step)  # first, for the room that it makes
+            set_aside(directory, step)
             settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
             write_whole(directory / "config.yaml", settings, "the settings", "start again")
-            last = truncate_metrics(directory / "metrics.jsonl", step)
+            last = cut_metrics(directory / "metrics.jsonl", step, checkpoint)
     return world.gather_objects(last)[0]
+
+
+def set_aside(directory: Path, step: int) -> None:
+    """Move checkpoints after a step, and copy their lines of ``metrics.jsonl``, to a new ``superseded-N/``."""
+    if not any(step_of(path) > step for path in checkpoints(directory / "checkpoints")):
+        return
+    place = next(path for n in count(1) if not (path := directory / f"superseded-{n}").exists())
+    with writing("the checkpoints that are left behind", place, then="start again"):
+        place.mkdir()
+        with (place / "metrics.jsonl").open("wb") as file:
+            file.writelines(t for t, r in read_lines(directory / "metrics.jsonl") if r is None or r["step"] > step)
+        names = move_later(directory / "checkpoints", step, place / "checkpoints")
+    log.warning("resume: %s and the lines of metrics.jsonl after step %d are now in %s", ", ".join(names), step, place)
+
+
+def cut_metrics(path: Path, step: int, checkpoint: Path | None) -> int:
+    """Cut the lines after a step off, say what was or is missing; returns the step of the last line, or 0."""
+    kept = truncate_metrics(path, step)
+    if kept.was_cut:
+        log.warning("resume: the last line of %s was cut short: it is removed", path)
+    if kept.dropped:
+        log.info("resume: %d line(s) of %s after step %d are removed: these steps come again", kept.dropped, path, step)
+    if checkpoint is not None and is_own(checkpoint, path.parent):
+        known = step - bool(read_state(checkpoint).get("owed"))  # the line of that step is still to come
+        if kept.last < known:
+            log.warning("resume: %s has no lines of steps %d to %d: they were removed", path, kept.last + 1, known)
+    return kept.last
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_da
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval, training_path
+from fastalign.engine.agree import require_same
 from fastalign.engine.alarms import check_choices
 from fastalign.engine.console import check_trackers
 from fastalign.engine.filling import Demand, windows
@@ -59,6 +60,8 @@ LEAST = (
     ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
 )
 """The smallest value of settings that have one."""
+MOST_MINUTES = 1_000_000
+"""A wait of two years; torch counts it in milliseconds, and cannot count for ever."""
 BUDGET, WIDE_BUDGET = 4096, 1536
 """Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
 HALF = "half precision (model.dtype bfloat16 or model.autocast true)"
@@ -82,6 +85,9 @@ def check_settings(config: Config) -> None:
             if value is not None and not value >= least:  # not < either: that lets NaN pass
                 raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
     run, optim = config.run, config.optim
+    if not 0 < config.parallel.timeout_minutes < MOST_MINUTES:
+        minutes = config.parallel.timeout_minutes
+        raise ValueError(f"parallel.timeout_minutes must be above 0 and below {MOST_MINUTES:,}, got {minutes}")
     if not optim.eps > 0:
         raise ValueError(f"optim.eps must be above 0, got {optim.eps}")
     if not all(0 <= value < 1 for value in optim.betas):
@@ -173,6 +179,13 @@ def held_out_source(data: DataConfig) -> str:
     return next((f"data.{name}: {value!r}" for name in names if (value := getattr(data, name))), "data.eval_path")
 
 
+def require_same_rows(ranks: World, *datasets: TokenDataset | None) -> None:
+    """Refuse ranks that found other rows, or make other tokens of them."""
+    mine = [dataset and dataset.fingerprint for dataset in datasets]
+    remedy = "give every rank the same data, tokenizer and versions of the libraries"
+    require_same(ranks, mine, "made other tokens of its rows", remedy)
+
+
 def check_groups(dataset: TokenDataset | None, batch: BatchConfig, where: str) -> None:
     """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
     if dataset is None or batch.max_group_tokens is None:
@@ -221,17 +234,23 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_models(
-    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, demands: Sequence[Demand], ranks: World
+    config: Config,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    demands: Sequence[Demand],
+    ranks: World,
+    room: Callable[[Policy], None] = lambda policy: None,
 ) -> tuple[Models, list[Examples], Config]:
     """Policy and reference, checked against their plain forwards and sharded; the data, and the settings that are left.
 
     The data bring the reference's log-probs when these are kept; no reference is in memory then. The check may take
-    prefix sharing from the settings.
+    prefix sharing from the settings. ``room`` is given the policy before anything is computed.
 
     Raises:
         ValueError: a model that cannot be used, or a method without its teacher.
     """
     policy, source, config = load_weights(config, objective, tokenizer, demands, ranks)
+    room(policy)
     models, data = with_reference(config, objective, policy, source, demands, ranks)
     if source is not None and models.reference is None:
         del source
@@ -248,6 +267,7 @@ def load_weights(
     """
     autocast, scalar = wants_autocast(config.model, ranks.device), objective.method.scalar_head
     policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
+    require_same(ranks, lora.sample(policy.named_parameters()), *other_weights("model.path"))
     if scalar:
         separate_padding(policy, tokenizer)
     asked, config = config.batch, checked(config, policy.train(), autocast, demands, ranks)
@@ -255,6 +275,7 @@ def load_weights(
     if objective.head == "distributions":
         refuse_heads(objective, policy, source)
     if source is not None and source is not policy:
+        require_same(ranks, lora.sample(source.named_parameters()), *other_weights("reference.path"))
         name = "the teacher" if objective.method.teacher else "the reference"
         before, config = config.batch, checked(config, source, autocast, demands, ranks, name)
         if config.batch != before:  # what the policy was checked on is not what it will read
@@ -262,6 +283,11 @@ def load_weights(
     for demand in demands if config.batch != asked else ():
         check_groups(cast(TokenDataset, demand.dataset), config.batch, f"the {demand.name}")
     return policy, source, config
+
+
+def other_weights(setting: str) -> tuple[str, str]:
+    """What `require_same` says of a rank that loaded another model than the main one, and what to do."""
+    return f"loaded other weights from {setting}", f"give every rank the same {setting}"
 
 
 def checked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +19,9 @@ from fastalign.config import Config
 from fastalign.data.disk import writing
 from fastalign.data.loader import Examples, Loader, TokenDataset, check_state, rows_of, visited
 from fastalign.engine.accounting import Accounting, account
-from fastalign.engine.checkpoint import load_checkpoint, read_state, save_checkpoint, tied_names
+from fastalign.engine.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.checkpoints import read_state
 from fastalign.engine.console import open_sinks
-from fastalign.engine.errors import as_one
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.filling import Demand
 from fastalign.engine.heads import Models
@@ -33,8 +34,16 @@ from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_lea
 from fastalign.engine.overview import show_overview
 from fastalign.engine.prelude import Carried
 from fastalign.engine.report import write_report
-from fastalign.engine.rundir import RUN_STATE, claim, held, is_own, prepare
-from fastalign.engine.setup import check_settings, hash_tokens, load_data, load_models, seed_everything, settle
+from fastalign.engine.rundir import RUN_STATE, claim, held, is_own, make_room, prepare
+from fastalign.engine.setup import (
+    check_settings,
+    hash_tokens,
+    load_data,
+    load_models,
+    require_same_rows,
+    seed_everything,
+    settle,
+)
 from fastalign.engine.step import Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
@@ -45,33 +54,43 @@ from fastalign.types import PackedBatch
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> str:
     """Run a whole training job and leave its directory: config, metrics, checkpoints, model, report.
 
     Args:
         config: every setting; see `fastalign.config`.
 
+    Returns:
+        what a user must know of the end of the run; empty when all went well.
+
     Raises:
         ValueError: a setting, a file or a batch that cannot be used, in one line that says what to do.
-        OSError: the run directory cannot be written.
+        OSError: a file cannot be written, or another rank was waited for in vain.
         Interrupted: a signal ended the run; its text says how to go on.
     """
     objective = make_objective(config.method, config.loss)
     config = replace(config, loss={"name": objective.name, **objective.options})  # defaults filled in
     check_settings(config)
-    with handled() as signals, world(config.parallel) as ranks, held(Path(config.run.output_dir), ranks):
-        signals.where = "before step 1"
-        config = settle(config, ranks.device)
-        checkpoint = claim(config, ranks)
-        if checkpoint:
-            signals.where, signals.rest = f"before it went on from {checkpoint}", "nothing new to save"
-        seed_everything(config.run)
-        job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
-        done = resume(job, checkpoint) if checkpoint else 0
-        if prepare(config, done, ranks) == done:  # the first change on the disk
-            job.owed.clear()  # the line is there
-        show_overview(job, done)
-        run(job, done)
+    with handled() as signals, ExitStack() as to_the_end:
+        with world(config.parallel) as ranks:
+            to_the_end.enter_context(held(Path(config.run.output_dir), ranks))
+            signals.where = "before step 1"
+            config = settle(config, ranks.device)
+            checkpoint = claim(config, ranks)
+            if checkpoint:
+                signals.where, signals.rest = f"before it went on from {checkpoint}", "nothing new to save"
+            seed_everything(config.run)
+            job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
+            done = resume(job, checkpoint) if checkpoint else 0
+            if prepare(config, done, ranks, checkpoint) == done:  # the first change on the disk
+                job.owed.clear()  # the line is there
+            show_overview(job, done)
+            note = run(job, done)
+            weights = whole_weights(job.models.policy) if ranks.size > 1 else None
+        if ranks.is_main:  # the others are done: nobody waits for what the disk takes
+            export(job, weights)
+            report(job)
+    return note
 
 
 @dataclass(frozen=True)
@@ -109,9 +128,15 @@ class Job:
 def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path | None = None) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
     tokenizer, dataset, held_out = load_data(config)
+    require_same_rows(ranks, dataset, held_out)
     total, rows = horizon(config, len(dataset), checkpoint)
     demands = what_is_read(config, dataset, held_out, total, rows)
-    models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks)
+    done = read_state(checkpoint)["step"] if checkpoint else 0
+
+    def room(policy: Policy) -> None:
+        make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
+
+    models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks, room)
     batch = config.batch
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
     ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
@@ -164,8 +189,8 @@ def what_is_read(
     return demands
 
 
-def run(job: Job, done: int) -> None:
-    """The loop, from step ``done + 1`` to the last, then the export and the report."""
+def run(job: Job, done: int) -> str:
+    """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
     with open_metrics(job, done) as metrics:
         keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job), done, job.total)
@@ -187,7 +212,7 @@ def run(job: Job, done: int) -> None:
                 if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
                     metrics.flush()
             keeper.look(job.total)
-    export(job)
+        return metrics.alarms.note
 
 
 @contextmanager
@@ -264,13 +289,13 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     keeper.metrics.write({**record, **{f"eval_{name}": value for name, value in metrics.items()}})
 
 
-def save(job: Job, step: int, owed: Record | None) -> None:
+def save(job: Job, step: int, owed: Record | None, keep: int | None) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
     carried, config = job.carried.state_dict(), asdict(job.config)
     state = {"loader": job.loader.state_dict(), "data": job.data_content, "carried": carried, "config": config}
-    state |= {"base": job.models.policy.base_digest, "owed": owed}
+    state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, job.config.run.keep)
+    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
@@ -286,6 +311,12 @@ def resume(job: Job, checkpoint: Path) -> int:
         raise ValueError(
             f"{checkpoint} was trained over other frozen weights: resume with the base that model.path had then"
         )
+    if state.get("reference") not in (None, job.models.reference_digest):
+        setting = "reference.path" if job.config.reference.path else "model.path, the reference of this loss,"
+        raise ValueError(
+            f"{checkpoint} was trained against another reference: {setting} has other weights now; restore those of "
+            "then, or start again in another run.output_dir"
+        )
     job.carried.load_state_dict(state["carried"], job.world.device)
     state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
     log.info("resumed from %s", checkpoint)
@@ -297,30 +328,28 @@ def resume(job: Job, checkpoint: Path) -> int:
     return state["step"]
 
 
-def export(job: Job) -> None:
-    """``model/``: a Hugging Face directory of the final weights, or of the adapter; and the report."""
+def export(job: Job, weights: dict[str, Tensor] | None) -> None:
+    """``model/``: a Hugging Face directory of the final weights, or of the adapter; on the main rank, alone."""
     policy, model, directory = job.models.policy, job.config.model, job.directory
     job.signals.where = "in the export"
-    state = whole_weights(policy) if job.world.size > 1 else None
-    with as_one(job.world):
-        if job.world.is_main:
-            log.info("writing %s and report.html", directory / "model")
-            base = None if policy.adapted is None or model.config is None else make_base_again(job)
-            written = [x for x in (policy, base) if x is not None]
-            need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
-            then = f"export again with: {resume_command(job.config)}"
-            with writing("the model", directory / "model", need, then=then):
-                save_pretrained(policy, job.tokenizer, directory / "model", state, base)
-            report(directory)
+    log.info("writing %s and report.html", directory / "model")
+    base = None if policy.adapted is None or model.config is None else make_base_again(job)
+    written = [x for x in (policy, base) if x is not None]
+    need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
+    then = f"export again with: {resume_command(job.config)}"
+    with writing("the model", directory / "model", need, then=then):
+        save_pretrained(policy, job.tokenizer, directory / "model", weights, base)
 
 
-def report(directory: Path) -> None:
+def report(job: Job) -> None:
     """Write the report of a run that has all else: a failure is only told."""
+    later = f"the run is complete: write it later with: fastalign report {shlex.quote(str(job.directory))}"
+    job.signals.where, job.signals.rest = "in the report", later
     try:
-        write_report(directory)
+        write_report(job.directory)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("no report (%s); the run is complete: write it later with: fastalign report %s", reason, directory)
+        log.warning("no report (%s); %s", reason, later)
 
 
 def make_base_again(job: Job) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,12 +224,16 @@ def base_digest(policy: Policy) -> str:
 
     Call it before the policy is sharded.
     """
+    return sample((name, x) for name, x in policy.named_parameters() if not x.requires_grad)
+
+
+def sample(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes and some elements of tensors: tells models apart at no cost."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, x in policy.named_parameters():
-        if not x.requires_grad:
-            some = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].cpu().contiguous()
-            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-            digest.update(some.view(torch.uint8).numpy().data)
+    for name, x in tensors:
+        some = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

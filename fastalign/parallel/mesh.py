@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastalign.config import ParallelConfig
 from fastalign.parallel.waiting import sharing_cores
@@ -89,6 +91,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
 
     Raises:
         ValueError: when the mesh asked for does not have as many ranks as were launched.
+        TimeoutError: when this rank has waited ``parallel.timeout_minutes`` for another.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(parallel, size)
@@ -97,14 +100,32 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
         with sharing_cores():
             yield World(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    with told_when_late(parallel.timeout_minutes):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        try:
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+            for group in mesh.get_all_groups():  # those of one dimension would have PyTorch's default
+                _set_pg_timeout(timeout, group)
+            with sharing_cores():
+                yield World(dist.get_rank(), size, device, mesh)
+        finally:
+            dist.destroy_process_group()
+            time.sleep(LAST_WORK_SECONDS)
+
+
+@contextmanager
+def told_when_late(minutes: float) -> Iterator[None]:
+    """Turn what gloo raises when it has waited long enough into one line; nccl ends the process by itself."""
     try:
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-        with sharing_cores():
-            yield World(dist.get_rank(), size, device, mesh)
-    finally:
-        dist.destroy_process_group()
-        time.sleep(LAST_WORK_SECONDS)
+        yield
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise TimeoutError(
+            f"rank {os.environ.get('RANK', '0')} has waited {minutes:g} minutes (parallel.timeout_minutes) for another "
+            "rank: look at what that one said last; if it is only slow, raise parallel.timeout_minutes"
+        ) from error
 
 
 def local_device() -> torch.device:

@@ -2,14 +2,21 @@
 
 import json
 import logging
+import signal
+from pathlib import Path
 
 import pytest
+from test_interrupt import sending
 
+from fastalign import cli
+from fastalign.engine import train as engine
 from fastalign.engine.alarms import EXPLODED, PATIENCE, Alarms
+from fastalign.engine.checkpoints import whole_checkpoints
 from fastalign.engine.errors import RunError
+from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
-from runs import records
+from runs import records, write_yaml
 
 
 def steps(alarms, *numbers, first=1):
@@ -76,6 +83,25 @@ def test_a_run_that_blows_its_weights_up_ends_in_one_line(configure, caplog, met
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["grad_norm"] == 0
     assert max(line["mean_token_accuracy"] for line in lines[1:]) < 0.05, "logits that are all equal are no hits"
     assert sum(line.startswith("step 2: grad_norm is exactly 0") for line in warnings(caplog)) == 1
+    kept = whole_checkpoints(Path(config.run.output_dir) / "checkpoints")
+    assert [path.name for path in kept] == [f"step-{n}" for n in (1, 2, 3, 4, 5)], "step 1 is the last good one"
+
+
+def test_a_run_that_ends_before_the_alarm_says_so_last(configure, capsys, monkeypatch):
+    config = configure("sft", **{**BLOWN_UP, "run.steps": 4})
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    assert cli.train("sft", ["--config", str(write_yaml(config))]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"done: {config.run.output_dir} holds model/, metrics.jsonl, report.html; but grad_norm has")
+    assert "exactly 0 since step 2 while the loss is not: nothing was learned from there on" in last
+    assert train(configure("sft", "well", **{"run.steps": 2})) == ""
+
+
+def test_a_run_that_is_stopped_before_the_alarm_says_so_last(configure, monkeypatch):
+    config = configure("sft", **BLOWN_UP)
+    monkeypatch.setattr(engine, "train_step", sending(signal.SIGINT, engine.train_step, at=3))
+    with pytest.raises(Interrupted, match=r"after step 3 of 30; saved .*; grad_norm has been exactly 0 since step 2"):
+        train(config)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------

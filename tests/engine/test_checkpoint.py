@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastalign.config import OptimConfig
-from fastalign.engine import checkpoint
+from fastalign.engine import checkpoint, checkpoints
 from fastalign.engine.errors import RunError
 from fastalign.engine.optim import make_optimizer
 from fastalign.parallel.mesh import World
@@ -30,6 +30,10 @@ def stepped(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
+
+
+def names(directory) -> list[str]:
+    return [path.name for path in checkpoints.whole_checkpoints(directory)]
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
@@ -59,7 +63,7 @@ def test_tensors_are_spread_over_files(tmp_path, monkeypatch):
     checkpoint.load_checkpoint(path, other, fresh, WORLD)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     next(path.glob("*-model-00002-*")).unlink()
-    with pytest.raises(ValueError, match=r"is incomplete: .*-model-00002-of-.* is missing"):
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint: .*-model-00002-of-.* is missing"):
         checkpoint.load_checkpoint(path, other, fresh, WORLD)
 
 
@@ -76,8 +80,8 @@ def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = stepped()
     for step in (2, 4, 10):
         checkpoint.save_checkpoint(tmp_path, step, model, optimizer, {}, WORLD, keep=2)
-    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-4", "step-10"]
-    assert checkpoint.newest_checkpoint(tmp_path) == tmp_path / "step-10"
+    assert names(tmp_path) == ["step-4", "step-10"]
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "step-10"
     assert (tmp_path / "latest").read_text() == "step-10\n"
 
 
@@ -91,7 +95,48 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
     with pytest.raises(RunError, match=r"cannot write the checkpoint .*No space left on device.*earlier .* intact"):
         checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, {}, WORLD, keep=1)
-    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == ["step-2"]
+    assert names(tmp_path) == ["step-2"]
+
+
+def test_a_new_checkpoint_takes_the_place_of_what_is_not_whole(tmp_path):
+    model, optimizer = stepped()
+    path = checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, {}, WORLD, keep=2)
+    (path / "state.json").unlink()
+    checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, {}, WORLD, keep=2)
+    assert names(tmp_path) == ["step-4"] and sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-4"]
+    checkpoint.load_checkpoint(path, *stepped(), WORLD)
+
+
+def test_a_link_to_a_checkpoint_that_was_moved_away_is_removed_and_the_checkpoint_stays(tmp_path):
+    model, optimizer = stepped()
+    first = checkpoint.save_checkpoint(tmp_path / "run", 2, model, optimizer, {}, WORLD, keep=1)
+    first.symlink_to(first.rename(tmp_path / "archive"))
+    checkpoint.save_checkpoint(tmp_path / "run", 4, model, optimizer, {}, WORLD, keep=1)
+    assert (
+        names(tmp_path / "run") == ["step-4"] and not first.is_symlink() and not checkpoints.flaw(tmp_path / "archive")
+    )
+
+
+def test_a_checkpoint_without_the_tensors_of_a_rank_is_not_published(tmp_path, monkeypatch):
+    """They are on another disk, for one."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", (1, 120))
+    written, model = checkpoint.write_tensors, nn.Linear(64, 64)
+
+    def elsewhere(path, *rest):
+        written(path, *rest)
+        max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size).unlink()
+
+    monkeypatch.setattr(checkpoint, "write_tensors", elsewhere)
+    with pytest.raises(RunError, match=r"step-2: rank 0 sees \d+ of at least 16640 bytes: does every rank write there"):
+        checkpoint.save_checkpoint(tmp_path, 2, model, make_optimizer(model, OptimConfig()), {}, WORLD, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_stay_while_no_gradient_comes(tmp_path):
+    model, optimizer = stepped()
+    for step, keep in ((1, 1), (2, None), (3, None), (4, 2)):
+        checkpoint.save_checkpoint(tmp_path, step, model, optimizer, {}, WORLD, keep)
+        assert len(names(tmp_path)) == (2 if step == 4 else step)
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):

@@ -72,3 +72,8 @@ def test_passes_that_never_end_or_begin_are_refused(few, epochs):
 def test_a_short_last_step_is_told_before_the_first(few, capsys):
     train(few(9, **{"run.epochs": 3}))
     assert "4 of 8 examples each, the last of 3: 3 epochs of 9 examples" in " ".join(capsys.readouterr().out.split())
+    constant = {"optim.schedule": "constant", "optim.warmup": 0}
+    train(few(9, "on", **constant, **{"run.epochs": 1}))
+    train(few(9, "on", **constant, **{"run.epochs": 3, "run.resume": True}))
+    words = "5 of 8 examples each, the last of 2: 3 epochs of 9 examples, going on after step 2"
+    assert words in " ".join(capsys.readouterr().out.split())

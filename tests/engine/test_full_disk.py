@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -83,6 +84,38 @@ def test_a_checkpoint_without_room_is_refused_before_it_is_written(configure, sm
     assert left(small_disk / "run") == []
 
 
+def test_a_run_whose_checkpoint_cannot_fit_is_refused_before_its_first_step(configure, small_disk, fill):
+    (small_disk / "run" / "checkpoints" / "step-1.tmp").mkdir(parents=True)
+    (small_disk / "run" / "checkpoints" / "step-1.tmp" / "left").write_bytes(b"x" * SPARE)  # does not count
+    fill(SPARE)
+    config = configure(
+        "dpo", **{"run.output_dir": str(small_disk / "run"), "reference.cache": str(small_disk / "logps")}
+    )
+    words = rf"^cannot write checkpoints to .*/run/checkpoints: {NEEDED}; free some space before the run starts$"
+    with pytest.raises(RunError, match=words):
+        train(config)
+    assert sorted(p.name for p in small_disk.rglob("*")) == ["checkpoints", "filler", "run"], "nothing was computed"
+
+
+def test_room_for_fewer_checkpoints_than_the_run_will_hold_is_told(configure, small_disk, fill, caplog):
+    config = configure("sft", "before", **{"run.steps": 1})
+    train(config)
+    state = Path(config.run.output_dir) / "checkpoints" / "step-1"
+    size = sum(path.stat().st_size for path in state.glob("*.safetensors"))
+    small = {"run.output_dir": str(small_disk / "run"), "run.steps": 3, "run.save_every": 1}
+    fill(2 * size + size // 2)
+    with pytest.raises(RunError, match=r"cannot write the checkpoint .*step-3"):
+        train(configure("sft", **small))
+    assert re.search(
+        r"has room for 2 more checkpoint\(s\) of .* and the run will hold 3 \(run\.keep is 2\)", caplog.text
+    )
+    caplog.clear()
+    shutil.rmtree(small_disk / "run")
+    fill(2 * size + size // 2)
+    train(configure("sft", **small, **{"run.keep": 1}))
+    assert "has room for" not in caplog.text
+
+
 @pytest.mark.parametrize("pages", [0, 3, 6])
 def test_a_checkpoint_that_does_not_fit_after_all_leaves_nothing(configure, small_disk, fill, monkeypatch, pages):
     config = configure("sft", **{"run.output_dir": str(small_disk / "run")})
@@ -109,7 +142,7 @@ def test_an_export_without_room_says_how_to_make_it(configure, small_disk, fill,
     config = configure("sft", **{"run.output_dir": str(small_disk / "run")})
     with (
         monkeypatch.context() as patch,
-        pytest.raises(RunError, match=r"^cannot write the model .*/run/model: No space") as full,
+        pytest.raises(WriteError, match=r"^cannot write the model .*/run/model: No space") as full,
     ):
         patch.setattr(engine, "export", before(engine.export, lambda: fill(room)))
         train(config)

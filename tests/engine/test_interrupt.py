@@ -209,7 +209,9 @@ def test_log_probs_that_were_computed_before_a_stop_are_kept(configure, stop_at)
     config = configure("dpo", **{"reference.cache": "auto", "run.steps": 40})
     config.data.cache_dir = config.run.output_dir + "-cache"
     text, _ = stop_at(config, signal.SIGINT, filling, "split", at=3)
-    assert text == "interrupted before step 1; nothing to save"
+    assert text == (
+        "interrupted before step 1; the reference log-probs computed so far are kept: the same command goes on"
+    )
     summary = precompute(config)
     assert 0 < int(summary.split(" hits")[0].split()[-1]) < 96, summary
 
@@ -220,8 +222,11 @@ def test_an_export_that_is_stopped_is_made_by_the_resume(configure, stop_at):
     assert code == 143 and text.startswith("interrupted in the export; go on with: ")
     assert [p.name for p in Path(config.run.output_dir).glob("*model*")] == []
     config.run.resume = True
-    train(config)
-    assert (Path(config.run.output_dir) / "model" / "config.json").exists()
+    text, code = stop_at(config, signal.SIGTERM, engine, "write_report")
+    assert code == 143 and (Path(config.run.output_dir) / "model" / "config.json").exists()
+    assert text == (
+        f"interrupted in the report; the run is complete: write it later with: fastalign report {config.run.output_dir}"
+    )
 
 
 @pytest.mark.parametrize("minutes, kept", [(1e-9, ["step-4", "step-5", "step-6"]), (0, ["step-6"]), (15, ["step-6"])])

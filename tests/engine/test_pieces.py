@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import learning_rate, make_optimizer
 from fastalign.engine.setup import settle
+from fastalign.engine.train import train
 from fastalign.parallel.mesh import World
 
 PLOTS = report.plots  # before a fixture makes runs skip them
@@ -106,11 +108,14 @@ def test_a_step_is_called_off_on_the_device():
 
 def test_metrics_are_cut_back_and_a_broken_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.truncate_metrics(path, 0)
+    assert metrics.truncate_metrics(path, 0) == metrics.Kept(0, 0, False)
     assert path.read_text() == ""
     path.write_text("".join(json.dumps({"step": n, "loss": 0.1 * n}) + "\n" for n in (1, 2, 3)) + '{"ste')
-    metrics.truncate_metrics(path, 2)
+    assert metrics.truncate_metrics(path, 2) == metrics.Kept(last=2, dropped=1, was_cut=True)
     assert metrics.read_metrics(path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert metrics.truncate_metrics(path, 2) == metrics.Kept(2, 0, False)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'  # another line may follow
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not JSON"):
         metrics.read_metrics(path)
@@ -172,7 +177,82 @@ def test_a_report_is_written_from_whatever_is_there(tmp_path, monkeypatch):
 
 def test_a_report_says_why_it_has_no_plots(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert "pip install fastalign[report]" in PLOTS([{"step": 1, "loss": 1.0}])
+    assert "pip install fastalign[report]" in PLOTS({})
+
+
+def test_a_long_run_is_drawn_with_few_points_and_all_its_spikes(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "CHUNK_BYTES", 1 << 17)  # some hundred lines
+    lines, path = 20_000, tmp_path / "metrics.jsonl"
+    values = np.sin(np.arange(1, lines + 1) / 2000)
+    spikes = {11: 50.0, 4_345: -40.0, 13_210: 30.0, 19_999: 20.0}
+    for step, value in spikes.items():
+        values[step - 1] = value
+    records = [{"step": n, "loss": float(x), "rate": n if n % 2 else None} for n, x in enumerate(values, 1)]
+    records[400]["eval_loss"] = 3.0
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    last, curves = report.read_curves(path)
+    curve = curves["loss"]
+    points = dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+    assert last == lines and len(points) <= report.MOST_POINTS and list(points) == sorted(points)
+    assert spikes.items() <= points.items() and points.items() <= dict(enumerate(values.tolist(), 1)).items()
+    assert (curve.first, curve.last, curve.total) == (values[0], values[-1], pytest.approx(values.sum()))
+    drawn = np.interp(np.arange(1, lines + 1), curve.steps, curve.values)
+    near = 2 * lines // report.BUCKETS  # a spike is drawn with the next points of both sides
+    smooth = [n - 1 for n in range(1, lines + 1) if all(abs(n - s) > near for s in spikes)]
+    assert np.abs(drawn - values)[smooth].max() < 0.03  # what the sine does in a bucket, 50 steps
+    assert (curves["rate"].first, curves["rate"].last, curves["rate"].total) == (1, lines - 1, lines**2 / 4)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records[:1000]) + '{"step": 10')
+    last, curves = report.read_curves(path)
+    assert last == 1000 and curves["loss"].values.tolist() == values[:1000].tolist()
+    assert (curves["eval_loss"].steps.tolist(), curves["eval_loss"].values.tolist()) == ([401], [3.0])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records).replace('"step": 5000,', '"step": "x",'))
+    with pytest.raises(ValueError, match="line 5000 is not the object of a step"):
+        report.read_curves(path)
+
+
+TRACKER = """
+import json, pathlib
+calls = pathlib.Path(__file__).with_name("calls.jsonl")
+class Run:
+    id, name = "r7", "run-2"
+def note(*what):
+    with calls.open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def init(**options):
+    note("init", {k: v for k, v in options.items() if k != "config"})
+    return Run()
+def log(values, step):
+    note("log", step)
+def finish():
+    note("finish", None)
+"""
+
+
+@pytest.mark.parametrize("module, key, known", [("wandb", "id", "r7"), ("trackio", "name", "run-2")])
+def test_a_resumed_run_goes_on_in_its_trackers_run(configure, tmp_path, monkeypatch, module, key, known):
+    """What the tracker is told; the tracker itself is a module that writes it down."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / f"{module}.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    settings = {"run.trackers": [module], "optim.schedule": "constant"}
+    train(configure("sft", **settings, **{"run.steps": 2}))
+    train(configure("sft", **settings, **{"run.steps": 3, "run.resume": True}))
+    train(configure("sft", "another", **settings, **{"run.steps": 1, "run.resume": True}))
+    calls = [json.loads(line) for line in (tmp_path / "modules" / "calls.jsonl").read_text().splitlines()]
+    begun = [options for call, options in calls if call == "init"]
+    assert begun[0] == {"project": "fastalign", "name": "run"}
+    assert begun[1] == {"project": "fastalign", "name": "run", key: known, "resume": "allow"}
+    assert begun[2] == {"project": "fastalign", "name": "another"}
+    assert [step for call, step in calls if call == "log"] == [1, 2, 3, 1]
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == {module: known}
+    sys.modules.pop(module)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, math.nan, math.inf])
+def test_a_wait_that_cannot_be_meant_is_refused(configure, minutes):
+    with pytest.raises(ValueError, match=r"^parallel\.timeout_minutes must be above 0 and below 1,000,000, got"):
+        train(configure("sft", **{"parallel.timeout_minutes": minutes}))
 
 
 def test_trackers_that_are_absent_are_refused(monkeypatch):

@@ -1,6 +1,11 @@
 """Two ranks over gloo: the same run as one process, and checkpoints that move between the two."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fastalign.engine import train as engine
 from fastalign.engine.train import train
-from runs import assert_close, finish, launch, numbers
+from fastalign.parallel.mesh import world
+from runs import ROOT, assert_close, finish, launch, numbers, write_yaml
 
 STEPS, MIDDLE = 20, 12
 
@@ -42,6 +49,62 @@ def same_model(run: str, other: str) -> None:
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
     AutoModelForCausalLM.from_pretrained(Path(other) / "model")
+
+
+def test_ranks_that_do_not_have_the_same_are_refused(configure, materials, tmp_path):
+    """Directories, settings, rows, weights; the mistakes of nodes without a common disk."""
+    config = configure("dpo", **{"run.steps": 1})
+    for rank in (0, 1):
+        (tmp_path / f"home-{rank}").mkdir()
+        lines = (materials / "rows.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"home-{rank}" / "rows.jsonl").write_text("".join(lines[rank:]))
+    script = [str(Path(__file__).with_name("ranks_common.py")), str(write_yaml(config)), str(tmp_path)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'engine'}", "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 100, "env": {**os.environ, **paths}}
+    done = subprocess.run([*torchrun, *script], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [line.partition(" ") for line in sorted(done.stdout.splitlines())]
+    by_case = {}
+    for case, _, text in told:
+        by_case.setdefault(case, []).append(text)
+    homes = [tmp_path / f"home-{rank}" for rank in (0, 1)]
+    expected = {
+        "directory": r"^run\.output_dir run is not one directory for all ranks: "
+        rf"rank 0 on \S+ writes to {homes[0]}/run, and rank 1 on \S+ does not see that in {homes[1]}/run; "
+        r"set run\.output_dir to an absolute path on a disk that all ranks share$",
+        "settings": r"^optim\.lr is 0\.001 for rank 0 on \S+, 0\.002 for rank 1 on \S+: start every rank with the same",
+        "rows": r"^rank 1 on \S+ made other tokens of its rows than rank 0 on \S+; give every rank the same data",
+        "weights": r"^rank 1 on \S+ loaded other weights from model\.path than rank 0 on \S+; give every rank the same",
+        "cache": r"^the reference cache is not one directory for all ranks "
+        rf"\(rank 0 on \S+ writes to {homes[0]}/logps, and rank 1",
+    }
+    for case, words in expected.items():
+        ours, theirs = by_case.pop(case)
+        assert ours == theirs and re.search(words, ours), (case, ours, theirs)
+    (late,) = by_case.pop("late")
+    assert not by_case and re.search(
+        r"^rank 0 has waited 0\.005 minutes \(parallel\.timeout_minutes\) for another", late
+    )
+    assert not (homes[1] / "run").exists()
+
+
+def test_the_model_is_written_when_nobody_waits_for_the_main_rank_any_more(configure, monkeypatch):
+    """A slow disk would keep the others waiting until they give up."""
+    told = []
+
+    @contextmanager
+    def followed(parallel):
+        with world(parallel) as ranks:
+            yield ranks
+        told.append("the ranks have parted")
+
+    for name in ("save_pretrained", "write_report"):
+        call = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *args, name=name, call=call: (told.append(name), call(*args))[1])
+    monkeypatch.setattr(engine, "world", followed)
+    train(configure("sft", **{"run.steps": 1}))
+    assert told == ["the ranks have parted", "save_pretrained", "write_report"]
 
 
 def test_the_mesh_must_have_as_many_ranks_as_were_launched(configure):

@@ -259,13 +259,8 @@ def test_what_one_rank_does_not_see_is_lacking(configure, tmp_path):
     assert found.misses == 3 and (found.hits, len(store)) == (1, 2)
 
 
-def test_ranks_that_see_different_directories_are_told(tmp_path):
-    class Elsewhere(World):
-        def gather_objects(self, value: object) -> list:
-            return [value, ".probe-of-another-machine" if str(value).startswith(".probe") else value]
-
+def test_a_directory_that_can_be_shared_is_left_empty(tmp_path):
     assert cannot_share(tmp_path / "here", ALONE) is None
-    assert "not the same directory for all ranks" in str(cannot_share(tmp_path / "here", Elsewhere(0, 2, ALONE.device)))
     assert not list((tmp_path / "here").iterdir())
 
 

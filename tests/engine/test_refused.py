@@ -16,6 +16,7 @@ from fastalign.engine.train import train
 from runs import numbers
 
 SHORT = {"run.steps": 4, "run.save_every": 1, "run.keep": 4}
+LATER = {"run.overwrite_later": True}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -57,7 +58,7 @@ def test_settings_that_an_older_run_did_not_know_had_their_defaults_there(config
 def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_rows):
     own_rows.write_text("".join(own_rows.read_text().splitlines(keepends=True)[:-4]))
     before = contents(finished)
-    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2")}
+    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2"), **LATER}
     with pytest.raises(ValueError, match="num_examples=96, this run has 92"):
         train(configure("sft", **SHORT, **back))
     assert contents(finished) == before
@@ -65,8 +66,8 @@ def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_r
 
 def test_latest_names_the_checkpoint_that_a_run_went_back_to(configure, finished, own_rows, monkeypatch):
     expected = numbers(finished)
-    monkeypatch.setattr("fastalign.engine.train.run", lambda job, done: None)
-    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2")}
+    monkeypatch.setattr("fastalign.engine.train.run", lambda job, done: "")
+    back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2"), **LATER}
     train(configure("sft", **SHORT, **back))
     assert (finished / "checkpoints" / "latest").read_text() == "step-2\n"
     assert numbers(finished) == expected[:2]

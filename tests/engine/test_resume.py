@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.engine import checkpoint
+from fastalign.engine.checkpoints import whole_checkpoints
+from fastalign.engine.errors import RunError
 from fastalign.engine.train import train
+from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from runs import LLAMA, finish, launch, numbers, records
 
 DPO = {"run.steps": 14, "run.save_every": 3, "run.eval_every": 4}
@@ -73,11 +76,121 @@ def test_a_running_mean_goes_on_where_it_was(configure):
     assert numbers(config.run.output_dir) == expected
 
 
-def test_going_back_to_a_named_checkpoint_drops_what_came_after(configure, finished):
-    expected, directory = numbers(finished.run.output_dir), Path(finished.run.output_dir) / "checkpoints"
-    train(configure("sft", **{"run.steps": 4, "run.save_every": 3, "run.resume": str(directory / "step-2")}))
+def names(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.glob("**/step-*"))
+
+
+def test_going_back_to_a_named_checkpoint_keeps_what_came_after_in_another_place(configure, finished, caplog):
+    expected, directory = numbers(finished.run.output_dir), Path(finished.run.output_dir)
+    back = {"run.steps": 4, "run.save_every": 3, "run.resume": str(directory / "checkpoints" / "step-2")}
+    words = r"goes back to step-2, and .* has later checkpoints \(step-4\): set run\.overwrite_later=true"
+    with pytest.raises(ValueError, match=words):
+        train(configure("sft", **back))
+    assert names(directory) == ["checkpoints/step-2", "checkpoints/step-4"]
+    assert numbers(directory) == expected
+    for n, later in ((1, ["step-4"]), (2, ["step-3", "step-4"])):
+        train(configure("sft", **back, **{"run.overwrite_later": True, "run.keep": 9}))
+        assert f"resume: {', '.join(later)} and the lines of metrics.jsonl after step 2 are now in" in caplog.text
+        assert numbers(directory / f"superseded-{n}") == expected[2:]
+        assert not set(later) - {path.name for path in whole_checkpoints(directory / f"superseded-{n}" / "checkpoints")}
+        assert [path.name for path in whole_checkpoints(directory / "checkpoints")] == ["step-2", "step-3", "step-4"]
+        assert numbers(directory) == expected
+    assert (directory / "checkpoints" / "latest").read_text() == "step-4\n"
+
+
+def spoil(path: Path, how: str) -> str:
+    """Damage a checkpoint; returns what is said of it."""
+    tensors = next(path.glob("*.safetensors"))
+    if how == "lost":
+        tensors.unlink()
+        return rf"{tensors.name} is missing"
+    if how == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-9])
+        return rf"{tensors.name} has \d+ bytes, \d+ were written"
+    state = path / "state.json"
+    state.unlink() if how == "headless" else state.write_text("{")
+    return r"state\.json is missing" if how == "headless" else r"state\.json is not JSON"
+
+
+@pytest.mark.parametrize("how", ["lost", "cut", "headless", "garbled"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over_and_kept(configure, finished, caplog, how):
+    expected, directory = numbers(finished.run.output_dir), Path(finished.run.output_dir)
+    reason = spoil(directory / "checkpoints" / "step-4", how)
+    named = {"run.steps": 4, "run.save_every": 2, "run.resume": str(directory / "checkpoints" / "step-4")}
+    with pytest.raises(ValueError, match="|".join((reason, "it has no state"))):
+        train(configure("sft", **named))
+    train(configure("sft", **{**named, "run.resume": True}))
+    (line,) = [r.getMessage() for r in caplog.records if "not a whole checkpoint" in r.getMessage()]
+    assert re.search(rf"^resume: step-4 is not a whole checkpoint \(.*{reason}.*\): going on from .*step-2$", line)
+    assert names(directory) == ["checkpoints/step-2", "checkpoints/step-4", "superseded-1/checkpoints/step-4"]
+    assert numbers(directory) == expected and numbers(directory / "superseded-1") == expected[2:]
+    assert len(whole_checkpoints(directory / "checkpoints")) == 2
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_afresh(configure, finished):
+    directory = Path(finished.run.output_dir) / "checkpoints"
+    for name in ("step-2", "step-4"):
+        spoil(directory / name, "headless")
+    words = (
+        r"cannot resume from .*: step-4 is not a whole checkpoint \(.*\); step-2 is not .*; put back what is missing"
+    )
+    with pytest.raises(ValueError, match=words):
+        train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
+    (directory.parent / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"already holds a run"):
+        train(configure("sft", **{"run.steps": 4}))
+
+
+@pytest.mark.parametrize("older", [lambda files: {"files": list(files)}, lambda files: {}])
+def test_checkpoints_of_earlier_versions_go_on(configure, finished, older):
+    """They list the files without sizes, or not at all."""
+    expected = numbers(finished.run.output_dir)
+    for file in Path(finished.run.output_dir).glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text())
+        file.write_text(
+            json.dumps({**{k: v for k, v in state.items() if k != "reference"}, **older(state.pop("files"))})
+        )
+    train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
     assert numbers(finished.run.output_dir) == expected
-    assert [p.name for p in checkpoint.whole_checkpoints(directory)] == ["step-3", "step-4"]
+
+
+def test_what_is_missing_beside_a_checkpoint_is_told(configure, finished, caplog):
+    directory = Path(finished.run.output_dir)
+    (directory / "checkpoints" / "step-4" / "rng-0.json").unlink()
+    (directory / "metrics.jsonl").unlink()
+    go_on = configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True})
+    train(go_on)
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("resume: ")]
+    assert len(told) == 2 and "step-4/rng-0.json is missing: what draws random numbers" in told[0]
+    assert told[1] == f"resume: {directory}/metrics.jsonl has no lines of steps 1 to 4: they were removed"
+    caplog.clear()
+    train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2}))
+    train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
+    assert "resume: " not in caplog.text
+
+
+@pytest.mark.parametrize("section", ["model", "reference"])
+def test_a_reference_with_other_weights_is_refused(configure, tmp_path, section):
+    """Where it starts from has been trained on, for one."""
+    config = configure("dpo", **{"run.steps": 2, "reference.cache": "off"})
+    tokenizer = load_tokenizer(config.model)
+    for name in ("model", "other"):
+        policy = load_policy(config.model, tokenizer=tokenizer)
+        policy.head.weight.data[-1, -1] += name == "other"
+        save_pretrained(policy, tokenizer, tmp_path / name)
+    if section == "model":
+        config.model.path, config.model.config = str(tmp_path / "model"), None
+    else:
+        config.reference.path = str(tmp_path / "model")
+    train(config)
+    config.run.resume = True
+    train(config)
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "other").rename(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=rf"was trained against another reference: {section}\.path.* has other weights now"
+    ):
+        train(config)
 
 
 def test_a_checkpoint_can_be_carried_into_a_new_directory_only(configure, finished, tmp_path):
@@ -103,18 +216,18 @@ def test_what_a_crash_left_is_ignored_and_removed(configure, finished):
     directory = Path(finished.run.output_dir) / "checkpoints"
     (directory / "step-9.tmp").mkdir()
     (directory / "step-9.tmp" / "state.json").write_text("{}")
-    (directory / "step-8").mkdir()  # not ours: no state.json
     train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
     assert not (directory / "step-9.tmp").exists()
     assert len(records(finished.run.output_dir)) == 4
 
 
-def test_a_cut_last_line_does_no_harm(configure, finished):
+def test_a_cut_last_line_does_no_harm(configure, finished, caplog):
     path = Path(finished.run.output_dir) / "metrics.jsonl"
     expected = numbers(finished.run.output_dir)
     path.write_text(path.read_text() + '{"schema": 1, "step": 5, "lo')
     train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
     assert numbers(finished.run.output_dir) == expected
+    assert "metrics.jsonl was cut short: it is removed" in caplog.text
 
 
 def test_a_fresh_run_never_writes_over_another(configure, finished):
@@ -158,5 +271,27 @@ def test_a_checkpoint_of_another_shape_is_refused(configure, finished):
 
 def test_an_output_directory_that_cannot_be_made_is_refused_before_any_work(configure, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write to run\.output_dir"):
+    with pytest.raises(RunError, match=r"cannot write to run\.output_dir"):
         train(configure("sft", "file/run", **{"data.path": "absent.jsonl"}))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl/", ".lock/", "running.json/", "config.yaml/", "checkpoints", "model"])
+def test_a_file_or_directory_of_the_wrong_kind_is_refused_before_any_work(configure, name):
+    config = configure("sft", **{"data.path": "absent.jsonl"})
+    path = Path(config.run.output_dir) / name
+    path.mkdir(parents=True)
+    if not name.endswith("/"):
+        path.rmdir()
+        path.touch()
+    found, meant = ("directory", "file") if name.endswith("/") else ("file", "directory")
+    with pytest.raises(ValueError, match=rf"^{path} is a {found} where a run keeps a {meant}: move it, or choose"):
+        train(config)
+
+
+def test_a_file_named_as_a_checkpoint_is_refused_before_any_work(configure):
+    config = configure("sft", **{"data.path": "absent.jsonl"})
+    path = Path(config.run.output_dir) / "checkpoints" / "step-2"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ValueError, match=rf"^{path} is a file where a run keeps a directory"):
+        train(config)
