@@ -286,7 +286,7 @@ def missing_examples(filling: Filling) -> Iterator[tuple[list[TokenExample], lis
             places = start + np.flatnonzero(of_example[start : start + WINDOW].any(1))
             if len(places) == 0:
                 continue
-            fetched = parts(demand.dataset.fetch([demand.indices[i] for i in places]))
+            fetched = parts(demand.dataset.fetch([demand.indices[i] for i in places.tolist()]))
             new = [part for part, wanted in zip(fetched, of_example[places].flat, strict=True) if wanted]
             numbered = [replace(part, example_id=i, mismatched=None) for i, part in enumerate(new)]
             yield numbered, [example_key(part) for part in new]

@@ -32,7 +32,7 @@ def preferred() -> bool:
 
 def enabled() -> bool:
     """Whether PyTorch may use oneDNN now; ``torch.backends.mkldnn.flags`` switches it for some calls."""
-    return torch.backends.mkldnn.enabled
+    return bool(torch.backends.mkldnn.enabled)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:

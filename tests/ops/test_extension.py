@@ -18,12 +18,14 @@ from fastalign import _C
 
 BINDINGS = {1: "d325d09598d99a8b"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
+OPTIONAL = {"cuda", "ShortWaits"}
+"""What a build has or not, whose users ask for it."""
 
 
 def bound(scope, prefix=""):
     """The signatures below a module or class, without their types, which pybind11 spells as it likes."""
     for name, value in sorted(vars(scope).items()):
-        if (name.startswith("_") and name != "__init__") or name == "cuda":  # which a build may have or not
+        if (name.startswith("_") and name != "__init__") or name in OPTIONAL:
             continue
         if isinstance(value, type):
             yield from bound(value, f"{name}.")
