@@ -291,12 +291,7 @@ def other_weights(setting: str) -> tuple[str, str]:
 
 
 def checked(
-    config: Config,
-    policy: Policy,
-    autocast: bool,
-    demands: Sequence[Demand],
-    ranks: World,
-    name: str = "the model",
+    config: Config, policy: Policy, autocast: bool, demands: Sequence[Demand], ranks: World, name: str = "the model"
 ) -> Config:
     """The settings that are left for a model, moved to its device, that takes all sequences and packs exactly."""
     check_lengths(policy, demands, config.data.max_length, name)

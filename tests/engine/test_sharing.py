@@ -132,7 +132,7 @@ def weights(config, ranks=ALONE):
 def test_what_one_rank_cannot_share_is_shared_by_none(configure):
     class OfTwo(World):
         def gather_objects(self, value):
-            return [value, False]
+            return [value, False if value is True else value]
 
     config = configure("dpo", **FALLBACK)
     assert weights(config)[2].batch.share_prefix
