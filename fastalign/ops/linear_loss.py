@@ -53,7 +53,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, *upstream):
         saved = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * len(ctx.dtypes)
         with torch.no_grad():
-            made = ctx.grads.pop() if ctx.grads else _again(*ctx.settings, saved)
+            made = ctx.grads.pop() if ctx.grads else _again(ctx.settings, saved)
             _scale(made, upstream[0])
             made = [None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():
@@ -62,8 +62,9 @@ class _Attach(torch.autograd.Function):
         return *(None,) * 5, *made, *(None,) * (len(Call._fields) - len(ctx.dtypes))
 
 
-def _again(plan: Plan, needs: Needs, options: tuple, saved: Sequence[Tensor]) -> Leaves:
+def _again(settings: tuple[Plan, Needs, tuple], saved: Sequence[Any]) -> Leaves:
     """The gradients a second time, from what was saved."""
+    plan, needs, options = settings
     call, rest = Call(*saved[:TENSORS], *options), saved[TENSORS:]
     stats, row = Stats(*rest[: len(fields(Stats))]), Coefficients(*rest[len(fields(Stats)) :])
     return _recomputed(head_of("linear_loss", call), plan, stats, row, Leaves(*call[:4]), needs)

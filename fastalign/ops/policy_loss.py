@@ -226,7 +226,8 @@ class _Eager(torch.autograd.Function):
         if upstream is None:
             return None, None, *others
         with torch.no_grad():
-            grad = _scaled(*(ctx.made.pop() if ctx.made else _again(ctx)), upstream)
+            made, scale = ctx.made.pop() if ctx.made else _again(ctx)
+            grad = _scaled(made, scale, upstream)
         return None, mark("policy_loss", grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *others
 
 
