@@ -193,8 +193,8 @@ PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Addre
 }
 
 Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& reference, int kind, double mix,
-                               Address value, Address stats, Address grad_value) {
-  return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value)};
+                               Address value, Address stats, Address grad_value, bool apart) {
+  return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value), apart};
 }
 
 // A dtype that is computed in fp32; any other would be read as one of them.
@@ -339,7 +339,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("address", [](const PolicyLoss& op) { return reinterpret_cast<Address>(&op); });
   py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
       .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
-           py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0)
+           py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0, py::arg("apart") = false)
       .def("forward", [](const Divergence& op, int threads) { divergence(op, Walk::forward, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("mixture", [](const Divergence& op, int threads) { divergence(op, Walk::mixture, threads); },

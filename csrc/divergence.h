@@ -8,6 +8,11 @@
 
 namespace fastalign {
 
+// The least ln of the first probability with a share in a KL; below, about where normal fp32 numbers end, instruction sets
+// differ. A column that the second distribution bans makes the KL infinite from here on.
+constexpr float kNegligible = -87.0f;
+constexpr float kJustBelow = -0x1.5c0002p+6f;  // the next float
+
 enum class Kind : int { forward_kl, reverse_kl, jsd };
 
 // The rows of the statistics [5, rows]; `pull` is the mean that the gradient subtracts: KL(p || pi), or KL(p || M) for jsd.
@@ -18,6 +23,8 @@ enum class Stat : int { max, logsum, reference_max, reference_logsum, pull };
 enum class Walk : int { forward, mixture, backward };
 
 // value, stats and grad_value point to double when either stream is float64, else to float.
+// `apart`, of a forward KL walk: value is [2, rows], the sum over the columns that the second distribution does not ban and
+// the largest ln of the first's probability among those that it bans: what a slab of the vocabulary knows.
 // The streams' logps and the policy's entropy are written where there is room for them; the policy's coefficients add to the
 // gradient what token_logps makes of them.
 struct Divergence {
@@ -26,6 +33,7 @@ struct Divergence {
   double mix;
   void *value, *stats;     // forward writes them; the others read stats
   const void* grad_value;  // backward only
+  bool apart;
 
   int64_t rows() const { return policy.rows; }
   int64_t vocabulary() const { return policy.vocabulary; }

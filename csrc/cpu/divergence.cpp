@@ -65,7 +65,7 @@ struct Fold {
         if (entropy == Entropy::a) weighted[k] = fma(e, x, weighted[k]);
         if (entropy == Entropy::b) weighted[k] = fma(f, in_range, weighted[k]);
         // Selected, not multiplied: a banned column has no share, and one banned in b alone makes it infinite.
-        if (wants_cross) cross[k] = cross[k] + where_less(set(0.0f), e, e * (x - y), set(0.0f));
+        if (wants_cross) cross[k] = cross[k] + where_less(set(kJustBelow), x, e * (x - y), set(0.0f));
       }
     }
   }
@@ -89,6 +89,7 @@ Pair fold_slab(const TokenLogps& a, const TokenLogps& b, int64_t row, int64_t be
 struct Whole {
   float a_max, b_max;
   double a_logsum, b_logsum, divergence, entropy;
+  bool bans;  // b may ban a column that has a share in a
 };
 
 double share_of(float max, float sum, float whole_max) {
@@ -117,7 +118,35 @@ Whole combine(const Pair* pairs, int64_t slabs, bool of_b) {
   if (a_sum != a_sum) a_max = kNaN;  // beside a NaN the largest may be -inf, which would say that all is banned
   if (b_sum != b_sum) b_max = kNaN;
   double a_logsum = ::log(a_sum), b_logsum = ::log(b_sum), own = of_b ? b_sum : a_sum;
-  return {a_max, b_max, a_logsum, b_logsum, cross / a_sum + (b_logsum - a_logsum), ::log(own) - weighted / own};
+  double divergence = cross / a_sum + (b_logsum - a_logsum), entropy = ::log(own) - weighted / own;
+  return {a_max, b_max, a_logsum, b_logsum, divergence, entropy, cross == kInfinity};
+}
+
+struct Apart {
+  double sum, banned;  // over the columns that b does not ban; the largest ln a among those that it bans
+};
+
+// Rows with a banned column are read once more: what its share is, only the whole row's maximum tells.
+Apart take_apart(const TokenLogps& a, const TokenLogps& b, int64_t row, const Whole& s) {
+  Read read_a = reader(a), read_b = reader(b);
+  Apart found{0, -kInfinity};
+  Block x, y;
+  for (int64_t begin = 0; begin < a.vocabulary; begin += kBlock) {
+    int64_t n = std::min(kBlock, a.vocabulary - begin);
+    read_a(a, row, begin, n, x, nullptr);
+    read_b(b, row, begin, n, y, nullptr);
+    for (int64_t v = 0; v < n; ++v) {
+      double log_a = (double(x.z[v]) - s.a_max) - s.a_logsum, log_b = (double(y.z[v]) - s.b_max) - s.b_logsum;
+      if (y.z[v] == -kInfinity) found.banned = std::max(found.banned, log_a);
+      else if (!(log_a < kNegligible)) found.sum += ::exp(log_a) * (log_a - log_b);
+    }
+  }
+  return found;
+}
+
+// Of a row of b without any probability nothing is known.
+double whole_divergence(const Apart& s, double b_logsum) {
+  return b_logsum == -kInfinity ? double(kNaN) : s.banned < kNegligible ? s.sum : double(kInfinity);
 }
 
 float& value_of(const Divergence& op, int64_t row) { return static_cast<float*>(op.value)[row]; }
@@ -140,13 +169,20 @@ void write_tokens(const TokenLogps& op, int64_t row, float max, float logsum, fl
 // a is the stream that the mean is taken over: the reference for forward_kl.
 void finish_row(const Divergence& op, int64_t row, const Pair* pairs, int64_t slabs) {
   bool forward = op.kind == Kind::forward_kl, masked = op.masked(row);
-  Whole s = masked ? Whole{0, 0, 0, 0, 0, 0} : combine(pairs, slabs, forward);
+  const TokenLogps &a = forward ? op.reference : op.policy, &b = forward ? op.policy : op.reference;
+  Whole s = masked ? Whole{0, 0, 0, 0, 0, 0, false} : combine(pairs, slabs, forward);
+  Apart apart{s.divergence, -kInfinity};
+  if (s.bans && op.kind != Kind::jsd) {
+    apart = take_apart(a, b, row, s);
+    s.divergence = whole_divergence(apart, s.b_logsum);
+  }
   stat(op, forward ? Stat::reference_max : Stat::max, row) = s.a_max;
   stat(op, forward ? Stat::reference_logsum : Stat::logsum, row) = float(s.a_logsum);
   stat(op, forward ? Stat::max : Stat::reference_max, row) = s.b_max;
   stat(op, forward ? Stat::logsum : Stat::reference_logsum, row) = float(s.b_logsum);
   stat(op, Stat::pull, row) = forward ? 0 : float(s.divergence);
-  value_of(op, row) = op.invalid(row) ? kNaN : float(s.divergence);
+  value_of(op, row) = op.invalid(row) ? kNaN : float(op.apart ? apart.sum : s.divergence);
+  if (op.apart) value_of(op, op.rows() + row) = float(apart.banned);
   write_tokens(op.policy, row, stat(op, Stat::max, row), stat(op, Stat::logsum, row), float(s.entropy));
   write_tokens(op.reference, row, stat(op, Stat::reference_max, row), stat(op, Stat::reference_logsum, row), 0);
 }

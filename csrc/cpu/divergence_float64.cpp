@@ -50,10 +50,13 @@ double* stat(const Divergence& op, Stat which, int64_t row) {
   return static_cast<double*>(op.stats) + int(which) * op.rows() + row;
 }
 
-// exp(a) (a - b), and 0 where exp(a) is: a banned column has no share.
-double share(double a, double b) {
-  double weight = ::exp(a);
-  return weight == 0 ? 0 : weight * (a - b);
+// exp(a) (a - b), and 0 where a is too little for a share.
+double share(double a, double b) { return a < kNegligible ? 0 : ::exp(a) * (a - b); }
+
+// -p ln p, and 0 where p is.
+double entropy_share(double log_p) {
+  double p = ::exp(log_p);
+  return p == 0 ? 0 : -p * log_p;
 }
 
 double log_mixture(double log_p, double log_q, double mix) {
@@ -63,13 +66,18 @@ double log_mixture(double log_p, double log_q, double mix) {
 
 struct Sums {
   double reference = 0, policy = 0;  // KL(pi || other), KL(p || other); the other is the mixture for jsd
+  double banned = -kInfinity;        // apart: the largest ln of the first probability where the second is 0
 };
 
 Sums compare(const Divergence& op, const Stream& p, const Stream& q) {
   Sums sums;
   for (int64_t v = 0; v < op.vocabulary(); ++v) {
     double a = p.log_p(v), b = q.log_p(v);
-    bool banned = a == -kInfinity && b == -kInfinity;
+    bool banned = a == -kInfinity && b == -kInfinity, forward = op.kind == Kind::forward_kl;
+    if (op.apart && (forward ? p : q).z(v) == -kInfinity) {
+      sums.banned = std::fmax(sums.banned, forward ? b : a);
+      continue;
+    }
     double m = op.kind != Kind::jsd || banned ? 0 : log_mixture(a, b, op.mix);
     if (op.kind != Kind::forward_kl) sums.policy += share(a, op.kind == Kind::jsd ? m : b);
     if (op.kind != Kind::reverse_kl) sums.reference += share(b, op.kind == Kind::jsd ? m : a);
@@ -85,7 +93,7 @@ void write_tokens(const Divergence& op, const Stream& x) {
   int64_t label = x.op.label(x.row);
   bool inside = label >= 0 && label < op.vocabulary();
   double entropy = 0;
-  for (int64_t v = 0; x.op.entropy && !op.masked(x.row) && v < op.vocabulary(); ++v) entropy -= share(x.log_p(v), 0);
+  for (int64_t v = 0; x.op.entropy && !op.masked(x.row) && v < op.vocabulary(); ++v) entropy += entropy_share(x.log_p(v));
   if (x.op.logps) *vector(x.op.logps, x.row) = inside ? x.log_p(label) : op.invalid(x.row) ? kNaN : 0;
   if (x.op.entropy) *vector(x.op.entropy, x.row) = entropy;
 }
@@ -103,6 +111,7 @@ void forward_row(const Divergence& op, int64_t row) {
   double value = op.kind == Kind::jsd ? op.mix * sums.reference + (1 - op.mix) * sums.policy
                                       : sums.reference + sums.policy;
   *value_of(op, row) = op.invalid(row) ? kNaN : value;
+  if (op.apart) *value_of(op, op.rows() + row) = sums.banned;
   *stat(op, Stat::max, row) = p.max;
   *stat(op, Stat::logsum, row) = p.logsum;
   *stat(op, Stat::reference_max, row) = q.max;
@@ -132,7 +141,7 @@ void mixture_row(const Divergence& op, int64_t row) {
 double slope_of(const Divergence& op, double log_p, double log_q, double pull) {
   double p = ::exp(log_p);
   if (op.kind == Kind::forward_kl) return p - ::exp(log_q);
-  if (p == 0) return 0;
+  if (p == 0 || (op.kind == Kind::reverse_kl && log_p < kNegligible)) return 0;
   if (op.kind == Kind::reverse_kl) return p * (log_p - log_q - pull);
   return (1 - op.mix) * p * (log_p - log_mixture(log_p, log_q, op.mix) - pull);
 }

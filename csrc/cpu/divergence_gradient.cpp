@@ -33,7 +33,7 @@ struct Slope {
   FORCE_INLINE vec operator()(vec log_p, vec p, vec log_q) {
     if constexpr (kind == Kind::forward_kl) return p - exp_in_range(clamp_low(log_q));
     if constexpr (kind == Kind::reverse_kl)
-      return where_less(p, set(0x1p-149f), set(0.0f), p * ((log_p - log_q) - pull));
+      return where_less(log_p, set(kNegligible), set(0.0f), p * ((log_p - log_q) - pull));
     mixture.compare(log_p, clamp_low(log_q));
     return p * (mixture.from_p - pull);
   }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ops import dispatch
@@ -23,7 +24,7 @@ from fastalign.ops._dtensor import vocabulary_slices, whole
 from fastalign.ops._head import Head, Options, gemm_dtype, make_head
 from fastalign.ops._products import INVARIANT_ROWS
 from fastalign.ops.token_logps import split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import exchange, make_shard
+from fastalign.ops.vocab_parallel import agree, checked_together, is_split, make_shard
 from fastalign.types import IGNORE_INDEX
 
 SCHEMA = (
@@ -69,9 +70,11 @@ class Call(NamedTuple):
 
 
 def make_call(
+    op: str,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    more: dict[str, Any],
     *,
     bias: Tensor | None = None,
     lora: Lora | None = None,
@@ -79,37 +82,79 @@ def make_call(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
-    process_group: torch.distributed.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     memory: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
     num_scored: int | None = None,
     deterministic: bool = False,
 ) -> tuple[Call, bool]:
-    """The checked call, and whether any rank trains the head."""
+    """The checked call, and whether any rank trains the head; ``more``: options of ``op``, for ranks to compare."""
     down, up, scale = unpack_lora(lora)
     local = {"hidden": hidden, "labels": labels, "temperature": temperature, "lora A": down}
     hidden, labels, temperature, down = (whole(name, x) for name, x in local.items())
     slices = {"weight": weight, "lora B": up, "bias": bias}
     (weight, up, bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore  # weight stays one
-    check_linear(hidden, weight, bias, labels)
-    check_scaling(temperature, softcap, labels)
-    check_smoothing(label_smoothing)
-    check_memory(memory)
-    check_num_scored(num_scored, labels)
-    if deterministic:
-        check_deterministic(hidden.device, process_group)
+    with checked_together(process_group, hidden):
+        check_linear(hidden, weight, bias, labels)
+        check_scaling(temperature, softcap, labels)
+        check_smoothing(label_smoothing)
+        check_memory(memory)
+        check_num_scored(num_scored, labels)
+        if deterministic:
+            check_deterministic(hidden.device, process_group)
+        if down is not None and up is not None:
+            check_lora(down, up, hidden, weight)
+        same = facts(op, hidden, weight, down, process_group, memory, backend)
     trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
     number, rows = split_temperature(temperature, hidden, stats_dtype(hidden, weight))
     dtype = gemm_dtype(hidden, weight)
-    if down is not None and up is not None:
-        check_lora(down, up, hidden, weight)
+    same |= {"bias": "None" if bias is None else bias.dtype, "lora": None if down is None else (len(down), scale)}
+    same |= {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    same |= {"label_smoothing": label_smoothing, "memory": memory, "backend": backend}
+    same |= {"batch_invariant": batch_invariant, "num_scored": num_scored, **more}
+    if down is not None:
         scored = None if num_scored == len(labels) else labels != IGNORE_INDEX
         hidden = _with_image(hidden, scored, down.to(dtype), scale, batch_invariant)
-    group, shards, trainable = exchange(process_group, weight, len(hidden), trainable, labels)
+    group, shards, trainable = agree(process_group, weight, weight.shape[0], same, trainable, labels)
     scaling = (rows, number, softcap, float(logit_scale), float(label_smoothing), dtype)
     run = (memory, backend, batch_invariant, num_scored, group, shards)
     return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
+
+
+def facts(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    group: dist.ProcessGroup | None,
+    memory: int | None,
+    backend: str | None,
+) -> dict[str, Any]:
+    """What the ranks of a split vocabulary need in common beside options: it decides about chunks and collectives.
+
+    Raises:
+        ValueError: the backend does not serve ``op`` here.
+    """
+    if not is_split(group):
+        return {}
+    device, enabled = hidden.device, torch.is_grad_enabled()
+    planned = device.type == "cuda" and memory is None
+    total = torch.cuda.get_device_properties(device).total_memory if planned else 0
+    return {
+        "op": op,
+        "number of rows of hidden": len(hidden),
+        "number of columns of weight (D)": weight.shape[1],
+        "dtypes of hidden and weight": f"{hidden.dtype} and {weight.dtype}, GEMMs in {gemm_dtype(hidden, weight)}",
+        "grad mode": enabled,
+        "requires_grad of hidden or lora A": enabled and (hidden.requires_grad or _trains(down)),
+        "kernels": dispatch.choose(op, backend, device.type),
+        "device memory (or memory in bytes)": total,
+    }
+
+
+def _trains(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def _with_image(hidden: Tensor, scored: Tensor | None, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:

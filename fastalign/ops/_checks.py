@@ -29,6 +29,23 @@ def check_matrix(name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
+def check_in_place(name: str, wanted: bool, x: Tensor) -> None:
+    """A gradient that takes the place of ``x [N, V]`` finds a place for each element.
+
+    Elements ``i`` rows and ``j`` columns apart share memory where ``i`` row strides are ``j`` column strides; the first
+    such distance is ``(column stride, row stride)`` over their greatest common divisor.
+    """
+    if not wanted or not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    (rows, columns), (down, right) = x.shape, x.stride()
+    step = math.gcd(down, right)
+    if x.numel() > 1 and (not step or (right // step < rows and down // step < columns)):
+        raise ValueError(
+            f"{name}=True writes a gradient for each element of logits, but some of these {list(x.shape)} share memory "
+            f"(strides {list(x.stride())}, as of expand or as_strided): pass logits.contiguous() or {name}=False"
+        )
+
+
 def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
     """``labels`` is one integer per row of ``rows``, on the same device."""
     if labels.dim() != 1 or labels.shape[0] != rows.shape[0]:

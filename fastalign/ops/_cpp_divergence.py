@@ -27,6 +27,7 @@ def forward(
     ref_logit_scale: float = 1.0,
     tokens: bool = False,
     entropy: bool = False,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The divergence of each pair of rows in one read of both (two for "jsd"); see the torch backend for the contract.
 
@@ -35,21 +36,22 @@ def forward(
         labels: ``[N]``; -100: the row is never read.
 
     Returns:
-        value ``[N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None, in fp32 (fp64 if a stream
-        is fp64).
+        value ``[N]``, with ``apart`` ``[2, N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None,
+        in fp32 (fp64 if a stream is fp64).
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
     dtype = _check(logits, ref_logits, labels)
-    value, stats = torch.empty(len(labels), dtype=dtype), torch.empty(5, len(labels), dtype=dtype)
+    value = torch.empty((2, len(labels)) if apart else len(labels), dtype=dtype)
+    stats, entropies = value.new_empty(5, len(labels)), value.new_empty(len(labels)) if entropy else None
     logps = torch.empty(2, len(labels), dtype=dtype) if tokens else None
     ours, theirs = (None, None) if logps is None else logps
-    entropies = torch.empty_like(value) if entropy else None
     outputs = {"logps": ours, "entropy": entropies}
     policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, outputs)
     reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {"logps": theirs})
-    _describe(policy, reference, kind, mix, stats, value=value.data_ptr()).forward(torch.get_num_threads())
+    op = _describe(policy, reference, kind, mix, stats, value=value.data_ptr(), apart=apart)
+    op.forward(torch.get_num_threads())
     return value, stats, logps, entropies
 
 

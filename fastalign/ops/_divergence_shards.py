@@ -5,6 +5,9 @@ softmaxes, which is what its sweep returns:
 
     KL(p || pi) = sum_r w_r (KL_r(p || pi) + ln w_r - ln u_r)          and KL(pi || p) likewise
 
+over the columns that the second distribution does not ban (a logit of -inf); the largest probability among those that
+it bans, over all ranks, says whether the KL is infinite.
+
 One all-gather. The mixture of "jsd" needs the normalisers of all columns before its sums: two. Tables are combined in
 rank order and in fp64, so that the ranks get the same bits.
 """
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops._rows import NEGLIGIBLE
 from fastalign.ops.token_logps import stats_dtype
 from fastalign.ops.vocab_parallel import Shard, gathered
 from fastalign.types import IGNORE_INDEX
@@ -69,7 +73,7 @@ def measure(
     streams, masked = (logits, ref_logits, labels), labels == IGNORE_INDEX
     first = "forward_kl" if kind == "jsd" else kind
     found = _local(kernels, *streams, kind=first, tokens=tokens, entropy=entropy, **scaling)
-    rows = (*found.stats[:4], found.value, *(() if found.logps is None else found.logps))
+    rows = (*found.stats[:4], *found.value, *(() if found.logps is None else found.logps))
     table = torch.stack([*rows, *(() if found.entropy is None else (found.entropy,))], 1)
     found = _combined(gathered(shard, table), first, owners if tokens else None, entropy)
     if kind == "jsd":
@@ -85,28 +89,31 @@ def measure(
 
 
 def _local(kernels: ModuleType, logits: Tensor, ref_logits: Tensor, labels: Tensor, **options: Any) -> Measured:
-    """The statistics of the rank's own columns; of none: nothing at all, and NaN for an invalid label."""
+    """The statistics of the rank's own columns; of none: nothing at all, and NaN for an invalid label.
+
+    ``value`` is ``[2, n]``: ``apart``.
+    """
     if logits.shape[1]:
-        return Measured(*kernels.forward(logits, ref_logits, labels, **options))
+        return Measured(*kernels.forward(logits, ref_logits, labels, **options, apart=True))
     value = torch.zeros(len(labels), dtype=stats_dtype(logits, ref_logits), device=labels.device)
     value.masked_fill_(labels >= 0, torch.nan)
     logps = value.expand(2, -1) if options["tokens"] else None
-    return Measured(
-        value, torch.full_like(value, -torch.inf).expand(5, -1), logps, value if options["entropy"] else None
-    )
+    none = torch.full_like(value, -torch.inf)
+    return Measured(torch.stack([value, none]), none.expand(5, -1), logps, value if options["entropy"] else None)
 
 
 def _combined(tables: Tensor, kind: str, owners: Tensor | None, entropy: bool) -> Measured:
-    """The statistics over all columns from every rank's, ``[R, n, 5]`` and more columns as asked for.
+    """The statistics over all columns from every rank's, ``[R, n, 6]`` and more columns as asked for.
 
-    A shard without a finite logit in the first stream has no share in the sum; without one in the second alone it makes
-    the sum infinite, by its share's logarithm.
+    A shard without a finite logit in the first stream has no share in the sum, nor has one without any in the second.
     """
-    maxima, logsums, ref_maxima, ref_logsums, values, *more = tables.double().unbind(2)
+    maxima, logsums, ref_maxima, ref_logsums, values, banned, *more = tables.double().unbind(2)
     *policy, log_w = _shares(maxima, logsums)
     *reference, log_u = _shares(ref_maxima, ref_logsums)
     log_a, log_b = (log_u, log_w) if kind == "forward_kl" else (log_w, log_u)
-    value = _weighed(log_a, torch.where(log_b == -torch.inf, 0, values) + (log_a - log_b))
+    value = _weighed(log_a, torch.where(log_b == -torch.inf, 0, values + (log_a - log_b)))
+    worst = torch.where(log_a == -torch.inf, -torch.inf, banned + log_a).amax(0)
+    value = torch.where((worst >= NEGLIGIBLE) & ~value.isnan(), torch.inf, value)
     pull = torch.zeros_like(value) if kind == "forward_kl" else value
     logps = None if owners is None else torch.stack([_owned(log_w, more[0], owners), _owned(log_u, more[1], owners)])
     entropies = _weighed(log_w, more[-1] - log_w) if entropy else None

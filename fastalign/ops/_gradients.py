@@ -7,8 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.ops._head import Head, Leaves, Needs, Stats, cut, differentiate, hidden_rows, select, spread, workspace
-from fastalign.ops._products import add_product, multiply_back, parts, project
+from fastalign.ops._half import held_in
+from fastalign.ops._head import (
+    Head,
+    Leaves,
+    Needs,
+    Stats,
+    cut,
+    differentiate,
+    hidden_rows,
+    scaled,
+    select,
+    spread,
+    workspace,
+)
+from fastalign.ops._products import add_back, add_product, multiply_back, parts, project
 from fastalign.ops._rows import Coefficients, idle, pick
 from fastalign.ops.plan import Plan
 from fastalign.ops.token_logps import ELSEWHERE
@@ -39,14 +52,21 @@ def needed(head: Head, stats: Stats, row: Coefficients) -> tuple[Head, Stats, Co
 # --- while the logits are hot ----------------------------------------------------------------------------------------
 
 
-def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> Callable[[], None]:
+def write_rows(
+    head: Head, target: Tensor, start: int, stop: int, dz: Tensor, alpha: Tensor | None
+) -> Callable[[], None]:
     """``target[rows] = dz @ [weight, up]`` for the scored rows ``start:stop``; in place where layouts allow.
 
-    Of a shard the product is a partial sum: its exchange runs until the returned function is called.
+    ``alpha`` is the factor that an fp16 ``dz`` needs. Of a shard the product is a partial sum: its exchange runs until
+    the returned function is called.
     """
     if head.options.shard is not None:
-        return _write_shared(head, target, start, stop, dz)
-    if head.rows is None and target.dtype == dz.dtype:
+        return _write_shared(head, target, start, stop, dz, alpha)
+    if alpha is not None:
+        product = torch.zeros(stop - start, head.width, dtype=alpha.dtype, device=dz.device)
+        add_back(head, dz, product, alpha)
+        _store(head, target, start, stop, product)
+    elif head.rows is None and target.dtype == dz.dtype:
         multiply_back(head, dz, target[start:stop])
     else:
         product = torch.empty(stop - start, head.width, dtype=dz.dtype, device=dz.device)
@@ -54,13 +74,15 @@ def write_rows(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) ->
     return _nothing_left
 
 
-def _write_shared(head: Head, target: Tensor, start: int, stop: int, dz: Tensor) -> Callable[[], None]:
+def _write_shared(
+    head: Head, target: Tensor, start: int, stop: int, dz: Tensor, alpha: Tensor | None
+) -> Callable[[], None]:
     """The partial sums are kept and added in the statistics' precision."""
     if head.options.shard is None or start == stop:
         return _nothing_left
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     partial = torch.zeros(stop - start, head.width, dtype=wide, device=dz.device)
-    _add_hidden_gradient(head, partial, dz)
+    add_back(head, dz, partial, alpha)
     work = begin_sum(head.options.shard, partial)
 
     def finish() -> None:
@@ -90,8 +112,12 @@ def add_chunk(
     if keep is not None:
         head, start, stop, hidden = select(head, keep + start), 0, len(keep), hidden[keep]
         logits, stats, row = _moved_up(logits, keep), cut(stats, keep), pick(row, keep)
+    row, alpha = scaled(head, start, stop, row)
     dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
-    _add_products(head, grads, dz, hidden, start, stop, first)
+    # Rows of d hidden are written, those of weight, adapter and bias accumulate.
+    finish = _nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz, alpha)
+    _add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, alpha, first=first)
+    finish()
 
 
 def _moved_up(logits: Tensor, keep: Tensor) -> Tensor:
@@ -102,38 +128,41 @@ def _moved_up(logits: Tensor, keep: Tensor) -> Tensor:
     return logits[: len(keep)]
 
 
-def _add_products(head: Head, grads: Leaves, dz: Tensor, hidden: Tensor, start: int, stop: int, first: bool) -> None:
-    """Rows of ``d hidden`` are written, those of weight, adapter and bias accumulate."""
-    finish = _nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz)
-    _add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, first=first)
-    finish()
-
-
 def _add_weight_gradients(
-    head: Head, sums: Sequence[Tensor | None], bias: Tensor | None, dz: Tensor, hidden: Tensor, *, first: bool
+    head: Head,
+    sums: Sequence[Tensor | None],
+    bias: Tensor | None,
+    dz: Tensor,
+    hidden: Tensor,
+    alpha: Tensor | None,
+    *,
+    first: bool,
 ) -> None:
     """``dz.T @ hidden``, in its parts, and the column sums of dz; ``first`` sets the products instead of adding."""
     for (_, columns), total in zip(parts(head), sums, strict=False):
         if total is not None:
-            add_product(total, dz.t(), hidden[:, columns], first=first)
+            add_product(total, dz.t(), hidden[:, columns], first=first, alpha=alpha)
     if bias is not None:
-        bias += dz.sum(0, dtype=bias.dtype)
+        total = dz.sum(0, dtype=bias.dtype)
+        bias += total if alpha is None else total * alpha
 
 
 # --- second phase ----------------------------------------------------------------------------------------------------
 
 
 def recomputed_gradients(
-    head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs
+    head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs, *, held: bool = False
 ) -> Leaves:
     """Second phase: logits again, slab by slab, into the gradients of the inputs, each in its input's dtype.
 
-    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator.
+    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. ``held``: the
+    upstream is yet to come, and what would be fp16 waits for it in fp32.
     """
+    row, alpha = scaled(head, 0, len(head.labels), row)
     num_rows, vocab, wide = len(head.labels), head.weight.shape[0], stats.max.dtype
     new = {"dtype": wide, "device": head.hidden.device}
     d_hidden = torch.zeros(num_rows, head.width, **new) if needs.hidden else None
-    d_weights = _zeros(inputs.weight, needs.weight), _zeros(inputs.up, needs.up)
+    d_weights = _zeros(inputs.weight, needs.weight, held), _zeros(inputs.up, needs.up, held)
     d_bias = torch.zeros(vocab, **new) if needs.bias else None
     hidden, buffer = hidden_rows(head, 0, num_rows), workspace(head, plan.block, plan.slab)
     finish = _summed(head, d_hidden) if not vocab else _nothing_left
@@ -146,25 +175,33 @@ def recomputed_gradients(
             rows = slice(start, min(num_rows, start + plan.block))
             dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, row)
             if d_hidden is not None:
-                _add_hidden_gradient(head, d_hidden[rows], dz, first, last)
+                add_back(head, dz, d_hidden[rows], alpha, first, last)
             if last == vocab and rows.stop == num_rows:
                 finish = _summed(head, d_hidden)
-            _add_weight_gradients(head, sums, d_slab, dz, hidden[rows], first=start == 0)
+            _add_weight_gradients(head, sums, d_slab, dz, hidden[rows], alpha, first=start == 0)
         for slab, total in zip(slabs, sums, strict=True):
             if slab is not None and total is not None and total is not slab:
                 slab.copy_(total)
     finish()
-    return _dense(head, inputs, d_hidden, *d_weights, d_bias)
+    return _dense(head, inputs, held, d_hidden, *d_weights, d_bias)
 
 
-def _zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else None
+def _dtype(like: Tensor, held: bool) -> torch.dtype:
+    return held_in(like.dtype) if held else like.dtype
 
 
-def _dense(head: Head, inputs: Leaves, d_hidden: Tensor | None, d_weight, d_up, d_bias: Tensor | None) -> Leaves:
+def _zeros(like: Tensor | None, needed: bool, held: bool) -> Tensor | None:
+    return (
+        torch.zeros(like.shape, dtype=_dtype(like, held), device=like.device) if needed and like is not None else None
+    )
+
+
+def _dense(
+    head: Head, inputs: Leaves, held: bool, d_hidden: Tensor | None, d_weight, d_up, d_bias: Tensor | None
+) -> Leaves:
     """``d hidden`` over all rows, and the sums in their inputs' dtypes."""
-    hidden = None if d_hidden is None or inputs.hidden is None else spread(head, d_hidden, inputs.hidden.dtype)
-    bias = None if d_bias is None or inputs.bias is None else d_bias.to(inputs.bias.dtype)
+    hidden = None if d_hidden is None or inputs.hidden is None else spread(head, d_hidden, _dtype(inputs.hidden, held))
+    bias = None if d_bias is None or inputs.bias is None else d_bias.to(_dtype(inputs.bias, held))
     return Leaves(hidden, d_weight, d_up, bias)
 
 
@@ -178,15 +215,6 @@ def _summed(head: Head, d_hidden: Tensor | None) -> Callable[[], object]:
 def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
     """The slab of the gradient itself when it is precise enough to add into."""
     return target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
-
-
-def _add_hidden_gradient(head: Head, total: Tensor, dz: Tensor, first: int = 0, last: int | None = None) -> None:
-    """``total += dz @ [weight, up][first:last]``."""
-    if head.options.batch_invariant:
-        total.add_(multiply_back(head, dz, torch.empty(total.shape, dtype=dz.dtype, device=dz.device), first, last))
-        return
-    for weight, columns in parts(head):
-        add_product(total[:, columns], dz, weight[first:last], first=False)
 
 
 def _slab_gradient(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._checks import kernel_labels
+from fastalign.ops._half import one_for_all, row_bound, times
 from fastalign.ops._rows import Coefficients, coefficients, smoothed
 from fastalign.ops._torch_token_logps import BLOCK_BYTES
 from fastalign.ops.token_logps import stats_dtype
@@ -249,6 +250,18 @@ def differentiate(
     if logits.numel():
         head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **_scaling(head, start, stop))
     return logits
+
+
+def scaled(head: Head, start: int, stop: int, row: Coefficients) -> tuple[Coefficients, Tensor | None]:
+    """Coefficients of the rows ``start:stop`` as their products want them, and the factor that the products need.
+
+    In fp16 a power of two and its inverse; else the coefficients as they are, and None.
+    """
+    if head.options.dtype != torch.float16:
+        return row, None
+    scaling = _scaling(head, start, stop)
+    scale = one_for_all(row_bound(row, scaling["logit_scale"] / scaling["temperature"]))
+    return times(row, scale), scale.reciprocal()
 
 
 def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | None]) -> Coefficients:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastalign.ops import dispatch
 from fastalign.ops._divergence_shards import measure
 from fastalign.ops._gradients import write_rows
+from fastalign.ops._half import one_for_all
 from fastalign.ops._head import Head, Options, hidden_rows, kernel_dtype, make_head, planned_columns, workspace
 from fastalign.ops._products import add_product, project
 from fastalign.ops._torch_token_logps import BLOCK_BYTES
@@ -136,9 +137,24 @@ def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, T
         value[rows], stats[:, rows], *_ = measure(head.sweep, shard, None, *pair, labels, **scaling)
         if plan.mode == "frozen":
             part = stats[:, rows].contiguous()
-            dz = differentiate(streams, rows, pair, labels, part, torch.ones_like(value[rows]))
-            write_rows(head, directions, start, stop, dz)()
+            grad, alpha = scaled(streams, rows, part, torch.ones_like(value[rows]))
+            dz = differentiate(streams, rows, pair, labels, part, grad)
+            write_rows(head, directions, start, stop, dz, alpha)()
     return value, stats
+
+
+def scaled(streams: Streams, rows: slice, stats: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The upstream of some rows as their products want it, and the factor that the products need; see ``_half``.
+
+    No element of ``dz`` exceeds ``2 K + 1``, with K the mean that it subtracts: ``p ln(p / pi)`` is at least
+    ``-pi / e``, so that none of its sum K exceeds ``K + 1 / e``.
+    """
+    head = streams.policy
+    if head.options.dtype != torch.float16:
+        return grad, None
+    tau = head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature
+    scale = one_for_all(grad.abs() * (2 * stats[4].abs() + 1) * abs(head.options.logit_scale / tau))
+    return grad * scale, scale.reciprocal()
 
 
 def differentiate(
@@ -172,6 +188,7 @@ def recompute(
     Of a shard ``d_hidden`` is a partial sum: the ranks add it up while the last slab's other products are made.
     """
     head, buffers = streams.policy, streams.buffers(plan.block, plan.slab)
+    grad, alpha = scaled(streams, slice(None), stats, grad)
     wide, vocab, num_rows, work = kernel_dtype(head.options.dtype), head.weight.shape[0], len(head.labels), None
     for first, last in _spans(vocab if num_rows else 0, plan.slab):
         slab_sum = None if d_weight is None else grad.new_empty(last - first, head.weight.shape[1], dtype=wide)
@@ -180,13 +197,14 @@ def recompute(
             pair = streams.logits(buffers, rows, first, last)
             dz = differentiate(streams, rows, pair, labels, stats[:, rows].contiguous(), grad[rows])
             if d_hidden is not None:
-                add_product(d_hidden[rows], dz, head.weight[first:last], first=False)
+                add_product(d_hidden[rows], dz, head.weight[first:last], first=False, alpha=alpha)
             if (last, stop) == (vocab, num_rows):
                 work = _begin_sum(head, d_hidden)
             if slab_sum is not None:
-                add_product(slab_sum, dz.t(), hidden_rows(head, start, stop), first=start == 0)
+                add_product(slab_sum, dz.t(), hidden_rows(head, start, stop), first=start == 0, alpha=alpha)
             if d_bias is not None:
-                d_bias[first:last] += dz.sum(0, dtype=wide)
+                total = dz.sum(0, dtype=wide)
+                d_bias[first:last] += total if alpha is None else total * alpha
         if d_weight is not None and slab_sum is not None:
             d_weight[first:last] = slab_sum
     work = work if vocab else _begin_sum(head, d_hidden)

@@ -26,11 +26,16 @@ def parts(head: Head) -> list[tuple[Tensor, slice]]:
 
 
 def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``; the adapter's part, small, is rounded first."""
+    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``.
+
+    Half precision rounds between the products. The adapter's part, small, goes first, unless there is a bias: that
+    joins the weight's product before any rounding, as in a linear layer; the two may be large and cancel.
+    """
     columns = len(head.weight[first:last])
     out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
     plus = None if head.bias is None else head.bias[first:last]
-    for weight, part in reversed(parts(head)):
+    joined = plus is not None and out.dtype.itemsize < 4
+    for weight, part in parts(head) if joined else reversed(parts(head)):
         multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
         plus = out
     return out
@@ -70,8 +75,14 @@ def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int
     return out
 
 
-def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision."""
+def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor | None = None) -> None:
+    """``acc = a @ b`` (first) or ``acc += a @ b`` with sums and result in the accumulator's precision.
+
+    ``alpha``, a number on the device, is a factor of the product: what an fp16 ``a`` was divided by.
+    """
+    if alpha is not None:
+        _add_scaled(acc, a, b, alpha, first=first)
+        return
     if _onednn.multiplies(a, b, acc):
         _onednn.multiply(a, b, acc, add=not first)
         return
@@ -90,3 +101,35 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             torch.mm(rows, b, out_dtype=acc.dtype, out=part)
         else:
             part.add_(torch.mm(rows, b, out_dtype=acc.dtype))
+
+
+def _add_scaled(acc: Tensor, a: Tensor, b: Tensor, alpha: Tensor, *, first: bool) -> None:
+    """``add_product`` of fp16 with a factor: the host knows it on a CPU alone, where operands are widened in blocks."""
+    for start in range(0, acc.shape[0], UPCAST_ROWS):
+        part, rows = acc[start : start + UPCAST_ROWS], a[start : start + UPCAST_ROWS]
+        if acc.device.type != "cpu":
+            product = torch.mm(rows, b, out_dtype=acc.dtype).mul_(alpha)
+            part.copy_(product) if first else part.add_(product)
+            continue
+        if first:
+            part.zero_()
+        for begin in range(0, a.shape[1], UPCAST_ROWS):
+            terms = slice(begin, begin + UPCAST_ROWS)
+            part.addmm_(rows[:, terms].to(acc.dtype), b[terms].to(acc.dtype), alpha=alpha.item())
+
+
+def add_back(
+    head: Head, dz: Tensor, total: Tensor, alpha: Tensor | None, first: int = 0, last: int | None = None
+) -> None:
+    """``total [n, D + r] += alpha * dz @ [weight, up][first:last]`` in the precision of ``total``."""
+    if head.options.batch_invariant and alpha is None:
+        total.add_(multiply_back(head, dz, torch.empty(total.shape, dtype=dz.dtype, device=dz.device), first, last))
+        return
+    for weight, columns in parts(head):
+        if not head.options.batch_invariant:
+            add_product(total[:, columns], dz, weight[first:last], first=False, alpha=alpha)
+            continue
+        for rows, part in _padded(dz):
+            tile = total.new_empty(INVARIANT_ROWS, weight.shape[1])
+            add_product(tile, part, weight[first:last], first=True, alpha=alpha)
+            total[rows, columns] += tile[: rows.stop - rows.start]

@@ -19,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = -87.0
+"""The least ln p with a share in a divergence; below, about where normal fp32 numbers end, instruction sets differ."""
+
 
 class Coefficients(NamedTuple):
     """What a backward sweep is given of each row, each ``[N]`` in the statistics' dtype; None is zero everywhere."""

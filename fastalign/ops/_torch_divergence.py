@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops._rows import Coefficients, idle, pick
+from fastalign.ops._rows import NEGLIGIBLE, Coefficients, idle, pick
 from fastalign.ops._torch_token_logps import (
     FLOOR,
-    _blocks,
     _out_of_range,
     _row_gradients,
     _rows_of,
     _scaled,
     _slope,
+    row_blocks,
 )
 from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
@@ -33,6 +33,7 @@ def forward(
     ref_logit_scale: float = 1.0,
     tokens: bool = False,
     entropy: bool = False,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The divergence of each pair of rows, block of rows by block of rows.
 
@@ -42,6 +43,8 @@ def forward(
         kind: "forward_kl", "reverse_kl" or "jsd"; ``mix`` is the weight of the reference in the mixture of "jsd".
         temperature: a number or ``[N]``, for both streams; softcap and logit scale are each stream's own.
         tokens, entropy: whether to return the label's log-probs, and the policy's entropy.
+        apart: of a KL: value is ``[2, N]``, the sum over the columns that the second distribution does not ban, and the
+            largest ln of the first's probability among those that it bans.
 
     Returns:
         value ``[N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None, in fp32 (fp64 if a stream is
@@ -49,22 +52,24 @@ def forward(
         subtracts: KL(p || pi), for "jsd" KL(p || M). Those of logps: under policy and reference; 0 for the label -1.
     """
     dtype = stats_dtype(logits, ref_logits)
-    value = torch.empty(len(labels), dtype=dtype, device=logits.device)
-    stats = value.new_empty(5, len(labels))
-    logps, entropies = value.new_empty(2, len(labels)) if tokens else None, torch.empty_like(value) if entropy else None
-    for rows in _blocks(logits):
+    value = torch.empty(2 if apart else 1, len(labels), dtype=dtype, device=logits.device)
+    stats, entropies = value.new_empty(5, len(labels)), value.new_empty(len(labels)) if entropy else None
+    logps = value.new_empty(2, len(labels)) if tokens else None
+    for rows in row_blocks(logits):
         tau, y = _rows_of(temperature, rows), labels[rows]
         log_p, *p_stats = _normalised(_z(logits[rows], dtype, tau, softcap, logit_scale))
         log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))
-        result, pull = _values(log_p, log_q, kind, mix)
         masked = y == IGNORE_INDEX
+        if apart:
+            value[1, rows] = _banned(*((log_q, log_p) if kind == "forward_kl" else (log_p, log_q)))
+        result, pull = _values(log_p, log_q, kind, mix, apart)
         stats[:, rows] = torch.stack([*p_stats, *q_stats, pull]).masked_fill_(masked, 0)
-        value[rows] = _marked(result.masked_fill(masked, 0), y, logits)
+        value[0, rows] = _marked(result.masked_fill(masked, 0), y, logits)
         if logps is not None:
             logps[:, rows] = torch.stack([_label_logps(log_p, y), _label_logps(log_q, y)])
         if entropies is not None:
-            entropies[rows] = _mean(log_p, log_p).neg_().masked_fill_(masked, 0)
-    return value, stats, logps, entropies
+            entropies[rows] = _mean(log_p, log_p, FLOOR).neg_().masked_fill_(masked, 0)
+    return value if apart else value[0], stats, logps, entropies
 
 
 def _label_logps(log_p: Tensor, labels: Tensor) -> Tensor:
@@ -91,7 +96,7 @@ def mixture(
     The columns may be any slab of the vocabulary that the maxima and logsums in ``stats`` were made of.
     """
     sums = stats.new_empty(2, len(labels))
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         tau, (p_max, p_logsum, q_max, q_logsum, _) = _rows_of(temperature, rows), stats[:, rows, None]
         log_p = _z(logits[rows], stats.dtype, tau, softcap, logit_scale).sub_(p_max).sub_(p_logsum)
         log_q = _z(ref_logits[rows], stats.dtype, tau, ref_softcap, ref_logit_scale).sub_(q_max).sub_(q_logsum)
@@ -129,7 +134,7 @@ def backward(
     unread. The columns may be any slab of the vocabulary that the statistics were made of.
     """
     dtype = stats.dtype
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         tau, y, d = _rows_of(temperature, rows), labels[rows], grad[rows]
         p_max, p_logsum, q_max, q_logsum, pull = stats[:, rows, None]
         z = _z(logits[rows], dtype, tau, softcap, logit_scale)
@@ -157,23 +162,32 @@ def _normalised(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z.sub_(logsum[:, None]), maximum, logsum
 
 
-def _values(log_p: Tensor, log_q: Tensor, kind: str, mix: float) -> tuple[Tensor, Tensor]:
-    """The divergence and the mean that backward subtracts."""
+def _values(log_p: Tensor, log_q: Tensor, kind: str, mix: float, apart: bool) -> tuple[Tensor, Tensor]:
+    """The divergence, ``apart`` from columns that the second stream bans, and the mean that backward subtracts."""
     if kind == "forward_kl":
-        value = _mean(log_q, log_q - log_p)
+        value = _kl(log_q, log_p, apart)
         return value, torch.zeros_like(value)
     if kind == "reverse_kl":
-        value = _mean(log_p, log_p - log_q)
+        value = _kl(log_p, log_q, apart)
         return value, value
     p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
     pull = _mean(log_p, p_over_m)
     return mix * _mean(log_q, q_over_m) + (1 - mix) * pull, pull
 
 
-def _mean(log_a: Tensor, x: Tensor) -> Tensor:
-    """``sum_v a_v x_v`` over the columns with ``a_v > 0``."""
-    a = log_a.exp()
-    return torch.where(a == 0, 0, a * x).sum(-1)
+def _kl(log_a: Tensor, log_b: Tensor, apart: bool) -> Tensor:
+    gap = log_a - log_b
+    return _mean(log_a, gap.masked_fill_(log_b == -torch.inf, 0) if apart else gap)
+
+
+def _banned(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """The largest ``ln a_v`` where b is 0. A row of b without any probability, whose ``ln b`` is NaN, bans all."""
+    return torch.where((log_b == -torch.inf) | log_b.isnan(), log_a, -torch.inf).amax(-1)
+
+
+def _mean(log_a: Tensor, x: Tensor, least: float = NEGLIGIBLE) -> Tensor:
+    """``sum_v a_v x_v`` over the columns with a share: ``ln a_v`` is not below ``least``."""
+    return torch.where(log_a < least, 0, log_a.exp() * x).sum(-1)
 
 
 def _over_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> tuple[Tensor, Tensor]:
@@ -190,6 +204,6 @@ def _slopes(log_p: Tensor, log_q: Tensor, pull: Tensor, kind: str, mix: float) -
     if kind == "forward_kl":
         return p.sub_(log_q.exp_())
     if kind == "reverse_kl":
-        return torch.where(p == 0, 0, (log_p - log_q).sub_(pull).mul_(p))
+        return torch.where(log_p < NEGLIGIBLE, 0, (log_p - log_q).sub_(pull).mul_(p))
     p_over_m, _ = _over_mixture(log_p, log_q, mix)
     return torch.where(p == 0, 0, p_over_m.sub_(pull).mul_(p)).mul_(1 - mix)

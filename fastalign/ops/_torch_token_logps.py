@@ -43,7 +43,7 @@ def forward(
     dtype = stats_dtype(logits)
     logps, maximum, logsum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
     entropies, totals, hits = (torch.empty_like(logps) if wanted else None for wanted in (entropy, total, top1))
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         y = labels[rows]
         masked = y == IGNORE_INDEX
         z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
@@ -80,7 +80,7 @@ def backward(
     logit_scale: float = 1.0,
 ) -> None:
     """Writes ``d logits`` into ``out``, which may be ``logits``; rows without a coefficient become zeros, unread."""
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         tau, y, part = _rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
         z = _scaled(logits[rows], tau, softcap, logit_scale)
         slope = _slope(z, tau, softcap, logit_scale)
@@ -115,7 +115,7 @@ def _is_argmax(z: Tensor, tied: Tensor, labels: Tensor) -> Tensor:
     return tied.index_put((rows,), z[rows].argmax(-1) == labels[rows])
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
     """Row slices whose fp32 copies take about BLOCK_BYTES each."""
     item = 8 if logits.dtype == torch.float64 else 4
     budget = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"])

@@ -6,8 +6,10 @@
     reverse_kl = KL(p || pi)                               dz_v = p_v (ln(p_v / pi_v) - KL(p || pi))
     jsd = mix KL(pi || M) + (1 - mix) KL(p || M)           dz_v = (1 - mix) p_v (ln(p_v / M_v) - KL(p || M))
 
-A column without probability has no share in a sum and no gradient: banned (-inf) logits make no NaN. A column banned in
-one stream alone makes the KL over the other honestly infinite.
+A column without probability has no share in a sum and no gradient: banned (-inf) logits make no NaN. So has one whose
+probability under the first distribution of a KL is below ``e^-87`` (1.6e-38, about the least normal fp32 number), on
+every backend and in every dtype. A column banned in the second distribution alone, at ``e^-87`` or above in the first,
+makes the KL honestly infinite.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor
 from fastalign.ops import dispatch
 from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
 from fastalign.ops._divergence_shards import measure
-from fastalign.ops.token_logps import ELSEWHERE, split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import Shard, agree, localise, make_shard
+from fastalign.ops._rows import NEGLIGIBLE
+from fastalign.ops.token_logps import ELSEWHERE, facts, split_temperature, stats_dtype
+from fastalign.ops.vocab_parallel import Shard, agree, checked_together, localise, make_shard
 from fastalign.types import IGNORE_INDEX
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -69,7 +72,7 @@ def _log_softmax(x: Tensor, tau: float | Tensor, softcap: float | None, logit_sc
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """``KL(a || b)`` over the last dimension."""
-    banned = log_a == -torch.inf
+    banned = log_a < NEGLIGIBLE
     return (log_a.exp() * (log_a.masked_fill(banned, 0) - log_b.masked_fill(banned, 0))).sum(-1)
 
 
@@ -212,7 +215,8 @@ def divergence(
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:
-        ``[N]`` in fp32 (fp64 if an input is fp64); +inf where the KL is.
+        ``[N]`` in fp32 (fp64 if an input is fp64); +inf where the KL is: where a column that the second distribution
+        bans (-inf) has a probability of ``e^-87`` or more under the first. Less counts as none, on every backend.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; unknown kind; mix 0 or 1; a CPU label outside ``[0, V)``.
@@ -221,15 +225,18 @@ def divergence(
     >>> divergence(torch.zeros(2, 4), torch.eye(4)[:2], labels=torch.tensor([1, -100]))
     tensor([0.1180, 0.0000])
     """
-    check_matrix("logits", logits, "[N, V]")
-    check_matrix("ref_logits", ref_logits, "[N, V]")
-    if logits.shape != ref_logits.shape:
-        raise ValueError(f"ref_logits must be {list(logits.shape)} like the logits, got {list(ref_logits.shape)}")
-    check_device("ref_logits", ref_logits, "logits", logits)
-    check_choice(kind, mix)
-    check_rows(logits, "logits", labels, temperature, softcap, ref_softcap)
+    with checked_together(process_group, logits):
+        check_matrix("logits", logits, "[N, V]")
+        check_matrix("ref_logits", ref_logits, "[N, V]")
+        if logits.shape != ref_logits.shape:
+            raise ValueError(f"ref_logits must be {list(logits.shape)} like the logits, got {list(ref_logits.shape)}")
+        check_device("ref_logits", ref_logits, "logits", logits)
+        check_choice(kind, mix)
+        check_rows(logits, "logits", labels, temperature, softcap, ref_softcap)
+        same = facts("divergence", logits, process_group, backend)
     number, rows = split_temperature(temperature, logits, stats_dtype(logits, ref_logits))
-    same = {"number of rows of logits": len(logits)}
+    same |= {"dtype of ref_logits": ref_logits.dtype, "labels": "None" if labels is None else "given"}
+    same |= {"kind": kind, "mix": mix, "temperature": temperature, "softcap": softcap, "ref_softcap": ref_softcap}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     options = (rows, number, kind, float(mix), softcap, ref_softcap, backend, group, shards)
     return _op(logits, ref_logits.detach(), labels, *options)[0]

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops._call import facts
 from fastalign.ops._checks import check_device, check_linear, check_memory
 from fastalign.ops._dtensor import vocabulary_slices, whole
+from fastalign.ops._half import held_in
 from fastalign.ops._head import gemm_dtype, spread
 from fastalign.ops._linear_divergence import Call, accumulators, forward, make_streams, plan_for, recompute
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
 from fastalign.ops.token_logps import split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import agree
+from fastalign.ops.vocab_parallel import agree, checked_together
 from fastalign.types import IGNORE_INDEX
 
 
@@ -68,7 +70,8 @@ def _op(*args) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args)
     streams = make_streams(call)
     plan = plan_for(streams, call.memory, "upstream" if gradient else "none", trainable)
-    directions = call.hidden.new_zeros(len(call.hidden) if plan.mode == "frozen" else 0, call.hidden.shape[1])
+    rows, width = len(call.hidden) if plan.mode == "frozen" else 0, call.hidden.shape[1]
+    directions = call.hidden.new_zeros(rows, width, dtype=held_in(call.hidden.dtype))
     value, stats = forward(streams, plan, directions)
     head, out = streams.policy, stats_dtype(call.hidden, call.weight, call.ref_hidden, call.ref_weight)
     return spread(head, value, out), spread(head, stats.t(), stats.dtype).contiguous(), directions
@@ -80,21 +83,22 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, *rest):
     wide = torch.float64 if torch.float64 in (call.dtype, call.ref_dtype) else torch.float32
     value = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight, ref_hidden, ref_weight))
     kept = hidden.shape[0] if gradient and not trainable else 0
-    return value, hidden.new_empty(hidden.shape[0], 5, dtype=wide), hidden.new_empty(kept, hidden.shape[1])
+    directions = hidden.new_empty(kept, hidden.shape[1], dtype=held_in(hidden.dtype))
+    return value, hidden.new_empty(hidden.shape[0], 5, dtype=wide), directions
 
 
 @torch.library.custom_op("fastalign::scale_rows", mutates_args=())
 def _scale_rows(hidden: Tensor, directions: Tensor, grad: Tensor) -> Tensor:
     """``g_i U_i``; where ``g_i`` is 0 whatever the direction holds is selected out.
 
-    ``hidden`` is not read: through it autograd knows that the result must not be differentiated again.
+    Of ``hidden`` the dtype alone is read: through it autograd knows that the result must not be differentiated again.
     """
-    return torch.where(grad[:, None] == 0, 0.0, grad[:, None] * directions).to(directions.dtype)
+    return torch.where(grad[:, None] == 0, 0.0, grad[:, None] * directions).to(hidden.dtype)
 
 
 @_scale_rows.register_fake
 def _(hidden, directions, grad):
-    return torch.empty_like(directions)
+    return torch.empty_like(directions, dtype=hidden.dtype)
 
 
 @torch.library.custom_op(
@@ -217,23 +221,25 @@ def linear_divergence(
     hidden, ref_hidden, labels, temperature = (whole(name, x) for name, x in local.items())
     slices = {"weight": weight, "ref_weight": ref_weight, "bias": bias, "ref_bias": ref_bias}
     (weight, ref_weight, bias, ref_bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore
-    _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
-    check_choice(kind, mix)
-    check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
-    check_memory(memory)
+    with checked_together(process_group, hidden):
+        _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
+        check_choice(kind, mix)
+        check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
+        check_memory(memory)
+        same = facts("linear_divergence", hidden, weight, None, process_group, memory, backend)
     number, rows = split_temperature(temperature, hidden, stats_dtype(hidden, weight, ref_hidden, ref_weight))
     enabled = torch.is_grad_enabled()
     trainable = enabled and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    same = {
-        "number of rows of hidden": len(hidden),
-        "number of columns of weight (D)": weight.shape[1],
-        "number of columns of ref_weight (Dr)": ref_weight.shape[1],
-        "requires_grad of hidden (0 or 1)": int(enabled and hidden.requires_grad),
-    }
+    dtypes = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
+    biases = {"bias": bias, "ref_bias": ref_bias}
+    same |= {name: "None" if x is None else x.dtype for name, x in biases.items()}
+    same |= {"number of columns of ref_weight (Dr)": ref_weight.shape[1], "dtype of the reference": dtypes[1]}
+    same |= {"labels": "None" if labels is None else "given", "kind": kind, "mix": mix, "temperature": temperature}
+    same |= {"softcap": softcap, "ref_softcap": ref_softcap, "memory": memory, "backend": backend}
+    same |= {"logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale}
     group, shards, trainable = agree(process_group, hidden, weight.shape[0], same, trainable, labels)
     ref = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
     scaling = (softcap, ref_softcap, float(logit_scale), float(ref_logit_scale))
-    dtypes = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
     options = (labels, rows, number, kind, float(mix), *scaling, *dtypes, memory, backend, group, shards)
     gradient = enabled and (trainable or hidden.requires_grad)
     return _op(hidden, weight, bias, *ref, *options, gradient, trainable)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastalign.ops._call import SCHEMA, TENSORS, Call, head_of, make_call
 from fastalign.ops._checks import Lora
 from fastalign.ops._gradients import needed, recomputed_gradients, write_rows
+from fastalign.ops._half import held_in
 from fastalign.ops._head import (
     Head,
     Leaves,
@@ -29,6 +30,7 @@ from fastalign.ops._head import (
     planned_columns,
     reported,
     row_coefficients,
+    scaled,
     scratch_bytes,
     spread,
     sweep,
@@ -130,7 +132,7 @@ def _(*args):
 
 def _new_directions(hidden: Tensor, wanted: bool) -> Tensor:
     rows = hidden.shape[0] if wanted else 0
-    return torch.zeros(rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    return torch.zeros(rows, hidden.shape[1], dtype=held_in(hidden.dtype), device=hidden.device)
 
 
 def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats:
@@ -142,8 +144,9 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
         parts.append(stats)
         if plan.mode == "frozen":
             row = row_coefficients(head, stats, {"logps": torch.ones_like(stats.logps)})
+            row, alpha = scaled(head, start, stop, row)
             dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
-            write_rows(head, directions, start, stop, dz)()
+            write_rows(head, directions, start, stop, dz, alpha)()
     return join(head, parts, entropy)
 
 
@@ -151,15 +154,15 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
 def _scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
     """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds.
 
-    ``hidden`` is not read: through it autograd knows that the result must not be differentiated again.
+    Of ``hidden`` the dtype alone is read: through it autograd knows that the result must not be differentiated again.
     """
     skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
-    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(directions.dtype)
+    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(hidden.dtype)
 
 
 @_scale_directions.register_fake
 def _(hidden, labels, directions, grad_logps):
-    return torch.empty_like(directions)
+    return torch.empty_like(directions, dtype=hidden.dtype)
 
 
 @torch.library.custom_op(
@@ -276,7 +279,7 @@ def linear_logps(
         lse: also return the log-sum-exp of z, differentiable, as z-losses want it.
         process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
             rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
-            are the same on every rank.
+            are the same on every rank. Ranks whose options, sizes or labels differ all raise, and say in what.
             Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank. A DTensor weight
             (bias, B) placed ``Shard(0)`` over one dimension of its mesh brings its group; replicated DTensors count as
             their local tensors. Gradients are placed like their inputs.
@@ -293,16 +296,18 @@ def linear_logps(
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
-            ``deterministic=True`` where that cannot be promised.
+            ``deterministic=True`` where that cannot be promised; ranks that disagree.
         RuntimeError: double backward.
 
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
     call, trainable = make_call(
+        "linear_logps",
         hidden,
         weight,
         labels,
+        {"entropy": entropy, "lse": lse},
         bias=bias,
         lora=lora,
         temperature=temperature,

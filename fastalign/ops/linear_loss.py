@@ -12,19 +12,22 @@ Backward hands these gradients over, times its upstream scalar.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.ops._call import Call, head_of, make_call
+from fastalign.ops._call import TENSORS, Call, head_of, make_call
 from fastalign.ops._checks import Lora
 from fastalign.ops._final import mark
 from fastalign.ops._gradients import needed, recomputed_gradients
-from fastalign.ops._head import Head, Leaves, Needs, Wanted, kernel_dtype, reported, spread
+from fastalign.ops._half import held_in
+from fastalign.ops._head import Head, Leaves, Needs, Stats, Wanted, kernel_dtype, reported, spread
 from fastalign.ops._loss_fn import DIFFERENTIABLE, LossFn, checked
 from fastalign.ops._passes import Outcome, one_pass, two_phase
+from fastalign.ops._rows import Coefficients
 from fastalign.ops._transfer import on_device
 from fastalign.ops._units import Align, Units, make_units
 from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
@@ -35,25 +38,36 @@ from fastalign.types import IGNORE_INDEX, TokenStats
 
 
 class _Attach(torch.autograd.Function):
-    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one asks
-    ``again`` for them."""
+    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one makes
+    them again. All tensors are saved through autograd, which lets go of them behind a backward that is the last."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, up, bias, loss, grads: list[Leaves], again):
-        ctx.save_for_backward(hidden, weight, up, bias)
-        ctx.grads, ctx.again = grads, again
+    def forward(ctx, loss, grads: Leaves, plan: Plan, outcome: Outcome, needs: Needs, *call):
+        assert outcome.row is not None
+        ctx.save_for_backward(*call[:TENSORS], *vars(outcome.stats).values(), *outcome.row)
+        ctx.grads, ctx.settings = [grads], (plan, needs, call[TENSORS:])
+        ctx.dtypes = [None if x is None else x.dtype for x in call[: len(grads)]]
         return loss.clone()
 
     @staticmethod
     def backward(ctx, *upstream):
-        inputs = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * 4
+        saved = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * len(ctx.dtypes)
         with torch.no_grad():
-            made = ctx.grads.pop() if ctx.grads else ctx.again(*inputs)
+            made = ctx.grads.pop() if ctx.grads else _again(ctx.settings, saved)
             _scale(made, upstream[0])
+            made = [None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():
-            both = zip(made, inputs, strict=True)
+            both = zip(made, saved, strict=False)
             made = (g if g is None or x is None else mark("linear_loss", g, x) for g, x in both)
-        return *made, None, None, None
+        return *(None,) * 5, *made, *(None,) * (len(Call._fields) - len(ctx.dtypes))
+
+
+def _again(settings: tuple[Plan, Needs, tuple], saved: Sequence[Any]) -> Leaves:
+    """The gradients a second time, from what was saved."""
+    plan, needs, options = settings
+    call, rest = Call(*saved[:TENSORS], *options), saved[TENSORS:]
+    stats, row = Stats(*rest[: len(fields(Stats))]), Coefficients(*rest[len(fields(Stats)) :])
+    return _recomputed(head_of("linear_loss", call), plan, stats, row, Leaves(*call[:4]), needs)
 
 
 def _scale(grads: Leaves, upstream: Tensor) -> None:
@@ -66,7 +80,7 @@ def _scale(grads: Leaves, upstream: Tensor) -> None:
 
 def _new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leaves:
     """Buffers of a one-pass call: rows that need no gradient stay 0, weight, adapter and bias are summed in fp32."""
-    wide, single = kernel_dtype(head.options.dtype), len(plan.chunks) == 1
+    wide, single = kernel_dtype(head.options.dtype), len(plan.chunks) == 1 and head.options.dtype != torch.float16
     new = torch.empty if plan.chunks else torch.zeros
 
     def total(like: Tensor | None, need: bool) -> Tensor | None:
@@ -75,14 +89,17 @@ def _new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leav
         dtype = like.dtype if single and like.dtype == head.options.dtype else wide
         return new(like.shape, dtype=dtype, device=like.device)
 
-    hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    hidden, dtype = None, held_in(head.hidden.dtype)
+    if needs.hidden:
+        hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
     bias = torch.zeros(len(head.weight), dtype=wide, device=head.hidden.device) if needs.bias else None
     return Leaves(hidden, total(inputs.weight, needs.weight), total(inputs.up, needs.up), bias)
 
 
 def _cast(grads: Leaves, inputs: Leaves) -> Leaves:
-    """Each gradient in its input's dtype."""
-    return Leaves(*(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)))
+    """Each gradient in its input's dtype; that of an fp16 input waits for its upstream in fp32."""
+    both = zip(grads, inputs, strict=True)
+    return Leaves(*(None if g is None or x is None else g.to(held_in(x.dtype)) for g, x in both))
 
 
 def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, inputs: Leaves, needs: Needs):
@@ -90,17 +107,18 @@ def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: W
     gradient = any(needs)
     if plan.mode == "slabs":
         outcome = two_phase(head, plan, units, loss_fn, wanted, gradient)
-        return outcome, _made_again(head, plan, outcome, inputs, needs) if gradient else None
+        if outcome.row is None:
+            return outcome, None
+        return outcome, _recomputed(head, plan, outcome.stats, outcome.row, inputs, needs)
     grads = _new_gradients(head, plan, inputs, needs) if gradient else None
     outcome = one_pass(head, plan, units, loss_fn, wanted, grads)
     return outcome, None if grads is None else _cast(grads, inputs)
 
 
-def _made_again(head: Head, plan: Plan, outcome: Outcome, inputs: Leaves, needs: Needs) -> Leaves:
+def _recomputed(head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs) -> Leaves:
     """The gradients from the saved coefficients, through recomputed logits."""
-    assert outcome.row is not None
-    head, stats, row = needed(head, outcome.stats, outcome.row)
-    return recomputed_gradients(head, plan, stats, row, inputs, needs)
+    head, stats, row = needed(head, stats, row)
+    return recomputed_gradients(head, plan, stats, row, inputs, needs, held=True)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -134,6 +152,7 @@ def linear_loss(
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z)``; three GEMMs per row
     (two when the weight is frozen, one under ``no_grad``, which runs the same chunks and still evaluates ``loss_fn``).
+    Gradients of fp16 inputs wait in fp32 for what comes upstream, so that a loss scaler finds them whole.
 
     Args:
         hidden: ``[N, D]``; a row labelled -100 is never read.
@@ -166,10 +185,13 @@ def linear_loss(
     >>> linear_loss(hidden, weight, labels, lambda stats: -stats.logps.sum() / 2)[0]
     tensor(1.3863)
     """
+    more = {"entropy": entropy, "lse": lse, "align": align, "cu_seqlens": cu_seqlens, "cu_groups": cu_groups}
     call, trainable = make_call(
+        "linear_loss",
         hidden,
         weight,
         labels,
+        more,
         bias=bias,
         lora=lora,
         temperature=temperature,
@@ -196,11 +218,7 @@ def linear_loss(
     if grads is None:
         return outcome.loss, stats
 
-    def again(*saved: Tensor) -> Leaves:
-        inputs = Leaves(*saved)
-        return _made_again(head_of("linear_loss", call._replace(**inputs._asdict())), plan, outcome, inputs, needs)
-
-    loss: Any = _Attach.apply(*inputs, outcome.loss, [grads], again)
+    loss: Any = _Attach.apply(outcome.loss, grads, plan, outcome, needs, *call)
     return loss, stats
 
 

@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastalign.ops import _functors, dispatch
-from fastalign.ops._checks import check_device, check_labels, check_matrix, check_scaling
+from fastalign.ops._checks import check_device, check_in_place, check_labels, check_matrix, check_scaling
 from fastalign.ops._final import mark
 from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
+from fastalign.ops._half import power_of_two, row_bound
+from fastalign.ops._rows import Coefficients
 from fastalign.ops._torch_policy import tabulate, write_gradient
+from fastalign.ops._torch_token_logps import row_blocks
 from fastalign.ops.token_logps import Call as TokenCall
+from fastalign.ops.token_logps import facts, split_temperature, statistics, stats_dtype
 from fastalign.ops.token_logps import reference as token_reference
-from fastalign.ops.token_logps import split_temperature, statistics, stats_dtype
-from fastalign.ops.vocab_parallel import agree
+from fastalign.ops.vocab_parallel import agree, checked_together
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -111,35 +114,56 @@ TENSORS = 7
 
 
 def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
-    """The loss and the table; the gradient goes into ``out``.
+    """The loss and the table; the gradient, in fp16 times ``_row_scale``, goes into ``out``.
 
-    Over a split vocabulary in two phases: what is known of the whole row comes in between.
+    In two phases over a split vocabulary, where what is known of the whole row comes in between, and in fp16, where the
+    row's coefficients decide about its scale.
     """
+    late = out is not None and (call.group is not None or call.logits.dtype == torch.float16)
     tokens, rows = call.tokens, (call.weights, call.advantages, call.old_logps, call.ref_logps)
     choice = {"loss": call.loss, "kl_estimator": call.kl_estimator, "knobs": Knobs(*call.knobs)}
     if call.group is None:
         run = dispatch.kernels("policy_loss", call.backend, call.logits.device).run
-        table = run(out, call.logits, tokens.rows()[0], *rows, **choice, entropy=call.entropy, **tokens.scaling)
+        table = run(
+            None if late else out,
+            call.logits,
+            tokens.rows()[0],
+            *rows,
+            **choice,
+            entropy=call.entropy,
+            **tokens.scaling,
+        )
     else:
         table = tabulate(statistics(tokens, call.entropy, top1=True), call.labels, *rows, **choice)
-        if out is not None:
-            _write_gradient(out, call, table)
+    if out is not None and late:
+        _write_gradient(out, call, table)
     return columns(table)["loss"].sum(dtype=torch.float64).to(table.dtype), table
 
 
 def _write_gradient(out: Tensor, call: _Call, table: Tensor) -> None:
-    """The gradient from the table, by the backward sweep of ``token_logps``."""
-    tokens = call.tokens
+    """The gradient from the table, by the backward sweep of ``token_logps``; in fp16 times ``_row_scale``."""
+    tokens, column, scale = call.tokens, columns(table), _row_scale(call, table)
+    if scale is not None:
+        column |= {name: column[name] * scale for name in ("g", "alpha", "beta")}
     if out.numel():
         sweep, (labels, _) = tokens.sweep.backward, tokens.rows()
-        write_gradient(out, call.logits, labels, columns(table), Knobs(*call.knobs), sweep, **tokens.scaling)
+        write_gradient(out, call.logits, labels, column, Knobs(*call.knobs), sweep, **tokens.scaling)
+
+
+def _row_scale(call: _Call, table: Tensor) -> Tensor | None:
+    """``[N]`` the power of two that a row's fp16 gradient carries until its upstream comes (``_half``), or None."""
+    if call.logits.dtype != torch.float16:
+        return None
+    column, tau = columns(table), call.tokens.scaling["temperature"]
+    bonus = (column["alpha"], column["beta"]) if Knobs(*call.knobs).entropy_coef != 0 else ()
+    return power_of_two(row_bound(Coefficients(column["g"], *bonus), 1 / tau))
 
 
 @torch.library.custom_op(
     "fastalign::policy_loss", mutates_args=(), schema=f"({SCHEMA}, bool gradient) -> (Tensor, Tensor, Tensor)"
 )
 def _op(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the table, and the gradient for an upstream of 1 (``[0]`` when it is not wanted)."""
+    """The loss, the table, and the gradient for an upstream of 1 (``[0]`` when not wanted), in fp16 scaled."""
     *args, gradient = args
     call = _Call(*args)
     grad = torch.empty(call.logits.shape if gradient else 0, dtype=call.logits.dtype, device=call.logits.device)
@@ -153,15 +177,24 @@ def _(logits, labels, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, table, grad = output
+    (*args, _), (_, table, grad) = inputs, output
     ctx.mark_non_differentiable(table, grad)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad)
+    half = grad.dtype == torch.float16
+    ctx.options = args[TENSORS:]
+    ctx.save_for_backward(grad, *((*args[:TENSORS], table) if half else ()))
 
 
 def _backward(ctx, upstream, *_):
-    (grad,) = ctx.saved_tensors
-    return None if upstream is None else grad * upstream, *(None,) * len(_Call._fields)
+    grad, *saved = ctx.saved_tensors
+    if upstream is not None and saved:
+        *tensors, table = saved
+        scale = _row_scale(_Call(*tensors, *ctx.options), table)
+        assert scale is not None
+        grad = (grad * (upstream / scale)[:, None]).to(grad.dtype)
+    elif upstream is not None:
+        grad = grad * upstream
+    return None if upstream is None else grad, *(None,) * len(_Call._fields)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -179,7 +212,7 @@ class _Eager(torch.autograd.Function):
         if inplace:  # whoever else saved these logits must fail, not read gradients
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(*((None,) * (TENSORS + 1) if inplace else (*call[:TENSORS], table)))
-        ctx.made, ctx.inplace, ctx.options = [out], inplace, call[TENSORS:]
+        ctx.made, ctx.inplace, ctx.options = [(out, _row_scale(call, table))], inplace, call[TENSORS:]
         ctx.mark_non_differentiable(table)
         ctx.set_materialize_grads(False)
         return loss, table
@@ -193,22 +226,30 @@ class _Eager(torch.autograd.Function):
         if upstream is None:
             return None, None, *others
         with torch.no_grad():
-            grad = _scaled(ctx.made.pop() if ctx.made else _again(ctx), upstream)
+            made, scale = ctx.made.pop() if ctx.made else _again(ctx)
+            grad = _scaled(made, scale, upstream)
         return None, mark("policy_loss", grad, ctx.saved_tensors[0]) if torch.is_grad_enabled() else grad, *others
 
 
-def _again(ctx) -> Tensor:
-    """The gradient once more, from the saved table: what a second backward costs."""
+def _again(ctx) -> tuple[Tensor, Tensor | None]:
+    """The gradient once more, from the saved table, and its scale: what a second backward costs."""
     *tensors, table = ctx.saved_tensors
     call = _Call(*tensors, *ctx.options)
     out = torch.empty(call.logits.shape, dtype=call.logits.dtype, device=call.logits.device)
     _write_gradient(out, call, table)
-    return out
+    return out, _row_scale(call, table)
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """``grad * upstream`` in place, for nothing when that is 1; the device never waits for the host to find out."""
-    if grad.device.type != "cpu" and dispatch.missing("triton") is None:
+def _scaled(grad: Tensor, scale: Tensor | None, upstream: Tensor) -> Tensor:
+    """``grad / scale * upstream`` in place, for nothing when that is 1; the device never waits for the host to know.
+
+    An fp16 gradient is multiplied in fp32, block of rows by block of rows.
+    """
+    if scale is not None:
+        factors = (upstream / scale)[:, None]
+        for rows in row_blocks(grad):
+            grad[rows] = grad[rows] * factors[rows]
+    elif grad.device.type != "cpu" and dispatch.missing("triton") is None:
         dispatch.kernels("policy_loss", "triton", grad.device).scale(grad, upstream)
     elif grad.device.type != "cpu" or upstream.item() != 1.0:
         grad.mul_(upstream)
@@ -276,10 +317,11 @@ def policy_loss(
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         entropy: return the entropy also when it has no weight.
         process_group: as in ``token_logps``: ``logits`` are then this rank's columns, all else is the same everywhere.
-            The logits are read twice there; loss and statistics have the same bits on every rank.
+            Loss and statistics have the same bits on every rank. The logits are read twice there, as are fp16 ones
+            everywhere, whose gradient waits for its upstream scaled by a power of two per row.
         inplace: overwrite ``logits`` with their gradient, in this call, instead of allocating ``[N, V]``: nothing else
-            may use them. An earlier op that needs them in its backward raises. Ignored where no gradient is recorded,
-            and under ``torch.compile``, which plans memory.
+            may use them. An earlier op that needs them in its backward raises; logits whose elements share memory are
+            refused. Ignored where no gradient is recorded, and under ``torch.compile``, which plans memory.
         backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
 
     Returns:
@@ -296,20 +338,27 @@ def policy_loss(
     >>> loss.item(), stats.metrics["ratio"]
     (-2.0, tensor([1., 1.], dtype=torch.float64))
     """
-    knobs = make_knobs(clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef)
-    check_matrix("logits", logits, "[N, V]")
-    check_labels(labels, logits, "logits")
-    check_loss(loss, advantages, dual_clip, kl_coef, ref_logps, kl_estimator)
-    check_scaling(temperature, softcap, labels)
+    given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
+    with checked_together(process_group, logits):
+        knobs = make_knobs(clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef)
+        check_matrix("logits", logits, "[N, V]")
+        check_labels(labels, logits, "logits")
+        check_loss(loss, advantages, dual_clip, kl_coef, ref_logps, kl_estimator)
+        check_scaling(temperature, softcap, labels)
+        check_in_place("inplace", inplace, logits)
+        prepared = {name: _row(name, x, logits) for name, x in given.items()}
+        same = facts("policy_loss", logits, process_group, backend)
+    same |= {name: "None" if x is None else "given" for name, x in given.items()}
     number, temperatures = split_temperature(temperature, logits, stats_dtype(logits))
     scored = labels != IGNORE_INDEX
     if weights is None:
-        weights = scored.sum().clamp(min=1).to(stats_dtype(logits)).reciprocal().expand(labels.shape)
-    given = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
-    rows = (temperatures, *(_row(name, x, logits) for name, x in given.items()))
-    same = {"number of rows of logits": len(logits)}
+        mean = scored.sum().clamp(min=1).to(stats_dtype(logits)).reciprocal().expand(labels.shape)
+        prepared["weights"] = mean.contiguous()
+    rows, asked = (temperatures, *prepared.values()), entropy or entropy_coef != 0
+    same |= {"temperature": temperature, "softcap": softcap, "entropy": asked, "loss": loss, "dual_clip": dual_clip}
+    same |= {"clip_low": clip_low, "clip_high": clip_high, "tau_pos": tau_pos, "tau_neg": tau_neg}
+    same |= {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "entropy_coef": entropy_coef}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
-    asked = entropy or entropy_coef != 0
     settings = (loss, kl_estimator, knobs, number, softcap, asked, backend, group, shards)
     call = _Call(logits, labels, *rows, *settings)  # pyright: ignore  # rows are five
     gradient = torch.is_grad_enabled() and logits.requires_grad

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.ops.token_logps import token_logps
+from fastalign.ops.vocab_parallel import checked_together
 from fastalign.types import IGNORE_INDEX, PairLogps
 
 PairLoss = Callable[[PairLogps], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
@@ -84,7 +85,8 @@ def preference_loss(
     >>> preference_loss(logits, labels, torch.tensor([0, 2, 4]), None, loss_fn=hinge)
     (tensor(3.0794), {})
     """
-    _check(labels, cu_seqlens, ref_logps)
+    with checked_together(process_group, logits):
+        _check(labels, cu_seqlens, ref_logps)
     logps = token_logps(
         logits,
         labels,

@@ -16,9 +16,25 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import check_labels, check_matrix, check_scaling, check_smoothing, kernel_labels
+from fastalign.ops._checks import (
+    check_in_place,
+    check_labels,
+    check_matrix,
+    check_scaling,
+    check_smoothing,
+    kernel_labels,
+)
 from fastalign.ops._rows import Coefficients, coefficients, smoothed
-from fastalign.ops.vocab_parallel import Statistics, agree, combine, localise, make_shard, nothing
+from fastalign.ops.vocab_parallel import (
+    Statistics,
+    agree,
+    checked_together,
+    combine,
+    is_split,
+    localise,
+    make_shard,
+    nothing,
+)
 from fastalign.types import IGNORE_INDEX
 
 ELSEWHERE = -1
@@ -253,7 +269,8 @@ def token_logps(
             Outputs are the same bits everywhere; the gradient is that of this rank's columns. Two all-gathers: the
             shapes, and one table of what the ranks know of each row.
         inplace_backward: backward overwrites ``logits`` with their gradient instead of allocating ``[N, V]``; any other
-            use of the logits in a later backward raises. Ignored under ``torch.compile``, where memory is planned.
+            use of the logits in a later backward raises, and so do logits whose elements share memory. Ignored under
+            ``torch.compile``, where memory is planned.
         backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
 
     Returns:
@@ -261,7 +278,7 @@ def token_logps(
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
-            ranks that disagree about rows or labels.
+            ranks that disagree about rows, labels or options; ``inplace_backward`` with logits that share memory.
         RuntimeError: double backward; a second backward after ``inplace_backward``.
 
     >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
@@ -269,18 +286,36 @@ def token_logps(
     >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]), lse=True)[1]
     tensor([1.3863, 0.0000])
     """
-    check_matrix("logits", logits, "[N, V]")
-    check_labels(labels, logits, "logits")
-    check_scaling(temperature, softcap, labels)
-    check_smoothing(label_smoothing)
+    with checked_together(process_group, logits):
+        check_matrix("logits", logits, "[N, V]")
+        check_labels(labels, logits, "logits")
+        check_scaling(temperature, softcap, labels)
+        check_smoothing(label_smoothing)
+        check_in_place("inplace_backward", inplace_backward, logits)
+        same = facts("token_logps", logits, process_group, backend)
     number, rows = split_temperature(temperature, logits, stats_dtype(logits))
-    same = {"number of rows of logits": logits.shape[0]}
+    same |= {"temperature": temperature, "softcap": softcap, "entropy": entropy}
+    same |= {"label_smoothing": label_smoothing, "lse": lse}
     group, shards, _ = agree(process_group, logits, logits.shape[1], same, False, labels)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     call = Call(logits, labels, rows, number, softcap, backend, group, shards)
     logps, entropies, sums, *_ = _op(*call, entropy, float(label_smoothing), lse, inplace_backward)
     asked = [logps, *([entropies] if entropy else []), *([sums] if lse else [])]
     return tuple(asked) if len(asked) > 1 else logps
+
+
+def facts(
+    op: str, logits: Tensor, process_group: torch.distributed.ProcessGroup | None, backend: str | None
+) -> dict[str, Any]:
+    """What the ranks of a split vocabulary need in common beside the options of an op on logits.
+
+    Raises:
+        ValueError: the backend does not serve ``op`` here.
+    """
+    if not is_split(process_group):
+        return {}
+    dispatch.choose(op, backend, logits.device.type)
+    return {"op": op, "number of rows of logits": len(logits), "dtype of logits": logits.dtype, "backend": backend}
 
 
 def split_temperature(temperature: float | Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:

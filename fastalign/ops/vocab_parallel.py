@@ -15,9 +15,13 @@ a sum over ranks, that of the weight is local. The number and shapes of collecti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,68 +65,112 @@ class Shard:
         return list(accumulate(self.sizes))
 
 
-def exchange(
-    process_group: dist.ProcessGroup | None,
-    weight: Tensor,
-    num_rows: int,
-    trainable: bool,
-    labels: Tensor | None = None,
-) -> tuple[str | None, list[int] | None, bool]:
-    """``agree`` about a head: the group's name, the columns of each rank, and whether any rank trains its slice.
+def is_split(process_group: dist.ProcessGroup | None) -> bool:
+    """Whether several ranks share the vocabulary.
 
-    Args:
-        process_group: the ranks that share the vocabulary.
-        weight: ``[V_r, D]``, the rank's slice.
-        num_rows: N, which must be the same on every rank.
-        trainable: the rank's slice of weight or bias wants a gradient.
-        labels: ``[N]``, which must be the same on every rank.
+    Raises:
+        ValueError: not a process group.
     """
-    same = {"number of rows of hidden": num_rows, "number of columns of weight (D)": weight.shape[1]}
-    return agree(process_group, weight, weight.shape[0], same, trainable, labels)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group must be a torch.distributed ProcessGroup or None, got {type(process_group).__name__}"
+        )
+    return process_group is not None and process_group.size() > 1
+
+
+@contextmanager
+def checked_together(process_group: dist.ProcessGroup | None, local: Tensor) -> Iterator[None]:
+    """Around the checks before ``agree``, where the other ranks wait: what one rank refuses, all refuse."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(process_group, dist.ProcessGroup) and process_group.size() > 1:
+            _gather(torch.tensor([[0, 0, 0, REFUSED]], device=local.device), process_group)
+            _told(f"{type(error).__name__}: {error}", process_group, local.device)
+        raise
 
 
 def agree(
     process_group: dist.ProcessGroup | None,
     local: Tensor,
     columns: int,
-    same: dict[str, int],
+    same: dict[str, Any],
     flag: bool,
     labels: Tensor | None,
 ) -> tuple[str | None, list[int] | None, bool]:
-    """The group's name, the columns of each rank, and whether any rank has the flag; one small collective.
+    """The group's name, the columns of each rank, and whether any rank has the flag.
+
+    Ranks whose arguments differ would wait for each other in collectives that the others never reach, or that have
+    another shape there. So they compare first: one all-gather of four integers per call, the last of them a checksum
+    of all that must be equal, however much that is. Only where it differs do they tell each other the words.
 
     Args:
         process_group: the ranks that share the vocabulary; None, or a group of one, needs no collective.
         local: a tensor on the device that the ranks talk through.
         columns: of this rank.
-        same: numbers by name that must be equal on every rank.
+        same: by name what must be equal on every rank: the op, its options, sizes, dtypes, and whether the inputs that
+            all ranks differentiate together want a gradient.
         flag: whether this rank wants what all must do together.
         labels: ``[N]``, which must be the same on every rank; they are compared by a checksum.
 
     Raises:
-        ValueError: not a process group; a number differs, or the labels do.
+        ValueError: not a process group; something differs, or the labels do; another rank refused its arguments.
     """
-    if process_group is None:
+    if process_group is None or not is_split(process_group):
         return None, None, flag
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise ValueError(
-            f"process_group must be a torch.distributed ProcessGroup or None, got {type(process_group).__name__}"
-        )
-    if process_group.size() == 1:
-        return None, None, flag
-    mine = torch.tensor([0, columns, int(flag), *same.values()], device=local.device)
+    words = {name: _in_words(x) for name, x in same.items()}
+    digest = zlib.crc32(json.dumps(words).encode())
+    mine = torch.tensor([0, columns, int(flag), digest], device=local.device)
     if labels is not None:
-        mine[0] = (labels.long() * torch.arange(1, len(labels) + 1, device=labels.device)).sum()
-    checksums, sizes, flags, *numbers = _gather(mine[None], process_group)[:, 0].t().tolist()
-    for name, values in zip(same, numbers, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(f"process_group: every rank needs the same {name}, got {values} in rank order")
+        mine[0] = _checksum(labels)
+    checksums, sizes, flags, digests = _gather(mine[None], process_group)[:, 0].t().tolist()
+    if REFUSED in digests or len(set(digests)) > 1:
+        raise ValueError(_difference(_told(json.dumps(words), process_group, local.device), digests))
     if len(set(checksums)) > 1:
         raise ValueError(
             "process_group: the ranks that share a vocabulary need the same rows, their labels differ; where each rank "
             "has rows of its own (data parallelism, FSDP), gather the weight: weight.full_tensor()"
         )
     return process_group.group_name, sizes, any(flags)
+
+
+REFUSED = -1
+"""In the place of the checksum, from a rank that refused its arguments."""
+
+
+def _in_words(x: Any) -> str:
+    """A value as the ranks compare it: offsets whole, temperatures per row by their presence."""
+    if not isinstance(x, Tensor):
+        return str(x)
+    if x.is_floating_point():
+        return "one per row"
+    return f"{len(x)} numbers with the checksum {zlib.crc32(str(x.tolist()).encode()):08x}"
+
+
+def _checksum(labels: Tensor) -> Tensor:
+    """``sum_i label_i w_i`` modulo 2^64 with weights of random bits: other labels have another one."""
+    place = torch.arange(1, len(labels) + 1, device=labels.device) * -7046029254386353131  # 2^64 / golden ratio
+    return (labels.long() * (place ^ (place >> 29)) * -4658895280553007687).sum()
+
+
+def _difference(told: list[str], digests: list[int]) -> str:
+    """One line about the first thing that is not the same on every rank, or that a rank refused."""
+    if REFUSED in digests:
+        rank = digests.index(REFUSED)
+        who = f"rank {rank} of the {len(told)} that share the vocabulary"
+        return f"process_group: {who} refused its arguments: {told[rank]}"
+    words = [json.loads(text) for text in told]
+    name = next(name for name in words[0] if len({rank.get(name) for rank in words}) > 1)
+    values = ", ".join(str(rank.get(name, "nothing")) for rank in words)
+    return f"process_group: every rank needs the same {name}, got {values} in rank order"
+
+
+def _told(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """What every rank says, in rank order."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = _gather(torch.tensor([[len(mine)]], device=device), group).flatten().tolist()
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))[None].to(device)
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(_gather(padded, group)[:, 0], sizes, strict=True)]
 
 
 def make_shard(group: str | None, sizes: Sequence[int] | None) -> Shard | None:

@@ -21,7 +21,9 @@ from fastalign_kernels.divergence_tiles import (
     FORWARD_KL,
     JSD,
     MIXTURE,
+    NEGLIGIBLE,
     REVERSE_KL,
+    _apart,
     _at_label,
     _divergence,
     _label_logp,
@@ -61,6 +63,7 @@ def divergence_forward_kernel(
     logit_scale: tl.float64,
     ref_logit_scale: tl.float64,
     KIND: tl.constexpr,
+    APART: tl.constexpr,
     CAPPED: tl.constexpr,
     REF_CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,6 +72,9 @@ def divergence_forward_kernel(
     VOCAB_ALIGN: tl.constexpr,
 ):
     """Value and statistics of one pair of rows: one read of both, two for JSD, none when the row is masked.
+
+    A KL whose second row bans a column takes one more. APART: its sum without such columns, and what ``_apart`` says of
+    them.
 
     The log-probs of the label under both, and the policy's entropy, where there is room for them.
 
@@ -84,6 +90,7 @@ def divergence_forward_kernel(
     zero = tl.full((), 0.0, dtype)
     top, logsum, ref_top, ref_logsum, value, pull = zero, zero, zero, zero, zero, zero
     entropy, logp, ref_logp = zero, zero, zero
+    banned = tl.full((), float("-inf"), dtype)
     label = tl.load(labels_ptr + row)
     if label != IGNORE:
         z_ptr = logits_ptr + row * row_stride
@@ -97,6 +104,16 @@ def divergence_forward_kernel(
             top, logsum, ref_top, ref_logsum, value, entropy = _divergence(
                 z_ptr, q_ptr, vocab_size, factors, KIND, entropy_ptr is not None, CAPPED, REF_CAPPED, ROWS, LOG_COLS
             )
+            if KIND != JSD:
+                other = logsum if KIND == FORWARD_KL else ref_logsum
+                if (value == float("inf")) | (other == float("-inf")):
+                    bounds = (top, logsum, ref_top, ref_logsum)
+                    value, banned = _apart(
+                        z_ptr, q_ptr, vocab_size, factors, bounds, KIND, CAPPED, REF_CAPPED, LOG_COLS
+                    )
+                    if not APART:
+                        value = tl.where(banned < NEGLIGIBLE, value, float("inf"))
+                        value = tl.where(other == float("-inf"), float("nan"), value)
             pull = value
         if logps_ptr is not None:
             logp = _label_logp(z_ptr, label, vocab_size, factors[0], factors[1], top, logsum, CAPPED)
@@ -109,6 +126,8 @@ def divergence_forward_kernel(
                 value = share * value + (1 - share) * pull
         value = tl.where((label >= ELSEWHERE) & (label < vocab_size), value, float("nan"))
     tl.store(value_ptr + row, value)
+    if APART:
+        tl.store(value_ptr + pitch + row, banned)
     if KIND == MIXTURE:
         tl.store(value_ptr + pitch + row, pull)
     else:
@@ -236,6 +255,7 @@ def forward(
     mix: float = 0.5,
     tokens: bool = False,
     entropy: bool = False,
+    apart: bool = False,
     **scaling: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The divergence of each row of ``logits`` from the same row of ``ref_logits``, and what `backward` needs.
@@ -245,6 +265,8 @@ def forward(
         labels: ``[N]``; -100: the row is not read and its outputs are 0; -1: the label lies in another slab.
         kind: "forward_kl" KL(pi || p), "reverse_kl" KL(p || pi), or "jsd" with the reference's weight ``mix``.
         tokens, entropy: whether to return the label's log-probs, and the policy's entropy.
+        apart: of a KL: value is ``[2, N]``, the sum over the columns that the second distribution does not ban, and the
+            largest ln of the first's probability among those that it bans.
         scaling: temperature (a number or ``[N]``), softcap, ref_softcap, logit_scale, ref_logit_scale.
 
     Returns:
@@ -254,10 +276,9 @@ def forward(
     logits, ref_logits = launch.unit_columns(logits), launch.unit_columns(ref_logits)
     num_rows = logits.shape[0]
     dtype = torch.float64 if torch.float64 in (logits.dtype, ref_logits.dtype) else torch.float32
-    value = torch.empty(num_rows, dtype=dtype, device=logits.device)
-    stats, logps, entropies = value.new_empty(5, num_rows), None, torch.empty_like(value) if entropy else None
-    if tokens:
-        logps = value.new_empty(2, num_rows)
+    value = torch.empty((2, num_rows) if apart else num_rows, dtype=dtype, device=logits.device)
+    stats, entropies = value.new_empty(5, num_rows), value.new_empty(num_rows) if entropy else None
+    logps = value.new_empty(2, num_rows) if tokens else None
     if num_rows:
         with launch.device(logits):
             divergence_forward_kernel[(num_rows,)](
@@ -265,6 +286,7 @@ def forward(
                 value_ptr=value,
                 logps_ptr=logps,
                 entropy_ptr=entropies,
+                APART=apart,
                 **_arguments(logits, ref_logits, labels, kind, mix, [], **scaling),
                 **launch.options(logits),
             )
@@ -292,6 +314,7 @@ def mixture(
                 value_ptr=sums,
                 logps_ptr=None,
                 entropy_ptr=None,
+                APART=False,
                 **_arguments(logits, ref_logits, labels, "mixture", mix, [], **scaling),
                 **launch.options(logits),
             )

@@ -11,6 +11,8 @@ from fastalign_kernels.rows import ELSEWHERE, FLOOR, _exp, _expm1, _factors, _sc
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
+NEGLIGIBLE: tl.constexpr = tl.constexpr(-87.0)
+"""The least ln p with a share in a divergence; see ``fastalign.ops._rows``."""
 MIXTURE: tl.constexpr = tl.constexpr(3)
 """The second walk of JSD alone, over columns whose normalisers are given: a slab of the vocabulary, perhaps."""
 
@@ -175,6 +177,38 @@ def _divergence(
 
 
 @triton.jit
+def _apart(
+    z_ptr,
+    q_ptr,
+    vocab_size,
+    factors,
+    norms,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
+    LOG_COLS: tl.constexpr,
+):
+    """One more walk, over rows of which the second bans a column that the first may not: what is its share, only the
+    whole row's maximum tells. The sum without such columns, and the largest ln of the first's probability among them.
+    """
+    COLS: tl.constexpr = 1 << LOG_COLS
+    top, logsum, ref_top, ref_logsum = norms
+    s = tl.zeros((COLS,), top.dtype)
+    c = tl.full((COLS,), float("-inf"), top.dtype)
+    lane = tl.arange(0, COLS)[None, :]
+    for start in range(0, vocab_size, COLS):
+        z, _, q = _pair(z_ptr, q_ptr, start + lane, vocab_size, factors, CAPPED, REF_CAPPED, True)
+        log_p = (z - top) - logsum
+        log_q = (q - ref_top) - ref_logsum
+        log_a = log_q if KIND == FORWARD_KL else log_p
+        log_b = log_p if KIND == FORWARD_KL else log_q
+        banned = (z if KIND == FORWARD_KL else q) == float("-inf")
+        s += tl.sum(tl.where(banned | (log_a < NEGLIGIBLE), 0.0, _exp(log_a) * (log_a - log_b)), 0)
+        c = tl.maximum(c, tl.max(tl.where(banned, log_a, float("-inf")), 0))
+    return _sum_lanes(s, LOG_COLS), tl.max(c, 0)
+
+
+@triton.jit
 def _label_logp(row_ptr, label, vocab_size, inner, outer, top, logsum, CAPPED: tl.constexpr):
     """ln p of the label; 0 when it lives elsewhere, NaN when it is invalid."""
     inside = (label >= 0) & (label < vocab_size)
@@ -218,7 +252,7 @@ def _slope(log_p, log_q, p, pull, mix, KIND: tl.constexpr):
     if KIND == FORWARD_KL:
         dz = p - _exp(log_q)
     elif KIND == REVERSE_KL:
-        dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) - pull))
+        dz = tl.where(log_p < NEGLIGIBLE, 0.0, p * ((log_p - log_q) - pull))
     else:
         p_over_m, _ = _over_mixture(log_p, log_q, mix)
         dz = tl.where(p == 0, 0.0, (1 - mix) * p * (p_over_m - pull))

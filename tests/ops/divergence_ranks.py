@@ -144,6 +144,24 @@ def check_banned(kind, sizes):
     counts()
 
 
+def check_cut_off(kind, sizes):
+    """Whether a banned column has a share, its probability over the columns of all ranks decides."""
+    if kind == "jsd":
+        return
+    for dtype in (torch.float32, torch.float64):
+        logits, columns = [torch.zeros(4, V, dtype=dtype) for _ in range(2)], own(sizes)
+        first, second = logits if kind == "reverse_kl" else logits[::-1]
+        first[:, : sizes[0]] = torch.tensor([-50.0, -86.0, -95.0, -torch.inf])[:, None]
+        first[1:3, 0] = torch.tensor([-80.0, -90.0])
+        second[:, 0] = second[0, : sizes[0]] = -torch.inf
+        pair = [x[:, columns] for x in logits]
+        found, exact = divergence(*pair, kind=kind, process_group=dist.group.WORLD), reference(*logits, kind=kind)
+        assert exact.isinf().tolist() == [True, True, False, False]
+        assert found[:2].tolist() == [torch.inf] * 2 and torch.allclose(found[2:], exact[2:], rtol=1e-5), (kind, sizes)
+        same_bits_everywhere(found)
+    counts()
+
+
 def check_padding(kind, sizes):
     """Columns beyond the vocabulary have a bias of -inf in both streams: no share, no gradient."""
     tensors, rows, g = streams(torch.float64)
@@ -248,6 +266,7 @@ def check_all(sizes):
         check_counts(kind, sizes)
         if len(sizes) > 1 and 0 < sizes[0] < V:
             check_banned(kind, sizes)
+            check_cut_off(kind, sizes)
     check_refusals(sizes)
 
 

@@ -41,9 +41,9 @@ def every_mutant() -> list[Mutant]:
     """All faults, in the order of their files."""
     from mutants_of_kernels import IN_CPP, IN_TRITON
     from mutants_of_losses import LOSSES, PACKED
-    from mutants_of_ops import CALLS, LINEAR_OPS, SPLIT, SWEEPS
+    from mutants_of_ops import CALLS, HALF, LINEAR_OPS, SPLIT, SWEEPS
 
-    return [*SWEEPS, *LINEAR_OPS, *CALLS, *SPLIT, *LOSSES, *PACKED, *IN_TRITON, *IN_CPP]
+    return [*SWEEPS, *HALF, *LINEAR_OPS, *CALLS, *SPLIT, *LOSSES, *PACKED, *IN_TRITON, *IN_CPP]
 
 
 def controls(mutants: list[Mutant]) -> list[Mutant]:

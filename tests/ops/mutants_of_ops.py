@@ -150,8 +150,8 @@ SWEEPS = [
     Mutant(
         "divergence: forward and reverse KL swapped",
         STREAMS,
-        "value = _mean(log_q, log_q - log_p)",
-        "value = _mean(log_p, log_p - log_q)",
+        "value = _kl(log_q, log_p, apart)",
+        "value = _kl(log_p, log_q, apart)",
         DIVERGENCE,
         quick=True,
     ),
@@ -175,6 +175,30 @@ SWEEPS = [
         "log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))",
         "log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, softcap, ref_logit_scale))",
         DIVERGENCE,
+    ),
+]
+
+HALF = [
+    Mutant(
+        "fp16: leave the coefficients as small as they are",
+        "fastalign/ops/_half.py",
+        "return torch.where((bound > 0) & bound.isfinite(), scale, 1.0)",
+        "return torch.ones_like(bound)",
+        "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
+    ),
+    Mutant(
+        "fp16: round before the loss scaler multiplies",
+        "fastalign/ops/_half.py",
+        "return torch.float32 if dtype == torch.float16 else dtype",
+        "return dtype",
+        "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
+    ),
+    Mutant(
+        "fp16: forget the scale of a product",
+        HEAD,
+        "return times(row, scale), scale.reciprocal()",
+        "return times(row, scale), torch.ones_like(scale)",
+        "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
     ),
 ]
 
@@ -299,8 +323,8 @@ LINEAR_OPS = [
     Mutant(
         "linear_logps: every block of rows sets its slab of dW",
         GRADIENTS,
-        "hidden[rows], first=start == 0)",
-        "hidden[rows], first=True)",
+        "hidden[rows], alpha, first=start == 0)",
+        "hidden[rows], alpha, first=True)",
         "ops/test_linear_logps.py -k 'test_vocabulary_slabs and float32'",
     ),
     Mutant(
@@ -425,8 +449,22 @@ SPLIT = [
     Mutant(
         "split divergence: forget the ranks' shares",
         "fastalign/ops/_divergence_shards.py",
-        "torch.where(log_b == -torch.inf, 0, values) + (log_a - log_b)",
+        "torch.where(log_b == -torch.inf, 0, values + (log_a - log_b))",
         "torch.where(log_b == -torch.inf, 0, values)",
         "ops/test_vocab_parallel.py -k 'divergence and 2'",
+    ),
+    Mutant(
+        "split divergence: each rank decides which banned column has a share",
+        "fastalign/ops/_divergence_shards.py",
+        "-torch.inf, banned + log_a).amax(0)",
+        "-torch.inf, banned).amax(0)",
+        "ops/test_vocab_parallel.py -k 'divergence and 2'",
+    ),
+    Mutant(
+        "split vocabulary: let ranks differ in their options",
+        SHARDS,
+        "words = {name: _in_words(x) for name, x in same.items()}",
+        "words = {}",
+        "ops/test_vocab_parallel.py -k 'token and 2'",
     ),
 ]

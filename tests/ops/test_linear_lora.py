@@ -171,7 +171,7 @@ def test_a_frozen_weight_costs_no_weight_gradient(monkeypatch):
     """The adapter trains in one pass: no ``[V, D]`` buffer and two GEMMs over the head, not three."""
     shapes = []
 
-    def add_product(total, a, b, *, first):
+    def add_product(total, a, b, *, first, alpha):
         shapes.append((a.shape[0], b.shape[1]))
         return original(total, a, b, first=first)
 

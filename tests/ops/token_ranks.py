@@ -4,6 +4,7 @@ gradients, number of collectives."""
 import sys
 import tempfile
 
+import disagreements
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -133,6 +134,9 @@ def work(rank, size, store):
         check_refusals(sizes)
         if size > 1 and 0 < sizes[0] < V:
             check_banned(sizes)
+    if size == 2:
+        disagreements.check()
+        counts()
     dist.destroy_process_group()
 
 

@@ -1,0 +1,54 @@
+"""Gradients in fp16: scaled by a power of two before they meet a logit, unscaled in fp32 behind the products.
+
+What is below 6e-8 is 0 in fp16. A gradient made for an upstream of 1 holds ``p_v / N`` and less, so that a loss scaler,
+which multiplies later, would multiply zeros. Scaled, the largest element lies just below 2^14: nothing overflows, and
+what is lost is 2^-38 of the largest. A power of two changes no digit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.ops._rows import Coefficients
+
+CEILING = 14
+"""The scaled elements stay below 2^14; fp16 ends at 2^16."""
+LARGEST_EXPONENT = 100
+"""So that a scale and its inverse are ordinary fp32 numbers."""
+
+
+def held_in(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a gradient for an upstream of 1 waits for the upstream that there is."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def power_of_two(bound: Tensor) -> Tensor:
+    """What brings ``bound`` just below 2^14, element by element; 1 where it is 0 or not finite. No host sync."""
+    exponent = (CEILING - torch.frexp(bound.float()).exponent).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    scale = ((exponent.int() + 127) << 23).view(torch.float32)  # its bits: exp2 need not be exact
+    return torch.where((bound > 0) & bound.isfinite(), scale, 1.0)
+
+
+def row_bound(row: Coefficients, chain: float | Tensor) -> Tensor:
+    """``[n]`` what no element of a row's gradient exceeds; ``chain`` is ``logit_scale / temperature``.
+
+    ``|g (1 - p)|``, ``|p alpha|`` and ``|p ln p beta|`` are at most the coefficient's absolute value.
+    """
+    total = row.g.abs()
+    for x in row[1:]:
+        total = total if x is None else total + x.abs()
+    return total * abs(chain)
+
+
+def one_for_all(bound: Tensor) -> Tensor:
+    """The power of two for rows whose products are summed; rows that are not finite have no say."""
+    if not len(bound):
+        return bound.new_ones(())
+    return power_of_two(torch.where(bound.isfinite(), bound, 0.0).amax())
+
+
+def times(row: Coefficients, scale: Tensor) -> Coefficients:
+    """The coefficients, scaled."""
+    g, *rest = row
+    return Coefficients(g * scale, *(None if x is None else x * scale for x in rest))
