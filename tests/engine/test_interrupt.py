@@ -19,7 +19,7 @@ from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.precompute import precompute
 from fastalign.engine.report import write_report
 from fastalign.engine.train import train
-from runs import ROOT, assert_close, finish, launch, numbers, records
+from runs import ROOT, assert_close, finish, fork, launch, numbers, records
 
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
@@ -100,7 +100,7 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     assert len(told) == 1 and f"interrupted after step {last} of 60; saved" in told[0]
     assert "--standalone --nproc-per-node 2 -m fastalign sft --config" in told[0]
     config.run.resume = True
-    finish(launch(config, ranks=2))
+    finish(fork(config, ranks=2))
     train(whole)
     assert_close(whole.run.output_dir, directory, tolerance=1e-5)  # ranks reorder sums
 
@@ -242,7 +242,7 @@ def test_workers_that_tokenise_end_with_the_run(configure, materials, tmp_path, 
     rows = (materials / "rows.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(rows * 200)
     many = {"data.path": str(tmp_path / "many.jsonl"), "data.num_proc": 2, "data.cache_dir": str(tmp_path / "cache")}
-    process = launch(configure("dpo", **many), start_new_session=True)
+    process = fork(configure("dpo", **many))
     run = psutil.Process(process.pid)
     workers = []
     while len(workers) < 2:  # those that have tokenised something

@@ -30,11 +30,11 @@ TIMEOUT = 180
 
 
 def copy_of_the_project(folder: Path) -> None:
-    """What a test run needs, without caches."""
+    """What a test run needs; what Python has compiled goes with its sources, whose times are kept."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
         else:
             shutil.copy(source, folder / name)
 
