@@ -55,7 +55,7 @@ def stop_at(monkeypatch):
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, materials):
-    settings = {"run.steps": 80, "run.eval_every": 30, "data.eval_path": str(materials / "held_out.jsonl")}
+    settings = {"run.steps": 40, "run.eval_every": 15, "data.eval_path": str(materials / "held_out.jsonl")}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped here"))
     process, directory = launch(config), Path(config.run.output_dir)
     wait_for_lines(directory / "metrics.jsonl", 3)
@@ -68,11 +68,11 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, mate
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     last = len(records(directory))
-    assert 3 <= last < 80 and checkpoints(config) == ["latest", f"step-{last}"]
+    assert 3 <= last < 40 and checkpoints(config) == ["latest", f"step-{last}"]
     assert not list(directory.glob(".lock")) and not list(directory.glob("running.json"))
     line = output.splitlines()[-1]
     assert line.startswith(
-        f"fastalign: error: interrupted after step {last} of 80; saved {directory}/checkpoints/step-"
+        f"fastalign: error: interrupted after step {last} of 40; saved {directory}/checkpoints/step-"
     )
     assert output.count("error") == 1 and "Traceback" not in output
     command = line.partition("go on with: ")[2]
@@ -80,11 +80,11 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, mate
     subprocess.run(command, shell=True, check=True, env={**os.environ, **PATHS}, cwd=ROOT)
     train(whole)
     assert numbers(directory) == numbers(whole.run.output_dir)
-    assert len(records(directory)) == 80
+    assert len(records(directory)) == 40
 
 
 def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
-    settings = {"run.steps": 60, "run.keep": 9}
+    settings = {"run.steps": 40, "run.keep": 9}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped"))
     process, directory = launch(config, ranks=2), Path(config.run.output_dir)
     wait_for_lines(directory / "metrics.jsonl", 2)
@@ -94,10 +94,10 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     last = len(records(directory))
-    assert 2 < last < 60 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
+    assert 2 < last < 40 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
     assert "(as SIGUSR1 asked)" in output
     told = [line for line in output.splitlines() if line.startswith("fastalign: error:")]
-    assert len(told) == 1 and f"interrupted after step {last} of 60; saved" in told[0]
+    assert len(told) == 1 and f"interrupted after step {last} of 40; saved" in told[0]
     assert "--standalone --nproc-per-node 2 -m fastalign sft --config" in told[0]
     config.run.resume = True
     finish(fork(config, ranks=2))

@@ -31,7 +31,7 @@ STEPS, MIDDLE = 6, 3
 
 @pytest.fixture
 def tune(configure, tmp_path):
-    """A DPO run over an adapter: ``tune("name", lora={...})``; other tests' cache may know the reference's log-probs."""
+    """A DPO run over an adapter, ``tune("name", lora={...})``, whose reference no other test has computed already."""
 
     def make(name, lora=LORA, **overrides):
         settings = {"run.steps": STEPS, "run.save_every": MIDDLE, "optim.lr": 1e-2, "model.lora": lora}
