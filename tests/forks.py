@@ -1,8 +1,8 @@
 """Processes that start at once: forked by a server that has the libraries loaded, where Python takes seconds to start.
 
 A program is a file, or a module's name, as Python would be given it; it runs as ``__main__`` with the words given and
-the environment of this process. Several ranks have what torchrun would set as well. Where the start or the end of Python
-is itself what a test is about, the test starts Python.
+the environment of this process. Several ranks have what torchrun would set as well. Where a test is about the start or
+the end of Python itself, it starts Python.
 """
 
 import atexit

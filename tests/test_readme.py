@@ -98,6 +98,7 @@ def test_python_blocks_run_in_order():
     assert namespace["loss"].isfinite() and namespace["weight"].grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_order_in_a_fresh_clone(clone):
     ran = [words for words in README if words[1] != "bench" and is_runnable(words)]
     processes = [process for words in ran if (process := run(words))]

@@ -54,6 +54,7 @@ def stop_at(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, materials):
     settings = {"run.steps": 40, "run.eval_every": 15, "data.eval_path": str(materials / "held_out.jsonl")}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped here"))
@@ -83,6 +84,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, mate
     assert len(records(directory)) == 40
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     settings = {"run.steps": 40, "run.keep": 9}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped"))

@@ -14,6 +14,7 @@ from runs import assert_close, finish, fork, numbers
 STEPS, MIDDLE = 20, 12
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tmp_path):
     held_out = {"data.eval_path": str(materials / "held_out.jsonl"), "run.eval_every": 5}
     settings = {"run.steps": STEPS, "run.save_every": MIDDLE, **held_out}

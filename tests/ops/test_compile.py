@@ -59,6 +59,7 @@ def run_gates(folder):
     (folder / "output").write_text(run.stdout[-8000:] + run.stderr[-2000:])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("target", [*TARGETS, "any target"])
 def test_compile_gates(target, shared):
@@ -86,6 +87,7 @@ def compile_cuda(source, folder):
     (folder / "messages").write_text(f"{run.returncode}\n{run.stderr}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 @pytest.mark.parametrize("target", CUDA_TARGETS)
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)

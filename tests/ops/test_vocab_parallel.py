@@ -10,6 +10,7 @@ import torch
 from fastalign.ops.vocab_parallel import Shard, localise
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ["vocab_ranks.py", "policy_ranks.py", "token_ranks.py", "divergence_ranks.py"])
