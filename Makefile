@@ -2,7 +2,7 @@
 # Each makes .venv when it is missing. VENV=PATH names an environment of your own: it keeps its torch and its versions.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 TORCH := torch==2.13.0
 
 ifeq ($(origin VENV),file)

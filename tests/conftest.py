@@ -1,11 +1,15 @@
 """What every test shares: no network, data that may be absent, fresh memory that is not kind, Triton without a GPU."""
 
+import functools
+import importlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +38,23 @@ def _interpreter() -> str:
     return "interpreted" if os.environ["TRITON_INTERPRET"] == "1" else "not run: TRITON_INTERPRET=0"
 
 
+def _patch_once(interpreter: ModuleType) -> None:
+    """Let the interpreter leave Triton's language as its launch has patched it: it would patch the whole of it anew in
+    every call of a device function, which took most of its time."""
+    call, language = interpreter.InterpretedFunction.__call__, interpreter.tl
+
+    @functools.cache
+    def languages(function: Callable) -> list[ModuleType]:
+        return [x for x in function.__globals__.values() if x is language or x is language.core]
+
+    def patched_call(device: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(language.core.is_builtin(found.load) for found in languages(device.fn)):
+            return call(device, *args, **kwargs)
+        return device.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = patched_call
+
+
 TRITON = _interpreter()
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared"))
@@ -50,6 +71,26 @@ def shared_file() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same for all of xdist's workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def new_cache(common: Path) -> Callable[[Path], str]:
+    """``new_cache(path)``: makes a cache there, empty but for the built-in text, which takes seconds to read."""
+
+    def make(path: Path) -> str:
+        (common / "builtin").mkdir(exist_ok=True)
+        path.mkdir(parents=True)
+        (path / "builtin").symlink_to(common / "builtin")
+        return str(path)
+
+    return make
 
 
 @pytest.fixture
@@ -74,7 +115,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where there is no CUDA device, a test marked ``gpu`` is skipped, once for all of its cases."""
+    """The slow ones first, so that no worker ends alone with one. Where there is no CUDA device, a test marked ``gpu``
+    is skipped, once for all of its cases."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+    if TRITON == "interpreted":
+        _patch_once(importlib.import_module("triton.runtime.interpreter"))
     if torch.cuda.is_available():
         return
     cases = Counter(_function(item) for item in items if "gpu" in item.keywords)

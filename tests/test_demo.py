@@ -30,6 +30,7 @@ def in_this_process(command):
     return subprocess.CompletedProcess(command, cli.main(command[3:]) or 0)
 
 
+@pytest.mark.slow
 def test_demo_in_miniature(demo, tmp_path, monkeypatch, capfd):
     rows = demo.load_rows
     monkeypatch.setattr(demo.subprocess, "run", in_this_process)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ ONE_ATTEMPT = 2.0  # seconds: the libraries' own retries take at least 23
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def answers(tmp_path_factory: pytest.TempPathFactory, new_cache: Callable[[Path], str]) -> dict[str, Any]:
     """What `hub_runs.py` found; nothing but its answers may be printed."""
     here = tmp_path_factory.mktemp("hub")
+    new_cache(here / "cache")
     command = [sys.executable, str(Path(__file__).with_name("hub_runs.py")), str(here)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

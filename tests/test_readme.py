@@ -14,7 +14,7 @@ import yaml
 
 from fastalign import cli
 from fastalign.arguments import METHODS, parse_config
-from fastalign.data import builtin, cache
+from fastalign.data import builtin
 from fastalign.engine import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,15 +64,11 @@ def runs_only_here(words: list[str]) -> bool:
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch):
+def clone(tmp_path, monkeypatch, new_cache):
     """A directory that looks like a fresh clone, with the examples and no runs; the built-in text is made already."""
     monkeypatch.setattr(builtin, "load", load_once)
-    load_once("docstrings", "train")
-    made = cache.root() / "builtin"
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "builtin").symlink_to(made)
+    monkeypatch.setenv("FASTALIGN_CACHE", new_cache(tmp_path / "cache"))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
     for name in ("HF_HUB_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, os.environ.get(name, "error" if "VERBOSITY" in name else "1"))
     monkeypatch.setattr(report, "plots", lambda records: "")  # a second of drawing per run
@@ -102,6 +98,7 @@ def test_python_blocks_run_in_order():
     assert namespace["loss"].isfinite() and namespace["weight"].grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_order_in_a_fresh_clone(clone):
     ran = [words for words in README if words[1] != "bench" and is_runnable(words)]
     processes = [process for words in ran if (process := run(words))]

@@ -16,9 +16,9 @@ TEXT = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def private_caches(tmp_path_factory: pytest.TempPathFactory, new_cache: Callable[[Path], str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FASTALIGN_CACHE", new_cache(tmp_path_factory.mktemp("data") / "cache"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 

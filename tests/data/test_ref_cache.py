@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -14,8 +13,6 @@ from fastalign.data import ref_cache
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.data.ref_cache import RefCache, Referenced, example_key, parts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def entries(first: int, count: int) -> dict[bytes, np.ndarray]:
@@ -105,24 +102,21 @@ def slowly(path, mode="r", **options):
     return Slow()
 Path.open = slowly
 cache, shard = RefCache(Path({directory!r})), {first}
-print("ready", flush=True)
 while True:
     cache.write(entries(shard % 50 * 400, 400))
     shard += 1
 """
 
 
-def writer(directory: Path, first: int) -> subprocess.Popen:
+def writer(directory: Path, program: Path, first: int) -> forks.Forked:
     """A process that adds shards of 400 entries until it is killed, most of the time in the middle of writing one."""
-    code = WRITER.format(tests=str(Path(__file__).parent), directory=str(directory), first=first)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    program.write_text(WRITER.format(tests=str(Path(__file__).parent), directory=str(directory), first=first))
+    return forks.Forked(program)
 
 
-def test_two_writers_killed_in_the_middle_leave_whole_shards(tmp_path, caplog):
-    both = [writer(tmp_path, first) for first in (0, 3)]
-    for process in both:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+def test_two_writers_killed_in_the_middle_leave_whole_shards(tmp_path_factory, tmp_path, caplog):
+    programs = tmp_path_factory.mktemp("programs")
+    both = [writer(tmp_path, programs / f"{first}.py", first) for first in (0, 3)]
     deadline = time.monotonic() + 30
     while not any(tmp_path.glob("*.safetensors")):
         assert time.monotonic() < deadline, "no shard in half a minute"
@@ -130,7 +124,7 @@ def test_two_writers_killed_in_the_middle_leave_whole_shards(tmp_path, caplog):
     for pause, process in zip((0.4, 0.13), both, strict=True):
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         cache = RefCache(tmp_path)  # the other one goes on writing
         assert len(cache) and len(cache) % 400 == 0
         shards = [i for i in range(50) if cache.has([key_of(i * 400)]).any()]

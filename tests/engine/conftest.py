@@ -32,9 +32,10 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def materials(tmp_path_factory: pytest.TempPathFactory, new_cache: Callable[[Path], str]) -> Path:
     """A folder with ``tokenizer/``, ``rows.jsonl`` and ``held_out.jsonl``: 96 and 16 docstrings, the shorter ones."""
     folder = tmp_path_factory.mktemp("materials")
+    new_cache(folder / "cache")
     texts = []
     for name, split, count in (("rows", "train", 96), ("held_out", "test", 16)):
         with pytest.MonkeyPatch.context() as patch:

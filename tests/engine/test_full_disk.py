@@ -1,14 +1,13 @@
 """A disk that fills up: one line with what is needed and free, no scratch left, and a run that goes on with room."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import forks
 import pytest
 
 from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
@@ -18,7 +17,7 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.metrics import read_metrics
 from fastalign.engine.precompute import precompute
 from fastalign.engine.train import train
-from runs import ROOT, numbers, records
+from runs import numbers, records
 
 NEEDED = r"No space left on device \(at least [\d.]+ [kM]?B needed, [\d.]+ [kM]?B free\)"
 SPARE = 64 << 10
@@ -233,18 +232,9 @@ def test_other_failures_are_told_by_their_name(tmp_path):
 def test_two_ranks_say_it_once_and_wait_for_nobody(small_disk, tmp_path):
     """A held directory and full disks, met by one rank or both."""
     script = Path(__file__).with_name("ranks_files.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'engine'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path), str(small_disk)],
-        env={**os.environ, **paths},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    told = sorted(done.stdout.splitlines())
-    assert len(told) == 6 and told[0::2] == told[1::2], done.stdout  # the same on both ranks
+    output = forks.run(script, tmp_path, small_disk, ranks=2, timeout=100)
+    told = sorted(re.findall(r"^\d .*", output, re.M))
+    assert len(told) == 6 and told[0::2] == told[1::2], output  # the same on both ranks
     assert re.search(r"cannot write the checkpoint .*step-1 on rank [01]: No space left", told[0])
     assert re.search(r"cannot write the reference cache .*: No space left", told[2])
     assert re.search(r"is in use by process \d+ on .* since", told[4])

@@ -19,7 +19,7 @@ from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.precompute import precompute
 from fastalign.engine.report import write_report
 from fastalign.engine.train import train
-from runs import ROOT, assert_close, finish, launch, numbers, records, write_yaml
+from runs import ROOT, assert_close, finish, fork, launch, numbers, records, write_yaml
 
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
@@ -54,8 +54,9 @@ def stop_at(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, materials):
-    settings = {"run.steps": 80, "run.eval_every": 30, "data.eval_path": str(materials / "held_out.jsonl")}
+    settings = {"run.steps": 40, "run.eval_every": 15, "data.eval_path": str(materials / "held_out.jsonl")}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped here"))
     process, directory = launch(config), Path(config.run.output_dir)
     wait_for_lines(directory / "metrics.jsonl", 3)
@@ -68,11 +69,11 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, mate
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     last = len(records(directory))
-    assert 3 <= last < 80 and checkpoints(config) == ["latest", f"step-{last}"]
+    assert 3 <= last < 40 and checkpoints(config) == ["latest", f"step-{last}"]
     assert not list(directory.glob(".lock")) and not list(directory.glob("running.json"))
     line = output.splitlines()[-1]
     assert line.startswith(
-        f"fastalign: error: interrupted after step {last} of 80; saved {directory}/checkpoints/step-"
+        f"fastalign: error: interrupted after step {last} of 40; saved {directory}/checkpoints/step-"
     )
     assert output.count("error") == 1 and "Traceback" not in output
     command = line.partition("go on with: ")[2]
@@ -80,11 +81,12 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on_to_the_bit(configure, mate
     subprocess.run(command, shell=True, check=True, env={**os.environ, **PATHS}, cwd=ROOT)
     train(whole)
     assert numbers(directory) == numbers(whole.run.output_dir)
-    assert len(records(directory)) == 80
+    assert len(records(directory)) == 40
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
-    settings = {"run.steps": 60, "run.keep": 9}
+    settings = {"run.steps": 40, "run.keep": 9}
     whole, config = (configure("sft", name, **settings) for name in ("whole", "stopped"))
     process, directory = launch(config, ranks=2), Path(config.run.output_dir)
     wait_for_lines(directory / "metrics.jsonl", 2)
@@ -94,13 +96,13 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     last = len(records(directory))
-    assert 2 < last < 60 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
+    assert 2 < last < 40 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
     assert "(as SIGUSR1 asked)" in output
     told = [line for line in output.splitlines() if line.startswith("fastalign: error:")]
-    assert len(told) == 1 and f"interrupted after step {last} of 60; saved" in told[0]
+    assert len(told) == 1 and f"interrupted after step {last} of 40; saved" in told[0]
     assert "--standalone --nproc-per-node 2 -m fastalign sft --config" in told[0]
     config.run.resume = True
-    finish(launch(config, ranks=2))
+    finish(fork(config, ranks=2))
     train(whole)
     assert_close(whole.run.output_dir, directory, tolerance=1e-5)  # ranks reorder sums
 
@@ -267,7 +269,7 @@ def test_workers_that_tokenise_end_with_the_run(configure, materials, tmp_path, 
     rows = (materials / "rows.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(rows * 200)
     many = {"data.path": str(tmp_path / "many.jsonl"), "data.num_proc": 2, "data.cache_dir": str(tmp_path / "cache")}
-    process = launch(configure("dpo", **many), start_new_session=True)
+    process = fork(configure("dpo", **many))
     run = psutil.Process(process.pid)
     workers = []
     while len(workers) < 2:  # those that have tokenised something

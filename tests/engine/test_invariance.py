@@ -1,15 +1,13 @@
 """Every method and loss: one optimizer step is the same however its examples are packed, shared and dealt to ranks."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
+import forks
 import pytest
 import steps
 import torch
 
 from fastalign.engine import heads
-from runs import ROOT
 
 PACKINGS = {
     "all in one, shared": lambda examples: steps.packed(examples, 10**6, True),
@@ -39,12 +37,8 @@ def test_the_same_packing_has_the_same_bits(method, loss):
 
 
 def test_two_ranks_have_the_step_of_one():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(ROOT / "tests" / "engine" / "ranks_steps.py")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("agreed on") == 2 * (len(steps.OBJECTIVES) + 1)  # and on masters
+    output = forks.run(Path(__file__).with_name("ranks_steps.py"), ranks=2)
+    assert output.count("agreed on") == 2 * (len(steps.OBJECTIVES) + 1)  # and on masters
 
 
 def test_the_head_computes_scored_rows_alone_and_reads_the_last_prompt_row_once_per_response(monkeypatch):

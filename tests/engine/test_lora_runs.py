@@ -19,7 +19,7 @@ from fastalign.engine.train import set_up, train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter
 from fastalign.parallel.mesh import World, world
-from runs import LLAMA, assert_close, finish, launch, numbers
+from runs import LLAMA, assert_close, finish, fork, numbers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -30,11 +30,12 @@ STEPS, MIDDLE = 6, 3
 
 
 @pytest.fixture
-def tune(configure):
-    """A DPO run over an adapter: ``tune("name", lora={...})``."""
+def tune(configure, tmp_path):
+    """A DPO run over an adapter, ``tune("name", lora={...})``, whose reference no other test has computed already."""
 
     def make(name, lora=LORA, **overrides):
         settings = {"run.steps": STEPS, "run.save_every": MIDDLE, "optim.lr": 1e-2, "model.lora": lora}
+        settings["data.cache_dir"] = str(tmp_path / "cache")
         return configure("dpo", name, **{**settings, **overrides})
 
     return make
@@ -147,7 +148,7 @@ def test_settings_are_refused_before_any_work(tune):
 
 def test_two_ranks_agree_with_one(tune):
     one, two = (tune(name) for name in ("one", "two"))
-    both = launch(two, ranks=2)
+    both = fork(two, ranks=2)
     train(one)
     assert "reference: the policy without its adapter" in finish(both)
     assert_close(one.run.output_dir, two.run.output_dir, tolerance=1e-5)

@@ -16,16 +16,17 @@ from transformers import AutoModelForCausalLM
 from fastalign.engine import train as engine
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import world
-from runs import ROOT, assert_close, finish, launch, numbers, write_yaml
+from runs import ROOT, assert_close, finish, fork, numbers, write_yaml
 
 STEPS, MIDDLE = 20, 12
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tmp_path):
     held_out = {"data.eval_path": str(materials / "held_out.jsonl"), "run.eval_every": 5}
     settings = {"run.steps": STEPS, "run.save_every": MIDDLE, **held_out}
     one, two, resumed, moved = (configure("dpo", n, **settings) for n in ("one", "two", "resumed", "moved"))
-    both = launch(two, ranks=2)
+    both = fork(two, ranks=2)
     train(one)
     assert finish(both).count("\nwrites to ") == 1  # the main rank alone tells of the run
     assert_close(one.run.output_dir, two.run.output_dir, tolerance=1e-5)
@@ -35,7 +36,7 @@ def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tm
         shutil.copytree(two.run.output_dir, config.run.output_dir)
         shutil.rmtree(Path(config.run.output_dir) / "checkpoints" / f"step-{STEPS}")
         config.run.resume = True
-    again = launch(resumed, ranks=2)
+    again = fork(resumed, ranks=2)
     train(moved)  # a checkpoint of two ranks, gone on with by one
     finish(again)
     assert numbers(resumed.run.output_dir) == numbers(two.run.output_dir)

@@ -26,7 +26,7 @@ from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops.attention import choose_backend
 from fastalign.parallel.mesh import World
-from runs import LLAMA, finish, launch, numbers, records
+from runs import LLAMA, finish, fork, numbers, records
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXAMPLES = 96
@@ -309,7 +309,7 @@ def test_the_command_on_two_ranks_beside_a_process_that_is_killed(cached, materi
     held_out = {"data.eval_path": str(materials / "held_out.jsonl"), "run.eval_every": 3}
     shared, alone = cached("shared", **held_out), cached("alone", **held_out)
     alone.reference.cache = str(tmp_path / "alone logps")
-    killed, both = launch(shared, words=("ref-logps",)), launch(shared, ranks=2, words=("ref-logps", "dpo"))
+    killed, both = fork(shared, words=("ref-logps",)), fork(shared, ranks=2, words=("ref-logps", "dpo"))
     while not list((tmp_path / "logps").glob("*/*")) and killed.poll() is None:
         time.sleep(0.01)  # until one of them has begun to write
     killed.kill()
@@ -371,7 +371,7 @@ def test_a_rank_without_work_needs_no_reference_either(cached, tmp_path):
     online, kept = (cached(name, **{"batch.size": 1, "loss.name": "kto"}) for name in ("online", "kept"))
     online.method = kept.method = "kto"
     online.reference.cache = "off"
-    both = launch(kept, ranks=2)  # one example per step
+    both = fork(kept, ranks=2)  # one example per step
     train.train(online)
     finish(both)
     for mine, theirs in zip(records(kept.run.output_dir), records(online.run.output_dir), strict=True):

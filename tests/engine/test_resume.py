@@ -14,7 +14,7 @@ from fastalign.engine.checkpoints import whole_checkpoints
 from fastalign.engine.errors import RunError
 from fastalign.engine.train import train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
-from runs import LLAMA, finish, launch, numbers, records
+from runs import LLAMA, finish, fork, numbers, records
 
 DPO = {"run.steps": 14, "run.save_every": 3, "run.eval_every": 4}
 
@@ -22,7 +22,7 @@ DPO = {"run.steps": 14, "run.save_every": 3, "run.eval_every": 4}
 def test_a_killed_run_goes_on_to_the_bit(configure, materials):
     held_out = {"data.eval_path": str(materials / "held_out.jsonl")}
     whole, killed = (configure("dpo", name, **DPO, **held_out) for name in ("whole", "killed"))
-    unbroken, broken = launch(whole), launch(killed)
+    unbroken, broken = fork(whole), fork(killed)
     draw = random.Random(time.time_ns())  # another moment every time: the outcome must not depend on it
     lines, pause = draw.randint(4, 12), draw.uniform(0, 0.1)
     wait_for_lines(Path(killed.run.output_dir) / "metrics.jsonl", lines)
@@ -30,7 +30,7 @@ def test_a_killed_run_goes_on_to_the_bit(configure, materials):
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
     killed.run.resume = True
-    finish(launch(killed))
+    finish(fork(killed))
     finish(unbroken)
     assert numbers(killed.run.output_dir) == numbers(whole.run.output_dir), f"killed after {lines} lines and {pause} s"
     assert len(records(whole.run.output_dir)) == DPO["run.steps"]

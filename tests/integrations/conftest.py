@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,9 +12,9 @@ collect_ignore = ["trl_runs.py"]  # it imports TRL, which may be absent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def private_caches(tmp_path_factory: pytest.TempPathFactory, new_cache: Callable[[Path], str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FASTALIGN_CACHE", new_cache(tmp_path_factory.mktemp("data") / "cache"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 

@@ -1,7 +1,7 @@
 """Every Triton kernel is compiled ahead of time for the architectures it must serve; no GPU is needed.
 
 The launchers run as usual, on small CPU tensors, with the launch itself replaced by a recorder: what is compiled here
-is what would be launched. ``pytest tests/ops/test_compile.py -s`` runs this file, in processes that compile, and prints
+is what would be launched. ``pytest tests/ops/test_compile.py -s`` runs this file in a process that compiles, and prints
 the table of registers, shared memory and spills.
 
 On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {total} x {soft-cap} are compiled; on sm_80 and sm_100 bf16

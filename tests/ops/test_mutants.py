@@ -28,6 +28,7 @@ def test_every_fault_can_still_be_made():
     assert [file for file in files if not (ROOT / "tests" / file).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each fault")
 @pytest.mark.parametrize("group", QUICK)
 def test_faults_are_caught(group):

@@ -5,12 +5,11 @@ requirements in ``test_pitfalls_of_use.py``.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from op_table import HERE, OPS, example_of, given, place
@@ -32,7 +31,6 @@ from fastalign.testing import (
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-ROOT = Path(__file__).resolve().parents[2]
 forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
 ANYWHERE = [*HERE, "sdpa"]  # attention's other backends want 16 bits on CUDA, which the matrix gives them
 on_backends = pytest.mark.parametrize("backend", HERE)
@@ -233,10 +231,7 @@ def test_04_a_pair_loss_is_the_same_from_logits_from_hidden_states_and_by_hand(b
 
 def on_two_ranks(check):
     """A function of ``pitfall_ranks.py`` on two forked gloo ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    script = [sys.executable, str(Path(__file__).with_name("pitfall_ranks.py")), check]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and done.stdout.endswith("agreed\n"), done.stderr[-4000:]
+    assert forks.run(Path(__file__).with_name("pitfall_ranks.py"), check).endswith("agreed\n")
 
 
 @forked

@@ -1,26 +1,21 @@
 """A vocabulary split over real gloo ranks gives what one rank gives; the checks are in the scripts ``*_ranks.py``."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
 from fastalign.ops.vocab_parallel import Shard, localise
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its ranks")
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ["vocab_ranks.py", "policy_ranks.py", "token_ranks.py", "divergence_ranks.py"])
 def test_ranks_agree_with_one(name, size):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    script = [sys.executable, str(Path(__file__).with_name(name)), str(size)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("agreed\n"), done.stderr[-4000:]
+    assert forks.run(Path(__file__).with_name(name), size).endswith("agreed\n")
 
 
 def test_a_label_belongs_to_one_shard_and_an_invalid_one_to_none():

@@ -1,11 +1,9 @@
 """Whitening against PyTorch's own variance in float64, the golden vectors, and ranks against one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from fastalign.ops import whiten
 from fastalign.ops.whiten import EPS_IN, merge, moments, reference
 from fastalign.testing import assert_matches
 
-ROOT = Path(__file__).resolve().parents[2]
 MASK = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1]).bool()
 
 
@@ -75,11 +72,7 @@ def test_moments_of_parts_merge_into_those_of_the_whole():
 
 
 def test_ranks_have_the_result_of_one_process():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    script = [*torchrun, str(ROOT / "tests" / "ops" / "whiten_ranks.py")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("agreed") == 3, done.stderr
+    assert forks.run(Path(__file__).with_name("whiten_ranks.py"), ranks=3).count("agreed") == 3
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Meshes, shards and clipping."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch import nn
@@ -15,15 +13,9 @@ from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import mesh_shape, world
 from fastalign.parallel.shard import shard, transformer_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def test_two_ranks_have_the_gradients_of_one():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(ROOT / "tests" / "parallel" / "ranks.py")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("agreed") == 2, done.stderr
+    assert forks.run(Path(__file__).with_name("ranks.py"), ranks=2).count("agreed") == 2
 
 
 @pytest.mark.parametrize(
