@@ -20,6 +20,7 @@ from typing import Any, cast
 from fastalign import written
 from fastalign.config import Config
 from fastalign.words import describe_type, kind_of
+from fastalign.written import UsageError, as_string, in_yaml, read_flags, read_tree
 
 METHODS = {
     "sft": "fine-tune on demonstrations or plain text",
@@ -70,10 +71,6 @@ TRL_NAMES = {
 
 Losses = Mapping[str, Callable[..., Any]]
 """The losses of a configuration by name; more than one for a weighted sum."""
-
-
-class UsageError(ValueError):
-    """The command line or a configuration file is wrong."""
 
 
 def parse_config(method: str, argv: list[str]) -> Config:
@@ -132,54 +129,6 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {kind_of(written.free(tree))}")
     return tree
-
-
-def read_tree(tree: dict[str, Any], schema: dict[str, str]) -> dict[str, Any]:
-    """The settings of a file, each read as what it takes."""
-    found: dict[str, Any] = {}
-    for section, values in tree.items():
-        if isinstance(values, dict):
-            found[section] = {name: read_value(f"{section}.{name}", x, schema) for name, x in values.items()}
-        else:
-            found[section] = read_value(section, values, schema)
-    return found
-
-
-def read_flags(flags: list[str], schema: dict[str, str]) -> list[str]:
-    """The flags with lists and mappings as JSON, where nothing is left to guess; a number that is none is refused."""
-    words = list(flags)
-    for place, word in enumerate(flags):
-        flag, equals, value = word.partition("=")
-        key = flag.removeprefix("--").removesuffix("+")
-        if not flag.startswith("--") or key not in schema:
-            continue
-        if equals:
-            words[place] = f"{flag}={read_flag(key, value, schema)}"
-        elif place + 1 < len(flags) and not flags[place + 1].startswith("--"):
-            words[place + 1] = read_flag(key, flags[place + 1], schema)
-    return words
-
-
-def read_flag(key: str, value: str, schema: dict[str, str]) -> str:
-    """A flag's value as the parser is to have it."""
-    import yaml
-
-    if value[:1] not in ("[", "{"):
-        read_value(key, written.Plain(value), schema)
-        return value
-    try:
-        return as_string(read_value(key, yaml.load(value, written.Loader), schema))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{key}: {value!r} is not valid YAML: {error}") from error
-
-
-def read_value(key: str, value: Any, schema: dict[str, str]) -> Any:
-    """A value as the setting takes it."""
-    try:
-        return written.read(value, schema[key])
-    except ValueError as error:
-        shown = value if isinstance(value, str) else in_yaml(value)
-        raise UsageError(f"{key}: expected {describe_type(schema[key], key)}, got {shown}") from error
 
 
 def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> list[str]:
@@ -277,16 +226,6 @@ def check_nulls(path: str, leaves: dict[str, Any], schema: dict[str, str]) -> No
         if written.free(value) is None and "None" not in schema.get(key, "None"):
             expected = describe_type(schema[key], key)
             raise UsageError(f"{key} in {path}: expected {expected}, got null: leave the line out for the default")
-
-
-def in_yaml(value: Any) -> str:
-    """A value as a configuration file may write it, in JSON."""
-    return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def as_string(value: Any) -> str:
-    """A value for the parser, which reads YAML: all but ASCII escaped, as some characters are breaks or forbidden."""
-    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", in_yaml(value))
 
 
 def as_written(text: str) -> str:

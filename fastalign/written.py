@@ -8,19 +8,24 @@ true or false also knows on, off, yes and no, and a number is what everybody rea
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import yaml
 
-from fastalign.words import members
+from fastalign.words import describe_type, members
 
 NULLS = {"", "~", "null", "Null", "NULL"}
 TRUE, FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 WHOLE = re.compile(r"[-+]?(\d[\d_]*|0[xX][\da-fA-F]+|0[oO][0-7]+|0[bB][01]+)")
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 WIDE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class UsageError(ValueError):
+    """The command line or a configuration file is wrong."""
 
 
 class Plain(str):
@@ -141,3 +146,59 @@ def as_number(text: str) -> int | float | str | None:
     if NUMBER.fullmatch(text):
         return float(text)
     return str(text) if WIDE.fullmatch(text) else None
+
+
+def read_tree(tree: dict[str, Any], schema: dict[str, str]) -> dict[str, Any]:
+    """The settings of a file, each read as what it takes."""
+    found: dict[str, Any] = {}
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            found[section] = {name: read_value(f"{section}.{name}", x, schema) for name, x in values.items()}
+        else:
+            found[section] = read_value(section, values, schema)
+    return found
+
+
+def read_flags(flags: list[str], schema: dict[str, str]) -> list[str]:
+    """The flags with lists and mappings as JSON, where nothing is left to guess; a number that is none is refused."""
+    words = list(flags)
+    for place, word in enumerate(flags):
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--").removesuffix("+")
+        if not flag.startswith("--") or key not in schema:
+            continue
+        if equals:
+            words[place] = f"{flag}={read_flag(key, value, schema)}"
+        elif place + 1 < len(flags) and not flags[place + 1].startswith("--"):
+            words[place + 1] = read_flag(key, flags[place + 1], schema)
+    return words
+
+
+def read_flag(key: str, value: str, schema: dict[str, str]) -> str:
+    """A flag's value as the parser is to have it."""
+    if value[:1] not in ("[", "{"):
+        read_value(key, Plain(value), schema)
+        return value
+    try:
+        return as_string(read_value(key, yaml.load(value, Loader), schema))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{key}: {value!r} is not valid YAML: {error}") from error
+
+
+def read_value(key: str, value: Any, schema: dict[str, str]) -> Any:
+    """A value as the setting takes it."""
+    try:
+        return read(value, schema[key])
+    except ValueError as error:
+        shown = value if isinstance(value, str) else in_yaml(value)
+        raise UsageError(f"{key}: expected {describe_type(schema[key], key)}, got {shown}") from error
+
+
+def in_yaml(value: Any) -> str:
+    """A value as a configuration file may write it, in JSON."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def as_string(value: Any) -> str:
+    """A value for the parser, which reads YAML: all but ASCII escaped, as some characters are breaks or forbidden."""
+    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", in_yaml(value))

@@ -1,6 +1,7 @@
 """The hub is asked once: what it answers, or that it does not, is one line that says what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def test_configurations_splits_and_revisions_are_listed(answers: dict[str, Any])
 @pytest.mark.parametrize("name", ["runs/sft/model", "./model", "~/model", "/model", "org/"])
 def test_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
     for setting, load in {"model.path": load_policy, "reference.path": load_policy, "model.tokenizer": None}.items():
-        with pytest.raises(ValueError, match=f"^{setting}: no directory at '{name}': "):
+        with pytest.raises(ValueError, match=f"^{setting}: no directory at '{os.path.expanduser(name)}': "):
             if load is None:
                 load_tokenizer(ModelConfig(tokenizer=name))
             else:
