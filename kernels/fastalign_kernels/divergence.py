@@ -18,12 +18,9 @@ from torch import Tensor
 
 from fastalign_kernels import launch
 from fastalign_kernels.divergence_tiles import (
-    FORWARD_KL,
     JSD,
+    KINDS,
     MIXTURE,
-    NEGLIGIBLE,
-    REVERSE_KL,
-    _apart,
     _at_label,
     _divergence,
     _label_logp,
@@ -31,10 +28,9 @@ from fastalign_kernels.divergence_tiles import (
     _pair,
     _pair_gradient,
     _row_factors,
+    _settled,
 )
 from fastalign_kernels.rows import COEFFICIENTS, ELSEWHERE, IGNORE, tile
-
-KINDS = {"forward_kl": FORWARD_KL.value, "reverse_kl": REVERSE_KL.value, "jsd": JSD.value, "mixture": MIXTURE.value}
 
 # Neither another shape nor a slice of the rows compiles a kernel again.
 SIZES = ["num_rows", "vocab_size", "row_stride", "ref_row_stride"]
@@ -73,11 +69,9 @@ def divergence_forward_kernel(
 ):
     """Value and statistics of one pair of rows: one read of both, two for JSD, none when the row is masked.
 
-    A KL whose second row bans a column takes one more. APART: its sum without such columns, and what ``_apart`` says of
-    them.
+    A KL whose second row bans a column takes one more. APART: what ``_apart`` says of these columns.
 
     The log-probs of the label under both, and the policy's entropy, where there is room for them.
-
     MIXTURE reads the statistics instead, and writes both of JSD's sums.
     """
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
@@ -105,15 +99,10 @@ def divergence_forward_kernel(
                 z_ptr, q_ptr, vocab_size, factors, KIND, entropy_ptr is not None, CAPPED, REF_CAPPED, ROWS, LOG_COLS
             )
             if KIND != JSD:
-                other = logsum if KIND == FORWARD_KL else ref_logsum
-                if (value == float("inf")) | (other == float("-inf")):
-                    bounds = (top, logsum, ref_top, ref_logsum)
-                    value, banned = _apart(
-                        z_ptr, q_ptr, vocab_size, factors, bounds, KIND, CAPPED, REF_CAPPED, LOG_COLS
-                    )
-                    if not APART:
-                        value = tl.where(banned < NEGLIGIBLE, value, float("inf"))
-                        value = tl.where(other == float("-inf"), float("nan"), value)
+                sums = (value, top, logsum, ref_top, ref_logsum)
+                value, banned = _settled(
+                    z_ptr, q_ptr, vocab_size, factors, sums, KIND, APART, CAPPED, REF_CAPPED, LOG_COLS
+                )
             pull = value
         if logps_ptr is not None:
             logp = _label_logp(z_ptr, label, vocab_size, factors[0], factors[1], top, logsum, CAPPED)
@@ -265,8 +254,7 @@ def forward(
         labels: ``[N]``; -100: the row is not read and its outputs are 0; -1: the label lies in another slab.
         kind: "forward_kl" KL(pi || p), "reverse_kl" KL(p || pi), or "jsd" with the reference's weight ``mix``.
         tokens, entropy: whether to return the label's log-probs, and the policy's entropy.
-        apart: of a KL: value is ``[2, N]``, the sum over the columns that the second distribution does not ban, and the
-            largest ln of the first's probability among those that it bans.
+        apart: value is ``[2, N]``; see ``fastalign.ops._torch_divergence.forward``.
         scaling: temperature (a number or ``[N]``), softcap, ref_softcap, logit_scale, ref_logit_scale.
 
     Returns:

@@ -15,6 +15,7 @@ NEGLIGIBLE: tl.constexpr = tl.constexpr(-87.0)
 """The least ln p with a share in a divergence; see ``fastalign.ops._rows``."""
 MIXTURE: tl.constexpr = tl.constexpr(3)
 """The second walk of JSD alone, over columns whose normalisers are given: a slab of the vocabulary, perhaps."""
+KINDS = {"forward_kl": FORWARD_KL.value, "reverse_kl": REVERSE_KL.value, "jsd": JSD.value, "mixture": MIXTURE.value}
 
 
 @triton.jit
@@ -206,6 +207,34 @@ def _apart(
         s += tl.sum(tl.where(banned | (log_a < NEGLIGIBLE), 0.0, _exp(log_a) * (log_a - log_b)), 0)
         c = tl.maximum(c, tl.max(tl.where(banned, log_a, float("-inf")), 0))
     return _sum_lanes(s, LOG_COLS), tl.max(c, 0)
+
+
+@triton.jit
+def _settled(
+    z_ptr,
+    q_ptr,
+    vocab_size,
+    factors,
+    sums,
+    KIND: tl.constexpr,
+    APART: tl.constexpr,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
+    LOG_COLS: tl.constexpr,
+):
+    """A KL, and the largest ln of the first's probability among the columns that the second bans; with APART without
+    these columns. NaN where the second bans all.
+    """
+    value, top, logsum, ref_top, ref_logsum = sums
+    banned = tl.full((), float("-inf"), top.dtype)
+    other = logsum if KIND == FORWARD_KL else ref_logsum
+    if (value == float("inf")) | (other == float("-inf")):
+        norms = (top, logsum, ref_top, ref_logsum)
+        value, banned = _apart(z_ptr, q_ptr, vocab_size, factors, norms, KIND, CAPPED, REF_CAPPED, LOG_COLS)
+        if not APART:
+            value = tl.where(banned < NEGLIGIBLE, value, float("inf"))
+            value = tl.where(other == float("-inf"), float("nan"), value)
+    return value, banned
 
 
 @triton.jit
