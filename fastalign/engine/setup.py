@@ -18,17 +18,18 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
-from fastalign.data import builtin, feedback, formats
+from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
+from fastalign.data import builtin
 from fastalign.data.files import PLACE
-from fastalign.data.loader import Examples, TokenDataset, check_sizes, encode_dataset
+from fastalign.data.loader import Examples, TokenDataset, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval, training_path
 from fastalign.engine.agree import require_same
 from fastalign.engine.alarms import check_choices
 from fastalign.engine.console import check_trackers
-from fastalign.engine.filling import Demand, windows
+from fastalign.engine.filling import Demand
+from fastalign.engine.fitting import check_columns, check_groups, held_out_source
 from fastalign.engine.heads import Models, wants_autocast
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
@@ -173,26 +174,11 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         check_model(described_reference(config), setting="reference.path")
 
 
-def held_out_source(data: DataConfig) -> str:
-    """The setting that names the held-out rows, and what it is."""
-    names = ("eval_path", "eval_split", "eval_fraction")
-    return next((f"data.{name}: {value!r}" for name in names if (value := getattr(data, name))), "data.eval_path")
-
-
 def require_same_rows(ranks: World, *datasets: TokenDataset | None) -> None:
     """Refuse ranks that found other rows, or make other tokens of them."""
     mine = [dataset and dataset.fingerprint for dataset in datasets]
     remedy = "give every rank the same data, tokenizer and versions of the libraries"
     require_same(ranks, mine, "made other tokens of its rows", remedy)
-
-
-def check_groups(dataset: TokenDataset | None, batch: BatchConfig, where: str) -> None:
-    """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
-    if dataset is None or batch.max_group_tokens is None:
-        return
-    large = np.flatnonzero(dataset.totals() > batch.max_group_tokens)  # without what they share they may fit
-    for window in windows(large.tolist()):
-        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens, f"{where}: ")
 
 
 def encode(
@@ -203,16 +189,6 @@ def encode(
     check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
-
-
-def check_columns(columns: Sequence[str], data: DataConfig, method: str, where: str) -> None:
-    """Refuse columns that do not fit the method, with the setting that names the rows."""
-    try:
-        formats.recognise(columns, method, data.format)
-        if method == "reward:soft_label":
-            feedback.check_columns(columns, method)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def hash_tokens(dataset: TokenDataset) -> str:

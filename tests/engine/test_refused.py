@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoConfig
 
 from fastalign.data.pack import group_tokens
+from fastalign.engine.fitting import check_groups
 from fastalign.engine.precompute import precompute
 from fastalign.engine.rundir import check_same_run
-from fastalign.engine.setup import check_groups, check_settings, load_data
+from fastalign.engine.setup import check_settings, load_data
 from fastalign.engine.train import train
 from runs import numbers
 

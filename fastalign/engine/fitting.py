@@ -1,0 +1,37 @@
+"""Whether rows fit the method and the batch; what does not fit is told with the setting that names the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastalign.config import BatchConfig, DataConfig
+from fastalign.data import feedback, formats
+from fastalign.data.loader import TokenDataset, check_sizes
+from fastalign.engine.filling import windows
+
+
+def held_out_source(data: DataConfig) -> str:
+    """The setting that names the held-out rows, and what it is."""
+    names = ("eval_path", "eval_split", "eval_fraction")
+    return next((f"data.{name}: {value!r}" for name in names if (value := getattr(data, name))), "data.eval_path")
+
+
+def check_columns(columns: Sequence[str], data: DataConfig, method: str, where: str) -> None:
+    """Refuse columns that do not fit the method, with the setting that names the rows."""
+    try:
+        formats.recognise(columns, method, data.format)
+        if method == "reward:soft_label":
+            feedback.check_columns(columns, method)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_groups(dataset: TokenDataset | None, batch: BatchConfig, where: str) -> None:
+    """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
+    if dataset is None or batch.max_group_tokens is None:
+        return
+    large = np.flatnonzero(dataset.totals() > batch.max_group_tokens)  # without what they share they may fit
+    for window in windows(large.tolist()):
+        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens, f"{where}: ")
