@@ -61,7 +61,7 @@ void rotate(const Rotation& op, bool adjoint, int threads);
 namespace {
 
 // Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/_cpp.py.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 void token_logps(const TokenLogps& op, bool backward, int threads) {
   switch (cpu_level()) {

@@ -160,6 +160,7 @@ def test_of_training_and_held_out_rows_a_column_is_named_once(
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     config = Config(method="dpo", data=DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.5))
     config.model.tokenizer = str(tmp_path / "tokenizer")
+    config.model.config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     with caplog.at_level(logging.INFO):
         load_data(config)
     assert len([r for r in caplog.records if "not read" in r.message]) == 2

@@ -16,7 +16,7 @@ if reason := _cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {1: "d325d09598d99a8b"}
+BINDINGS = {2: "a5831ed028e0e288"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""
