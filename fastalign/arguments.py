@@ -267,7 +267,11 @@ def check_keys(keys: Iterable[str], schema: dict[str, str], losses: Losses, plac
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """``: did you mean 'optim.lr'?`` or nothing; compares last parts first, then whole names."""
     accepted, last = list(accepted), name.rsplit(".", 1)[-1]
-    same = [TRL_NAMES[last]] if last in TRL_NAMES else [key for key in accepted if key.rsplit(".", 1)[-1] == last]
+    same = (
+        [TRL_NAMES[last]]
+        if TRL_NAMES.get(last) in accepted
+        else [key for key in accepted if key.rsplit(".", 1)[-1] == last]
+    )
     close = same or longer(last, accepted) or close_to(name, accepted, cutoff=0.3)
     return f": did you mean {close[0]!r}?" if close else ""
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 
 def expand_homes(section: Any, *names: str) -> None:
-    """Put the home directory for the ``~`` of paths: in a file, and behind ``=``, no shell does."""
+    """Make paths of Python text, with the home directory for ``~``: in a file, and behind ``=``, no shell puts it."""
     for name in names:
-        if isinstance(value := getattr(section, name), str):
-            setattr(section, name, os.path.expanduser(value))
+        if isinstance(value := getattr(section, name), str | os.PathLike):
+            setattr(section, name, os.path.expanduser(os.fspath(value)))
 
 
 @dataclass
@@ -66,7 +66,7 @@ class ReferenceConfig:
     of tokenised data, where that means less work."""
 
     def __post_init__(self) -> None:
-        expand_homes(self, "path")
+        expand_homes(self, "path", "cache")
 
 
 @dataclass
@@ -109,7 +109,7 @@ class DataConfig:
     """Processes that tokenise; default: one, whose tokenizer uses all cores."""
 
     def __post_init__(self) -> None:
-        expand_homes(self, "chat_template")
+        expand_homes(self, "path", "eval_path", "cache_dir", "chat_template")
 
 
 @dataclass

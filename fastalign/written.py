@@ -19,8 +19,8 @@ from fastalign.words import describe_type, members
 
 NULLS = {"", "~", "null", "Null", "NULL"}
 TRUE, FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
-WHOLE = re.compile(r"[-+]?(\d[\d_]*|0[xX][\da-fA-F]+|0[oO][0-7]+|0[bB][01]+)")
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+WHOLE = re.compile(r"[-+]?(\d+(_\d+)*|0[xX][\da-fA-F]+|0[oO][0-7]+|0[bB][01]+)")
+NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 WIDE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -187,6 +187,9 @@ def read_flag(key: str, value: str, schema: dict[str, str]) -> str:
 
 def read_value(key: str, value: Any, schema: dict[str, str]) -> Any:
     """A value as the setting takes it."""
+    if key not in schema:  # a part of a mapping
+        section, name, part = key.split(".", 2)
+        raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{part}: ...}}}}")
     try:
         return read(value, schema[key])
     except ValueError as error:

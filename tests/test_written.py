@@ -38,6 +38,7 @@ def both(tmp_path):
         ("data.split", "on", "on"),
         ("data.revision", "1234567", "1234567"),
         ("data.revision", "12e4567", "12e4567"),
+        ("data.revision", "2024_", "2024_"),
         ("data.revision", "0123", "0123"),
         ("data.revision", "null", None),
         ("data.revision", "~", None),
@@ -72,6 +73,7 @@ def test_a_word_is_what_its_setting_takes(both, key, word, expected):
 @pytest.mark.parametrize(
     "key, word, expected",
     [
+        ("run.steps", "1__0", "run.steps: expected a whole number or null, got 1__0"),
         ("run.steps", "1:30", "run.steps: expected a whole number or null, got 1:30"),
         ("optim.lr", "1:30.5", "optim.lr: expected a number, got 1:30.5"),
         ("optim.lr", "2024-01-01", "optim.lr: expected a number, got 2024-01-01"),
@@ -111,6 +113,15 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, text):
         parse_config("sft", ["--config", str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.parametrize("text", ["model.config.hidden_size: 32", "model: {config.hidden_size: 32}"])
+def test_a_part_of_a_mapping_is_nested_in_a_file(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(
+        UsageError, match=r"^model\.config\.hidden_size: .* write model: {config: {hidden_size: \.\.\.}}$"
+    ):
+        parse_config("sft", ["--config", str(tmp_path / "run.yaml")])
+
+
 def test_anchors_and_merges_are_read(tmp_path):
     (tmp_path / "run.yaml").write_text("model: {lora: &a {r: 8}}\ndata: {columns: {prompt: q}}\n")
     tree = yaml.load("a: &x {k: on}\nb: {<<: *x, j: 010}", Loader)
@@ -130,6 +141,10 @@ def test_the_loss_is_answered_from_its_own_settings(capsys):
         assert cli.main(["dpo", "--loss.name", "simpo", flag, "1"]) == 2
         error = capsys.readouterr().err
         assert "did you mean 'loss.gamma_beta_ratio'? (the loss is 'simpo')" in error
+    for flag in ("--loss.simpo_gamma", "--loss.loss_weights"):
+        assert cli.main(["dpo", "--loss.name", "dpo", flag, "1"]) == 2
+        error = capsys.readouterr().err
+        assert "gamma_beta_ratio" not in error and f"did you mean '{flag[2:]}'" not in error
     assert cli.main(["dpo", "--loss.nam", "simpo"]) == 2
     assert "did you mean 'loss.name'?" in capsys.readouterr().err
 

@@ -110,6 +110,10 @@ class Loader:
 
 def check_state(state: dict[str, Any], seed: int, num_examples: int) -> None:
     """Refuses a loader's saved position in another order or other data."""
+    if missing := [key for key in ("seed", "num_examples", "drawn") if not isinstance(state.get(key), int)]:
+        raise ValueError(
+            f"the saved data order is damaged: it has no number {missing[0]!r}; resume from another checkpoint"
+        )
     for key, mine in (("seed", seed), ("num_examples", num_examples)):
         if state[key] != mine:
             message = f"the saved data order has {key}={state[key]}, this run has {mine}"

@@ -58,9 +58,14 @@ def flaw(path: Path) -> str | None:
     if not (path / "state.json").is_file():
         return "state.json is missing"
     try:
-        listed = read_state(path).get("files", {})
+        state = read_state(path)
     except (ValueError, OSError) as error:
         return str(error).partition(";")[0]
+    listed = state.get("files", {})
+    if not isinstance(listed, dict | list):
+        return "state.json is damaged: expected the files that were written"
+    if re.fullmatch(r"step-\d+", path.name) and step_of(path) != state["step"]:
+        return f"its state.json is that of step {state['step']}"
     for name in listed:
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -111,8 +116,17 @@ def move_later(directory: Path, step: int, place: Path) -> list[str]:
         place.mkdir(parents=True)
         point_to(directory, [path for path in whole_checkpoints(directory) if path not in later][-1:])
     for path in reversed(later):
-        path.rename(place / path.name)
+        move(path, place / path.name)
     return [path.name for path in later]
+
+
+def move(path: Path, target: Path) -> None:
+    """Move a checkpoint, to another disk too; of one that is a link, the link, which still leads where it led."""
+    if path.is_symlink():
+        target.symlink_to(path.resolve())
+        path.unlink()
+    else:
+        shutil.move(path, target)
 
 
 def publish(temporary: Path, final: Path, keep: int | None) -> None:

@@ -239,8 +239,11 @@ def find_checkpoint(config: Config, directory: Path) -> Path | None:
 
 
 def is_own(checkpoint: Path, directory: Path) -> bool:
-    """Whether a checkpoint was made by the run of this directory."""
-    return checkpoint.resolve().parent == (directory / "checkpoints").resolve()
+    """Whether a checkpoint was made by the run of this directory: it is there, or linked from there to another disk."""
+    return (directory / "checkpoints").resolve() in (
+        checkpoint.resolve().parent,
+        checkpoint.absolute().parent.resolve(),
+    )
 
 
 def refuse_occupied(directory: Path) -> None:

@@ -9,8 +9,9 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import is_dataclass, replace
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +81,7 @@ KERNELS = 32
 
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot be meant, before any work."""
+    check_types(config)
     for section, names, least in LEAST:
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -108,6 +110,31 @@ def check_settings(config: Config) -> None:
     check_place(config.model.tokenizer, "model.tokenizer")
     check_place(config.reference.path, "reference.path")
     lora.check(config.model)
+
+
+def check_types(config: Config) -> None:
+    """Refuse values that are none of their setting's: the command line lets none pass, Python does."""
+    for section, values in vars(config).items():
+        for name, kind in get_type_hints(type(values)).items() if is_dataclass(values) else ():
+            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            if not any(fits(value := getattr(values, name), each) for each in kinds):
+                words = [
+                    w for each in kinds for w in (get_args(each) if get_origin(each) is Literal else [nameof(each)])
+                ]
+                raise ValueError(f"{section}.{name}: expected {' or '.join(map(str, words))}, got {value!r}")
+
+
+def nameof(kind: Any) -> str:
+    """A type as a message calls it."""
+    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; what lists and mappings hold is not looked at."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    plain = {float: (int, float), tuple: (tuple, list)}.get(get_origin(kind) or kind, get_origin(kind) or kind)
+    return plain is Any or (isinstance(value, plain) and (plain is bool or not isinstance(value, bool)))
 
 
 def settle(config: Config, device: torch.device) -> Config:

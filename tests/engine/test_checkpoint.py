@@ -3,6 +3,7 @@
 import json
 import random
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastalign.config import OptimConfig
 from fastalign.engine import checkpoint, checkpoints
 from fastalign.engine.errors import RunError
 from fastalign.engine.optim import make_optimizer
+from fastalign.engine.rundir import is_own
 from fastalign.parallel.mesh import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -115,6 +117,28 @@ def test_a_link_to_a_checkpoint_that_was_moved_away_is_removed_and_the_checkpoin
     assert (
         names(tmp_path / "run") == ["step-4"] and not first.is_symlink() and not checkpoints.flaw(tmp_path / "archive")
     )
+
+
+def test_a_link_stays_the_runs_own_and_leads_to_the_same_wherever_it_is_moved(tmp_path):
+    model, optimizer = stepped()
+    run = tmp_path / "run" / "checkpoints"
+    for step in (2, 4):
+        path = checkpoint.save_checkpoint(run, step, model, optimizer, {}, WORLD, keep=2)
+    path.symlink_to(Path("..", path.rename(tmp_path / "run" / "archive").name))
+    assert is_own(path, tmp_path / "run") and not is_own(path, tmp_path)
+    assert checkpoints.move_later(run, 2, tmp_path / "aside" / "deep") == ["step-4"]
+    assert names(run) == ["step-2"] and names(tmp_path / "aside" / "deep") == ["step-4"]
+
+
+@pytest.mark.parametrize("change", [{"files": None}, {"files": 3}, {"step": 3}])
+def test_a_state_that_cannot_be_true_is_no_whole_checkpoint(tmp_path, change):
+    path = checkpoint.save_checkpoint(tmp_path, 2, *stepped(), {}, WORLD, keep=2)
+    (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), **change}))
+    assert names(tmp_path) == []
+    with pytest.raises(
+        ValueError, match=r"is not a whole checkpoint: (state\.json is damaged|its state\.json is that of)"
+    ):
+        checkpoint.load_checkpoint(path, *stepped(), WORLD)
 
 
 def test_a_checkpoint_without_the_tensors_of_a_rank_is_not_published(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run that is refused leaves its directory as it was."""
 
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from fastalign.config import Config, DataConfig, RunConfig
 from fastalign.data.pack import group_tokens
 from fastalign.engine.fitting import check_groups
 from fastalign.engine.precompute import precompute
@@ -226,6 +228,28 @@ def test_a_model_that_cannot_run_is_refused_before_any_data_are_read(configure, 
     beside = configure("dpo", **{"reference.path": str(tmp_path / "odd"), "data.path": "absent.jsonl"})
     with pytest.raises(ValueError, match=rf"^reference\.path: '{tmp_path}/odd': a {kind} model cannot run"):
         train(beside)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.dtype", "bf16", "model.dtype: expected auto or float32 or bfloat16, got 'bf16'"),
+        ("model.on_mismatch", "foo", "model.on_mismatch: expected raise or fallback, got 'foo'"),
+        ("optim.master_weights", "false", "optim.master_weights: expected bool, got 'false'"),
+        ("optim.lr", "1e-5", "optim.lr: expected float, got '1e-5'"),
+        ("run.steps", 2.5, "run.steps: expected int or null, got 2.5"),
+        ("run.resume", 1, "run.resume: expected bool or str, got 1"),
+        ("reference.cache", False, "reference.cache: expected str, got False"),
+    ],
+)
+def test_values_of_other_types_are_refused_in_python_too(configure, key, value, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train(configure("dpo", **{key: value}))
+
+
+def test_paths_of_python_are_paths(tmp_path):
+    config = Config(method="sft", run=RunConfig(output_dir=tmp_path, resume=tmp_path), data=DataConfig(path=tmp_path))
+    assert (config.run.output_dir, config.run.resume, config.data.path) == (str(tmp_path),) * 3
 
 
 def test_names_that_look_like_patterns_are_names(configure, materials, tmp_path, monkeypatch):
