@@ -19,8 +19,8 @@ N, D, V = 6, 5, 11
 CU_SEQLENS = torch.tensor([0, 3, 6])
 
 
-def hinge(pair):
-    return (1 - pair.chosen + pair.rejected).relu()
+def logistic(pair):
+    return torch.nn.functional.softplus(pair.rejected - pair.chosen)  # its gradient is nowhere 0
 
 
 def sft(stats):
@@ -44,7 +44,7 @@ OF_HIDDEN = {
 OF_LOGITS = {
     "policy_loss": lambda x, y: policy_loss(x, y, loss="sft")[0],
     "policy_loss, in place": lambda x, y: policy_loss(x, y, loss="sft", inplace=True)[0],
-    "preference_loss": lambda x, y: preference_loss(x, y, CU_SEQLENS, None, loss_fn=hinge)[0],
+    "preference_loss": lambda x, y: preference_loss(x, y, CU_SEQLENS, None, loss_fn=logistic)[0],
     "token_logps": lambda x, y: token_logps(x, y).sum(),
     "divergence": lambda x, y: divergence(x, x.detach() * 2, labels=y).sum(),
 }
@@ -92,7 +92,7 @@ IN_PLACE = {
     "token_logps": (lambda x, y: token_logps(x, y, inplace_backward=True).sum(), "inplace_backward"),
     "policy_loss": (lambda x, y: policy_loss(x, y, loss="sft", inplace=True)[0], "inplace"),
     "preference_loss": (
-        lambda x, y: preference_loss(x, y, CU_SEQLENS, None, loss_fn=hinge, inplace_backward=True)[0],
+        lambda x, y: preference_loss(x, y, CU_SEQLENS, None, loss_fn=logistic, inplace_backward=True)[0],
         "inplace_backward",
     ),
 }
