@@ -366,7 +366,7 @@ def cut_metrics(path: Path, step: int, checkpoint: Path | None) -> int:
     if checkpoint is not None and is_own(checkpoint, path.parent):
         known = step - bool(read_state(checkpoint).get("owed"))  # the line of that step is still to come
         if kept.last < known:
-            log.warning("resume: %s has no lines of steps %d to %d: they were removed", path, kept.last + 1, known)
+            log.warning("resume: %s has no lines of steps %d to %d: they are missing", path, kept.last + 1, known)
     return kept.last
 
 

@@ -52,6 +52,7 @@ from fastalign.models.verify import verify_packed
 from fastalign.ops.attention import unavailable
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
+from fastalign.words import describe_type
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +117,10 @@ def check_types(config: Config) -> None:
     """Refuse values that are none of their setting's: the command line lets none pass, Python does."""
     for section, values in vars(config).items():
         for name, kind in get_type_hints(type(values)).items() if is_dataclass(values) else ():
-            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-            if not any(fits(value := getattr(values, name), each) for each in kinds):
-                words = [
-                    w for each in kinds for w in (get_args(each) if get_origin(each) is Literal else [nameof(each)])
-                ]
-                raise ValueError(f"{section}.{name}: expected {' or '.join(map(str, words))}, got {value!r}")
-
-
-def nameof(kind: Any) -> str:
-    """A type as a message calls it."""
-    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+            value, kinds = getattr(values, name), get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            if not any(fits(value, each) for each in kinds):
+                key, annotation = f"{section}.{name}", type(values).__annotations__[name]
+                raise ValueError(f"{key}: expected {describe_type(annotation, key)}, got {value!r}")
 
 
 def fits(value: Any, kind: Any) -> bool:

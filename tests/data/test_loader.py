@@ -232,3 +232,11 @@ def test_a_state_of_other_data_is_refused() -> None:
     state = Loader(Pairs(5), 2, 100, True).state_dict()
     with pytest.raises(ValueError, match="num_examples=5, this run has 6"):
         Loader(Pairs(6), 2, 100, True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("lost", ["seed", "num_examples", "drawn"])
+def test_a_state_without_a_number_is_refused(lost: str) -> None:
+    state = Loader(Pairs(5), 2, 100, True).state_dict()
+    state.pop(lost)
+    with pytest.raises(ValueError, match=f"damaged: it has no number '{lost}'; resume from another checkpoint"):
+        Loader(Pairs(5), 2, 100, True).load_state_dict(state)

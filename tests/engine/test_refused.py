@@ -233,13 +233,13 @@ def test_a_model_that_cannot_run_is_refused_before_any_data_are_read(configure, 
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("model.dtype", "bf16", "model.dtype: expected auto or float32 or bfloat16, got 'bf16'"),
-        ("model.on_mismatch", "foo", "model.on_mismatch: expected raise or fallback, got 'foo'"),
-        ("optim.master_weights", "false", "optim.master_weights: expected bool, got 'false'"),
-        ("optim.lr", "1e-5", "optim.lr: expected float, got '1e-5'"),
-        ("run.steps", 2.5, "run.steps: expected int or null, got 2.5"),
-        ("run.resume", 1, "run.resume: expected bool or str, got 1"),
-        ("reference.cache", False, "reference.cache: expected str, got False"),
+        ("model.dtype", "bf16", "model.dtype: expected one of auto, float32, bfloat16, got 'bf16'"),
+        ("model.on_mismatch", "foo", "model.on_mismatch: expected one of raise, fallback, got 'foo'"),
+        ("optim.master_weights", "false", "optim.master_weights: expected true or false, got 'false'"),
+        ("optim.lr", "1e-5", "optim.lr: expected a number, got '1e-5'"),
+        ("run.steps", 2.5, "run.steps: expected a whole number or null, got 2.5"),
+        ("run.resume", 1, "run.resume: expected true or false or a string, got 1"),
+        ("reference.cache", False, "reference.cache: expected a string, got False"),
     ],
 )
 def test_values_of_other_types_are_refused_in_python_too(configure, key, value, words):

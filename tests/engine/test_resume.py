@@ -162,7 +162,7 @@ def test_what_is_missing_beside_a_checkpoint_is_told(configure, finished, caplog
     train(go_on)
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("resume: ")]
     assert len(told) == 2 and "step-4/rng-0.json is missing: what draws random numbers" in told[0]
-    assert told[1] == f"resume: {directory}/metrics.jsonl has no lines of steps 1 to 4: they were removed"
+    assert told[1] == f"resume: {directory}/metrics.jsonl has no lines of steps 1 to 4: they are missing"
     caplog.clear()
     train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2}))
     train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
