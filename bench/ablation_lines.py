@@ -18,14 +18,14 @@ from fastalign.data.examples import TokenExample
 from fastalign.data.loader import encode_dataset
 from fastalign.data.pack import build_batch, pack
 from fastalign.data.sources import load_rows
-from fastalign.engine.heads import Models, run_head
+from fastalign.engine.forward import Models, run_head
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import Stopwatch
 from fastalign.engine.optim import AdamW, make_optimizer
-from fastalign.engine.prelude import score_reference
-from fastalign.engine.reference import reference_logps
-from fastalign.engine.setup import BUDGET
+from fastalign.engine.prepare import score_reference
+from fastalign.engine.reference.frozen import reference_logps
+from fastalign.engine.settings import BUDGET
+from fastalign.engine.timing import Stopwatch
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy

@@ -16,7 +16,7 @@ from fastalign.config import ModelConfig, OptimConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.engine.optim import make_optimizer
-from fastalign.engine.setup import bound_kernels
+from fastalign.engine.settings import bound_kernels
 from fastalign.losses import policy as losses
 from fastalign.models.costs import forward_cost
 from fastalign.models.load import load_policy

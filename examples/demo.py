@@ -34,7 +34,7 @@ from rich.table import Table
 from fastalign.arguments import parse_config
 from fastalign.data.sources import load_rows
 from fastalign.engine.evaluate import evaluate_model
-from fastalign.engine.metrics import read_metrics
+from fastalign.engine.output.metrics import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent
 KINDS = {"other": "another object's docstring", "shuffled": "sentences out of order", "truncated": "broken off"}

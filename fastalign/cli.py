@@ -157,7 +157,7 @@ def ref_logps(argv: list[str]) -> int:
     words = argv[len(named) :]
     prepare_process()
     config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
-    from fastalign.engine.precompute import precompute  # brings transformers and datasets
+    from fastalign.engine.reference.precompute import precompute  # brings transformers and datasets
 
     summary = precompute(config)
     if is_rank_0():
@@ -198,7 +198,7 @@ def report(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastalign report", description=report.__doc__)
     parser.add_argument("run_dir", help="the output_dir of a run")
     run_dir = parser.parse_args(argv).run_dir
-    from fastalign.engine.report import write_report  # brings torch
+    from fastalign.engine.output.report import write_report  # brings torch
 
     print(write_report(run_dir))
     return 0

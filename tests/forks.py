@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = (ROOT, ROOT / "kernels", ROOT / "tests")
-LOADED = ["fastalign.cli", "fastalign.engine.train", "fastalign.engine.precompute", "fastalign.testing"]
+LOADED = ["fastalign.cli", "fastalign.engine.train", "fastalign.engine.reference.precompute", "fastalign.testing"]
 LOADED += ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.multiprocessing"]
 LOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2")]
 """Imported by the server, which computes nothing: a process that has may not be forked."""

@@ -350,7 +350,7 @@ def test_python_dash_m_is_the_same_command():
 
 
 def test_ref_logps_takes_the_method_from_its_word_or_the_file(monkeypatch, capsys, write):
-    module = types.ModuleType("fastalign.engine.precompute")
+    module = types.ModuleType("fastalign.engine.reference.precompute")
     seen = []
     module.precompute = lambda config: seen.append(config.method) or "4 examples"
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -12,7 +12,7 @@ import pytest
 
 from fastalign import hub
 from fastalign.config import Config, ModelConfig
-from fastalign.engine.setup import check_settings
+from fastalign.engine.settings import check_settings
 from fastalign.models.load import load_policy, load_tokenizer
 
 KINDS = {"dataset": "data.path", "model": "model.path", "tokenizer": "model.tokenizer"}

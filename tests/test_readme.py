@@ -15,7 +15,7 @@ import yaml
 from fastalign import cli
 from fastalign.arguments import METHODS, parse_config
 from fastalign.data import builtin
-from fastalign.engine import report
+from fastalign.engine.output import report
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

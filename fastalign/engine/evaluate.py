@@ -16,15 +16,17 @@ import torch
 
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, epoch_order, evaluation_steps
-from fastalign.engine.filling import Demand
-from fastalign.engine.heads import Models, run_head
+from fastalign.engine.forward import Models, run_head
 from fastalign.engine.method import Objective, StepFacts
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import Stopwatch, means
-from fastalign.engine.prelude import Carried, look_ahead, score_reference
-from fastalign.engine.progress import stage
-from fastalign.engine.setup import check_settings, load_data, load_models, require_same_rows, settle
-from fastalign.engine.step import add_sums
+from fastalign.engine.output.metrics import means
+from fastalign.engine.output.progress import stage
+from fastalign.engine.prepare import Carried, look_ahead, score_reference
+from fastalign.engine.reference.cache import Demand
+from fastalign.engine.settings import check_settings, settle
+from fastalign.engine.setup import load_data, load_models, require_same_rows
+from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import add_sums
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import reshard

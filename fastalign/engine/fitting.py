@@ -9,7 +9,7 @@ import numpy as np
 from fastalign.config import BatchConfig, DataConfig
 from fastalign.data import feedback, formats
 from fastalign.data.loader import TokenDataset, check_sizes
-from fastalign.engine.filling import windows
+from fastalign.engine.reference.cache import windows
 
 
 def held_out_source(data: DataConfig) -> str:

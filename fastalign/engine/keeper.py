@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.config import Config
-from fastalign.engine.checkpoints import flaw
 from fastalign.engine.errors import as_one
 from fastalign.engine.interrupt import FAILED, NOTHING, ORDER, SAVE, Interrupted, Requests, resume_command
-from fastalign.engine.metrics import MetricsLog
+from fastalign.engine.output.checkpoints import flaw
+from fastalign.engine.output.metrics import MetricsLog
 from fastalign.parallel.mesh import World
 
 log = logging.getLogger(__name__)

@@ -18,33 +18,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign.config import Config
 from fastalign.data.disk import writing
 from fastalign.data.loader import Examples, Loader, TokenDataset, check_state, rows_of, visited
-from fastalign.engine.accounting import Accounting, account
-from fastalign.engine.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
-from fastalign.engine.checkpoints import read_state
-from fastalign.engine.console import open_sinks
 from fastalign.engine.evaluate import evaluate
-from fastalign.engine.filling import Demand
-from fastalign.engine.heads import Models
+from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.method import Objective
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import MetricsLog, StepResult, Stopwatch, peak_memory
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
-from fastalign.engine.overview import show_overview
-from fastalign.engine.prelude import Carried
-from fastalign.engine.report import write_report
-from fastalign.engine.rundir import RUN_STATE, claim, held, is_own, make_room, prepare
-from fastalign.engine.setup import (
-    check_settings,
-    hash_tokens,
-    load_data,
-    load_models,
-    require_same_rows,
-    seed_everything,
-    settle,
-)
-from fastalign.engine.step import Work, accumulate_gradients, add_sums, measure_work
+from fastalign.engine.output.accounting import Accounting, account
+from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.output.checkpoints import read_state
+from fastalign.engine.output.console import open_sinks
+from fastalign.engine.output.metrics import MetricsLog, StepResult
+from fastalign.engine.output.overview import show_overview
+from fastalign.engine.output.report import write_report
+from fastalign.engine.output.rundir import RUN_STATE, claim, held, is_own, make_room, prepare
+from fastalign.engine.prepare import Carried
+from fastalign.engine.reference.cache import Demand
+from fastalign.engine.settings import check_settings, settle
+from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
+from fastalign.engine.timing import Stopwatch, peak_memory
+from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastalign.data.sources import load_rows
-from fastalign.engine import report
+from fastalign.engine.output import report
 from runs import LLAMA, override
 
 

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from fastalign.arguments import parse_config
 from fastalign.config import Config, ParallelConfig
 from fastalign.engine import agree, train
-from fastalign.engine.filling import cannot_share
+from fastalign.engine.reference.cache import cannot_share
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.parallel.mesh import World, told_when_late, world
 

@@ -12,10 +12,10 @@ from torch import nn
 from fastalign.config import OptimConfig, ParallelConfig
 from fastalign.data.disk import free_bytes
 from fastalign.data.ref_cache import RefCache
-from fastalign.engine.checkpoint import save_checkpoint
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.optim import make_optimizer
-from fastalign.engine.rundir import HOLDER, LOCK, held
+from fastalign.engine.output.checkpoint import save_checkpoint
+from fastalign.engine.output.rundir import HOLDER, LOCK, held
 from fastalign.parallel.mesh import World, world
 
 

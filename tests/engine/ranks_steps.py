@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastalign.config import OptimConfig, ParallelConfig
 from fastalign.data.loader import rank_share
-from fastalign.engine.checkpoint import load_checkpoint, save_checkpoint
-from fastalign.engine.heads import Models
+from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS
 from fastalign.engine.optim import AdamW, make_optimizer
+from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import shard

@@ -12,7 +12,7 @@ import forks
 import yaml
 
 from fastalign.config import Config
-from fastalign.engine.metrics import WORK
+from fastalign.engine.output.metrics import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {

@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch, first_fit_decreasing, group_tokens
-from fastalign.engine.heads import Models
+from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS, make_objective
-from fastalign.engine.metrics import Stopwatch
-from fastalign.engine.prelude import Carried
-from fastalign.engine.reference import frozen_copy
-from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
+from fastalign.engine.prepare import Carried
+from fastalign.engine.reference.frozen import frozen_copy
+from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch

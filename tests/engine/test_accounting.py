@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.data.loader import Loader
-from fastalign.engine.accounting import Accounting, account, peak_flops
 from fastalign.engine.methods import make_objective
-from fastalign.engine.report import read_curves, time_table
+from fastalign.engine.output.accounting import Accounting, account, peak_flops
+from fastalign.engine.output.report import read_curves, time_table
 from fastalign.engine.setup import load_data
-from fastalign.engine.step import measure_work
 from fastalign.engine.train import train
+from fastalign.engine.update import measure_work
 from fastalign.models.costs import forward_cost
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World

@@ -10,10 +10,10 @@ from test_interrupt import sending
 
 from fastalign import cli
 from fastalign.engine import train as engine
-from fastalign.engine.alarms import EXPLODED, PATIENCE, Alarms
-from fastalign.engine.checkpoints import whole_checkpoints
 from fastalign.engine.errors import RunError
 from fastalign.engine.interrupt import Interrupted
+from fastalign.engine.output.alarms import EXPLODED, PATIENCE, Alarms
+from fastalign.engine.output.checkpoints import whole_checkpoints
 from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
 from runs import records, write_yaml

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastalign.config import OptimConfig
-from fastalign.engine import checkpoint, checkpoints
 from fastalign.engine.errors import RunError
 from fastalign.engine.optim import make_optimizer
-from fastalign.engine.rundir import is_own
+from fastalign.engine.output import checkpoint, checkpoints
+from fastalign.engine.output.rundir import is_own
 from fastalign.parallel.mesh import World
 
 WORLD = World(0, 1, torch.device("cpu"))

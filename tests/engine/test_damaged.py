@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_checkpoint import stepped
 
-from fastalign.engine import checkpoint, report, rundir
+from fastalign.engine.output import checkpoint, report, rundir
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import World
 

@@ -10,11 +10,12 @@ from fastalign.config import BatchConfig, ModelConfig
 from fastalign.data.loader import Loader
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import Stopwatch, means
-from fastalign.engine.prelude import Carried
+from fastalign.engine.output.metrics import means
+from fastalign.engine.prepare import Carried
 from fastalign.engine.setup import load_data
-from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
+from fastalign.engine.timing import Stopwatch
 from fastalign.engine.train import train
+from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy, save_pretrained
 from runs import records
 

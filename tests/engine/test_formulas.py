@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid, relu, softplus
 
 from fastalign.data.examples import TokenExample
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import Stopwatch
-from fastalign.engine.prelude import Carried, look_ahead
+from fastalign.engine.prepare import Carried, look_ahead
+from fastalign.engine.timing import Stopwatch
 
 BETA = 0.1
 """The default of dpo, kto, bco and tdpo2."""

@@ -14,8 +14,8 @@ from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
-from fastalign.engine.metrics import read_metrics
-from fastalign.engine.precompute import precompute
+from fastalign.engine.output.metrics import read_metrics
+from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.train import train
 from runs import numbers, records
 

@@ -13,11 +13,11 @@ import pytest
 from test_resume import wait_for_lines
 
 from fastalign.engine import evaluate as evaluation
-from fastalign.engine import filling
 from fastalign.engine import train as engine
 from fastalign.engine.interrupt import Interrupted
-from fastalign.engine.precompute import precompute
-from fastalign.engine.report import write_report
+from fastalign.engine.output.report import write_report
+from fastalign.engine.reference import cache as filling
+from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.train import train
 from runs import ROOT, assert_close, finish, fork, launch, numbers, records, write_yaml
 

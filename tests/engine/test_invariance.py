@@ -7,7 +7,7 @@ import pytest
 import steps
 import torch
 
-from fastalign.engine import heads
+from fastalign.engine import forward as heads
 
 PACKINGS = {
     "all in one, shared": lambda examples: steps.packed(examples, 10**6, True),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastalign.engine.errors import RunError
-from fastalign.engine.rundir import HOLDER, LOCK, held
+from fastalign.engine.output.rundir import HOLDER, LOCK, held
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import World
 from runs import numbers, records

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from fastalign.config import ModelConfig, ParallelConfig
 from fastalign.engine import train as engine
-from fastalign.engine.fingerprint import fingerprint
 from fastalign.engine.methods import make_objective
+from fastalign.engine.reference.fingerprint import fingerprint
 from fastalign.engine.train import set_up, train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fastalign.data.examples import TokenExample
-from fastalign.engine import overview
-from fastalign.engine.overview import Part, decode_parts, describe_counts, escape, example_lines, shorten, show
-from fastalign.engine.setup import check_settings
+from fastalign.engine.output import overview
+from fastalign.engine.output.overview import Part, decode_parts, describe_counts, escape, example_lines, shorten, show
+from fastalign.engine.settings import check_settings
 from fastalign.engine.train import train
 from fastalign.models.load import load_tokenizer
 

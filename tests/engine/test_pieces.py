@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from fastalign.config import BatchConfig, Config, ModelConfig, OptimConfig
-from fastalign.engine import console, metrics, report
 from fastalign.engine.errors import RunError
 from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import learning_rate, make_optimizer
-from fastalign.engine.setup import settle
+from fastalign.engine.output import console, metrics, report
+from fastalign.engine.settings import settle
+from fastalign.engine.timing import Stopwatch
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import World
 
@@ -128,7 +129,7 @@ def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
     )
 
     def add(step, loss, grad_norm):
-        watch = metrics.Stopwatch(torch.device("cpu"))
+        watch = Stopwatch(torch.device("cpu"))
         watch.end = watch.start + 0.5
         sums = torch.tensor([[0.0, 1.0], [loss, 1.0], [0.0, 1.0]], dtype=torch.float64)
         work = {"step": step, "epoch": 0.0, "flops_model": 8.0, **dict.fromkeys(metrics.WORK, 1), "tokens": 5}
@@ -295,7 +296,7 @@ def test_an_attention_that_this_machine_cannot_compute_is_refused_before_any_wor
 
 GROWTH = """
 import ctypes, torch
-from fastalign.engine.setup import bound_kernels
+from fastalign.engine.settings import bound_kernels
 
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

@@ -18,7 +18,7 @@ import datasets
 import pytest
 
 from fastalign.data import encode
-from fastalign.engine import console, progress
+from fastalign.engine.output import console, progress
 from fastalign.engine.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,8 @@ PROGRAM = """
 import logging, sys
 from pathlib import Path
 from fastalign.cli import prepare_process
-from fastalign.engine.console import open_sinks
-from fastalign.engine.progress import stage
+from fastalign.engine.output.console import open_sinks
+from fastalign.engine.output.progress import stage
 
 prepare_process()
 log = logging.getLogger("fastalign.test")

@@ -14,14 +14,16 @@ from safetensors.numpy import load_file
 
 from fastalign.config import ModelConfig
 from fastalign.data.ref_cache import KEY_BYTES, RefCache, example_key
-from fastalign.engine import filling, reference, train
-from fastalign.engine.checkpoint import rng_state
+from fastalign.engine import train
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
-from fastalign.engine.filling import Demand, Filling, cannot_share, look_up, missing_examples, open_cache
-from fastalign.engine.fingerprint import computation, fingerprint
-from fastalign.engine.precompute import precompute
-from fastalign.engine.reference import frozen_copy
+from fastalign.engine.output.checkpoint import rng_state
+from fastalign.engine.reference import cache as filling
+from fastalign.engine.reference import frozen as reference
+from fastalign.engine.reference.cache import Demand, Filling, cannot_share, look_up, missing_examples, open_cache
+from fastalign.engine.reference.fingerprint import computation, fingerprint
+from fastalign.engine.reference.frozen import frozen_copy
+from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops.attention import choose_backend

@@ -12,9 +12,10 @@ from transformers import AutoConfig
 from fastalign.config import Config, DataConfig, RunConfig
 from fastalign.data.pack import group_tokens
 from fastalign.engine.fitting import check_groups
-from fastalign.engine.precompute import precompute
-from fastalign.engine.rundir import check_same_run
-from fastalign.engine.setup import check_settings, load_data
+from fastalign.engine.output.rundir import check_same_run
+from fastalign.engine.reference.precompute import precompute
+from fastalign.engine.settings import check_settings
+from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
 from runs import numbers
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.engine.checkpoints import whole_checkpoints
 from fastalign.engine.errors import RunError
+from fastalign.engine.output.checkpoints import whole_checkpoints
 from fastalign.engine.train import train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from runs import LLAMA, finish, fork, numbers, records

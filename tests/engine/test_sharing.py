@@ -10,10 +10,10 @@ from steps import ALONE
 from fastalign.config import ModelConfig
 from fastalign.data.pack import group_tokens
 from fastalign.engine import evaluate as evaluation
-from fastalign.engine import precompute as precomputation
 from fastalign.engine import setup
-from fastalign.engine.filling import Demand
 from fastalign.engine.methods import make_objective
+from fastalign.engine.reference import precompute as precomputation
+from fastalign.engine.reference.cache import Demand
 from fastalign.engine.setup import load_data, load_weights
 from fastalign.engine.train import train
 from fastalign.models import policy as policy_module

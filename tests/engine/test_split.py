@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastalign.data.loader import Loader
 from fastalign.data.pack import pack
-from fastalign.engine.heads import Models
+from fastalign.engine.forward import Models
 from fastalign.engine.methods import make_objective
-from fastalign.engine.metrics import Stopwatch
-from fastalign.engine.prelude import Carried, gather_pairs
-from fastalign.engine.reference import frozen_copy
+from fastalign.engine.prepare import Carried, gather_pairs
+from fastalign.engine.reference.frozen import frozen_copy
 from fastalign.engine.setup import load_data
-from fastalign.engine.step import accumulate_gradients, add_sums, measure_work
+from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy
 from fastalign.parallel.mesh import World
 from fastalign.types import PairLogps

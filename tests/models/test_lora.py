@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_load import inline, make_tokenizer
 
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import frozen_copy, reference_logps
+from fastalign.engine.reference.frozen import frozen_copy, reference_logps
 from fastalign.models import lora
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter, switched_off, why_not_its_own_reference

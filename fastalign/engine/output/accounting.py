@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastalign.engine.step import Work
+from fastalign.engine.update import Work
 from fastalign.models.costs import forward_cost
 from fastalign.models.policy import Policy
 from fastalign.types import ForwardCost

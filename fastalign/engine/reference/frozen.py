@@ -18,10 +18,10 @@ from torch import Tensor
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples
 from fastalign.data.ref_cache import Referenced
-from fastalign.engine.filling import TEMPERATURE, Demand, Filling, Score, check_agreement, fill, open_cache
-from fastalign.engine.fingerprint import hash_weights
-from fastalign.engine.heads import Models, chunks, wants_autocast
+from fastalign.engine.forward import Models, chunks, wants_autocast
 from fastalign.engine.method import Objective
+from fastalign.engine.reference.cache import TEMPERATURE, Demand, Filling, Score, check_agreement, fill, open_cache
+from fastalign.engine.reference.fingerprint import hash_weights
 from fastalign.models.lora import WithoutAdapter, why_not_its_own_reference
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss

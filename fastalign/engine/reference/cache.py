@@ -21,9 +21,9 @@ from fastalign.data.loader import Examples, rank_share
 from fastalign.data.ref_cache import RefCache, example_key, parts
 from fastalign.engine.agree import not_shared
 from fastalign.engine.errors import RunError, as_one
-from fastalign.engine.fingerprint import computation, fingerprint
 from fastalign.engine.interrupt import Interrupted, leaving
-from fastalign.engine.progress import stage
+from fastalign.engine.output.progress import stage
+from fastalign.engine.reference.fingerprint import computation, fingerprint
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.models.verify import Distance, Rounding

@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastalign.data.disk import WriteError, reason, writing
-from fastalign.engine.checkpoints import (
+from fastalign.engine.errors import RunError, as_one
+from fastalign.engine.optim import AdamW
+from fastalign.engine.output.checkpoints import (
     SCHEMA,
     flaw,
     flush_directory,
@@ -40,9 +42,7 @@ from fastalign.engine.checkpoints import (
     read_state,
     whole_checkpoints,
 )
-from fastalign.engine.errors import RunError, as_one
-from fastalign.engine.optim import AdamW
-from fastalign.engine.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
+from fastalign.engine.output.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
 

@@ -16,8 +16,9 @@ import yaml
 from pyarrow import json
 
 from fastalign.data.disk import write_whole
-from fastalign.engine.metrics import PARTS, parse_lines
-from fastalign.engine.rundir import read_settings
+from fastalign.engine.output.metrics import parse_lines
+from fastalign.engine.output.rundir import read_settings
+from fastalign.engine.timing import PARTS
 
 PLOTTED = (
     *("loss", "accuracy", "margin", "ece", "rank_accuracy", "best_is_top1", "rank_loss", "sft_loss", "nll", "kl"),

@@ -6,12 +6,13 @@ import time
 from dataclasses import replace
 
 from fastalign.config import Config
-from fastalign.engine.filling import Demand, default_directory, fill, open_cache
-from fastalign.engine.heads import Models, wants_autocast
+from fastalign.engine.forward import Models, wants_autocast
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import scorer
-from fastalign.engine.setup import check_settings, load_data, load_weights, require_same_rows, settle
+from fastalign.engine.reference.cache import Demand, default_directory, fill, open_cache
+from fastalign.engine.reference.frozen import scorer
+from fastalign.engine.settings import check_settings, settle
+from fastalign.engine.setup import load_data, load_weights, require_same_rows
 from fastalign.parallel.mesh import world
 from fastalign.parallel.shard import shard
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.engine.heads import Models
+from fastalign.engine.forward import Models
 from fastalign.engine.method import Objective, StepFacts
-from fastalign.engine.metrics import Stopwatch
-from fastalign.engine.reference import reference_logps
+from fastalign.engine.reference.frozen import reference_logps
+from fastalign.engine.timing import Stopwatch
 from fastalign.losses import unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import segment_sum

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastalign.engine.heads import Models, run_head
+from fastalign.engine.forward import Models, run_head
 from fastalign.engine.method import Objective
-from fastalign.engine.metrics import Stopwatch
-from fastalign.engine.prelude import Carried, look_ahead, score_reference
+from fastalign.engine.prepare import Carried, look_ahead, score_reference
+from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import synchronise_gradients
 from fastalign.types import PackedBatch

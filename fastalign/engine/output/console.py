@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data.disk import write_whole
-from fastalign.engine.progress import Pace, training_bar
+from fastalign.engine.output.progress import Pace, training_bar
 
 log = logging.getLogger(__name__)
 

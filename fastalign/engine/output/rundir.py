@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from fastalign.config import Config
 from fastalign.data.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
-from fastalign.engine.checkpoints import (
+from fastalign.engine.errors import as_one
+from fastalign.engine.output.checkpoints import (
     checkpoints,
     flaw,
     move_later,
@@ -32,8 +33,7 @@ from fastalign.engine.checkpoints import (
     step_of,
     whole_checkpoints,
 )
-from fastalign.engine.errors import as_one
-from fastalign.engine.metrics import read_lines, truncate_metrics
+from fastalign.engine.output.metrics import read_lines, truncate_metrics
 from fastalign.models.load import check_target
 from fastalign.parallel.mesh import World
 

@@ -1,0 +1,1 @@
+"""What a run leaves: its directory, checkpoints, metrics, console and report."""

@@ -1,0 +1,126 @@
+"""Settings: refused before any work where they cannot be meant, completed where they were left to the device."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import is_dataclass, replace
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from fastalign.config import Config, ModelConfig
+from fastalign.data.sources import training_path
+from fastalign.engine.forward import wants_autocast
+from fastalign.engine.output.console import check_trackers
+from fastalign.models import lora
+from fastalign.models.load import DTYPES, check_named, check_place
+from fastalign.ops.attention import unavailable
+from fastalign.words import describe_type
+
+LEAST = (
+    ("run", ("steps", "keep", "log_every"), 1),
+    ("run", ("save_every", "save_minutes", "eval_every"), 0),
+    ("batch", ("size", "tokens", "max_group_tokens"), 1),
+    ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
+)
+"""The smallest value of settings that have one."""
+MOST_MINUTES = 1_000_000
+"""A wait of two years; torch counts it in milliseconds, and cannot count for ever."""
+BUDGET, WIDE_BUDGET = 4096, 1536
+"""Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
+HALF = "half precision (model.dtype bfloat16 or model.autocast true)"
+ATTENTION_NEEDS = {
+    "cpp": "a CPU and fastalign's native extension",
+    "varlen": f"a CUDA GPU and {HALF}",
+    "flash": f"a CUDA GPU, {HALF} and the flash-attn package (pip install 'fastalign[flash]')",
+}
+"""What the backends of attention need, for those who ask for one."""
+NO_DIRECTORY = ("", "null", "true", "false", "on", "yes", "no")
+"""Words for `reference.cache` that are meant otherwise than as the name of a directory."""
+KERNELS = 32
+"""Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that cannot be meant, before any work."""
+    check_types(config)
+    for section, names, least in LEAST:
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and not value >= least:  # not < either: that lets NaN pass
+                raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
+    run, optim = config.run, config.optim
+    if not 0 < config.parallel.timeout_minutes < MOST_MINUTES:
+        minutes = config.parallel.timeout_minutes
+        raise ValueError(f"parallel.timeout_minutes must be above 0 and below {MOST_MINUTES:,}, got {minutes}")
+    if not optim.eps > 0:
+        raise ValueError(f"optim.eps must be above 0, got {optim.eps}")
+    if not all(0 <= value < 1 for value in optim.betas):
+        raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
+    if not 0 <= run.seed < 2**32:
+        raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
+    if run.steps is None and not 0 < run.epochs < math.inf:
+        raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
+    if config.reference.cache.lower() in NO_DIRECTORY:
+        raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
+    if not run.output_dir.strip():
+        raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
+    check_trackers(run.trackers)
+    training_path(config.data)
+    check_named(config.model)
+    check_place(config.model.path, "model.path")
+    check_place(config.model.tokenizer, "model.tokenizer")
+    check_place(config.reference.path, "reference.path")
+    lora.check(config.model)
+
+
+def check_types(config: Config) -> None:
+    """Refuse values that are none of their setting's: the command line lets none pass, Python does."""
+    for section, values in vars(config).items():
+        for name, kind in get_type_hints(type(values)).items() if is_dataclass(values) else ():
+            value, kinds = getattr(values, name), get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            if not any(fits(value, each) for each in kinds):
+                key, annotation = f"{section}.{name}", type(values).__annotations__[name]
+                raise ValueError(f"{key}: expected {describe_type(annotation, key)}, got {value!r}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; what lists and mappings hold is not looked at."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    plain = {float: (int, float), tuple: (tuple, list)}.get(get_origin(kind) or kind, get_origin(kind) or kind)
+    return plain is Any or (isinstance(value, plain) and (plain is bool or not isinstance(value, bool)))
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """The settings with those filled in that were left to the device; nothing is computed before."""
+    check_attention(config.model, device)
+    bound_kernels()
+    if config.batch.tokens is not None:
+        return config
+    wide = device.type == "cpu" and config.model.dtype == "float32" and not wants_autocast(config.model, device)
+    return replace(config, batch=replace(config.batch, tokens=WIDE_BUDGET if wide else BUDGET))
+
+
+def check_attention(model: ModelConfig, device: torch.device) -> None:
+    """Refuse a backend of attention that cannot be used on this device, in this precision or without its package."""
+    if model.attention in ("auto", "sdpa"):
+        return
+    dtype = torch.bfloat16 if wants_autocast(model, device) else DTYPES.get(model.dtype, torch.bfloat16)
+    if reason := unavailable(model.attention, device.type, dtype):
+        raise ValueError(
+            f"model.attention: {model.attention} needs {ATTENTION_NEEDS[model.attention]}; here: {reason}; "
+            "set it to auto for the best one of this machine"
+        )
+
+
+def bound_kernels() -> None:
+    """Let oneDNN and PyTorch's layer above it keep few compiled products, unless the environment says how many.
+
+    They would keep 1024 each. Hardly two steps have equally many tokens, so that few are ever used again, and the
+    memory of a CPU process grew by 7 MiB per step.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
