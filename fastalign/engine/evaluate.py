@@ -71,19 +71,19 @@ def evaluate(
                 sums = []
                 for micro, facts in known:
                     sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
-                    done += micro.num_examples * world.size  # the other ranks have about as many
+                    done += micro.num_examples * world.data.size  # the other ranks have about as many
                     tell(min(done, len(dataset)))
                 total += add_sums(sums, objective.metric_names, world.device)
     finally:
         reshard(models.policy)
-    return means(objective, world.sum(total))
+    return means(objective, world.data.sum(total))
 
 
 def steps_of(
     dataset: Examples, objective: Objective, batch: BatchConfig, world: World, cost: ForwardCost
 ) -> Iterator[list[PackedBatch]]:
     """This rank's micro-batches of every step: as training takes them where that matters, else packed more densely."""
-    ours = batch.budget, batch.share_prefix, world.rank, world.size
+    ours = batch.budget, batch.share_prefix, world.data.rank, world.data.size
     if not objective.depends_on_step:
         return evaluation_steps(dataset, *ours, cost=cost)
     order = epoch_order(len(dataset), ORDER_SEED, epoch=0)
@@ -95,7 +95,7 @@ def imitated_per_unit(batches: Sequence[PackedBatch], objective: Objective, worl
     if not objective.imitates:
         return None
     mine = [sum(objective.method.imitated(b) for b in batches), sum(objective.count(b) for b in batches)]
-    tokens, units = world.gather(mine).sum(0).tolist()
+    tokens, units = world.data.gather(mine).sum(0).tolist()
     return max(tokens, 1) / max(units, 1)
 
 

@@ -99,7 +99,7 @@ def with_baseline(
     sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
     policy, reference = (torch.cat(part) for part in zip(*sums, strict=True))
     carried.baseline = unpaired.BASELINES[name](
-        carried.baseline, policy, reference, beta=objective.options["beta"], process_group=world.group
+        carried.baseline, policy, reference, beta=objective.options["beta"], process_group=world.data.group
     )
     return [(batch, StepFacts(baseline=carried.baseline)) for batch in (batches if both else scored)]
 
@@ -151,9 +151,9 @@ def gather_pairs(mine: Sequence[PairLogps], world: World) -> tuple[PairLogps, in
     """The pairs of all micro-batches and ranks, in the order of ranks, and the position of this rank's first."""
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
     table = torch.cat([torch.stack([getattr(pair, name).double() for name in names], 1) for pair in mine]).cpu()
-    counts = world.gather([len(table)])[:, 0].long().tolist()
+    counts = world.data.gather([len(table)])[:, 0].long().tolist()
     padded = torch.nn.functional.pad(table, (0, 0, 0, max(counts) - len(table)))
-    everyone = world.gather(padded.flatten().tolist()).view(world.size, -1, len(names))
+    everyone = world.data.gather(padded.flatten().tolist()).view(world.data.size, -1, len(names))
     rows = torch.cat([rank[:count] for rank, count in zip(everyone, counts, strict=True)])
     columns = rows.to(mine[0].chosen.device, mine[0].chosen.dtype).unbind(1)
-    return PairLogps(**dict(zip(names, columns, strict=True))), sum(counts[: world.rank])
+    return PairLogps(**dict(zip(names, columns, strict=True))), sum(counts[: world.data.rank])

@@ -133,7 +133,7 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks, room)
     batch = config.batch
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
-    ours = {"seed": config.run.seed, "rank": ranks.rank, "world_size": ranks.size, "cost": accounting.forward}
+    ours = {"seed": config.run.seed, "rank": ranks.data.rank, "world_size": ranks.data.size, "cost": accounting.forward}
     ends = {"max_group_tokens": batch.max_group_tokens, "rows": rows}
     loader = Loader(data, batch.size, batch.budget, batch.share_prefix, **ends, **ours)
     counts = None if held_out is None else held_out.counts
@@ -251,7 +251,7 @@ def train_step(job: Job, drawn: Drawn) -> StepResult:
     world, optimizer, watch = job.world, job.optimizer, drawn.watch
     losses = accumulate_gradients(job.models, drawn.batches, job.objective, drawn.work, world, watch, job.carried)
     with watch("optimizer"):
-        sums = world.sum(add_sums(losses, job.objective.metric_names, world.device))
+        sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
         loss = sums[job.objective.metric_names.index("loss")]
         grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
         lr = learning_rate(drawn.step, job.total, job.config.optim)

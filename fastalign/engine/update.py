@@ -63,7 +63,7 @@ def measure_work(
         ]
         for b in batches
     ]
-    everyone = world.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
+    everyone = world.data.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
     counts = (int(x) for x in everyone[:, :-2].sum(0))
     memory, asked = (int(x) for x in everyone[:, -2:].amax(0))
     return Work(*counts, micro_batches=len(batches), memory=memory, asked=asked)
@@ -80,13 +80,13 @@ def accumulate_gradients(
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of every micro-batch; gradients of the global mean are left in the parameters.
 
-    Each micro-batch adds ``world.size * (sum of its losses) / (units of the whole step)``; the factor undoes the
+    Each micro-batch adds ``world.data.size * (sum of its losses) / (units of the whole step)``; the factor undoes the
     average that gradient reduction takes over ranks.
 
     Returns:
         per micro-batch, this rank's ``[2]`` fp64 (sum, count) of each metric.
     """
-    scale, per_unit = world.size / max(work.units, 1), max(work.imitated, 1) / max(work.units, 1)
+    scale, per_unit = world.data.size / max(work.units, 1), max(work.imitated, 1) / max(work.units, 1)
     sums = []
     for i, (batch, facts) in enumerate(look_ahead(models, batches, objective, per_unit, world, watch, carried)):
         synchronise_gradients(models.policy, i == len(batches) - 1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
@@ -34,9 +34,22 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """2-norm over all elements of all tensors; each shard is counted on its rank, each replica once."""
     groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        groups[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()].append(tensor)
+        groups[layout_of(tensor)].append(tensor)
     squares = [sum_of_squares(group) for group in groups.values()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+def layout_of(tensor: Tensor) -> tuple:
+    """Mesh and placements of a DTensor; empty for a plain tensor.
+
+    Raises:
+        ValueError: a sum that has not been taken over its ranks yet: squares of its parts do not add up to its square.
+    """
+    if not isinstance(tensor, DTensor):
+        return ()
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"expected reduced gradients, got one with placements {tensor.placements}: redistribute first")
+    return tensor.device_mesh, tensor.placements
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
@@ -50,7 +63,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     first = tensors[0]
     if isinstance(first, DTensor):
         for dimension, placement in enumerate(first.placements):
-            if isinstance(placement, Shard):
+            if not placement.is_replicate():  # a strided shard, of weights cut twice, is no Shard
                 dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
     return total
 

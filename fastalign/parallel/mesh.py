@@ -27,44 +27,64 @@ They take it to drop the tensors of their last collective, and FSDP's caches kee
 
 
 @dataclass(frozen=True)
-class World:
-    """This rank's place among all ranks.
+class Axis:
+    """One direction of the mesh as a rank sees it: whoever deals batches, sums or gathers names the axis he means.
 
     Attributes:
-        rank, size: global rank and number of ranks, all of them data parallel.
-        device: where this rank computes.
-        mesh: ``(dp_replicate, dp_shard)``; None for a single process, which needs no collective.
+        rank, size: this rank's place, and how many there are.
+        group: their process group; None where there is one process, which needs no collective.
     """
 
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh | None = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the console."""
-        return self.rank == 0
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """All ranks; None for a single process."""
-        return None if self.mesh is None else dist.group.WORLD
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over ranks, in place when there is more than one."""
-        if self.mesh is not None:
-            dist.all_reduce(values)
+        """``values`` summed over the axis, in place when there is more than one rank."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, values: Sequence[float]) -> Tensor:
         """``[size, n]`` fp64 on the host: a few numbers of every rank, without touching the device."""
         mine = torch.tensor(values, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        if self.mesh is None:
+        if self.group is None:
             return mine[None]
-        dist.all_gather(everyone, mine)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.group)
         return torch.stack(everyone)
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks.
+
+    Attributes:
+        data: the axis over which batches are dealt; its ranks have different examples.
+        device: where this rank computes.
+        mesh: ``(dp_replicate, dp_shard)``; None for a single process.
+        tensor: the axis over which each weight is cut, whose ranks have the same examples; None without one.
+    """
+
+    data: Axis
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    tensor: Axis | None = None
+
+    @property
+    def rank(self) -> int:
+        """Among all ranks; neighbours are those of the tensor axis."""
+        return self.data.rank if self.tensor is None else self.data.rank * self.tensor.size + self.tensor.rank
+
+    @property
+    def size(self) -> int:
+        """Of all ranks."""
+        return self.data.size * (1 if self.tensor is None else self.tensor.size)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the console."""
+        return self.rank == 0
 
     def gather_objects(self, value: object) -> list:
         """A small object of every rank; for error messages, not for the hot path."""
@@ -98,7 +118,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
     device = local_device()
     if size == 1:
         with sharing_cores():
-            yield World(0, 1, device)
+            yield World(Axis(), device)
         return
     timeout = timedelta(minutes=parallel.timeout_minutes)
     with told_when_late(parallel.timeout_minutes):
@@ -108,7 +128,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
             for group in mesh.get_all_groups():  # those of one dimension would have PyTorch's default
                 _set_pg_timeout(timeout, group)
             with sharing_cores():
-                yield World(dist.get_rank(), size, device, mesh)
+                yield World(Axis(dist.get_rank(), size, dist.group.WORLD), device, mesh)
         finally:
             dist.destroy_process_group()
             time.sleep(LAST_WORK_SECONDS)

@@ -16,12 +16,12 @@ from fastalign.engine.reference.frozen import frozen_copy
 from fastalign.engine.timing import Stopwatch
 from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
 from fastalign.models.policy import Policy
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from fastalign.types import PackedBatch
 
 VOCAB = 37
 OBJECTIVES = [(method, loss) for method in METHODS for loss in METHODS[method].losses]
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(Axis(), torch.device("cpu"))
 RESPONSES = {"dpo": 2, "rrhf": 4, "reward": 2, "soft_label": 2, "k_wise": 4}
 """Sequences of an example by method or loss; the others have one."""
 
@@ -98,7 +98,7 @@ def run_step(
     models.policy.zero_grad()
     work = measure_work(batches, objective, world, 0)
     sums = accumulate_gradients(models, batches, objective, work, world, Stopwatch(world.device), Carried())
-    totals = world.sum(add_sums(sums, objective.metric_names, world.device))
+    totals = world.data.sum(add_sums(sums, objective.metric_names, world.device))
     gradients = [p.grad for p in models.policy.parameters() if p.grad is not None]
     return totals, [(g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for g in gradients]
 

@@ -15,7 +15,7 @@ from fastalign.engine.train import train
 from fastalign.engine.update import measure_work
 from fastalign.models.costs import forward_cost
 from fastalign.models.policy import Policy
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from fastalign.types import ForwardCost
 from runs import records
 
@@ -70,7 +70,7 @@ def test_operations_are_those_that_torch_counts(configure):
 def test_a_step_is_described(configure):
     _, dataset, _ = load_data(configure("dpo"))
     batches = next(Loader(dataset, 6, 300, True))
-    work = measure_work(batches, make_objective("dpo", {}), World(0, 1, CPU), 7)
+    work = measure_work(batches, make_objective("dpo", {}), World(Axis(), CPU), 7)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 1, None).describe(work)
     computed = sum(b.num_tokens for b in batches)
     assert told["tokens_computed"] == computed < told["tokens"] == sum(b.logical_tokens for b in batches)
@@ -83,7 +83,7 @@ def test_a_step_is_described(configure):
 def test_a_rank_without_work_is_told_apart(configure):
     _, dataset, _ = load_data(configure("dpo"))
     idle = next(Loader(dataset, 1, 300, True, rank=1, world_size=2))
-    work = measure_work(idle, make_objective("dpo", {}), World(0, 1, CPU), 0)
+    work = measure_work(idle, make_objective("dpo", {}), World(Axis(), CPU), 0)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 2, None).describe(work)
     assert (told["tokens_computed"], told["padding_fraction"], told["flops_model"]) == (0, 1, 0)
 

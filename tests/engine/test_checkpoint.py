@@ -15,9 +15,9 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.optim import make_optimizer
 from fastalign.engine.output import checkpoint, checkpoints
 from fastalign.engine.output.rundir import is_own
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = World(Axis(), torch.device("cpu"))
 
 
 def stepped(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:

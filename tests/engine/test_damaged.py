@@ -9,9 +9,9 @@ from test_checkpoint import stepped
 
 from fastalign.engine.output import checkpoint, report, rundir
 from fastalign.engine.train import train
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = World(Axis(), torch.device("cpu"))
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 

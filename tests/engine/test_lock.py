@@ -13,10 +13,10 @@ import torch
 from fastalign.engine.errors import RunError
 from fastalign.engine.output.rundir import HOLDER, LOCK, held
 from fastalign.engine.train import train
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from runs import numbers, records
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(Axis(), torch.device("cpu"))
 HOLD = """
 import sys, time
 from filelock import FileLock

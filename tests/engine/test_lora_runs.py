@@ -18,7 +18,7 @@ from fastalign.engine.reference.fingerprint import fingerprint
 from fastalign.engine.train import set_up, train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter
-from fastalign.parallel.mesh import World, world
+from fastalign.parallel.mesh import Axis, World, world
 from runs import LLAMA, assert_close, finish, fork, numbers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -204,7 +204,7 @@ def test_a_cache_knows_an_adapter_by_all_that_it_adds(materials):
     section = ModelConfig(config=dict(LLAMA), tokenizer=str(materials / "tokenizer"))
 
     def identity(lora):
-        return fingerprint(load_policy(replace(section, lora=lora), vocab_size=512), World(0, 1, torch.device("cpu")))
+        return fingerprint(load_policy(replace(section, lora=lora), vocab_size=512), World(Axis(), torch.device("cpu")))
 
     assert identity(LORA) == identity({**LORA, "r": 3, "lora_alpha": 1}) == identity(None)  # they add nothing
     random = {**LORA, "init_lora_weights": False}

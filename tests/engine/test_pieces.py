@@ -21,7 +21,7 @@ from fastalign.engine.output import console, metrics, report
 from fastalign.engine.settings import settle
 from fastalign.engine.timing import Stopwatch
 from fastalign.engine.train import train
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 
 PLOTS = report.plots  # before a fixture makes runs skip them
 
@@ -125,7 +125,7 @@ def test_metrics_are_cut_back_and_a_broken_line_is_named(tmp_path):
 def test_steps_wait_on_the_device_and_the_first_bad_one_stops(tmp_path):
     objective, seen = make_objective("sft", {}), []
     log = metrics.MetricsLog(
-        tmp_path / "metrics.jsonl", objective, World(0, 1, torch.device("cpu")), [seen.append], 32.0
+        tmp_path / "metrics.jsonl", objective, World(Axis(), torch.device("cpu")), [seen.append], 32.0
     )
 
     def add(step, loss, grad_norm):

@@ -27,10 +27,10 @@ from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops.attention import choose_backend
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from runs import LLAMA, finish, fork, numbers, records
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(Axis(), torch.device("cpu"))
 EXAMPLES = 96
 LN_2 = float(np.float32(math.log(2)))
 
@@ -142,7 +142,7 @@ def test_how_log_probs_are_computed_is_part_of_their_place():
     usual = {"autocast": False, "share_prefix": True, "temperature": 1.0}
     others = [{}, {"autocast": True}, {"share_prefix": False}, {"temperature": 0.7}]
     found = [computation(policy, ALONE, **usual | other) for other in others]
-    two = World(0, 2, torch.device("cpu"))
+    two = World(Axis(0, 2), torch.device("cpu"))
     assert computation(policy, two, **usual) == found[0]
     assert len({*found, computation(policy, two, **usual | {"autocast": True})}) == 5  # FSDP gathers bf16
 
@@ -235,14 +235,14 @@ def test_the_main_rank_looks_up_and_sends_a_bit_for_each_example(configure, monk
     store = RefCache(tmp_path)
     store.write({example_key(example): np.zeros(1) for example in dataset.fetch([0, 5, 70])})
     store.refresh()
-    main = look_up(store, demands, Main(0, 2, ALONE.device))
+    main = look_up(store, demands, Main(Axis(0, 2), ALONE.device))
     assert (main.count, main.hits, main.misses, len(main.keys)) == (21, 3, 18, 21)
     assert [np.flatnonzero(~each).tolist() for each in main.lacking] == [[0, 5], [0, 1, 2]]  # the 3 comes first above
     assert sum(values.nbytes for values in sent) == 8 + 3
     missing = list(missing_examples(main))
     with monkeypatch.context() as patch:
         patch.setattr(filling, "example_key", None)
-        other = look_up(store, demands, Other(1, 2, ALONE.device))
+        other = look_up(store, demands, Other(Axis(1, 2), ALONE.device))
     assert other.count == 21 and not other.keys and not sent
     for (mine, keys), (theirs, same) in zip(missing, missing_examples(other), strict=True):
         assert keys == same and [e.example_id for e in mine] == [e.example_id for e in theirs] == list(range(18))
@@ -257,7 +257,7 @@ def test_what_one_rank_does_not_see_is_lacking(configure, tmp_path):
     for i in (0, 1):
         RefCache(tmp_path).write({example_key(example): np.zeros(1) for example in dataset.fetch([i])})
     store = RefCache(tmp_path)
-    found = look_up(store, [Demand(dataset, range(4), 4)], Later(0, 2, ALONE.device))
+    found = look_up(store, [Demand(dataset, range(4), 4)], Later(Axis(0, 2), ALONE.device))
     assert found.misses == 3 and (found.hits, len(store)) == (1, 2)
 
 

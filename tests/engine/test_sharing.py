@@ -19,7 +19,7 @@ from fastalign.engine.train import train
 from fastalign.models import policy as policy_module
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops import attention
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from fastalign.types import Segments
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -136,7 +136,7 @@ def test_what_one_rank_cannot_share_is_shared_by_none(configure):
 
     config = configure("dpo", **FALLBACK)
     assert weights(config)[2].batch.share_prefix
-    assert not weights(config, OfTwo(0, 2, ALONE.device))[2].batch.share_prefix
+    assert not weights(config, OfTwo(Axis(0, 2), ALONE.device))[2].batch.share_prefix
 
 
 def test_a_limit_of_tokens_is_held_without_sharing_before_the_first_step(configure, faulty):

@@ -17,10 +17,10 @@ from fastalign.engine.setup import load_data
 from fastalign.engine.timing import Stopwatch
 from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_policy
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from fastalign.types import PairLogps
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = World(Axis(), torch.device("cpu"))
 
 
 PAIR_LOSSES = ["dpo", "ipo", "simpo", "cpo", "orpo", "ld_dpo", "aot", "aot_unpaired", ["dpo", "sft"]]
@@ -75,7 +75,7 @@ def test_work_is_counted_in_logical_and_computed_tokens(configure):
     assert work.tokens == sum(b.logical_tokens for b in batches) > work.computed == sum(b.num_tokens for b in batches)
 
 
-class TwoRanks(World):
+class TwoRanks(Axis):
     """One of two ranks that live in threads."""
 
     def gather(self, values):
@@ -96,7 +96,7 @@ def test_pairs_of_all_ranks_come_in_the_order_of_ranks():
         return PairLogps(x, x + 1, x + 2, x + 3, torch.arange(len(x)), torch.arange(len(x)))
 
     shares = [[pairs(1.0, 2.0), pairs()], [pairs(3.0, 4.0), pairs(5.0)]]  # unequal shares, a rank's last batch empty
-    worlds = [TwoRanks(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    worlds = [World(TwoRanks(rank, 2), torch.device("cpu")) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(gather_pairs, shares, worlds))
     for everyone, _ in results:

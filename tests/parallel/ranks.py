@@ -3,9 +3,12 @@
 import sys
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fastalign.config import ParallelConfig
 from fastalign.parallel.clip import clip_gradients
@@ -50,7 +53,7 @@ def check(ranks: World) -> None:
     alone(micro_batches.flatten(0, 2)).backward()
     for i, shares in enumerate(micro_batches):
         synchronise_gradients(sharded, i == 1)
-        (sharded(shares[ranks.rank]) * ranks.size).backward()
+        (sharded(shares[ranks.data.rank]) * ranks.size).backward()
     for mine, theirs in zip(gradients(sharded), gradients(alone), strict=True):
         torch.testing.assert_close(mine, theirs)
     expected = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
@@ -59,8 +62,28 @@ def check(ranks: World) -> None:
     assert norm > 1
     for mine, theirs in zip(gradients(sharded), gradients(alone), strict=True):
         torch.testing.assert_close(mine, theirs)
-    counts = ranks.gather([ranks.rank + 1.0, 2.0])
+    counts = ranks.data.gather([ranks.rank + 1.0, 2.0])
     assert counts.tolist() == [[rank + 1.0, 2.0] for rank in range(ranks.size)]
+
+
+def check_cut_twice(ranks: World) -> None:
+    """Weights that tensor parallelism and FSDP cut along one dimension have strided shards, which are no `Shard`."""
+    mesh = init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("dp_shard", "tp"))
+    whole = torch.arange(1.0, 13.0).view(4, 3)
+    mine = whole[ranks.rank :: 2].clone()
+    weight = nn.Parameter(DTensor.from_local(torch.zeros(2, 3), mesh, [_StridedShard(0, split_factor=2), Shard(0)]))
+    weight.grad = DTensor.from_local(mine.clone(), mesh, [_StridedShard(0, split_factor=2), Shard(0)])
+    norm = clip_gradients([weight], 1.0)
+    torch.testing.assert_close(norm, whole.double().norm())
+    torch.testing.assert_close(weight.grad.to_local(), mine / norm.float())
+
+
+def check_partial(ranks: World) -> None:
+    """A sum over ranks that was not taken yet has no norm."""
+    weight = nn.Parameter(DTensor.from_local(torch.ones(3), ranks.mesh, [Replicate(), Replicate()]))
+    weight.grad = DTensor.from_local(torch.ones(3), ranks.mesh, [Replicate(), Partial()])
+    with pytest.raises(ValueError, match="expected reduced gradients"):
+        clip_gradients([weight], 1.0)
 
 
 if __name__ == "__main__":
@@ -68,4 +91,6 @@ if __name__ == "__main__":
         check(ranks)
         replicas = init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
         check(replace(ranks, mesh=replicas))
+        check_cut_twice(ranks)
+        check_partial(ranks)
     print("agreed", file=sys.stderr)

@@ -45,7 +45,7 @@ def test_one_process_needs_no_collective():
         assert ranks.is_main and ranks.size == 1 and ranks.mesh is None
         model = nn.Linear(2, 2)
         assert shard(model, ranks) is model and type(model) is nn.Linear
-        assert ranks.gather([1.0, 2.0]).tolist() == [[1.0, 2.0]]
+        assert ranks.data.gather([1.0, 2.0]).tolist() == [[1.0, 2.0]]
         assert ranks.gather_objects("x") == ["x"]
 
 

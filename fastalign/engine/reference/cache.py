@@ -248,9 +248,9 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
         with leaving(KEPT), stage("reference log-probs", misses, shown=world.is_main) as tell:
             for examples, keys in missing_examples(filling):
                 needed += keys
-                for micro in rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size):
+                for micro in rank_share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size):
                     entries |= split(micro, score(micro.to(world.device)), keys)
-                    done += micro.num_examples * world.size  # the other ranks have about as many
+                    done += micro.num_examples * world.data.size  # the other ranks have about as many
                     tell(min(done, misses))
                 now = time.perf_counter()
                 with as_one(world):  # the disk of one rank may be full
@@ -316,7 +316,7 @@ def check_agreement(
     Raises:
         RunError: it is beyond rounding: the cache holds something else.
     """
-    micro = rank_share(examples, batch.budget, batch.share_prefix, world.rank, world.size)[0].to(world.device)
+    micro = rank_share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size)[0].to(world.device)
     logps, known = score(micro), micro.ref_logps
     apart, agrees = Distance(0.0, 0.0), True
     if known is not None and known.numel():
