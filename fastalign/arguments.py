@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from fastalign import written
-from fastalign.config import Config
+from fastalign.config import Config, as_yaml
 from fastalign.words import describe_type, kind_of
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
@@ -104,7 +104,7 @@ def parse_config(method: str, argv: list[str]) -> Config:
             take_flag(settings, flag, schema)
     settings["loss"]["name"] = one_or_list(losses)
     if others:
-        print(written.dump({"method": method, **settings}), end="")
+        print(as_yaml({"method": method, **settings}), end="")
         raise SystemExit(0)
     return Config(
         method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
@@ -178,7 +178,7 @@ def asked_loss(method: str, flags: list[Flag], trees: Iterable[dict[str, Any]]) 
 
 def names_in(value: Any) -> list[str]:
     """The names in ``loss.name``."""
-    if value == []:
+    if value in ([], "[]"):
         raise UsageError("loss.name: expected a loss or a list of them, got []: leave it out for the default")
     names = value if isinstance(value, list) else str(value).strip("[]").split(",")
     return [str(name).strip(" \"'") for name in names]
@@ -324,8 +324,11 @@ def build_parser(method: str, losses: Losses) -> Any:
         description=METHODS[method].capitalize() + ".",
         formatter_class=plain_help(schema_of(losses)),
     )
-    parser.add_argument("--config", help="YAML file of the settings below; flags win over it.")
-    parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, help="YAML file of the settings below; flags win over it."
+    )
+    printing = "Print all settings as YAML and exit."
+    parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=printing)
     for section, cls in sections().items():
         parser.add_class_arguments(cls, section)
     one = f"One of {accepted}; each has its own settings. A list is a weighted sum."

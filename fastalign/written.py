@@ -65,30 +65,20 @@ def _word(loader: Loader, node: yaml.ScalarNode) -> str:
 Loader.add_constructor("tag:yaml.org,2002:str", _word)
 
 
-class Dumper(yaml.SafeDumper):
-    """YAML in which every text stands in quotes that `Loader` and `free` would take for a number without them."""
-
-
-Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"({WHOLE.pattern}|{NUMBER.pattern})$"), None)
-
-
 def load(source: Any) -> Any:
     """What a YAML file or a flag's text holds; words without quotes are left as `Plain`.
 
     Raises:
-        ValueError: no valid YAML, or something in it that no setting takes: a date by its tag, a list that holds itself.
+        ValueError: no valid YAML, or something in it that no setting takes, such as a list that holds itself.
     """
     try:
         tree = yaml.load(source, Loader)
         free(tree)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("a part of it holds itself, or it is nested too deeply") from error
     return tree
-
-
-def dump(settings: dict[str, Any]) -> str:
-    """Settings as YAML that is read again as the same."""
-    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)
 
 
 def read(value: Any, annotation: str) -> Any:
@@ -255,7 +245,8 @@ def take_flag(settings: dict[str, dict[str, Any]], flag: Flag, schema: dict[str,
             raise UsageError(f"--{flag.key}+: a + appends to a list, and {flag.key} is none")
         more = read_flag(key, flag.text, schema[key])
         more = more if isinstance(more, list) else [more]
-        place[name] = (place[name] or []) + read_value(key, more, schema[key])
+        before = place[name] if isinstance(place[name], list) else []
+        place[name] = before + read_value(key, more, schema[key])
     elif parts:
         part = read_flag(flag.key, flag.text, ast.unparse(inner(types["dict"])[-1]))
         place[name] = place[name] or {}
