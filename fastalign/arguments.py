@@ -89,19 +89,19 @@ def parse_config(method: str, argv: list[str]) -> Config:
     schema, settings = schema_of(losses), defaults(losses)
     for path, tree in files:
         check_sections(path, tree, schema)
-        check_keys(dict(flatten(tree)), schema, losses, f" in {path}")
+        check_keys(dict(flatten(tree)), schema, method, losses, f" in {path}")
         take_file(settings, path, tree, schema)
-    check_keys((flag.key for flag in flags), schema, losses)
+    check_keys((flag.key for flag in flags), schema, method, losses)
     if {"-h", "--help"} & set(others):
         build_parser(method, losses).print_help()
         raise SystemExit(0)
     if strange := [word for word in others if word != "--print_config"]:
         raise UsageError(f"unrecognized arguments: {' '.join(strange)}")
     for flag in flags:
-        if flag.key == "method":
-            check_method("--method", {"method": flag.text}, method)
-        else:
+        if flag.key != "method":
             take_flag(settings, flag, schema)
+        elif flag.text != method:
+            raise UsageError(f"--method: the method is the word behind fastalign, here {method}; leave the flag out")
     settings["loss"]["name"] = one_or_list(losses)
     if others:
         print(as_yaml({"method": method, **settings}), end="")
@@ -271,23 +271,28 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def check_keys(keys: Iterable[str], schema: dict[str, str], losses: Losses, place: str = "") -> None:
+def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses: Losses, place: str = "") -> None:
     """Refuse the first key that neither is in the schema nor lies inside a setting that is a mapping."""
     for key in keys:
         section, name, *_ = [*key.split("."), ""]
         if key in schema or (schema.get(f"{section}.{name}", "").startswith("dict") and all(key.split("."))):
             continue
         if key.rsplit(".", 1)[-1] == "loss_weights" and len(losses) == 1:
-            example = "`loss.name: [dpo, sft]`"
-            raise UsageError(
-                f"{key}{place}: the only loss is {next(iter(losses))!r}; weights are for a sum of several losses, name "
-                f"these first, as in {example}"
-            )
+            raise UsageError(f"{key}{place}: {no_sum(method, next(iter(losses)))}")
         if section != "loss":
             raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}")
         own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or close_to(key, [k]))]
         hint = nearest(key, [*own, *(k for k in schema if k.endswith(f".{name}"))])
         raise UsageError(f"unknown key {key!r}{place}{hint} (the loss is {'+'.join(losses)!r})")
+
+
+def no_sum(method: str, name: str) -> str:
+    """Why a single loss takes no weights, and how to name several."""
+    others = [other for other in known_losses(method)[0] if other != name]
+    if not others:
+        return f"{name!r} is the only loss of {method}, so there is no sum to weigh; leave it out"
+    other = "sft" if "sft" in others else others[0]
+    return f"weights are for a sum of losses, and {name!r} is alone; name several first: `loss.name: [{name}, {other}]`"
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

@@ -279,16 +279,17 @@ def test_flags_and_files_read_alike(tmp_path, key, word, expected):
 @pytest.mark.parametrize(
     "method, words, expected",
     [
-        (
-            "dpo",
-            ["--loss.loss_weights", "[1.0]"],
-            r"loss\.loss_weights: .*only loss is 'dpo'.* `loss\.name: \[dpo, sft\]`$",
-        ),
-        ("dpo", ["--loss_weights", "1"], r"name these first, as in `loss\.name: "),
+        ("dpo", ["--loss.loss_weights", "[1.0]"], r"^loss.loss_weights: .*'dpo' is alone.* `loss.name: \[dpo, sft\]`$"),
+        ("kto", ["--loss_weights", "1"], r"^loss_weights: .*'kto' is alone.* `loss.name: \[kto, bco\]`$"),
+        ("sft", ["--loss_weights", "1"], "'sft' is the only loss of sft, so there is no sum to weigh; leave it out$"),
         ("dpo", ["--loss.name", "[]"], r"^loss\.name: expected .* got \[\]"),
         ("dpo", ["--run.steps+", "1"], r"^--run\.steps\+: a \+ appends to a list, and run\.steps is none$"),
         ("dpo", ["--model.config.", "1"], r"^unknown key 'model\.config\.'"),
-        ("dpo", ["--method", "kto"], "is for 'kto', not 'dpo'"),
+        (
+            "dpo",
+            ["--method", "kto"],
+            "^--method: the method is the word behind fastalign, here dpo; leave the flag out$",
+        ),
         ("dpo", ["--print_config=comments"], "^unrecognized arguments: --print_config=comments$"),
         ("dpo", ["--model.lora", "{r: 8"], "^model.lora: '{r: 8' is not valid YAML"),
         ("dpo", ["--model.lora", "{r: !!timestamp 2024-01-01}"], "is of a type that no setting takes: date"),
