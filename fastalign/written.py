@@ -198,7 +198,7 @@ def read_value(key: str, value: Any, annotation: str, place: str = "") -> Any:
         return read(value, annotation)
     except (ValueError, OverflowError) as error:
         expected = describe_type(annotation, key)
-        if free(value) is None:
+        if value is None or (isinstance(value, Plain) and value in NULLS):
             raise UsageError(f"{key}{place}: expected {expected}, got null: leave it out for the default") from error
         raise UsageError(f"{key}: expected {expected}, got {as_written(value)}") from error
 
@@ -242,7 +242,7 @@ def take_flag(settings: dict[str, dict[str, Any]], flag: Flag, schema: dict[str,
     types = types_of(schema[key])
     if flag.appends:
         if parts or "list" not in types:
-            raise UsageError(f"--{flag.key}+: a + appends to a list, and {flag.key} is none")
+            raise UsageError(f"--{flag.key}+: a + appends to a list, which {flag.key} is not")
         more = read_flag(key, flag.text, schema[key])
         more = more if isinstance(more, list) else [more]
         before = place[name] if isinstance(place[name], list) else []

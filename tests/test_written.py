@@ -75,6 +75,7 @@ def test_a_word_is_what_its_setting_takes(both, key, word, expected):
     "key, word, expected",
     [
         ("run.steps", "1__0", "run.steps: expected a whole number or null, got 1__0"),
+        ("run.steps", "1e3", "run.steps: expected a whole number or null, got 1e3"),
         ("run.steps", "1:30", "run.steps: expected a whole number or null, got 1:30"),
         ("optim.lr", "1:30.5", "optim.lr: expected a number, got 1:30.5"),
         ("optim.lr", "2024-01-01", "optim.lr: expected a number, got 2024-01-01"),
@@ -283,7 +284,9 @@ def test_flags_and_files_read_alike(tmp_path, key, word, expected):
         ("kto", ["--loss_weights", "1"], r"^loss_weights: .*'kto' is alone.* `loss.name: \[kto, bco\]`$"),
         ("sft", ["--loss_weights", "1"], "'sft' is the only loss of sft, so there is no sum to weigh; leave it out$"),
         ("dpo", ["--loss.name", "[]"], r"^loss\.name: expected .* got \[\]"),
-        ("dpo", ["--run.steps+", "1"], r"^--run\.steps\+: a \+ appends to a list, and run\.steps is none$"),
+        ("dpo", ["--run.steps+", "1"], r"^--run\.steps\+: a \+ appends to a list, which run\.steps is not$"),
+        ("dpo", ["--run.seed", "9" * 5000], "^run.seed: expected a whole number, got 9999"),
+        ("dpo", ["--data.name", "true"], "^data.name: expected a string or null, got true$"),
         ("dpo", ["--model.config.", "1"], r"^unknown key 'model\.config\.'"),
         (
             "dpo",
