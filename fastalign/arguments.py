@@ -7,20 +7,16 @@ are the help. An unknown key is answered with the nearest accepted one.
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import inspect
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 from fastalign import written
-from fastalign.config import Config
+from fastalign.config import Config, as_yaml
 from fastalign.words import describe_type, kind_of
-from fastalign.written import UsageError, as_string, in_yaml, read_flags, read_tree
+from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
 METHODS = {
     "sft": "fine-tune on demonstrations or plain text",
@@ -82,26 +78,66 @@ def parse_config(method: str, argv: list[str]) -> Config:
 
     Raises:
         UsageError: an unknown key, a value of the wrong type, an unreadable file.
+        SystemExit: the help or the settings were asked for, and are printed.
     """
-    paths, flags = split_config(argv)
-    trees = {path: read_yaml(path) for path in paths}
-    for path, tree in trees.items():
+    paths, words = split_config(argv)
+    flags, others = split_flags(words)
+    files = [(path, read_yaml(path)) for path in paths]
+    for path, tree in files:
         check_method(path, tree, method)
-    losses = find_losses(method, asked_loss(flags, trees.values()))
-    name = one_or_list(losses)
-    schema = schema_of(losses)
-    for path, tree in trees.items():
+    losses = find_losses(method, asked_loss(method, flags, [tree for _, tree in files]))
+    schema, settings = schema_of(losses), defaults(losses)
+    for path, tree in files:
         check_sections(path, tree, schema)
-        leaves = dict(flatten(tree))
-        check_keys(leaves, schema, losses, f" in {path}")
-        check_nulls(path, leaves, schema)
-    check_keys(flag_keys(flags), schema, losses)
-    words = [word for tree in trees.values() for word in ("--config", as_string(read_tree(tree, schema)))]
-    words += [*read_flags(flags, schema), "--loss.name", name if isinstance(name, str) else json.dumps(name)]
-    settings = parse(build_parser(method, losses), words, schema)
+        check_keys(dict(flatten(tree)), schema, method, losses, f" in {path}")
+        take_file(settings, path, tree, schema)
+    check_keys((flag.key for flag in flags), schema, method, losses)
+    if {"-h", "--help"} & set(others):
+        build_parser(method, losses).print_help()
+        raise SystemExit(0)
+    if strange := [word for word in others if word != "--print_config"]:
+        raise UsageError(f"unrecognized arguments: {' '.join(strange)}")
+    for flag in flags:
+        if flag.key != "method":
+            take_flag(settings, flag, schema)
+        elif flag.text != method:
+            raise UsageError(f"--method: the method is the word behind fastalign, here {method}; leave the flag out")
+    settings["loss"]["name"] = one_or_list(losses)
+    if others:
+        print(as_yaml({"method": method, **settings}), end="")
+        raise SystemExit(0)
     return Config(
         method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
     )
+
+
+def defaults(losses: Losses) -> dict[str, dict[str, Any]]:
+    """All settings by section, as they are when nothing is given."""
+    from fastalign.losses.mixture import settings  # brings torch
+
+    return {**{name: vars(cls()) for name, cls in sections().items()}, "loss": {"name": None, **settings(losses)}}
+
+
+def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
+    """Put what a file gives in the place of what was there; a mapping takes the place of a whole one."""
+    seen = set()
+    for key, value in given_in(tree):
+        section, name, *parts = key.split(".", 2)
+        if parts:
+            raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{parts[0]}: ...}}}}")
+        if key in seen:
+            raise UsageError(f"{key} stands more than once in {path}; keep one")
+        seen.add(key)
+        settings[section][name] = read_value(key, value, schema[key], f" in {path}")
+
+
+def given_in(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a file by their dotted keys, whether it nests them in sections or not."""
+    for section, values in tree.items():
+        if isinstance(values, dict) and "." not in str(section):
+            yield from ((f"{section}.{name}", value) for name, value in values.items())
+        elif section != "method":
+            yield section, values
 
 
 def split_config(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -117,28 +153,34 @@ def split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; words without quotes are left as `written.Plain`."""
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, written.Loader)
+            tree = written.load(file)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got {kind_of(written.free(tree))}")
     return tree
 
 
-def asked_loss(flags: list[str], trees: Iterable[dict[str, Any]]) -> list[str]:
+def asked_loss(method: str, flags: list[Flag], trees: Iterable[dict[str, Any]]) -> list[str]:
     """The losses named by the last flag (``dpo``, ``dpo,sft`` or ``[dpo, sft]``), or else by the last file with any."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
-    named = [section.get("name") for tree in trees if isinstance(section := tree.get("loss"), dict)]
-    named = [None if isinstance(name, written.Plain) and name in written.NULLS else name for name in named]
-    named += [value for flag, value in pairwise(words) if flag == "--loss.name"]
-    last = next((name for name in reversed(named) if name is not None), [])
-    names = last if isinstance(last, list) else str(last).strip("[]").split(",")
+    named = [value for tree in trees for key, value in given_in(tree) if key == "loss.name"]
+    asked = next((names_in(name) for name in reversed(named) if written.free(name) is not None), [])
+    for flag in flags:
+        if flag.key == "loss.name" and flag.text is not None:
+            before = asked or [next(iter(known_losses(method)[0]))]
+            asked = [*(before if flag.appends else []), *names_in(flag.text)]
+    return asked
+
+
+def names_in(value: Any) -> list[str]:
+    """The names in ``loss.name``."""
+    if value in ([], "[]"):
+        raise UsageError("loss.name: expected a loss or a list of them, got []: leave it out for the default")
+    names = value if isinstance(value, list) else str(value).strip("[]").split(",")
     return [str(name).strip(" \"'") for name in names]
 
 
@@ -220,22 +262,6 @@ def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> N
             raise UsageError(f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {got}")
 
 
-def check_nulls(path: str, leaves: dict[str, Any], schema: dict[str, str]) -> None:
-    """Refuse a null for a setting that has none: the parser lets it pass in a file."""
-    for key, value in leaves.items():
-        if written.free(value) is None and "None" not in schema.get(key, "None"):
-            expected = describe_type(schema[key], key)
-            raise UsageError(f"{key} in {path}: expected {expected}, got null: leave the line out for the default")
-
-
-def as_written(text: str) -> str:
-    """A value that the parser spells in Python, as a user writes it: ``true``, ``["a"]``, or the text itself."""
-    try:
-        return in_yaml(ast.literal_eval(text)) if text else "nothing"
-    except (ValueError, SyntaxError):
-        return text
-
-
 def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of a nested mapping down to its leaves, each with its value."""
     for key, value in tree.items():
@@ -245,23 +271,28 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def flag_keys(flags: list[str]) -> Iterator[str]:
-    """The dotted keys named by flags; ``--key+`` appends to a list."""
-    names = (word[2:].split("=")[0].removesuffix("+") for word in flags if word.startswith("--"))
-    return (name for name in names if name not in ("help", "print_config"))
-
-
-def check_keys(keys: Iterable[str], schema: dict[str, str], losses: Losses, place: str = "") -> None:
+def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses: Losses, place: str = "") -> None:
     """Refuse the first key that neither is in the schema nor lies inside a setting that is a mapping."""
     for key in keys:
         section, name, *_ = [*key.split("."), ""]
-        if key in schema or schema.get(f"{section}.{name}", "").startswith("dict"):
+        if key in schema or (schema.get(f"{section}.{name}", "").startswith("dict") and all(key.split("."))):
             continue
+        if key.rsplit(".", 1)[-1] == "loss_weights" and len(losses) == 1:
+            raise UsageError(f"{key}{place}: {no_sum(method, next(iter(losses)))}")
         if section != "loss":
             raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}")
         own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or close_to(key, [k]))]
         hint = nearest(key, [*own, *(k for k in schema if k.endswith(f".{name}"))])
         raise UsageError(f"unknown key {key!r}{place}{hint} (the loss is {'+'.join(losses)!r})")
+
+
+def no_sum(method: str, name: str) -> str:
+    """Why a single loss takes no weights, and how to name several."""
+    others = [other for other in known_losses(method)[0] if other != name]
+    if not others:
+        return f"{name!r} is the only loss of {method}, so there is no sum to weigh; leave it out"
+    other = "sft" if "sft" in others else others[0]
+    return f"weights are for a sum of losses, and {name!r} is alone; name several first: `loss.name: [{name}, {other}]`"
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:
@@ -287,7 +318,7 @@ def close_to(name: str, accepted: Iterable[str], cutoff: float = 0.8) -> list[st
 
 
 def build_parser(method: str, losses: Losses) -> Any:
-    """The jsonargparse parser of a method with its losses; its help is the docstrings of all."""
+    """The parser whose help is the docstrings of a method's settings and losses; `take_flag` reads the flags."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -297,10 +328,12 @@ def build_parser(method: str, losses: Losses) -> Any:
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
         description=METHODS[method].capitalize() + ".",
         formatter_class=plain_help(schema_of(losses)),
-        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of the settings below; flags win over it.")
-    parser.add_argument("--method", default=method, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, help="YAML file of the settings below; flags win over it."
+    )
+    printing = "Print all settings as YAML and exit."
+    parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=printing)
     for section, cls in sections().items():
         parser.add_class_arguments(cls, section)
     one = f"One of {accepted}; each has its own settings. A list is a weighted sum."
@@ -334,15 +367,3 @@ def plain_help(schema: dict[str, str]) -> type:
 def positionals(loss: Callable[..., Any]) -> Iterator[str | int]:
     """Names of the loss's data arguments, which are not settings."""
     return (p.name for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY)
-
-
-def parse(parser: Any, words: list[str], schema: dict[str, str]) -> dict[str, Any]:
-    """Run the parser; its complaints become one line that names key, expected type and value."""
-    try:
-        return parser.parse_args(words).as_dict()
-    except argparse.ArgumentError as error:
-        match = re.search(r'[Kk]ey "([\w.]+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
-        if match and match[1] in schema:
-            expected = describe_type(schema[match[1]], match[1])
-            raise UsageError(f"{match[1]}: expected {expected}, got {as_written(match[2].strip())}") from error
-        raise UsageError(str(error)) from error

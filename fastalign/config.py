@@ -7,8 +7,11 @@ of the chosen loss function are its schema.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import yaml
 
 
 def expand_homes(section: Any, *names: str) -> None:
@@ -221,3 +224,15 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+class Dumper(yaml.SafeDumper):
+    """YAML in which a text that begins like a number stands in quotes: PyYAML takes 1e5 and 0o17 for no numbers."""
+
+
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\.?\d"), None)
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a file that is read again as the same."""
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)

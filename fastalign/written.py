@@ -11,7 +11,7 @@ import ast
 import json
 import re
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -32,6 +32,14 @@ class Plain(str):
     """A word that is written without quotes, not yet read as anything."""
 
     __slots__ = ()
+
+
+class Flag(NamedTuple):
+    """``--key text``, or ``--key+ text`` that appends to a list; no text when the next word is a flag too."""
+
+    key: str
+    appends: bool
+    text: str | None
 
 
 class Loader(yaml.SafeLoader):
@@ -57,6 +65,22 @@ def _word(loader: Loader, node: yaml.ScalarNode) -> str:
 Loader.add_constructor("tag:yaml.org,2002:str", _word)
 
 
+def load(source: Any) -> Any:
+    """What a YAML file or a flag's text holds; words without quotes are left as `Plain`.
+
+    Raises:
+        ValueError: no valid YAML, or something in it that no setting takes, such as a list that holds itself.
+    """
+    try:
+        tree = yaml.load(source, Loader)
+        free(tree)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("a part of it holds itself, or it is nested too deeply") from error
+    return tree
+
+
 def read(value: Any, annotation: str) -> Any:
     """A value as its setting takes it.
 
@@ -65,55 +89,69 @@ def read(value: Any, annotation: str) -> Any:
         annotation: the setting's type as the code spells it.
 
     Raises:
-        ValueError: no number, for a setting that takes nothing else.
+        ValueError: the setting does not take it.
 
     Example:
         >>> read(Plain("off"), "str"), read(Plain("off"), "bool | None"), read(Plain("1e-6"), "float")
         ('off', False, 1e-06)
         >>> read(Plain("010"), "int"), read(Plain("010"), "str | None"), read(Plain("~"), "str | None")
         (10, '010', None)
+        >>> read("off", "bool | str"), read("null", "str | None")  # in quotes
+        ('off', 'null')
     """
-    return _read(value, members(ast.parse(annotation, mode="eval").body))
+    return _read(value, types_of(annotation))
 
 
-def _read(value: Any, types: list[ast.expr]) -> Any:
-    parts = {_name(node): node for node in types}
-    if isinstance(value, dict):
-        inner = _inner(parts.get("dict"))
-        return {str(key): _read(x, members(inner[-1])) if inner else free(x) for key, x in value.items()}
-    if isinstance(value, list):
-        inner = _inner(parts.get("list") or parts.get("tuple"))
-        return [_read(x, members(inner[0])) if inner else free(x) for x in value]
-    if "Any" in parts:
-        return free(value)
-    return scalar(value, set(parts)) if isinstance(value, str) else value
+def types_of(annotation: str) -> dict[str, ast.expr]:
+    """The types of a setting by name: `list` for a list of anything."""
+    return _named(ast.parse(annotation, mode="eval").body)
 
 
-def _name(node: ast.expr) -> str:
-    return ast.unparse(node.value if isinstance(node, ast.Subscript) else node)
+def _named(node: ast.expr) -> dict[str, ast.expr]:
+    return {ast.unparse(x.value if isinstance(x, ast.Subscript) else x): x for x in members(node)}
 
 
-def _inner(node: ast.expr | None) -> list[ast.expr]:
-    """The types in a list, a tuple or a dict."""
-    if not isinstance(node, ast.Subscript):
-        return []
+def inner(node: ast.expr) -> list[ast.expr]:
+    """The types in a list, a tuple or a dict, or the choices of a Literal."""
+    assert isinstance(node, ast.Subscript)
     return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
 
 
-def scalar(text: str, types: set[str]) -> Any:
-    """A word for a setting of these types."""
-    plain, takes_text = isinstance(text, Plain), bool(types & {"str", "Literal"})
+def _read(value: Any, types: dict[str, ast.expr]) -> Any:
+    if "Any" in types:
+        return free(value)
+    if isinstance(value, dict) and "dict" in types:
+        return {str(key): _read(x, _named(inner(types["dict"])[-1])) for key, x in value.items()}
+    if isinstance(value, list) and "list" in types:
+        return [_read(x, _named(inner(types["list"])[0])) for x in value]
+    if isinstance(value, list) and "tuple" in types:
+        return tuple(_read(x, _named(node)) for x, node in zip(value, inner(types["tuple"]), strict=True))
+    if isinstance(value, str):
+        return scalar(value, types)
+    if type(value).__name__ in types or (value is None and "None" in types):  # by a tag of YAML
+        return value
+    raise ValueError(value)
+
+
+def scalar(text: str, types: dict[str, ast.expr]) -> Any:
+    """A word for a setting of these types; in quotes it is a text wherever one is taken."""
+    plain, takes_text = isinstance(text, Plain), "str" in types
     if plain and text in NULLS:
-        return None
-    if plain and (truth := boolean(text)) is not None and ("bool" in types or not takes_text):
-        return truth
-    if takes_text and plain and text.lower() in ("true", "false"):
-        return text.lower() == "true"  # refused: nobody means these as a name
-    if takes_text or not types & {"int", "float"}:
-        return str(text)
-    if (number := as_number(text)) is None:
+        if "None" in types:
+            return None
         raise ValueError(text)
-    return number
+    if "bool" in types and (plain or not takes_text) and (truth := boolean(text)) is not None:
+        return truth
+    if "Literal" in types and text in map(ast.literal_eval, inner(types["Literal"])):
+        return str(text)
+    if takes_text and not (plain and text.lower() in ("true", "false")):  # nobody means these as a name
+        return str(text)
+    number = as_number(text)
+    if "int" in types and isinstance(number, int):
+        return number
+    if "float" in types and number is not None:
+        return float(number)
+    raise ValueError(text)
 
 
 def free(value: Any) -> Any:
@@ -123,7 +161,9 @@ def free(value: Any) -> Any:
     if isinstance(value, list):
         return [free(x) for x in value]
     if not isinstance(value, Plain):
-        return value
+        if isinstance(value, str | int | float | None):
+            return value
+        raise ValueError(f"{value!r} is of a type that no setting takes: {type(value).__name__}")
     if value in NULLS:
         return None
     found = boolean(value)
@@ -138,70 +178,104 @@ def boolean(text: str) -> bool | None:
     return True if text.lower() in TRUE else False if text.lower() in FALSE else None
 
 
-def as_number(text: str) -> int | float | str | None:
-    """The number that a word is; infinity and NaN, which JSON has not, as they are written; None for other words."""
+def as_number(text: str) -> int | float | None:
+    """The number that a word is, or None."""
     if WHOLE.fullmatch(text):
         digits = text.lstrip("+-")
         return int(text, 0) if digits[:2].lower() in ("0x", "0o", "0b") else int(text)
     if NUMBER.fullmatch(text):
         return float(text)
-    return str(text) if WIDE.fullmatch(text) else None
+    return float(text.replace(".", "")) if WIDE.fullmatch(text) else None
 
 
-def read_tree(tree: dict[str, Any], schema: dict[str, str]) -> dict[str, Any]:
-    """The settings of a file, each read as what it takes."""
-    found: dict[str, Any] = {}
-    for section, values in tree.items():
-        if isinstance(values, dict):
-            found[section] = {name: read_value(f"{section}.{name}", x, schema) for name, x in values.items()}
-        else:
-            found[section] = read_value(section, values, schema)
-    return found
+def read_value(key: str, value: Any, annotation: str, place: str = "") -> Any:
+    """A value as the setting takes it.
 
-
-def read_flags(flags: list[str], schema: dict[str, str]) -> list[str]:
-    """The flags with lists and mappings as JSON, where nothing is left to guess; a number that is none is refused."""
-    words = list(flags)
-    for place, word in enumerate(flags):
-        flag, equals, value = word.partition("=")
-        key = flag.removeprefix("--").removesuffix("+")
-        if not flag.startswith("--") or key not in schema:
-            continue
-        if equals:
-            words[place] = f"{flag}={read_flag(key, value, schema)}"
-        elif place + 1 < len(flags) and not flags[place + 1].startswith("--"):
-            words[place + 1] = read_flag(key, flags[place + 1], schema)
-    return words
-
-
-def read_flag(key: str, value: str, schema: dict[str, str]) -> str:
-    """A flag's value as the parser is to have it."""
-    if value[:1] not in ("[", "{"):
-        read_value(key, Plain(value), schema)
-        return value
+    Raises:
+        UsageError: the setting does not take it; ``place`` tells where a null stands.
+    """
     try:
-        return as_string(read_value(key, yaml.load(value, Loader), schema))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{key}: {value!r} is not valid YAML: {error}") from error
+        return read(value, annotation)
+    except (ValueError, OverflowError) as error:
+        expected = describe_type(annotation, key)
+        if value is None or (isinstance(value, Plain) and value in NULLS):
+            raise UsageError(f"{key}{place}: expected {expected}, got null: leave it out for the default") from error
+        raise UsageError(f"{key}: expected {expected}, got {as_written(value)}") from error
 
 
-def read_value(key: str, value: Any, schema: dict[str, str]) -> Any:
-    """A value as the setting takes it."""
-    if key not in schema:  # a part of a mapping
-        section, name, part = key.split(".", 2)
-        raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{part}: ...}}}}")
+def read_flag(key: str, text: str, annotation: str) -> Any:
+    """What a flag's text is, not yet read: a list or a mapping where the setting takes one, else a word.
+
+    For a part of a free mapping quotes make a text, as in a file.
+    """
+    types = types_of(annotation)
+    opens = "[{" if types.keys() & {"list", "tuple", "dict"} else "[{\"'" if "Any" in types else ""
+    if not text or text[0] not in opens:
+        return Plain(text) if text else text
     try:
-        return read(value, schema[key])
+        return load(text)
     except ValueError as error:
-        shown = value if isinstance(value, str) else in_yaml(value)
-        raise UsageError(f"{key}: expected {describe_type(schema[key], key)}, got {shown}") from error
+        raise UsageError(f"{key}: {text!r} is not valid YAML: {error}") from error
+
+
+def split_flags(words: list[str]) -> tuple[list[Flag], list[str]]:
+    """The flags with their texts, and the words that belong to none: ``--help``, ``--print_config`` and mistakes."""
+    flags, others, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or word.split("=")[0] in ("--help", "--print_config"):
+            others.append(word)
+            continue
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            text = left.pop(0) if left and not left[0].startswith("--") else None
+        flags.append(Flag(name.removesuffix("+"), name.endswith("+"), text))
+    return flags, others
+
+
+def take_flag(settings: dict[str, dict[str, Any]], flag: Flag, schema: dict[str, str]) -> None:
+    """Put what a flag gives in its place; only a part of a mapping leaves the other parts as they are."""
+    if flag.text is None:
+        raise UsageError(f"--{flag.key}: expected one argument")
+    section, name, *parts = flag.key.split(".")
+    key, place = f"{section}.{name}", settings[section]
+    types = types_of(schema[key])
+    if flag.appends:
+        if parts or "list" not in types:
+            raise UsageError(f"--{flag.key}+: a + appends to a list, which {flag.key} is not")
+        more = read_flag(key, flag.text, schema[key])
+        more = more if isinstance(more, list) else [more]
+        before = place[name] if isinstance(place[name], list) else []
+        place[name] = before + read_value(key, more, schema[key])
+    elif parts:
+        part = read_flag(flag.key, flag.text, ast.unparse(inner(types["dict"])[-1]))
+        place[name] = place[name] or {}
+        put(place[name], parts, read_value(key, nest(parts, part), schema[key]))
+    else:
+        place[name] = read_value(key, read_flag(key, flag.text, schema[key]), schema[key])
+
+
+def nest(parts: list[str], value: Any) -> Any:
+    """A value inside mappings of one key each."""
+    return {parts[0]: nest(parts[1:], value)} if parts else value
+
+
+def put(mapping: dict[str, Any], parts: list[str], found: dict[str, Any]) -> None:
+    """Put the value that ``found`` has behind these keys behind the same keys of a mapping."""
+    first, *rest = parts
+    if rest and isinstance(mapping.get(first), dict):
+        put(mapping[first], rest, found[first])
+    else:
+        mapping[first] = found[first]
+
+
+def as_written(value: Any) -> str:
+    """A value for an error, as its user wrote it."""
+    if isinstance(value, Plain) or value == "":
+        return str(value) or "nothing"
+    return in_yaml(free(value))
 
 
 def in_yaml(value: Any) -> str:
     """A value as a configuration file may write it, in JSON."""
     return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def as_string(value: Any) -> str:
-    """A value for the parser, which reads YAML: all but ASCII escaped, as some characters are breaks or forbidden."""
-    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", in_yaml(value))

@@ -142,7 +142,7 @@ def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys, engine, method, flag
         ("loss: {bta: 3}", "unknown key 'loss.bta' in {path}: did you mean 'loss.beta'?"),
         ("modle: {path: x}", "unknown key 'modle.path' in {path}: did you mean 'model.path'?"),
         ("optim: {lr: fast}", "optim.lr: expected a number, got fast"),
-        ("data: {limit: yes}", "data.limit: expected a whole number or null, got true"),
+        ("data: {limit: yes}", "data.limit: expected a whole number or null, got yes"),
         ("optim: {schedule: [a]}", 'optim.schedule: expected one of constant, linear, cosine, got ["a"]'),
         ("optim: [lr: 1", "{path} is not valid YAML"),
         ("- optim", "{path}: expected a mapping such as `optim: {{lr: 1e-5}}`, got a list of strings"),

@@ -126,7 +126,7 @@ def test_a_sum_of_losses_from_flags_and_files(tmp_path):
         assert parse_config("dpo", flags).loss == expected
     with pytest.raises(UsageError, match=r"did you mean 'loss.loss_weights'"):
         parse_config("dpo", ["--loss.name", "dpo,sft", "--loss.weights", "[1, 2]"])
-    with pytest.raises(UsageError, match=r"unknown key 'loss.loss_weights'"):
+    with pytest.raises(UsageError, match=r"'dpo' is alone; name several first"):
         parse_config("dpo", ["--loss.loss_weights", "[1]"])
     objective = make_objective("dpo", expected)
     assert objective.name == ["dpo", "sft"] and objective.needs_reference and objective.imitates

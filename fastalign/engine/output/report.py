@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pyarrow import json
 
+from fastalign.config import as_yaml
 from fastalign.data.disk import write_whole
 from fastalign.engine.output.metrics import parse_lines
 from fastalign.engine.output.rundir import read_settings
@@ -159,7 +159,7 @@ def collected(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 def page(name: str, settings: dict[str, Any], steps: int, curves: dict[str, Curve]) -> str:
     """The whole document."""
     title = html.escape(f"{settings.get('method', 'run')}: {name}")
-    config = html.escape(yaml.safe_dump(settings, sort_keys=False))
+    config = html.escape(as_yaml(settings))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
         f"<h1>{title}</h1>{summary_table(steps, curves)}{time_table(curves)}{plots(curves)}"

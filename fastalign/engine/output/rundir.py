@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastalign.config import Config
+from fastalign.config import Config, as_yaml
 from fastalign.data.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
@@ -337,8 +337,7 @@ def prepare(config: Config, step: int, world: World, checkpoint: Path | None = N
     with as_one(world):
         if world.is_main:
             set_aside(directory, step)
-            settings = yaml.safe_dump(plain(asdict(config)), sort_keys=False)
-            write_whole(directory / "config.yaml", settings, "the settings", "start again")
+            write_whole(directory / "config.yaml", as_yaml(asdict(config)), "the settings", "start again")
             last = cut_metrics(directory / "metrics.jsonl", step, checkpoint)
     return world.gather_objects(last)[0]
 
@@ -381,10 +380,3 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; mend it, or choose another run.output_dir")
     return settings
-
-
-def plain(value: Any) -> Any:
-    """Settings without tuples, which YAML would tag."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
