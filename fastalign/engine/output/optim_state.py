@@ -73,7 +73,7 @@ def in_both(
 def with_raised(
     mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Both, where weights in fp32 had masters of an earlier version: they are read from those, not from the rounding."""
+    """Both, where weights in fp32 had masters in an earlier version: they are read from those, which are exact."""
     raised = {
         name: master
         for name, x in mine.items()
