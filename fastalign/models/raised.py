@@ -54,7 +54,7 @@ def rounding(module: Any) -> Mapping[str, torch.dtype]:
 def as_used(module: Any, name: str) -> Tensor | None:
     """A weight of a module as its forwards use it."""
     weight = getattr(module, name, None)
-    return weight.to(rounding(module)[name]) if name in rounding(module) else weight
+    return weight.to(rounding(module)[name]) if weight is not None and name in rounding(module) else weight
 
 
 def used_dtype(module: Any) -> torch.dtype:

@@ -142,7 +142,7 @@ def misfit(values: dict[str, Any], layout: Layout, within: str = "") -> str | No
         if not isinstance(value, dict if inner else kind) or isinstance(value, bool):
             name = "dict" if inner else getattr(kind, "__name__", None) or str(kind).replace(" | ", " or ")
             return f"{name} {within + key!r}"
-        if inner and (deeper := misfit(value, kind, f"{within}{key}.")):
+        if inner and (deeper := misfit(value or {}, kind, f"{within}{key}.")):
             return deeper
     return None
 
