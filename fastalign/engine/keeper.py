@@ -12,7 +12,7 @@ from typing import Any
 from fastalign.config import Config
 from fastalign.engine.errors import as_one
 from fastalign.engine.interrupt import FAILED, NOTHING, ORDER, SAVE, Interrupted, Requests, resume_command
-from fastalign.engine.output.checkpoints import flaw
+from fastalign.engine.output.checkpoints import RUN_STATE, flaw
 from fastalign.engine.output.metrics import MetricsLog
 from fastalign.parallel.mesh import World
 
@@ -46,7 +46,7 @@ class Keeper:
     ) -> None:
         self.config, self.world, self.signals, self.metrics, self._save = config, world, signals, metrics, save
         self.done, self.total, self.since, self.is_due = done, total, time.monotonic(), False
-        self.saved = done if done and not flaw(self.path(done)) else 0
+        self.saved = done if done and not flaw(self.path(done), **RUN_STATE) else 0
         self.command = resume_command(config)
 
     def path(self, step: int) -> Path:

@@ -27,12 +27,12 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
-from fastalign.engine.output.checkpoints import read_state
+from fastalign.engine.output.checkpoints import RUN_STATE, read_state
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.report import write_report
-from fastalign.engine.output.rundir import RUN_STATE, claim, held, is_own, make_room, prepare
+from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
 from fastalign.engine.prepare import Carried
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle

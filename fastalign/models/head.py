@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastalign.models.raised import as_used
+
 
 class Head(NamedTuple):
     """An LM head as the linear ops take it.
@@ -38,10 +40,10 @@ def head_of(module: Any) -> Head:
         head = head_of(module.get_base_layer())
         adapters = [] if module.merged else [_adapter(module, name) for name in module.active_adapters]
         return head._replace(lora=_together(adapters))
-    weight = getattr(module, "weight", None)
+    weight = as_used(module, "weight")
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"the LM head must be a linear layer with a weight [V, D], got {type(module).__name__}")
-    return Head(weight, getattr(module, "bias", None))
+    return Head(weight, as_used(module, "bias"))
 
 
 def unwrapped(module: Any) -> nn.Module:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from fastalign.config import ModelConfig
 from fastalign.models.inline import nearest
 from fastalign.models.policy import Policy
+from fastalign.models.raised import raise_trained, rounded
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def adapt(base: PreTrainedModel, model: ModelConfig, saved: Any, seed: int) -> A
         seed: of a new adapter's random factor; the global generator is left as it was.
 
     Returns:
-        a `peft.PeftModel`, or `base` itself.
+        a `peft.PeftModel` whose every trained weight is fp32 at least, or `base` itself.
 
     Raises:
         ValueError: settings that fit no module of the base, files that are damaged or lack weights.
@@ -178,6 +179,7 @@ def adapt(base: PreTrainedModel, model: ModelConfig, saved: Any, seed: int) -> A
         adapted = _new(base, model.lora, seed)
     else:
         return base
+    raise_trained(adapted)
     trained, every = adapted.get_nb_trainable_parameters()
     log.info("lora: %s of %s parameters train (%.2g %%)", f"{trained:,}", f"{every:,}", 100 * trained / every)
     return adapted
@@ -299,7 +301,7 @@ def identity(policy: Policy) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
     every: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
     if any(not x.is_floating_point() for x in every.values()):  # the scales of quantised weights are only here
         every |= {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
-    tensors = list(every.items())
+    tensors = list(rounded(every, policy).items())
     if policy.adapted is None:
         return tensors, {}
     if why_not_its_own_reference(policy) is None:
@@ -347,5 +349,6 @@ def save_adapter(
         name = final / BASE
     found = name.is_dir() or base is not None
     adapter_config(policy).base_model_name_or_path = str(name.resolve() if found else name)
-    tensors = None if state_dict is None else {f"base_model.model.{key}": x for key, x in state_dict.items()}
-    adapted.save_pretrained(directory, state_dict=tensors, save_embedding_layers=False)
+    tensors = adapted.base_model.model.state_dict() if state_dict is None else state_dict
+    named = {f"base_model.model.{key}": x for key, x in rounded(tensors, adapted.base_model.model).items()}
+    adapted.save_pretrained(directory, state_dict=named, save_embedding_layers=False)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastalign.models.policy import ATTENTION, Policy, register_attention
+from fastalign.models.raised import HALF as HALF
+from fastalign.models.raised import unrounded, used_dtype
 from fastalign.models.support import transformer_blocks
 from fastalign.ops.attention import unavailable
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def trained_dtype(policy: Policy, device: torch.device) -> torch.dtype:
@@ -22,7 +22,7 @@ def trained_dtype(policy: Policy, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    dtype = policy.head.weight.dtype
+    dtype = used_dtype(policy.head)
     return torch.bfloat16 if tf32 and dtype == torch.float32 else dtype
 
 
@@ -46,6 +46,7 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(exact_products(policy))
+        stack.enter_context(unrounded(policy))
         stack.enter_context(eager_experts(policy.config))
         backend = was.removeprefix(ATTENTION).removeprefix("_")
         if backend and unavailable(backend, device.type, dtype):  # flash and varlen take nothing but half precision

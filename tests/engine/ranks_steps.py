@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import steps
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastalign.config import OptimConfig, ParallelConfig
+from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.loader import rank_share
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS
 from fastalign.engine.optim import AdamW, make_optimizer
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
+from fastalign.models.load import load_policy
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import shard
@@ -66,6 +68,25 @@ def masters(ranks: World) -> None:
     print("agreed on masters", file=sys.stderr)
 
 
+def raised(ranks: World) -> None:
+    """A score head of a bf16 model trains beside its adapter: sharded it has the gradients of one process."""
+    sizes = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    section = ModelConfig(config=sizes, dtype="bfloat16", lora={"r": 2, "init_lora_weights": False})
+    alone, sharded = (load_policy(section, vocab_size=steps.VOCAB, scalar_head=True).train() for _ in range(2))
+    shard(sharded, ranks)
+    assert {p.dtype for p in sharded.parameters() if p.requires_grad} == {torch.float32}
+    examples = steps.make_examples("reward", "reward")
+    every = [rank_share(examples, 50, True, rank, ranks.size, COST) for rank in range(ranks.size)]
+    want = steps.run_step(Models(alone, None, False), [x for share in every for x in share], "reward", "reward")
+    got = steps.run_step(Models(sharded, None, False), every[ranks.rank], "reward", "reward", ranks)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert len(got[1]) == len(want[1]) > 4 and want[1][-1].shape == (1, 16)
+    for mine, theirs in zip(got[1], want[1], strict=True):  # sums in fp32 of the same micro-batches
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    print("agreed on a raised head", file=sys.stderr)
+
+
 def kept(policy: Policy, optimizer: AdamW) -> list[Tensor]:
     """Masters and moments, whole, and the weights, which are the masters rounded."""
     masters = [optimizer.masters[p] for p in policy.parameters()]
@@ -82,5 +103,7 @@ def whole(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     with world(ParallelConfig()) as ranks:
         masters(ranks)
+        if find_spec("peft"):
+            raised(ranks)
         for method in METHODS:
             check(method, [loss for name, loss in steps.OBJECTIVES if name == method], ranks)

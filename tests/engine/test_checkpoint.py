@@ -130,6 +130,42 @@ def test_a_link_stays_the_runs_own_and_leads_to_the_same_wherever_it_is_moved(tm
     assert names(run) == ["step-2"] and names(tmp_path / "aside" / "deep") == ["step-4"]
 
 
+class Killed(BaseException):
+    """As a kill is: nothing answers it."""
+
+
+@pytest.mark.parametrize("name", ["move", "point_to_newest"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_kill_while_later_checkpoints_are_moved_leaves_no_wrong_pointer(tmp_path, monkeypatch, name, after):
+    run, model = tmp_path / "run", stepped()
+    state = {
+        "config": {"method": "", "model": {}, "data": {}, "optim": {}, "run": {}},
+        "loader": {"seed": 0, "num_examples": 1, "drawn": 1},
+        "data": "",
+        "carried": {"baseline": {"mean": 0.0, "count": 0}},
+    }
+    for step in (2, 4, 6, 8):
+        checkpoint.save_checkpoint(run, step, *model, state, WORLD, keep=4)
+    original, calls = getattr(checkpoints, name), iter(range(9))
+
+    def killed(*args):
+        if next(calls) == after:
+            raise Killed
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, name, killed)
+        try:
+            checkpoints.move_later(run, 2, tmp_path / "aside")
+        except Killed:
+            assert not (run / "latest").exists()
+    left = checkpoints.newest_checkpoint(run)
+    assert left is not None and len(names(run)) + len(names(tmp_path / "aside")) == 4
+    checkpoints.point_to_newest(run)  # as every resume does
+    assert (run / "latest").read_text() == f"{left.name}\n"
+    assert sorted(p.name for p in run.iterdir()) == ["latest", *names(run)]
+
+
 @pytest.mark.parametrize("change", [{"files": None}, {"files": 3}, {"step": 3}])
 def test_a_state_that_cannot_be_true_is_no_whole_checkpoint(tmp_path, change):
     path = checkpoint.save_checkpoint(tmp_path, 2, *stepped(), {}, WORLD, keep=2)

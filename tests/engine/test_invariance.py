@@ -1,5 +1,6 @@
 """Every method and loss: one optimizer step is the same however its examples are packed, shared and dealt to ranks."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import forks
@@ -38,7 +39,8 @@ def test_the_same_packing_has_the_same_bits(method, loss):
 
 def test_two_ranks_have_the_step_of_one():
     output = forks.run(Path(__file__).with_name("ranks_steps.py"), ranks=2)
-    assert output.count("agreed on") == 2 * (len(steps.OBJECTIVES) + 1)  # and on masters
+    beside = 1 + (find_spec("peft") is not None)  # masters, and a raised head
+    assert output.count("agreed on") == 2 * (len(steps.OBJECTIVES) + beside)
 
 
 def test_the_head_computes_scored_rows_alone_and_reads_the_last_prompt_row_once_per_response(monkeypatch):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fastalign.config import OptimConfig
 from fastalign.engine.optim import make_optimizer
 from fastalign.engine.train import train
+from fastalign.models import lora
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from runs import numbers
 
@@ -144,12 +145,32 @@ def test_an_adapter_over_bf16_trains_in_fp32_without_masters(tune, capsys):
     assert not any(name.startswith("master.") for name in kept) and {x.dtype for x in kept.values()} == {torch.float32}
 
 
-def test_whole_modules_beside_an_adapter_get_masters_and_what_is_frozen_none(tune):
+WHOLE = {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm"]}
+
+
+def test_whole_modules_beside_an_adapter_train_in_fp32_as_with_masters(tune, monkeypatch):
+    """To the bit, and a checkpoint with masters, as earlier versions left them, is gone on from to the bit too."""
     pytest.importorskip("peft")
-    run = tune("run", **{"run.steps": 2, "model.lora": {"r": 2, "modules_to_save": ["lm_head"]}})
-    train(run)
-    masters = [name for name in tensors(run, 2) if name.startswith("master.")]
-    assert len(masters) <= 1 and all("lm_head" in name for name in masters)
+    settings = {"run.steps": 4, "run.save_every": 2, "optim.lr": 1e-3, "model.lora": WHOLE}
+    now, before = tune("now", **settings), tune("before", **settings)
+    train(now)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "raise_trained", lambda model: None)
+        train(before)
+    expected, kept = numbers(before.run.output_dir), tensors(now, 4)
+    assert numbers(now.run.output_dir) == expected
+    masters = {name: x for name, x in tensors(before, 4).items() if name.startswith("master.")}
+    assert len(masters) == 6 and {x.dtype for x in kept.values()} == {torch.float32}
+    assert all(torch.equal(x, kept[name.replace("master.", "model.", 1)]) for name, x in masters.items())
+    exported = [load_file(Path(run.run.output_dir) / "model" / "adapter_model.safetensors") for run in (now, before)]
+    for name, x in exported[0].items():
+        assert x.dtype == (torch.float32 if "lora_" in name else torch.bfloat16) and torch.equal(x, exported[1][name])
+
+    shutil.rmtree(Path(before.run.output_dir) / "checkpoints" / "step-4")
+    before.run.resume = True
+    train(before)
+    assert numbers(before.run.output_dir) == expected
+    assert all(torch.equal(x, kept[name]) for name, x in tensors(before, 4).items())
 
 
 def test_gradients_of_many_micro_batches_add_up_in_fp32():

@@ -16,9 +16,11 @@ from test_load import inline, make_tokenizer
 from fastalign.engine.methods import make_objective
 from fastalign.engine.reference.frozen import frozen_copy, reference_logps
 from fastalign.models import lora
+from fastalign.models.head import head_of
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter, switched_off, why_not_its_own_reference
 from fastalign.models.policy import Policy
+from fastalign.models.precision import trained_dtype, widened
 from fastalign.models.verify import stock_implementation
 from fastalign.ops import linear_logps
 
@@ -179,6 +181,62 @@ def test_a_frozen_copy_holds_the_adapter_and_shares_the_base():
             parameter.add_(1.0)
     assert torch.equal(before, reference_logps(reference, batch, OBJECTIVE))
     assert not {p.data_ptr() for p in frozen_copy(policy).parameters()} & mine
+
+
+# --- whole weights beside it -----------------------------------------------------------------------------------------
+
+WHOLE = {**RANDOM, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm", "embed_tokens"]}
+
+
+def half_before_it_was_raised(monkeypatch, kind, options):
+    """The same adapter, its whole weights in half precision."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "raise_trained", lambda model: None)
+        return adapted(kind, options, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind, options", [("llama", WHOLE), ("gpt2", {**RANDOM, "bias": "all"})])
+def test_whole_weights_beside_an_adapter_train_in_fp32_and_are_used_rounded(monkeypatch, kind, options):
+    """As weights with masters: the same log-probs, and the same gradients before they are added up."""
+    plain, model = half_before_it_was_raised(monkeypatch, kind, options), adapted(kind, options, torch.bfloat16)
+    policies, (batch, _) = (Policy(plain), Policy(model)), make_batch(*PAIRS[:3])
+    assert {p.dtype for p in trained(plain)} == {torch.float32, torch.bfloat16}
+    assert {p.dtype for p in trained(model)} == {torch.float32}
+    want, got = (policy(batch, linear_logps) for policy in policies)
+    assert torch.equal(want, got)
+    gradients = (weighted_gradients(x, trained(p)) for x, p in zip((want, got), policies, strict=True))
+    pairs = list(zip(*gradients, strict=True))
+    assert all(torch.equal(a.float(), b) and b.any() for a, b in pairs) and len(pairs) > 4
+    for (name, a), (again, b) in zip(*(lora.identity(policy)[0] for policy in policies), strict=True):
+        assert name == again and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_a_step_too_small_for_half_precision_is_kept_but_not_exported(tmp_path):
+    policy = Policy(adapted(options=WHOLE, dtype=torch.bfloat16))
+    head = policy.head.modules_to_save["default"].weight
+    before = head.detach().clone()
+    with torch.no_grad():
+        head += 1e-6
+    assert not torch.equal(head, before)
+    reference = frozen_copy(policy)
+    assert reference.head.weight.dtype == torch.float32 and head_of(reference.head).weight.dtype == torch.bfloat16
+    save_pretrained(policy, None, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (exported,) = (x for name, x in saved.items() if "lm_head" in name)
+    assert exported.dtype == torch.bfloat16 and torch.equal(exported, head.bfloat16())
+    assert {x.dtype for name, x in saved.items() if "lora_" in name} == {torch.float32}
+
+
+def test_a_check_of_rounding_sees_whole_weights_as_they_are():
+    policy, (batch, _) = Policy(adapted(options=WHOLE, dtype=torch.bfloat16)), make_batch(*PAIRS[:3])
+    before = {name: x.clone() for name, x in policy.named_parameters()}
+    device = torch.device("cpu")
+    assert trained_dtype(policy, device) == torch.bfloat16
+    with torch.no_grad(), widened(policy, torch.float64, device):
+        wide = policy(batch, lambda hidden, weight, labels: (hidden.dtype, weight.dtype))
+    assert wide == (torch.float64, torch.float64)
+    assert all(x.dtype == before[n].dtype and torch.equal(x, before[n]) for n, x in policy.named_parameters())
+    assert policy(batch, lambda hidden, weight, labels: weight.dtype) == torch.bfloat16
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

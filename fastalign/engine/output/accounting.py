@@ -10,6 +10,7 @@ import torch
 from fastalign.engine.update import Work
 from fastalign.models.costs import forward_cost
 from fastalign.models.policy import Policy
+from fastalign.models.raised import HALF, used_dtype
 from fastalign.types import ForwardCost
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
@@ -62,7 +63,7 @@ class Accounting:
 
 def account(policy: Policy, budget: int, ranks: int, device: torch.device, autocast: bool) -> Accounting:
     """The accounting of a run; call it before the policy is sharded or after."""
-    half = autocast or policy.head.weight.dtype in (torch.bfloat16, torch.float16)
+    half = autocast or used_dtype(policy.head) in HALF
     peak = peak_flops(torch.cuda.get_device_name(device)) if half and device.type == "cuda" else None
     costs = forward_cost(policy), forward_cost(policy, trained=True)
     return Accounting(*costs, budget, ranks, None if peak is None else peak * ranks)

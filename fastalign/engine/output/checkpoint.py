@@ -7,12 +7,9 @@ each rank. It is written as ``step-N.tmp`` and renamed when every byte is on the
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import logging
 import platform
-import random
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -42,6 +38,7 @@ from fastalign.engine.output.checkpoints import (
     read_state,
     whole_checkpoints,
 )
+from fastalign.engine.output.generators import DAMAGED, one_line, rng_file, rng_state, set_rng_state
 from fastalign.engine.output.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
@@ -84,11 +81,11 @@ def save_checkpoint(
                 make_scratch(temporary, tensors)
         write_tensors(temporary, tensors, world)
         with as_one(world), writing("the checkpoint", final):
-            (temporary / f"rng-{world.rank}.json").write_text(json.dumps(rng_state()), encoding="utf-8")
+            rng_file(temporary, world.rank).write_text(json.dumps(rng_state()), encoding="utf-8")
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
                 header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
-                files = written_files(temporary, tensors)
+                files = written_files(temporary, tensors, world.size)
                 full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
             flush_directory(temporary)
@@ -123,13 +120,22 @@ def expected_size(policy: nn.Module, master_weights: bool) -> int:
     return size_of(weights(policy)) + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
 
 
-def written_files(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The files of tensors and their bytes, as ``state.json`` lists them; `OSError` when they cannot be all."""
+def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
+    """The files of tensors and generators and their bytes, as ``state.json`` lists them.
+
+    Raises:
+        OSError: they cannot be all.
+    """
     sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
+    generators = [file for rank in range(ranks) if (file := rng_file(temporary, rank)).is_file()]
+    text = None
     if sum(sizes.values()) < size_of(tensors):
         text = f"rank 0 sees {sum(sizes.values())} of at least {size_of(tensors)} bytes: does every rank write there?"
+    elif len(generators) < ranks:
+        text = f"rank 0 sees the generators of {len(generators)} of {ranks} ranks: does every rank write there?"
+    if text:
         raise WriteError(f"cannot write the checkpoint {temporary.with_suffix('')}: {text}")
-    return sizes
+    return sizes | {file.name: file.stat().st_size for file in generators}
 
 
 def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: World) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: Worl
     if optimizer.masters and not has_masters(tensors):
         optimizer.start_masters()
     if world.rank < state["world_size"]:  # a rank more than there were has none
-        restore_generators(path / f"rng-{world.rank}.json")
+        restore_generators(rng_file(path, world.rank))
     return state
 
 
@@ -169,13 +175,8 @@ def restore_generators(file: Path) -> None:
         return
     try:
         set_rng_state(read_json(file))
-    except (KeyError, TypeError, AttributeError, RuntimeError, binascii.Error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def weights(policy: nn.Module) -> dict[str, Tensor]:
@@ -258,41 +259,6 @@ def alone_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every generator of this process, as JSON values."""
-    generator = np.random.get_state(legacy=False)
-    assert isinstance(generator, dict)
-    version, numbers, gauss = random.getstate()
-    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "torch": encode(torch.get_rng_state()),
-        "cuda": None if device is None else encode(device),
-        "python": [version, list(numbers), gauss],
-        "numpy": {**generator, "state": {k: np.asarray(v).tolist() for k, v in generator["state"].items()}},
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of ``rng_state``."""
-    torch.set_rng_state(decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decode(state["cuda"]))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    inner = state["numpy"]["state"]
-    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
-
-
-def encode(state: Tensor) -> str:
-    """A uint8 tensor as base64."""
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def decode(text: str) -> Tensor:
-    """The inverse of ``encode``."""
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def versions() -> dict[str, str]:

@@ -7,24 +7,46 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastalign.engine.output.generators import rng_flaw
+from fastalign.engine.output.tensor_files import tensors_flaw
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the layout of a checkpoint."""
+Layout = Mapping[str, Any]
+"""Entries of a JSON object and their types; a mapping for those of an object in it."""
+STATE: Layout = {"step": int, "world_size": int, "optimizer_steps": dict}
+"""What every ``state.json`` says."""
+RUN_STATE: Layout = {
+    "config": {"method": str, "model": dict, "data": dict, "optim": dict, "run": dict},
+    "loader": {"seed": int, "num_examples": int, "drawn": int},
+    "data": str,
+    "carried": {"baseline": {"mean": int | float, "count": int | float}},
+    "base": str | None,
+    "reference": str | None,  # earlier versions did not know it
+    "owed": dict | None,
+}
+"""What a run adds to that of its checkpoints."""
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
+def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
     """The whole checkpoint with the highest step, or None; later ones that are not whole are named in a warning.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        parts: what their ``state.json`` must say besides `STATE`.
 
     Raises:
         ValueError: there are checkpoints, but none is whole.
     """
     broken: list[str] = []
     for path in reversed(checkpoints(directory)):
-        if not (reason := flaw(path)):
+        if not (reason := flaw(path, **parts)):
             if broken:
                 log.warning("resume: %s: going on from %s", "; ".join(broken), path)
             return path
@@ -35,9 +57,9 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def whole_checkpoints(directory: Path) -> list[Path]:
+def whole_checkpoints(directory: Path, **parts: Any) -> list[Path]:
     """The checkpoints that can be resumed from, oldest first."""
-    return [path for path in checkpoints(directory) if not flaw(path)]
+    return [path for path in checkpoints(directory) if not flaw(path, **parts)]
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -50,33 +72,52 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def flaw(path: Path) -> str | None:
-    """Why a directory is no whole checkpoint: a file of it that is missing, was cut or cannot be read; else None.
+def flaw(path: Path, **parts: Any) -> str | None:
+    """Why a directory is no whole checkpoint: a part of it that is missing, was cut or cannot be read; else None.
 
-    Older checkpoints list their files without sizes, or not at all.
+    Numbers inside of tensors are not looked at. Older checkpoints list their files without sizes, or not at all.
     """
     if not (path / "state.json").is_file():
         return "state.json is missing"
     try:
-        state = read_state(path)
+        state = read_state(path, **parts)
+        return files_flaw(path, state) or generators_flaw(path) or tensors_flaw(path, state["optimizer_steps"])
     except (ValueError, OSError) as error:
         return str(error).partition(";")[0]
+
+
+def files_flaw(path: Path, state: dict[str, Any]) -> str | None:
+    """The first file that is not there, not of its size, or there without having been written with the others."""
     listed = state.get("files", {})
     if not isinstance(listed, dict | list):
         return "state.json is damaged: expected the files that were written"
     if re.fullmatch(r"step-\d+", path.name) and step_of(path) != state["step"]:
         return f"its state.json is that of step {state['step']}"
-    for name in listed:
+    for name in map(str, listed):
         if not (path / name).is_file():
             return f"{name} is missing"
         size = (path / name).stat().st_size
         if isinstance(listed, dict) and size != listed[name]:
             return f"{name} has {size} bytes, {listed[name]} were written"
+    if (
+        strangers := sorted({file.name for file in path.glob("*.safetensors")} - set(map(str, listed)))
+        if listed
+        else []
+    ):
+        return f"{strangers[0]} is not one of its files: move it away"
+    ranks = sum(str(name).startswith("rng-") for name in listed)
+    if state["world_size"] != (ranks or max(state["world_size"], 1)):
+        return f"its state.json says world_size {state['world_size']}, and lists generators of {ranks} rank(s)"
     return None
 
 
-def read_state(path: Path, **parts: type) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, its ``parts`` among the entries with these types.
+def generators_flaw(path: Path) -> str | None:
+    """The first file of a rank's generators that holds none; whether all are there, the list of files tells."""
+    return next((reason for file in sorted(path.glob("rng-*.json")) if (reason := rng_flaw(file))), None)
+
+
+def read_state(path: Path, **parts: Any) -> dict[str, Any]:
+    """``state.json`` of a checkpoint, `STATE` and ``parts`` among its entries.
 
     Raises:
         ValueError: there is none, it cannot be read, an entry is not there, or it is of another schema.
@@ -89,17 +130,28 @@ def read_state(path: Path, **parts: type) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: expected an object with a schema; resume from another checkpoint")
     if state["schema"] != SCHEMA:
         raise ValueError(f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
-    for key, kind in {"step": int, "world_size": int, "optimizer_steps": dict, **parts}.items():
-        if not isinstance(state.get(key), kind):
-            raise ValueError(f"{file} is damaged: expected a {kind.__name__} {key!r}; resume from another checkpoint")
+    if expected := misfit(state, {**STATE, **parts}):
+        raise ValueError(f"{file} is damaged: expected a {expected}; resume from another checkpoint")
     return state
+
+
+def misfit(values: dict[str, Any], layout: Layout, within: str = "") -> str | None:
+    """The type and name of the first entry of a layout that is missing or of another type; None when all fit."""
+    for key, kind in layout.items():
+        value, inner = values.get(key), isinstance(kind, Mapping)
+        if not isinstance(value, dict if inner else kind) or isinstance(value, bool):
+            name = "dict" if inner else getattr(kind, "__name__", None) or str(kind).replace(" | ", " or ")
+            return f"{name} {within + key!r}"
+        if inner and (deeper := misfit(value or {}, kind, f"{within}{key}.")):
+            return deeper
+    return None
 
 
 def read_json(file: Path) -> Any:
     """The value in a JSON file; ValueError with the file's name when there is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON, or the encoding
+    except (ValueError, RecursionError) as error:  # JSON, or the encoding
         raise ValueError(f"{file} is not JSON ({error}); resume from another checkpoint") from error
 
 
@@ -110,13 +162,17 @@ def reap(directory: Path) -> None:
 
 
 def move_later(directory: Path, step: int, place: Path) -> list[str]:
-    """Move the checkpoints after a step that a run goes back to, whole or not; returns their names."""
+    """Move the checkpoints after a step that a run goes back to, whole or not; returns their names.
+
+    Meanwhile there is no ``latest``: however this ends, it never names what is not there.
+    """
     later = [path for path in checkpoints(directory) if step_of(path) > step]
     if later:
         place.mkdir(parents=True)
-        point_to(directory, [path for path in whole_checkpoints(directory) if path not in later][-1:])
-    for path in reversed(later):
-        move(path, place / path.name)
+        (directory / "latest").unlink(missing_ok=True)
+        for path in reversed(later):  # of what is left, the newest is always the one that a kill leaves to go on from
+            move(path, place / path.name)
+        point_to_newest(directory)
     return [path.name for path in later]
 
 
@@ -134,17 +190,27 @@ def publish(temporary: Path, final: Path, keep: int | None) -> None:
     if final.exists():  # not whole: a step is saved once
         remove(final)
     temporary.rename(final)
-    point_to(final.parent, [final])
+    point_to(final)
     flush_directory(final.parent)
-    for old in whole_checkpoints(final.parent)[:-keep] if keep else []:
+    parts = {key: kind for key, kind in RUN_STATE.items() if key in read_state(final)}
+    for old in whole_checkpoints(final.parent, **parts)[:-keep] if keep else []:
         remove(old)
 
 
-def point_to(directory: Path, newest: list[Path]) -> None:
-    """Make ``latest`` name the one newest checkpoint, or nothing when there is none."""
-    pointer = directory / "latest.tmp"
-    pointer.write_text("".join(f"{path.name}\n" for path in newest), encoding="utf-8")
-    pointer.replace(directory / "latest") if newest else (directory / "latest").unlink(missing_ok=True)
+def point_to_newest(directory: Path) -> None:
+    """Make ``latest`` name the newest whole checkpoint, if it does not; where there is none, no ``latest`` stays."""
+    newest, latest = whole_checkpoints(directory, **RUN_STATE)[-1:], directory / "latest"
+    if not newest:
+        latest.unlink(missing_ok=True)
+    elif not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace") != f"{newest[0].name}\n":
+        point_to(newest[0])
+
+
+def point_to(newest: Path) -> None:
+    """Make ``latest`` name a checkpoint beside it."""
+    pointer = newest.with_name("latest.tmp")
+    pointer.write_text(f"{newest.name}\n", encoding="utf-8")
+    pointer.replace(newest.with_name("latest"))
 
 
 def remove(path: Path) -> None:

@@ -58,6 +58,7 @@ def in_both(
     mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Both without masters, where one side has none at all: a run may begin or cease to keep them, and says so."""
+    mine, saved = with_raised(mine, saved)
     here, there = has_masters(mine), has_masters(saved)
     if here == there:
         return mine, saved
@@ -67,3 +68,18 @@ def in_both(
         log.info("resume: the checkpoint's fp32 masters are left out: optim.master_weights is false")
     kept = {name for name in {*mine, *saved} if not name.startswith(MASTER)}
     return {n: x for n, x in mine.items() if n in kept}, {n: x for n, x in saved.items() if n in kept}
+
+
+def with_raised(
+    mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Both, where weights in fp32 had masters in an earlier version: they are read from those, which are exact."""
+    raised = {
+        name: master
+        for name, x in mine.items()
+        if x.dtype == torch.float32
+        and (master := f"{MASTER}{name.partition('.')[2]}") in saved
+        and name.startswith("model.")
+        and master not in mine
+    }
+    return {raised.get(n, n): x for n, x in mine.items()}, {n: x for n, x in saved.items() if n not in raised}

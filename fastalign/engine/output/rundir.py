@@ -24,10 +24,12 @@ from fastalign.data.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
 from fastalign.engine.output.checkpoints import (
+    RUN_STATE,
     checkpoints,
     flaw,
     move_later,
     newest_checkpoint,
+    point_to_newest,
     read_state,
     reap,
     step_of,
@@ -50,8 +52,6 @@ LAYOUT = {
     "optim.master_weights",
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
-RUN_STATE = {"config": dict, "loader": dict, "data": str, "carried": dict}
-"""What a run adds to the ``state.json`` of its checkpoints."""
 HORIZON = {"run.steps", "run.epochs"}
 """How long a run goes on: free when the learning rate does not depend on it."""
 PLACES = {
@@ -223,12 +223,12 @@ def find_checkpoint(config: Config, directory: Path) -> Path | None:
         ValueError: it is not whole, or the run has later ones that would be left behind.
     """
     if not isinstance(config.run.resume, str):
-        return newest_checkpoint(directory / "checkpoints") if config.run.resume else None
+        return newest_checkpoint(directory / "checkpoints", **RUN_STATE) if config.run.resume else None
     path = Path(config.run.resume).absolute()
-    read_state(path)
-    if reason := flaw(path):
+    step = read_state(path, **RUN_STATE)["step"]
+    if reason := flaw(path, **RUN_STATE):
         raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
-    later = [p.name for p in whole_checkpoints(path.parent) if step_of(p) > read_state(path)["step"]]
+    later = [p.name for p in whole_checkpoints(path.parent, **RUN_STATE) if step_of(p) > step]
     if later and is_own(path, directory) and not config.run.overwrite_later:
         raise ValueError(
             f"run.resume goes back to {path.name}, and {directory} has later checkpoints ({', '.join(later)}): set "
@@ -345,6 +345,7 @@ def prepare(config: Config, step: int, world: World, checkpoint: Path | None = N
 def set_aside(directory: Path, step: int) -> None:
     """Move checkpoints after a step, and copy their lines of ``metrics.jsonl``, to a new ``superseded-N/``."""
     if not any(step_of(path) > step for path in checkpoints(directory / "checkpoints")):
+        point_to_newest(directory / "checkpoints")  # a kill amid of this has left no ``latest``
         return
     place = next(path for n in count(1) if not (path := directory / f"superseded-{n}").exists())
     with writing("the checkpoints that are left behind", place, then="start again"):

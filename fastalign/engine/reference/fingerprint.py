@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.data import cache
 from fastalign.models import lora
 from fastalign.models.policy import Policy
+from fastalign.models.raised import used_dtype
 from fastalign.ops import _onednn, attention
 from fastalign.ops.dispatch import choose
 from fastalign.parallel.mesh import World
@@ -63,7 +64,7 @@ def hash_tensor(x: Tensor) -> str:
 
 def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: bool, temperature: float) -> str:
     """A hash of how the log-probs are computed: precision, layout, attention, head, temperature, code, device."""
-    dtype = torch.bfloat16 if autocast else policy.head.weight.dtype
+    dtype = torch.bfloat16 if autocast else used_dtype(policy.head)
     precision = (str(dtype), "gathered" if autocast and world.size > 1 else "cast" if autocast else "as it is")
     own = policy.attention.partition("_")[2]
     kernels = (
