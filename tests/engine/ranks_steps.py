@@ -77,8 +77,8 @@ def raised(ranks: World) -> None:
     shard(sharded, ranks)
     assert {p.dtype for p in sharded.parameters() if p.requires_grad} == {torch.float32}
     examples = steps.make_examples("reward", "reward")
-    every = [rank_share(examples, 50, True, rank, ranks.size, COST) for rank in range(ranks.size)]
-    want = steps.run_step(Models(alone, None, False), [x for share in every for x in share], "reward", "reward")
+    every = [share(examples, 50, True, rank, ranks.size, COST) for rank in range(ranks.size)]
+    want = steps.run_step(Models(alone, None, False), [x for mine in every for x in mine], "reward", "reward")
     got = steps.run_step(Models(sharded, None, False), every[ranks.rank], "reward", "reward", ranks)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
     assert len(got[1]) == len(want[1]) > 4 and want[1][-1].shape == (1, 16)
