@@ -32,7 +32,7 @@ def fastalign_job(work: Workload, log: StepLog) -> Callable[[], Any]:
     )
 
     def train() -> None:
-        with mock.patch.object(engine, "train_step", timed(engine.train_step, log)):
+        with mock.patch.object(engine, "iteration", timed(engine.iteration, log)):
             engine.train(config)
         metrics = Path(config.run.output_dir, "metrics.jsonl").read_text().splitlines()
         for record in map(json.loads, metrics):
@@ -44,13 +44,13 @@ def fastalign_job(work: Workload, log: StepLog) -> Callable[[], Any]:
     return train
 
 
-def timed(train_step: Callable[..., Any], log: StepLog) -> Callable[..., Any]:
-    """``train_step`` with a clock reading before the first call and after each."""
+def timed(iteration: Callable[..., Any], log: StepLog) -> Callable[..., Any]:
+    """``iteration`` with a clock reading before the first call and after each."""
 
     def step(*args: Any) -> Any:
         if not log.wall:
             log.tick()
-        result = train_step(*args)
+        result = iteration(*args)
         log.tick()
         return result
 

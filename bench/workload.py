@@ -25,7 +25,7 @@ from transformers import (
 from bench import common, rollouts
 from bench.timing import synchronize
 from fastalign.data import builtin
-from fastalign.data.loader import Loader, TokenExample
+from fastalign.data.loader import Rows, TokenExample
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -126,7 +126,7 @@ class Workload:
 
     @property
     def ordered(self) -> Path:
-        """The rows in the order in which fastalign's loader visits them."""
+        """The rows in the order in which fastalign visits them."""
         return self.path / "ordered.jsonl"
 
     def save(self) -> Path:
@@ -248,7 +248,7 @@ ONE_TOKEN = (np.zeros(1, np.int64), np.zeros(1, bool))
 
 
 class _Recorder:
-    """A dataset that remembers which examples a loader asks for."""
+    """A dataset that remembers which examples it is asked for."""
 
     def __init__(self, length: int) -> None:
         self.length, self.visited = length, []
@@ -262,11 +262,11 @@ class _Recorder:
 
 
 def visiting_order(length: int, work: Workload) -> list[int]:
-    """The order in which fastalign's loader visits ``length`` examples in the run's steps."""
+    """The order in which fastalign visits ``length`` examples in the run's steps."""
     recorder = _Recorder(length)
-    steps = Loader(recorder, work.examples, tokens=1, share_prefix=True, seed=work.seed)
+    rows = Rows(recorder, work.examples, seed=work.seed)
     for _ in range(work.steps):
-        next(steps)
+        rows.next()
     return recorder.visited
 
 

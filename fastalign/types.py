@@ -6,7 +6,7 @@ S segments, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -118,12 +118,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``, layouts excepted."""
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-            for f in fields(self)
-            if f.name not in ("cu_segments", "parents", "cu_seqlens", "cu_groups")
-            and isinstance(value := getattr(self, f.name), Tensor | PackedBatch)
-        }
+        return self._moved(
+            lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in host memory that a GPU copies from while it computes."""
+        return self._moved(lambda part: part.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor | PackedBatch], Tensor | PackedBatch]) -> PackedBatch:
+        """The same batch with what a device reads moved; layouts stay on the host."""
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        layouts = ("cu_segments", "parents", "cu_seqlens", "cu_groups")
+        moved = {n: move(x) for n, x in every.items() if n not in layouts and isinstance(x, Tensor | PackedBatch)}
         return replace(self, **moved)
 
 

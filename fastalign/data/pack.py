@@ -16,7 +16,12 @@ import torch
 
 from fastalign.data.examples import TokenExample
 from fastalign.data.forest import LEAST_SHARED, Node, grow
-from fastalign.types import PackedBatch
+from fastalign.types import ForwardCost, PackedBatch, attended
+
+Forest = tuple[list[Node], list[int]]
+"""The segments of an example and the one in which each of its sequences ends."""
+TOKENS_ALONE = ForwardCost()
+"""Work counted in tokens, where the model is not known."""
 
 
 def pack(examples: Sequence[TokenExample], tokens: int, share_prefix: bool) -> list[PackedBatch]:
@@ -36,8 +41,82 @@ def pack(examples: Sequence[TokenExample], tokens: int, share_prefix: bool) -> l
     Raises:
         ValueError: the budget is not positive, or a sequence has no token.
     """
-    bins = first_fit_decreasing([group_tokens(e, share_prefix) for e in examples], tokens)
-    return [build_batch([examples[i] for i in members], share_prefix) for members in bins]
+    forests = [group_forest(e, share_prefix) for e in examples]
+    bins = first_fit_decreasing([num_tokens(forest) for forest in forests], tokens)
+    return [build_chosen(examples, forests, members, share_prefix) for members in bins]
+
+
+def share(
+    examples: Sequence[TokenExample],
+    tokens: int,
+    share_prefix: bool,
+    rank: int,
+    size: int,
+    cost: ForwardCost = TOKENS_ALONE,
+) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, packed so that all ranks work equally long on each; see `deal`.
+
+    Every rank gets the same number of them; one with less work gets `empty_batch`.
+
+    Args:
+        examples: the whole step, the same on every rank.
+        tokens: budget of computed tokens per micro-batch.
+        share_prefix: compute what the sequences of a group begin with once.
+        rank, size: which of how many shares.
+        cost: of the model, by which ranks get equal work.
+    """
+    forests = [group_forest(e, share_prefix) for e in examples]
+    costs = [example_cost(e, forest, cost) for e, forest in zip(examples, forests, strict=True)]
+    mine = deal([num_tokens(forest) for forest in forests], costs, tokens, size)[rank]
+    return [build_chosen(examples, forests, members, share_prefix) if members else empty_batch() for members in mine]
+
+
+def example_cost(example: TokenExample, forest: Forest, cost: ForwardCost) -> float:
+    """What a model pays for an example: attention grows with the square of the lengths, the head with scored tokens."""
+    pairs = sum(attended(node.length, node.start) for node in forest[0])
+    return cost.of(num_tokens(forest), pairs, sum(int(np.sum(scored)) for _, scored in example.sequences))
+
+
+def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks: int) -> list[list[list[int]]]:
+    """Members of each micro-batch of each rank: as few as the budget allows, equally many and of equal cost.
+
+    Ranks wait for each other in every micro-batch, and the largest one decides what memory is needed, so all are made
+    alike: examples are spread over all micro-batches of all ranks, dearest first, each into the cheapest that has room;
+    where that needs more micro-batches than first-fit-decreasing, its bins are taken. Sorted by cost, they go to the
+    ranks round by round, in turns.
+
+    Args:
+        sizes: computed tokens of each example.
+        costs: what the model pays for each.
+        capacity: tokens per micro-batch; an example above it has one of its own.
+        num_ranks: ranks.
+
+    Example:
+        >>> deal([5, 3, 4, 2], [5, 3, 4, 2], capacity=7, num_ranks=2)
+        [[[0, 3]], [[1, 2]]]
+    """
+    bins = first_fit_decreasing(sizes, capacity)
+    rounds = -(-len(bins) // num_ranks)
+    bins = spread(sizes, costs, capacity, rounds * num_ranks) or bins
+    bins = sorted(bins, key=lambda members: -sum(costs[i] for i in members))
+    bins += [[] for _ in range(rounds * num_ranks - len(bins))]
+    turns = [bins[r * num_ranks : (r + 1) * num_ranks][:: -1 if r % 2 else 1] for r in range(rounds)]
+    return [list(rank) for rank in zip(*turns, strict=True)] or [[] for _ in range(num_ranks)]
+
+
+def spread(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_bins: int) -> list[list[int]] | None:
+    """Indices in ``num_bins`` bins of like cost: dearest first, each to the cheapest with room; None if it has none."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads, room = [0.0] * num_bins, [capacity] * num_bins
+    for item in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
+        fitting = [b for b in range(num_bins) if not bins[b] or room[b] >= sizes[item]]
+        if not fitting:
+            return None
+        place = min(fitting, key=lambda b: (loads[b], b))
+        bins[place].append(item)
+        loads[place] += costs[item]
+        room[place] -= sizes[item]
+    return [sorted(members) for members in bins]
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -61,7 +140,7 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
     return [sorted(members) for members in bins]
 
 
-def group_forest(example: TokenExample, share_prefix: bool, least: int = LEAST_SHARED) -> tuple[list[Node], list[int]]:
+def group_forest(example: TokenExample, share_prefix: bool, least: int = LEAST_SHARED) -> Forest:
     """The segments of an example and the one in which each of its sequences ends; see `fastalign.data.forest.grow`.
 
     Raises:
@@ -77,18 +156,36 @@ def group_forest(example: TokenExample, share_prefix: bool, least: int = LEAST_S
 
 def group_tokens(example: TokenExample, share_prefix: bool, least: int = LEAST_SHARED) -> int:
     """The tokens that the backbone computes for one example."""
-    return sum(node.length for node in group_forest(example, share_prefix, least)[0])
+    return num_tokens(group_forest(example, share_prefix, least))
 
 
-def build_batch(examples: Sequence[TokenExample], share_prefix: bool, least: int = LEAST_SHARED) -> PackedBatch:
+def num_tokens(forest: Forest) -> int:
+    """The tokens of all segments."""
+    return sum(node.length for node in forest[0])
+
+
+def build_chosen(
+    examples: Sequence[TokenExample], forests: Sequence[Forest], members: Sequence[int], share_prefix: bool
+) -> PackedBatch:
+    """`build_batch` of the ``members`` of a step, whose forests are known."""
+    return build_batch([examples[i] for i in members], share_prefix, forests=[forests[i] for i in members])
+
+
+def build_batch(
+    examples: Sequence[TokenExample],
+    share_prefix: bool,
+    least: int = LEAST_SHARED,
+    forests: Sequence[Forest] | None = None,
+) -> PackedBatch:
     """Lays the examples out in one packed row, whatever their size.
 
     A segment without tokens is left out: of identical sequences only the prefix remains. Common beginnings below
-    ``least`` tokens are not shared.
+    ``least`` tokens are not shared. ``forests`` are the examples' own, where they have been grown already.
     """
     forest = _Forest()
-    for example in examples:
-        _add_group(forest, example, *group_forest(example, share_prefix, least))
+    forests = forests or [group_forest(example, share_prefix, least) for example in examples]
+    for example, (nodes, ends) in zip(examples, forests, strict=True):
+        _add_group(forest, example, nodes, ends)
     others = [e.mismatched for e in examples if e.mismatched is not None]
     reference = _reference(examples)
     pairs = [_with_mismatched(e) for e in examples if e.mismatched is not None and reference is None]

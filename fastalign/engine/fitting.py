@@ -8,7 +8,8 @@ import numpy as np
 
 from fastalign.config import BatchConfig, DataConfig
 from fastalign.data import feedback, formats
-from fastalign.data.loader import TokenDataset, check_sizes
+from fastalign.data.loader import TokenDataset
+from fastalign.data.pack import group_tokens
 from fastalign.engine.reference.cache import windows
 
 
@@ -32,6 +33,11 @@ def check_groups(dataset: TokenDataset | None, batch: BatchConfig, where: str) -
     """Refuse groups above ``batch.max_group_tokens`` before anything is computed."""
     if dataset is None or batch.max_group_tokens is None:
         return
-    large = np.flatnonzero(dataset.totals() > batch.max_group_tokens)  # without what they share they may fit
-    for window in windows(large.tolist()):
-        check_sizes(dataset.fetch(window), batch.share_prefix, batch.max_group_tokens, f"{where}: ")
+    limit, totals = batch.max_group_tokens, dataset.totals()  # without what they share they may fit
+    for window in windows(np.flatnonzero(totals > limit).tolist()):
+        for example in dataset.fetch(window):
+            if (tokens := group_tokens(example, batch.share_prefix)) > limit:
+                raise ValueError(
+                    f"{where}: example {example.example_id} takes {tokens} computed tokens, more than "
+                    f"batch.max_group_tokens {limit}: lower data.max_length or raise the limit"
+                )

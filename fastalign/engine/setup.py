@@ -270,7 +270,7 @@ def verified(config: Config, models: Models, demand: Demand, ranks: World, name:
 
 
 def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
-    """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone.
+    """A packed batch of the first examples, the one that shares deepest; the source's position is left alone.
 
     Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one.
     """

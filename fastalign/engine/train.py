@@ -17,8 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.disk import writing
-from fastalign.data.loader import Examples, Loader, TokenDataset, check_state, rows_of, visited
+from fastalign.data.examples import TokenExample
+from fastalign.data.loader import (
+    Examples,
+    Rows,
+    Source,
+    TokenDataset,
+    check_state,
+    rows_after,
+    rows_of,
+    steps_until,
+    visited,
+)
+from fastalign.data.pack import share
 from fastalign.engine.evaluate import evaluate
+from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
 from fastalign.engine.keeper import Keeper, Record
@@ -98,7 +111,7 @@ class Job:
     models: Models
     optimizer: AdamW
     dataset: TokenDataset
-    loader: Loader
+    source: Source
     held_out: Examples | None
     total: int
     accounting: Accounting
@@ -131,23 +144,20 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
         make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
 
     models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks, room)
-    batch = config.batch
-    accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
-    ours = {"seed": config.run.seed, "rank": ranks.data.rank, "world_size": ranks.data.size, "cost": accounting.forward}
-    ends = {"max_group_tokens": batch.max_group_tokens, "rows": rows}
-    loader = Loader(data, batch.size, batch.budget, batch.share_prefix, **ends, **ours)
+    accounting = account(models.policy, config.batch.budget, ranks.size, ranks.device, models.autocast)
+    source = Rows(data, config.batch.size, config.run.seed, rows)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
-    made = (tokenizer, models, optimizer, dataset, loader, held_out, total, accounting, counts)
+    made = (tokenizer, models, optimizer, dataset, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
 
 
 def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
     """The steps of the whole run and the examples that they read, counted on from where a checkpoint stands.
 
-    ``run.steps`` are all of ``batch.size``; ``run.epochs`` read every example once each, the last step what is left. A
-    run that is resumed with more epochs has had such a short step already.
+    Every epoch reads every example once, its last step what is left. A last epoch may be a fraction; a run that is
+    resumed with more epochs has then had a short step within its epoch.
 
     Raises:
         ValueError: the checkpoint is beyond the end, or of other data.
@@ -160,9 +170,9 @@ def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple
         done, drawn = state["step"], state["loader"]["drawn"]
     if run.steps is None:
         rows = rows_of(run.epochs, num_examples)
-        total = done + -(-(rows - drawn) // size)
+        total = done + steps_until(rows, num_examples, size, drawn)
     else:
-        rows, total = drawn + (run.steps - done) * size, run.steps
+        rows, total = rows_after(run.steps - done, num_examples, size, drawn), run.steps
     if rows < drawn:
         end = f"run.epochs {run.epochs:g}" if run.steps is None else f"run.steps {run.steps}"
         raise ValueError(
@@ -186,13 +196,13 @@ def what_is_read(
 def run(job: Job, done: int) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
-    with open_metrics(job, done) as metrics:
-        keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job), done, job.total)
+    with open_metrics(job, done) as metrics, closing(Feed(job.source, partial(pack_share, job))) as feed:
+        keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job, feed), done, job.total)
         with keeper.listening():
             for record in job.owed:
                 evaluate_step(job, keeper, done, record)
             for step in range(done + 1, job.total + 1):
-                result = train_step(job, draw(job, keeper, step))
+                result = iteration(job, keeper, feed, step)
                 saves = is_due(step, every.save_every, job.total)
                 if job.held_out is not None and is_due(step, every.eval_every, job.total):
                     record = metrics.read(result)
@@ -221,48 +231,55 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
         )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A step about to be taken: this rank's micro-batches, what all ranks compute, and its clock."""
+def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
+    """One step from its examples to the optimizer's update; nothing is read back from the device."""
+    batches, work, watch = draw(job, keeper, feed, step)
+    losses, sums, grad_norm = update(job, batches, work, step, watch)
+    job.source.after(job.models.policy, step)
+    watch.stop()
+    known = {
+        "step": step,
+        "epoch": feed.position["drawn"] / len(job.dataset),
+        "lr": job.optimizer.param_groups[0]["lr"],
+    }
+    return StepResult({**known, **job.accounting.describe(work)}, sums, grad_norm, culprits(losses, batches), watch)
 
-    step: int
-    batches: list[PackedBatch]
-    work: Work
-    watch: Stopwatch
+
+def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
+    """A step's examples as this rank's micro-batches, pinned where a GPU will read them."""
+    batch, ranks = job.config.batch, job.world.data
+    mine = share(examples, batch.budget, batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward)
+    return [one.pin_memory() for one in mine] if job.world.device.type == "cuda" else mine
 
 
-def draw(job: Job, keeper: Keeper, step: int) -> Drawn:
-    """The next step's micro-batches; what any rank was asked for meanwhile is answered first."""
+def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBatch], Work, Stopwatch]:
+    """The next step's micro-batches, what all ranks compute, and its clock; what a rank was asked for comes first."""
     while True:
-        position, watch = job.loader.state_dict(), Stopwatch(job.world.device)
+        watch = Stopwatch(job.world.device)
         with watch("data"):
-            batches = next(job.loader)
-            work = measure_work(
-                batches, job.objective, job.world, peak_memory(job.world.device), keeper.asked(step - 1)
-            )
+            batches, memory = feed.peek(), peak_memory(job.world.device)
+            work = measure_work(batches, job.objective, job.world, memory, keeper.asked(step - 1))
         if not work.asked:
-            return Drawn(step, batches, work, watch)
-        job.loader.load_state_dict(position)  # what is saved has not had this step
-        keeper.obey(work.asked, step - 1)
+            feed.take()
+            return batches, work, watch
+        keeper.obey(work.asked, step - 1)  # what is saved has not had this step
 
 
-def train_step(job: Job, drawn: Drawn) -> StepResult:
-    """One optimizer step; nothing is read back from the device."""
-    world, optimizer, watch = job.world, job.optimizer, drawn.watch
-    losses = accumulate_gradients(job.models, drawn.batches, job.objective, drawn.work, world, watch, job.carried)
+def update(
+    job: Job, batches: list[PackedBatch], work: Work, step: int, watch: Stopwatch
+) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
+    """One optimizer update: the sums of each micro-batch and over all ranks, and the gradient's norm."""
+    world, optimizer = job.world, job.optimizer
+    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
     with watch("optimizer"):
         sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
         loss = sums[job.objective.metric_names.index("loss")]
         grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
-        lr = learning_rate(drawn.step, job.total, job.config.optim)
-        set_learning_rate(optimizer, lr)
-        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the step
+        set_learning_rate(optimizer, learning_rate(step, job.total, job.config.optim))
+        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the update
         optimizer.step()
         optimizer.zero_grad()
-    watch.stop()
-    epoch = job.loader.drawn / len(job.loader.dataset)
-    known = {"step": drawn.step, "epoch": epoch, "lr": lr, **job.accounting.describe(drawn.work)}
-    return StepResult(known, sums, grad_norm, culprits(losses, drawn.batches), watch)
+    return losses, sums, grad_norm
 
 
 def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
@@ -283,10 +300,10 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     keeper.metrics.write({**record, **{f"eval_{name}": value for name, value in metrics.items()}})
 
 
-def save(job: Job, step: int, owed: Record | None, keep: int | None) -> None:
+def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
     carried, config = job.carried.state_dict(), asdict(job.config)
-    state = {"loader": job.loader.state_dict(), "data": job.data_content, "carried": carried, "config": config}
+    state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
     save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, keep)
@@ -295,7 +312,7 @@ def save(job: Job, step: int, owed: Record | None, keep: int | None) -> None:
 def resume(job: Job, checkpoint: Path) -> int:
     """Go back to a checkpoint; returns its step. The reference is the initial policy, so it needs none."""
     state = read_state(checkpoint)
-    job.loader.load_state_dict(state["loader"])
+    job.source.load_state_dict(state["loader"])
     if state["data"] != job.data_content:
         raise ValueError(
             f"{checkpoint} was trained on other data: as many examples, but other tokens or another order; "

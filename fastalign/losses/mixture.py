@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ Losses = Mapping[str, Callable[..., Tensor]]
 """The losses of a sum by name; a single one for no sum."""
 
 
+@cache  # read for every chunk of the head
 def keywords(loss: Callable[..., Tensor]) -> dict[str, Any]:
     """The keyword-only arguments of a loss with their defaults: its part of the configuration."""
     parameters = inspect.signature(loss).parameters.values()

@@ -1,8 +1,8 @@
 """Steps: the same on all ranks, every example once an epoch, and a resume that continues bit for bit."""
 
 import dataclasses
-import itertools
 import logging
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastalign.data import pack as packing
 from fastalign.data.examples import TokenExample
-from fastalign.data.loader import Loader, deal, evaluation_steps, rows_of, visited
-from fastalign.data.pack import first_fit_decreasing
+from fastalign.data.loader import Rows, evaluation_steps, rows_after, rows_of, steps_until, visited
+from fastalign.data.pack import build_batch, deal, first_fit_decreasing, share
 from fastalign.types import ForwardCost, PackedBatch
 
-Step = list[PackedBatch]
+Step = list[TokenExample]
 
 
 class Pairs:
@@ -39,111 +40,137 @@ class Pairs:
         return [self.examples[i] for i in indices]
 
 
-def take(loader: Loader, number: int) -> list[Step]:
-    return list(itertools.islice(loader, number))
+def take(source: Rows, number: int) -> list[Step]:
+    return [source.next() for _ in range(number)]
+
+
+def rest(source: Rows) -> list[Step]:
+    """All steps up to the end."""
+    steps = []
+    with suppress(StopIteration):
+        while True:
+            steps.append(source.next())
+    return steps
 
 
 def ids(steps: list[Step]) -> list[int]:
-    return [i for step in steps for batch in step for i in batch.example_ids]
+    return [example.example_id for step in steps for example in step]
 
 
-def assert_same(a: list[Step], b: list[Step]) -> None:
-    assert [len(step) for step in a] == [len(step) for step in b]
-    for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
-        for field in dataclasses.fields(PackedBatch):
-            left, right = getattr(x, field.name), getattr(y, field.name)
-            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+SIZES = [
+    (9, 8, 1, [8, 1]),
+    (9, 8, 2, [8, 1, 8, 1]),
+    (9, 8, 2.5, [8, 1, 8, 1, 5]),
+    (9, 8, 0.5, [5]),
+    (9, 2, 0.5, [2, 2, 1]),
+    (8, 4, 2, [4, 4, 4, 4]),
+    (3, 8, 1, [3]),
+    (3, 8, 3, [3, 3, 3]),
+    (10, 5, 1.1, [5, 5, 1]),  # as floats 1.1 * 10 is above 11
+]
 
 
-def test_every_step_has_its_size_and_every_epoch_every_example() -> None:
-    loader = Loader(Pairs(23), size=5, tokens=200, share_prefix=True)
-    steps = take(loader, 23)
-    assert [len(ids([step])) for step in steps] == [5] * 23
-    assert sorted(ids(steps)) == sorted(list(range(23)) * 5), "5 epochs of 23 are 23 steps of 5"
-    first = set(ids(steps[:4]))
-    assert len(first) == 20, "no example comes back within an epoch"
+@pytest.mark.parametrize(("number", "size", "epochs", "sizes"), SIZES)
+def test_every_epoch_reads_every_example_once_and_its_last_step_is_what_is_left(number, size, epochs, sizes) -> None:
+    rows = rows_of(epochs, number)
+    steps = rest(Rows(Pairs(number), size, rows=rows))
+    assert [len(step) for step in steps] == sizes
+    drawn = ids(steps)
+    for start in range(0, rows - number + 1, number):
+        assert sorted(drawn[start : start + number]) == list(range(number))
+    assert len(set(drawn[rows // number * number :])) == rows % number
+    assert visited(number, 0, rows) == sorted(set(drawn))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 40), st.integers(0, 40))
+def test_steps_are_counted_as_they_are_drawn(number: int, size: int, drawn: int, rows: int) -> None:
+    source = Rows(Pairs(number), size, rows=drawn + rows)
+    source.load_state_dict({"drawn": drawn, "seed": 0, "num_examples": number})
+    steps = rest(source)
+    assert steps_until(drawn + rows, number, size, drawn) == len(steps)
+    for count in range(len(steps)):
+        assert rows_after(count, number, size, drawn) == drawn + sum(map(len, steps[:count]))
+    endless = Rows(Pairs(number), size)
+    assert rows_after(5, number, size) == sum(map(len, take(endless, 5))) == endless.drawn
+
+
+def test_a_resumed_source_goes_on_with_more_epochs() -> None:
+    first = Rows(Pairs(9), 8, rows=rows_of(1.5, 9))
+    taken = rest(first)
+    more = Rows(Pairs(9), 8, rows=rows_of(3, 9))
+    more.load_state_dict(first.state_dict())
+    every = taken + rest(more)
+    assert [len(step) for step in every] == [8, 1, 5, 4, 8, 1]
+    assert [sorted(ids(every)[start : start + 9]) for start in (0, 9, 18)] == [list(range(9))] * 3
 
 
 @pytest.mark.parametrize(
-    ("number", "size", "epochs", "sizes"),
+    ("number", "size", "rows", "drawn", "text"),
     [
-        (9, 8, 3, [8, 8, 8, 3]),
-        (9, 8, 1, [8, 1]),
-        (9, 8, 2.5, [8, 8, 7]),
-        (9, 8, 0.5, [5]),
-        (9, 2, 0.5, [2, 2, 1]),
-        (3, 8, 1, [3]),
-        (3, 8, 3, [8, 1]),
-        (10, 5, 1.1, [5, 5, 1]),  # as floats 1.1 * 10 is above 11
+        (9, 8, 9, 0, "8 examples each, the last of each epoch of 1: 1 epochs of 9"),
+        (9, 8, 23, 0, "8 examples each, the last of each epoch of 1, the last of the run of 5: 2.56 epochs of 9"),
+        (9, 8, 23, 18, "8 examples each, the last of the run of 5: 2.56 epochs of 9"),
+        (8, 4, 16, 0, "4 examples each: 2 epochs of 8"),
+        (3, 8, 9, 0, "3 examples each: 3 epochs of 3"),
+        (1000, 8, 80, 0, "8 examples each: 0.08 epochs of 1,000"),
     ],
 )
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_whole_passes_read_every_example_equally_often(number, size, epochs, sizes, world_size) -> None:
-    rows = rows_of(epochs, number)
-    ends = {"rows": rows, "world_size": world_size}
-    shares = [list(Loader(Pairs(number), size, 200, True, rank=rank, **ends)) for rank in range(world_size)]
-    steps = [[batch for step in ranks for batch in step] for ranks in zip(*shares, strict=True)]
-    assert [len(ids([step])) for step in steps] == sizes
-    drawn = ids(steps)
-    counts = [drawn.count(i) for i in range(number)]
-    assert max(counts) - min(counts) <= (rows % number > 0) and sum(counts) == rows
-    assert visited(number, 0, rows) == [i for i in range(number) if counts[i]]
-
-
-def test_a_short_dataset_is_one_short_step_without_repetition(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        steps = list(Loader(Pairs(3), size=8, tokens=500, share_prefix=True, rows=rows_of(1, 3)))
-    assert sorted(ids(steps)) == [0, 1, 2] and not caplog.text
-
-
-def test_a_resumed_loader_ends_where_the_whole_one_does() -> None:
-    """Also with more epochs than before: the short step stays, and every pass is whole."""
-    first = Loader(Pairs(9), 8, 200, True, rows=rows_of(1, 9))
-    taken = list(first)
-    more = Loader(Pairs(9), 8, 200, True, rows=rows_of(3, 9))
-    more.load_state_dict(first.state_dict())
-    rest = list(more)
-    assert [len(ids([step])) for step in taken + rest] == [8, 1, 8, 8, 2]
-    drawn = ids(taken + rest)
-    assert [sorted(drawn[:9]), sorted(drawn[9:])] == [list(range(9)), sorted([*range(9)] * 2)]
+def test_it_says_how_large_its_steps_are(number: int, size: int, rows: int, drawn: int, text: str) -> None:
+    source = Rows(Pairs(number), size, rows=rows)
+    source.drawn = drawn
+    assert source.describe() == f"{text} examples"
 
 
 def test_epochs_have_different_orders_and_seeds_too() -> None:
     def epochs(seed: int) -> list[list[int]]:
-        loader = Loader(Pairs(16), size=1, tokens=200, share_prefix=True, seed=seed)
-        return [ids(take(loader, 16)) for _ in range(2)]
+        source = Rows(Pairs(16), size=1, seed=seed)
+        return [ids(take(source, 16)) for _ in range(2)]
 
     assert epochs(0) == epochs(0)
     assert len({tuple(order) for seed in (0, 1) for order in epochs(seed)}) == 4
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 11])
-def test_a_resumed_loader_continues_bit_for_bit(stop: int) -> None:
-    def fresh() -> Loader:
-        return Loader(Pairs(23), size=5, tokens=150, share_prefix=True, seed=3)
-
-    whole = fresh()
+def test_a_resumed_source_continues_with_the_same_examples(stop: int) -> None:
+    whole, resumed = (Rows(Pairs(23), size=5, seed=3) for _ in range(2))
     take(whole, stop)
-    resumed = fresh()
     resumed.load_state_dict(whole.state_dict())
-    assert_same(take(whole, 7), take(resumed, 7))
+    assert [ids([step]) for step in take(whole, 7)] == [ids([step]) for step in take(resumed, 7)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_a_step_and_run_equally_many_micro_batches(world_size: int) -> None:
-    alone = take(Loader(Pairs(23), 5, 100, True), 6)
-    ranks = [take(Loader(Pairs(23), 5, 100, True, rank=r, world_size=world_size), 6) for r in range(world_size)]
-    for number, step in enumerate(alone):
-        shares = [rank[number] for rank in ranks]
-        assert len({len(share) for share in shares}) == 1
-        assert sorted(ids(shares)) == sorted(ids([step]))
+    for step in take(Rows(Pairs(23), 5), 6):
+        shares = [share(step, 100, True, rank, world_size) for rank in range(world_size)]
+        assert len({len(mine) for mine in shares}) == 1
+        assert sorted(packed_ids(shares)) == sorted(ids([step]))
+
+
+def packed_ids(steps: list[list[PackedBatch]]) -> list[int]:
+    return [i for step in steps for batch in step for i in batch.example_ids]
+
+
+def test_a_share_is_packed_alike_however_often_and_its_forests_are_grown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, grown = Rows(Pairs(23), 7).next(), []
+    want = [build_batch([step[i] for i in range(7)], True)]
+    monkeypatch.setattr(packing, "grow", lambda *given, real=packing.grow: grown.append(1) or real(*given))
+    assert_same(share(step, 10**6, True, 0, 1), want)
+    assert len(grown) == 7
+
+
+def assert_same(a: list[PackedBatch], b: list[PackedBatch]) -> None:
+    for x, y in zip(a, b, strict=True):
+        for field in dataclasses.fields(PackedBatch):
+            left, right = getattr(x, field.name), getattr(y, field.name)
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
 
 
 def test_the_global_generators_are_left_alone() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    take(Loader(Pairs(9), 4, 100, True), 8)
+    share(take(Rows(Pairs(9), 4), 8)[-1], 100, True, 0, 1)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
 
@@ -151,15 +178,15 @@ def test_the_global_generators_are_left_alone() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_evaluation_covers_every_example_once(world_size: int) -> None:
     ranks = [list(evaluation_steps(Pairs(23), 100, True, r, world_size, size=10)) for r in range(world_size)]
-    assert sorted(i for rank in ranks for i in ids(rank)) == list(range(23))
+    assert sorted(i for rank in ranks for i in packed_ids(rank)) == list(range(23))
     assert len({tuple(len(step) for step in rank) for rank in ranks}) == 1
 
 
-def test_a_step_above_the_dataset_repeats_examples_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dataset_smaller_than_a_step_is_one_step_per_epoch_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        loader = Loader(Pairs(3), size=7, tokens=500, share_prefix=True)
-    assert "a step of 7 examples repeats some of the dataset's 3" in caplog.text
-    assert sorted(ids(take(loader, 3))) == sorted(list(range(3)) * 7)
+        source = Rows(Pairs(3), size=7)
+    assert caplog.messages == ["batch.size is 7 and there are 3 training examples: every step has 3"]
+    assert [sorted(ids([step])) for step in take(source, 3)] == [[0, 1, 2]] * 3
 
 
 @settings(max_examples=200, deadline=None)
@@ -200,43 +227,35 @@ def test_the_cost_of_a_step_is_shared_out_not_its_tokens() -> None:
     examples.examples = [TokenExample((s,), i) for i, s in enumerate([long, short, short, short])]
     quadratic = ForwardCost(per_token=0.0, per_attended=1.0)
     for cost, expected in ((ForwardCost(), [90, 90]), (quadratic, [90, 90])):
-        loaders = [Loader(examples, 4, 200, True, rank=r, world_size=2, cost=cost) for r in (0, 1)]
-        assert [sum(b.num_tokens for b in next(loader)) for loader in loaders] == expected
+        shares = [share(examples.examples, 200, True, r, 2, cost) for r in (0, 1)]
+        assert [sum(b.num_tokens for b in mine) for mine in shares] == expected
     examples.examples[1:] = [TokenExample((s,), i + 1) for i, s in enumerate([short] * 6)]
-    loaders = [Loader(examples, 7, 400, True, rank=r, world_size=2, cost=quadratic) for r in (0, 1)]
-    assert [sum(b.num_tokens for b in next(loader)) for loader in loaders] == [90, 180]
-
-
-def test_a_group_above_the_limit_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"example \d+ takes \d+ computed tokens, more than batch.max_group_tokens 99"):
-        take(Loader(Pairs(23), 23, 100, True, max_group_tokens=99), 1)
-    assert len(take(Loader(Pairs(23), 23, 100, True, max_group_tokens=150), 1)) == 1
+    shares = [share(examples.examples, 400, True, r, 2, quadratic) for r in (0, 1)]
+    assert [sum(b.num_tokens for b in mine) for mine in shares] == [90, 180]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dataset": Pairs(0)}, "no examples"),
-        ({"size": 0}, "size=0"),
-        ({"tokens": 0}, "tokens=0"),
+        ({"size": 0}, r"batch\.size must be at least 1, got 0"),
         ({"seed": -1}, "must not be negative, got -1"),
-        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Loader(**{"dataset": Pairs(2), "size": 1, "tokens": 9, "share_prefix": True, **options})
+        Rows(**{"dataset": Pairs(2), "size": 1, **options})
 
 
 def test_a_state_of_other_data_is_refused() -> None:
-    state = Loader(Pairs(5), 2, 100, True).state_dict()
+    state = Rows(Pairs(5), 2).state_dict()
     with pytest.raises(ValueError, match="num_examples=5, this run has 6"):
-        Loader(Pairs(6), 2, 100, True).load_state_dict(state)
+        Rows(Pairs(6), 2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("lost", ["seed", "num_examples", "drawn"])
 def test_a_state_without_a_number_is_refused(lost: str) -> None:
-    state = Loader(Pairs(5), 2, 100, True).state_dict()
+    state = Rows(Pairs(5), 2).state_dict()
     state.pop(lost)
     with pytest.raises(ValueError, match=f"damaged: it has no number '{lost}'; resume from another checkpoint"):
-        Loader(Pairs(5), 2, 100, True).load_state_dict(state)
+        Rows(Pairs(5), 2).load_state_dict(state)

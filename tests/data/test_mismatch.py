@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from fastalign.config import DataConfig
 from fastalign.data import sources
 from fastalign.data.encode import encode_dataset
-from fastalign.data.loader import Loader
+from fastalign.data.loader import Rows
 from fastalign.data.mismatch import MismatchedDataset, choose_partners
+from fastalign.data.pack import pack
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
@@ -105,12 +106,13 @@ def test_partners_are_of_another_row_and_each_is_taken_once(sizes: list[int]) ->
         assert sorted(partners.tolist()) == list(range(len(rows)))
 
 
-def test_a_loader_carries_them_whatever_the_batch(make_tokenizer: Make) -> None:
+def test_steps_carry_them_whatever_the_batch(make_tokenizer: Make) -> None:
     dataset = run(UNPAIRED * 2, make_tokenizer())
     seen: dict[int, set[tuple[int, ...]]] = {}
     for size, tokens in ((1, 30), (3, 400), (6, 4000)):
-        for _, step in zip(range(6), Loader(dataset, size, tokens, share_prefix=True, seed=size), strict=False):
-            for batch in step:
+        source = Rows(dataset, size, seed=size)
+        for _ in range(6):
+            for batch in pack(source.next(), tokens, share_prefix=True):
                 assert batch.mismatched is not None and batch.mismatched.example_ids == batch.example_ids
                 ends = batch.mismatched.cu_seqlens.tolist()
                 for example, start, end in zip(batch.example_ids, ends[:-1], ends[1:], strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
-from fastalign.data.loader import rank_share
+from fastalign.data.pack import share
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS
 from fastalign.engine.optim import AdamW, make_optimizer
@@ -32,7 +32,7 @@ def check(method: str, losses: list[str], ranks: World) -> None:
         examples = steps.make_examples(method, loss)
         examples = examples[:1] if number == 0 else examples  # once one rank has nothing to do
         want = steps.run_step(alone, steps.packed(examples, 10**6, False), method, loss)
-        mine = rank_share(examples, 50, True, ranks.rank, ranks.size, COST)
+        mine = share(examples, 50, True, ranks.rank, ranks.size, COST)
         steps.assert_same_step(steps.run_step(sharded, mine, method, loss, ranks), want, f"{method} {loss}")
         print("agreed on", method, loss, file=sys.stderr)
 
@@ -54,7 +54,7 @@ def masters(ranks: World) -> None:
             optimizer.zero_grad()
     torch.testing.assert_close(kept(sharded, optimizers[1]), kept(alone, optimizers[0]), rtol=1e-6, atol=1e-8)
     assert all(m.placements == p.placements for p, m in optimizers[1].masters.items())
-    batches = rank_share(steps.make_examples("sft", "sft"), 50, True, ranks.rank, ranks.size, COST)
+    batches = share(steps.make_examples("sft", "sft"), 50, True, ranks.rank, ranks.size, COST)
     gradients = steps.run_step(Models(sharded, None, False), batches, "sft", "sft", ranks)[1]
     assert {g.dtype for g in gradients} == {torch.bfloat16} and all(g.isfinite().all() for g in gradients)
 
@@ -77,8 +77,8 @@ def raised(ranks: World) -> None:
     shard(sharded, ranks)
     assert {p.dtype for p in sharded.parameters() if p.requires_grad} == {torch.float32}
     examples = steps.make_examples("reward", "reward")
-    every = [rank_share(examples, 50, True, rank, ranks.size, COST) for rank in range(ranks.size)]
-    want = steps.run_step(Models(alone, None, False), [x for share in every for x in share], "reward", "reward")
+    every = [share(examples, 50, True, rank, ranks.size, COST) for rank in range(ranks.size)]
+    want = steps.run_step(Models(alone, None, False), [x for mine in every for x in mine], "reward", "reward")
     got = steps.run_step(Models(sharded, None, False), every[ranks.rank], "reward", "reward", ranks)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
     assert len(got[1]) == len(want[1]) > 4 and want[1][-1].shape == (1, 16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastalign.data.loader import Loader
+from fastalign.data.pack import pack, share
 from fastalign.engine.methods import make_objective
 from fastalign.engine.output.accounting import Accounting, account, peak_flops
 from fastalign.engine.output.report import read_curves, time_table
@@ -58,7 +58,7 @@ def test_operations_are_those_that_torch_counts(configure):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = policy("llama", num_key_value_heads=2)
-    batch = next(Loader(load_data(configure("dpo"))[1], 4, 10_000, True))[0]
+    batch = pack(load_data(configure("dpo"))[1].fetch([0, 1, 2, 3]), 10_000, True)[0]
     batch.input_ids.remainder_(31)
     with FlopCounterMode(display=False) as counter:
         model(batch, lambda hidden, weight, labels: (hidden @ weight.T).sum()).backward()
@@ -69,7 +69,7 @@ def test_operations_are_those_that_torch_counts(configure):
 
 def test_a_step_is_described(configure):
     _, dataset, _ = load_data(configure("dpo"))
-    batches = next(Loader(dataset, 6, 300, True))
+    batches = pack(dataset.fetch(list(range(6))), 300, True)
     work = measure_work(batches, make_objective("dpo", {}), World(Axis(), CPU), 7)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 1, None).describe(work)
     computed = sum(b.num_tokens for b in batches)
@@ -82,7 +82,7 @@ def test_a_step_is_described(configure):
 
 def test_a_rank_without_work_is_told_apart(configure):
     _, dataset, _ = load_data(configure("dpo"))
-    idle = next(Loader(dataset, 1, 300, True, rank=1, world_size=2))
+    idle = share(dataset.fetch([0]), 300, True, 1, 2)
     work = measure_work(idle, make_objective("dpo", {}), World(Axis(), CPU), 0)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 2, None).describe(work)
     assert (told["tokens_computed"], told["padding_fraction"], told["flops_model"]) == (0, 1, 0)

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import steps
 import torch
 
 from fastalign.config import BatchConfig, ModelConfig
-from fastalign.data.loader import Loader
+from fastalign.data.loader import evaluation_steps
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.methods import make_objective
 from fastalign.engine.output.metrics import means
@@ -35,7 +36,8 @@ class Examples(list):
 def an_epoch(models, examples, objective, carried):
     """Metrics over the steps of an epoch, the last of them short, without an optimizer."""
     total, watch = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64), Stopwatch(torch.device("cpu"))
-    for batches in Loader(examples, BATCH.size, BATCH.budget, BATCH.share_prefix, rows=len(examples)):
+    order = np.random.default_rng([0, 0]).permutation(len(examples))
+    for batches in evaluation_steps(examples, BATCH.budget, BATCH.share_prefix, size=BATCH.size, order=order):
         work = measure_work(batches, objective, steps.ALONE, 0)
         sums = accumulate_gradients(models, batches, objective, work, steps.ALONE, watch, carried)
         total += add_sums(sums, objective.metric_names, torch.device("cpu"))

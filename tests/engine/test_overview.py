@@ -49,7 +49,7 @@ def test_a_run_says_what_it_is_about_to_do(configure, materials, tmp_path, capsy
     assert "empty completion 1" in said["training"] and "prompt too long 1" in said["training"]
     assert "truncated to 192 tokens: " in said["training"]
     assert said["held out"].startswith(f"{materials / 'held_out.jsonl'}: 16 of 16 rows kept; none dropped; ")
-    assert said["steps"].startswith("2 of 6 examples each, the last of 4: ") and said["steps"].endswith(
+    assert said["steps"].startswith("2 of 6 examples each, the last of the run of 4: ") and said["steps"].endswith(
         "epochs of 94 examples"
     )
     weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32) + 32 + 2 * 512 * 32

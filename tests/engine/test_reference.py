@@ -332,7 +332,7 @@ def test_the_command_on_two_ranks_beside_a_process_that_is_killed(cached, materi
 def test_a_filling_that_was_stopped_goes_on_and_a_damaged_shard_is_made_again(cached, caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(filling, "WINDOW", 12)
     monkeypatch.setattr(filling, "SHARD_SECONDS", 0.0)  # a shard per window
-    monkeypatch.setattr(filling, "rank_share", stop_after(7, filling.rank_share))
+    monkeypatch.setattr(filling, "share", stop_after(7, filling.share))
     with pytest.raises(KeyboardInterrupt):
         train.train(cached("stopped", **{"run.steps": 16}))
     monkeypatch.undo()

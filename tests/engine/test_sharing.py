@@ -15,7 +15,7 @@ from fastalign.engine.methods import make_objective
 from fastalign.engine.reference import precompute as precomputation
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.setup import load_data, load_weights
-from fastalign.engine.train import train
+from fastalign.engine.train import pack_share, train
 from fastalign.models import policy as policy_module
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.ops import attention
@@ -95,7 +95,7 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
     seen = faulty(*names)
     job = run(method, other, **settings)
     assert job.config.batch.share_prefix is False  # which evaluations read, and the cache of log-probs
-    batches = next(job.loader)
+    batches = pack_share(job, job.source.next())
     assert {depth for batch in batches for depth in (batch.depth, batch.both.depth if batch.both else 1)} == {1}
     for name in [POLICY, REFERENCE][: 1 + other]:
         assert [depth for who, depth in seen if who == name][-1] == 1, f"{name} was not verified as it runs"
@@ -104,7 +104,7 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
 def test_what_all_can_share_is_shared(run, faulty):
     faulty()
     job = run("dpo", True)
-    assert job.config.batch.share_prefix and max(batch.depth for batch in next(job.loader)) > 1
+    assert job.config.batch.share_prefix and max(batch.depth for batch in pack_share(job, job.source.next())) > 1
 
 
 @pytest.mark.parametrize("command", ["evaluate", "precompute"])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.data.loader import Loader
 from fastalign.data.pack import pack
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import make_objective
@@ -69,7 +68,7 @@ def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Te
 def test_work_is_counted_in_logical_and_computed_tokens(configure):
     config = configure("dpo")
     _, dataset, _ = load_data(config)
-    batches = next(Loader(dataset, 6, 300, True))
+    batches = pack(dataset.fetch(list(range(6))), 300, True)
     work = measure_work(batches, make_objective("dpo", {}), WORLD, 0)
     assert work.units == work.examples == 6
     assert work.tokens == sum(b.logical_tokens for b in batches) > work.computed == sum(b.num_tokens for b in batches)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.config import ModelConfig
-from fastalign.data.loader import Loader
+from fastalign.data.loader import Rows
+from fastalign.data.pack import share
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
@@ -96,8 +97,9 @@ def poisoned(configure, materials):
     step, overrides = 4, {"run.steps": 6, "run.save_every": 1}
     config = configure("sft", **overrides, **{"data.path": str(materials / "poisoned.jsonl")})
     tokenizer, dataset, _ = load_data(configure("sft"))
-    loader = Loader(dataset, config.batch.size, config.batch.tokens, True, config.run.seed)
-    victim = next(batches[-1].example_ids[0] for n, batches in enumerate(loader, 1) if n == step)
+    source = Rows(dataset, config.batch.size, config.run.seed)
+    examples = [source.next() for _ in range(step)][-1]
+    victim = share(examples, config.batch.tokens, True, 0, 1)[-1].example_ids[0]
     rows = (materials / "rows.jsonl").read_text().splitlines()
     rows[victim] = rows[victim].replace('"completion": "', '"completion": "<poison>')
     (materials / "poisoned.jsonl").write_text("\n".join(rows) + "\n")

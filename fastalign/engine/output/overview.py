@@ -157,10 +157,7 @@ def spell(counts: Mapping[str, int]) -> str:
 
 def describe_steps(job: Job, done: int) -> str:
     """Steps, their size, the epochs that they make, and what is left of a resumed run."""
-    size, examples, rows = job.loader.size, len(job.dataset), job.loader.rows or job.total * job.loader.size
-    left = (rows - job.loader.drawn) % size
-    short = f", the last of {left}" if left else ""
-    text = f"{job.total:,} of {size} examples each{short}: {rows / examples:.3g} epochs of {examples:,} examples"
+    text = f"{job.total:,} of {job.source.describe()}"
     return text + (f", going on after step {done:,}" if done else "")
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastalign.config import BatchConfig, Config
 from fastalign.data import cache
 from fastalign.data.examples import TokenExample
-from fastalign.data.loader import Examples, rank_share
+from fastalign.data.loader import Examples
+from fastalign.data.pack import share
 from fastalign.data.ref_cache import RefCache, example_key, parts
 from fastalign.engine.agree import not_shared
 from fastalign.engine.errors import RunError, as_one
@@ -248,7 +249,7 @@ def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> No
         with leaving(KEPT), stage("reference log-probs", misses, shown=world.is_main) as tell:
             for examples, keys in missing_examples(filling):
                 needed += keys
-                for micro in rank_share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size):
+                for micro in share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size):
                     entries |= split(micro, score(micro.to(world.device)), keys)
                     done += micro.num_examples * world.data.size  # the other ranks have about as many
                     tell(min(done, misses))
@@ -316,7 +317,7 @@ def check_agreement(
     Raises:
         RunError: it is beyond rounding: the cache holds something else.
     """
-    micro = rank_share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size)[0].to(world.device)
+    micro = share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size)[0].to(world.device)
     logps, known = score(micro), micro.ref_logps
     apart, agrees = Distance(0.0, 0.0), True
     if known is not None and known.numel():
