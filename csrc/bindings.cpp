@@ -1,4 +1,4 @@
-// The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops._cpp checks them.
+// The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops.backends.cpp checks them.
 #include <pybind11/pybind11.h>
 
 #include <exception>
@@ -60,7 +60,7 @@ void rotate(const Rotation& op, bool adjoint, int threads);
 
 namespace {
 
-// Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/_cpp.py.
+// Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/backends/cpp/__init__.py.
 constexpr int kAbi = 2;
 
 void token_logps(const TokenLogps& op, bool backward, int threads) {
@@ -260,7 +260,7 @@ void translate(std::exception_ptr raised) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of fastalign over addresses; fastalign.ops._cpp is their checked face.";
+  m.doc() = "Native kernels of fastalign over addresses; fastalign.ops.backends.cpp is their checked face.";
   m.attr("abi") = kAbi;
   py::register_exception_translator(&translate);
   m.def("cpu_level", [] { return name(cpu_level()); }, "The instruction set in use: avx512, avx2 or scalar.");

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastalign import __version__
-from fastalign.ops import attention, dispatch
+from fastalign.ops import dispatch
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors")
 OPTIONAL = ("flash-attn", "peft", "vllm", "tensorboard", "wandb", "trackio", "trl", "liger-kernel")
@@ -33,7 +33,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": extension()},
         "cuda": torch.version.cuda,
         "devices": devices(),
-        "ops": {**{op: describe(op) for op in dispatch.MODULES}, "packed_attention": describe_attention()},
+        "ops": {**{op: describe(op) for op in dispatch.OPS}, "packed_attention": describe_attention()},
     }
 
 
@@ -67,9 +67,9 @@ def describe_attention() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     kinds = {"cpu": torch.float32, **({"cuda": torch.bfloat16} if cuda else {})}
     best, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    states = {name: attention.unavailable(name, best, dtype) or "usable" for name in attention.BACKENDS}
+    states = {name: dispatch.without_attention(name, best, dtype) or "usable" for name in dispatch.ATTENTION}
     return {
-        "chosen": {kind: attention.choose_backend(kind, dtype) for kind, dtype in kinds.items()},
+        "chosen": {kind: dispatch.choose_attention(None, kind, dtype) for kind, dtype in kinds.items()},
         "backends": states,
     }
 

@@ -184,3 +184,30 @@ def test_importing_an_integration_imports_no_peer(tmp_path):
 def test_the_version_is_told_once():
     line = f'version = "{fastalign.__version__}"'
     assert line in (ROOT / "pyproject.toml").read_text().splitlines()
+
+
+def test_underscore_names_stay_in_their_module():
+    found = {str(path.relative_to(ROOT)): [*borrowed(ast.parse(path.read_text()))] for path in PACKAGE.rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def borrowed(tree: ast.Module) -> Iterator[str]:
+    """Underscore names that a file takes from other modules of fastalign, imported or read as attributes."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign"):
+            modules |= {alias.asname or alias.name for alias in node.names if alias.name.islower()}
+            yield from (alias.name for alias in node.names if private(alias.name))
+            yield from filter(private, (node.module or "").removeprefix("fastalign.integrations.").split(".")[1:])
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield from filter(private, [node.attr])
+
+
+def private(name: str) -> bool:
+    """Whether a name is its module's own; ``fastalign._C`` is the native extension."""
+    return name.startswith("_") and not name.startswith("__") and name != "_C"
+
+
+def test_the_reader_of_underscore_names_sees_both_forms():
+    source = "from fastalign.ops import dispatch\nfrom fastalign.ops.scan import _op\ndispatch._level\ntorch._C"
+    assert [*borrowed(ast.parse(source))] == ["_op", "_level"]

@@ -57,7 +57,9 @@ def test_kernels_is_no_package_of_ours():
 def test_wheel_without_a_compiler_is_pure_python(tree, tmp_path):
     names = zipfile.ZipFile(wheel := build("build_wheel", tree, tmp_path, FASTALIGN_CPP="0")).namelist()
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert {"fastalign/config.py", "fastalign/ops/_cpp.py", "fastalign_kernels/__init__.py"} <= set(names)
+    assert {"fastalign/config.py", "fastalign/ops/backends/cpp/__init__.py", "fastalign_kernels/__init__.py"} <= set(
+        names
+    )
     assert {name.split("/")[0] for name in names} == {"fastalign", "fastalign_kernels", "fastalign-0.1.0.dist-info"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastalign").rglob("*.py")}
     assert modules <= set(names), "a folder without __init__.py is not packaged"

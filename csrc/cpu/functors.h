@@ -1,5 +1,5 @@
 // A token's loss and coefficients from its log-prob, in double. A loss is one function here, one in cuda/functors.h, one
-// in fastalign_kernels.functors and one in fastalign.ops._functors, all of one name.
+// in fastalign_kernels.functors and one in fastalign.ops.functors, all of one name.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The Python face of the CUDA kernels, `_C.cuda`: what fastalign.ops._cuda calls, on arguments described by csrc/bindings.cpp.
+// The Python face of the CUDA kernels, `_C.cuda`: what fastalign.ops.backends.cuda calls, on arguments described by csrc/bindings.cpp.
 #include "cuda.h"
 
 #include <pybind11/pybind11.h>

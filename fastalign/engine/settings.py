@@ -16,7 +16,7 @@ from fastalign.engine.forward import wants_autocast
 from fastalign.engine.output.console import check_trackers
 from fastalign.models import lora
 from fastalign.models.load import DTYPES, check_named, check_place
-from fastalign.ops.attention import unavailable
+from fastalign.ops import dispatch
 from fastalign.words import describe_type
 
 LEAST = (
@@ -109,7 +109,7 @@ def check_attention(model: ModelConfig, device: torch.device) -> None:
     if model.attention in ("auto", "sdpa"):
         return
     dtype = torch.bfloat16 if wants_autocast(model, device) else DTYPES.get(model.dtype, torch.bfloat16)
-    if reason := unavailable(model.attention, device.type, dtype):
+    if reason := dispatch.without_attention(model.attention, device.type, dtype):
         raise ValueError(
             f"model.attention: {model.attention} needs {ATTENTION_NEEDS[model.attention]}; here: {reason}; "
             "set it to auto for the best one of this machine"

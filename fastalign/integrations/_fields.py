@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastalign.models.head import Head
-from fastalign.ops._call import make_call
-from fastalign.ops._head import Wanted
+from fastalign.ops.head.head import Wanted
+from fastalign.ops.head.options import make_call
 from fastalign.ops.linear_logps import linear_logps, row_stats
 
 SOFTCAP_ELEMENTS = 1 << 24

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastalign.ops import _cpp_layers, _onednn
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp import layers
+from fastalign.ops.backends.torch import onednn
 
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 """``weight * x / rms(x)``, read by linear layers or, of bf16 heads, by the rotation."""
@@ -26,7 +28,7 @@ SILU = {"SiLU", "SiLUActivation"}
 
 def use_native_layers(model: nn.Module) -> None:
     """Let the known layers of a model run natively on a CPU."""
-    native = _cpp_layers.unavailable() is None
+    native = cpp.unavailable() is None
     for module in model.modules():
         kind = type(module)
         known = native and kind.__module__.startswith("transformers.")
@@ -48,9 +50,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
-        if torch.compiler.is_compiling() or not _onednn.serves(input, self.weight):
+        if torch.compiler.is_compiling() or not onednn.serves(input, self.weight):
             return super().forward(input)
-        return _onednn.linear(input, self.weight, self.bias)
+        return onednn.linear(input, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -61,12 +63,12 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        if not _cpp_layers.serves(hidden_states, self.weight):
+        if not layers.serves(hidden_states, self.weight):
             return super().forward(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         if torch.is_autocast_enabled("cpu") and hidden_states.dtype == torch.float32:
             dtype = torch.get_autocast_dtype("cpu")
-        return _cpp_layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+        return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
 class GatedMlp(nn.Module):
@@ -82,11 +84,11 @@ class GatedMlp(nn.Module):
         if type(self.act_fn).__name__ not in SILU or torch.compiler.is_compiling():
             return super().forward(x)
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if gate.dtype != up.dtype or not _cpp_layers.serves(gate, up):
+        if gate.dtype != up.dtype or not layers.serves(gate, up):
             return down(self.act_fn(gate) * up)
-        if type(down) is Linear and down.bias is None and _cpp_layers.serves(weight := down.weight.to(gate.dtype)):
-            return _cpp_layers.silu_mul_linear(gate, up, weight)
-        return down(_cpp_layers.silu_mul(gate, up))
+        if type(down) is Linear and down.bias is None and layers.serves(weight := down.weight.to(gate.dtype)):
+            return layers.silu_mul_linear(gate, up, weight)
+        return down(layers.silu_mul(gate, up))
 
 
 class Attention(nn.Module):
@@ -114,7 +116,7 @@ class Attention(nn.Module):
         if inputs.get("attention_mask") is not None or any(isinstance(x, Cache) for x in inputs.values()):
             return False
         cos, _ = inputs["position_embeddings"]
-        return cos.shape[-1] == self.head_dim and _cpp_layers.serves(inputs["hidden_states"], cos)
+        return cos.shape[-1] == self.head_dim and layers.serves(inputs["hidden_states"], cos)
 
     def _packed(
         self,
@@ -127,7 +129,7 @@ class Attention(nn.Module):
         shape = (*hidden_states.shape[1:-1], -1, self.head_dim)
         project = ((self.q_proj, "q_norm"), (self.k_proj, "k_norm"), (self.v_proj, ""))
         q, k, v = (getattr(self, norm, _same)(to(hidden_states).view(shape)) for to, norm in project)
-        q, k, v = (x.transpose(0, 1)[None] for x in (*(_cpp_layers.rotate(x, cos[0], sin[0]) for x in (q, k)), v))
+        q, k, v = (x.transpose(0, 1)[None] for x in (*(layers.rotate(x, cos[0], sin[0]) for x in (q, k)), v))
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         out, weights = attend(self, q, k, v, None, scaling=self.scaling, sliding_window=window, **options)

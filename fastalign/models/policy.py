@@ -17,7 +17,8 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
 from fastalign.models.head import head_of
-from fastalign.ops.attention import BACKENDS, Layout, layout, packed_attention
+from fastalign.ops import dispatch
+from fastalign.ops.attention import Layout, layout, packed_attention
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -176,8 +177,8 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
 
 def register_attention(backend: str) -> str:
     """Registers our attention with transformers; returns the name it got."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    if backend != "auto" and backend not in dispatch.ATTENTION:
+        raise ValueError(f"unknown attention backend {backend!r}; known: auto, {', '.join(dispatch.ATTENTION)}")
     # transformers takes any name with "flash" in it for a kernel of its own, and looks for that
     name = ATTENTION if backend == "auto" else f"{ATTENTION}_{backend.replace('flash', 'fa')}"
     AttentionInterface.register(name, _attention_function(None if backend == "auto" else backend))

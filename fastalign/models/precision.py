@@ -14,7 +14,7 @@ from fastalign.models.policy import ATTENTION, Policy, register_attention
 from fastalign.models.raised import HALF as HALF
 from fastalign.models.raised import unrounded, used_dtype
 from fastalign.models.support import transformer_blocks
-from fastalign.ops.attention import unavailable
+from fastalign.ops import dispatch
 
 
 def trained_dtype(policy: Policy, device: torch.device) -> torch.dtype:
@@ -49,7 +49,7 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
         stack.enter_context(unrounded(policy))
         stack.enter_context(eager_experts(policy.config))
         backend = was.removeprefix(ATTENTION).removeprefix("_")
-        if backend and unavailable(backend, device.type, dtype):  # flash and varlen take nothing but half precision
+        if backend and dispatch.without_attention(backend, device.type, dtype):  # flash and varlen: half precision
             stack.callback(policy.use_attention, was)
             policy.use_attention(register_attention("auto"))
         stack.enter_context(wide(outer, dtype))

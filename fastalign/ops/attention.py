@@ -15,24 +15,15 @@ precision).
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops import _cpp_attention
-from fastalign.ops._checks import NARROW, check_kinds
+from fastalign.ops import dispatch
+from fastalign.ops.checks import check_kinds
 from fastalign.types import Segments
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
     """`packed_attention` by its definition, with a dense `[T, T]` mask; float64 in, float64 out."""
-    k, v = _expand_heads(q, k), _expand_heads(q, v)
+    k, v = expand_heads(q, k), expand_heads(q, v)
     scores = torch.einsum("ihd,jhd->hij", q, k) * _scale(q, scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -184,20 +175,17 @@ def packed_attention(
     plan = segments if isinstance(segments, Layout) else layout(segments)
     _check_shapes(q, k, v, plan)
     check_kinds(q, k, v)
-    dtype = _out_dtype(q)
-    name = backend or choose_backend(q.device.type, dtype, softcap is not None)
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
-    if reason := unavailable(name, q.device.type, dtype, softcap is not None):
-        raise ValueError(f"attention backend {name!r} cannot serve this call: {reason}")
+    dtype = out_dtype(q)
+    name = dispatch.choose_attention(backend, q.device.type, dtype, softcap is not None)
     if plan.num_tokens == 0:
         return q * 1.0
     if name != "cpp":  # which widens inside
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    return BACKENDS[name](q, k, v, plan, _scale(q, scale), softcap)
+    return dispatch.attention(name).attend(q, k, v, plan, _scale(q, scale), softcap)
 
 
-def _out_dtype(q: Tensor) -> torch.dtype:
+def out_dtype(q: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (fp64 excepted), else that of the queries."""
     device = q.device.type
     cast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else q.dtype
@@ -218,131 +206,21 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _expand_heads(q: Tensor, x: Tensor) -> Tensor:
+def expand_heads(q: Tensor, x: Tensor) -> Tensor:
     """Key or value heads repeated to one per query head: the fast CPU kernel takes no grouped heads with a mask."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-# ---------------------------------------------------------------- which backend
-
-
-def unavailable(name: str, device: str, dtype: torch.dtype, softcap: bool = False) -> str | None:
-    """Why a backend cannot serve tensors of this device and dtype; None when it can."""
-    if name == "sdpa":
-        return None
-    if name == "cpp":
-        return _cpp_unavailable(device, dtype, softcap)
+def needs_half_on_cuda(device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend that serves half precision on CUDA cannot serve these; None when it can."""
     if device != "cuda":
         return f"needs CUDA tensors, got {device}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
-    if name == "varlen":
-        return _varlen_unavailable(softcap)
-    return _flash_unavailable(softcap)
+    return None
 
 
-def _cpp_unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
-    if device != "cpu":
-        return f"needs CPU tensors, got {device}"
-    if dtype not in NARROW:
-        return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
-    return "the native attention has no softcap" if softcap else _cpp_attention.unavailable()
-
-
-def _varlen_unavailable(softcap: bool) -> str | None:
-    if find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no varlen_attn (it came with 2.10)"
-    return "varlen_attn has no softcap" if softcap else None
-
-
-def _flash_unavailable(softcap: bool) -> str | None:
-    if find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    # before 2.1 its causal masks were aligned top-left, which is silently wrong for a response after its prefix
-    found, needed = version("flash-attn"), (2, 6) if softcap else (2, 1)
-    release = tuple(int(part) for part in found.split(".")[:2])
-    return None if release >= needed else f"flash-attn >= {needed[0]}.{needed[1]} is needed, {found} is installed"
-
-
-@lru_cache(maxsize=32)
-def choose_backend(device: str, dtype: torch.dtype, softcap: bool = False) -> str:
-    """The best backend for these tensors, logged with the reasons against the ones before it."""
-    reasons = []
-    for name in ("flash", "varlen", "cpp", "sdpa"):
-        reason = unavailable(name, device, dtype, softcap)
-        if reason is None:
-            break
-        reasons.append(f"{name}: {reason}")
-    log.info("attention: %s%s", name, f" ({'; '.join(reasons)})" if reasons else "")
-    return name
-
-
-# ---------------------------------------------------------------- sdpa
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    """One call per segment over `[1, H, L, d]` views.
-
-    `split` gives all views one backward; slicing instead fills and adds a whole `[T, H, d]` gradient per call, which
-    makes the backward 1.8 times slower (4 heads of 64, 28 calls over 3832 rows).
-    """
-    lengths = [call.length for call in plan.calls]
-    wide = (q, _expand_heads(q, k), _expand_heads(q, v))
-    qs, ks, vs = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in wide)
-    one = _causal if softcap is None else _softcapped
-    outs = []
-    for i, call in enumerate(plan.calls):
-        keys, values = (_with_prefix(x, i, call, plan) for x in (ks, vs))
-        outs.append(one(qs[i], keys, values, plan, scale, softcap))
-    return torch.cat(outs, dim=2)[0].transpose(0, 1)
-
-
-def _with_prefix(pieces: Sequence[Tensor], i: int, call: Call, plan: Layout) -> Tensor:
-    """Rows `[1, H, P + R, d]` that call i sees."""
-    if not call.prefix:
-        return pieces[i]
-    firsts = (plan.calls[span.call].start for span in call.prefix)
-    spans = zip(call.prefix, firsts, strict=True)
-    return torch.cat([*(pieces[s.call][:, :, s.start - at : s.stop - at] for s, at in spans), pieces[i]], dim=2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    # PyTorch aligns `is_causal` at the top left, which on a rectangle is silently wrong
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    mask = _corner_mask(q.shape[2], k.shape[2], plan, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    assert softcap is not None
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-    mask = _corner_mask(q.shape[2], k.shape[2], plan, q.device)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=wide).to(v.dtype) @ v
-
-
-def _corner_mask(num_queries: int, num_keys: int, plan: Layout, device: torch.device) -> Tensor:
-    """`[R, P + R]` bool: causal, aligned at the lower right; shared by the layers of one batch."""
-    key = (num_queries, num_keys, device)
-    if key not in plan.cache:
-        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-        plan.cache[key] = ones.tril(num_keys - num_queries)
-    return plan.cache[key]
-
-
-# ---------------------------------------------------------------- cpp
-
-
-def _native(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    """All calls at once; it widens inside, so what autocast would round beforehand stays exact."""
-    return _cpp_attention.attend(q, k, v, plan, scale, _out_dtype(q))
-
-
-# ---------------------------------------------------------------- one call over gathered keys (CUDA)
-
-
-def _gathered(k: Tensor, v: Tensor, plan: Layout) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
+def gathered(k: Tensor, v: Tensor, plan: Layout) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
     """Keys and values call by call, and `cu_q, cu_k, max_q, max_k`.
 
     `torch.cat` rather than `index_select`: its backward sums in a fixed order, without atomics.
@@ -356,42 +234,3 @@ def _gathered(k: Tensor, v: Tensor, plan: Layout) -> tuple[Tensor, Tensor, tuple
         offsets = [torch.tensor([0, *x]).cumsum(0).int().to(k.device, non_blocking=True) for x in lengths]
         plan.cache[key] = (*offsets, max(lengths[0]), max(lengths[1]))
     return k, v, plan.cache[key]
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    accepted = inspect.signature(varlen_attn).parameters  # grew from 2.10 to 2.13
-    if "scale" not in accepted:
-        q, scale = q * (scale * q.shape[-1] ** 0.5), q.shape[-1] ** -0.5
-    if "enable_gqa" not in accepted:
-        k, v = _expand_heads(q, k), _expand_heads(q, v)
-    options: dict[str, Any] = {
-        "window_size": (-1, 0),  # causal
-        "scale": scale,
-        "enable_gqa": k.shape[1] != q.shape[1],
-        "num_splits": 1,  # a row's result does not depend on the other rows of the batch
-    }
-    options = {name: value for name, value in options.items() if name in accepted}
-    if "window_size" not in accepted:
-        options["is_causal"] = True
-    k, v, offsets = _gathered(k, v, plan)
-    out = varlen_attn(q, k, v, *offsets, **options)
-    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
-    return out
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    options = {} if softcap is None else {"softcap": softcap}
-    k, v, offsets = _gathered(k, v, plan)
-    return flash_attn_varlen_func(q, k, v, *offsets, softmax_scale=scale, causal=True, deterministic=True, **options)
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, float, float | None], Tensor]] = {
-    "sdpa": _sdpa,
-    "cpp": _native,
-    "varlen": _varlen,
-    "flash": _flash,
-}

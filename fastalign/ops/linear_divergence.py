@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops._call import facts
-from fastalign.ops._checks import check_device, check_linear, check_memory
-from fastalign.ops._dtensor import vocabulary_slices, whole
-from fastalign.ops._half import held_in
-from fastalign.ops._head import gemm_dtype, spread
-from fastalign.ops._linear_divergence import Call, accumulators, forward, make_streams, plan_for, recompute
+from fastalign.ops.checks import check_device, check_linear, check_memory
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
+from fastalign.ops.half import held_in
+from fastalign.ops.head.dtensor import vocabulary_slices, whole
+from fastalign.ops.head.head import gemm_dtype, spread
+from fastalign.ops.head.options import facts
+from fastalign.ops.head.streams import Call, accumulators, forward, make_streams, plan_for, recompute
+from fastalign.ops.parallel import agree, checked_together
 from fastalign.ops.token_logps import split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import agree, checked_together
 from fastalign.types import IGNORE_INDEX
 
 
@@ -56,7 +56,7 @@ SCHEMA = (
     "float logit_scale, float ref_logit_scale, ScalarType dtype, ScalarType ref_dtype, int? memory, str? backend, "
     "str? group, int[]? shards"
 )
-"""The arguments that both ops begin with: the fields of ``_linear_divergence.Call``."""
+"""The arguments that both ops begin with: the fields of ``streams.Call``."""
 
 
 @torch.library.custom_op(

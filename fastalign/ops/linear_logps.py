@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops._call import SCHEMA, TENSORS, Call, head_of, make_call
-from fastalign.ops._checks import Lora
-from fastalign.ops._gradients import needed, recomputed_gradients, write_rows
-from fastalign.ops._half import held_in
-from fastalign.ops._head import (
+from fastalign.ops.checks import Lora
+from fastalign.ops.half import held_in
+from fastalign.ops.head.backward import needed, recomputed_gradients, write_rows
+from fastalign.ops.head.gemm import project
+from fastalign.ops.head.head import (
     Head,
     Leaves,
     Needs,
@@ -36,8 +36,8 @@ from fastalign.ops._head import (
     sweep,
     workspace,
 )
-from fastalign.ops._products import project
-from fastalign.ops.plan import Coefficients, Plan, make_plan
+from fastalign.ops.head.options import SCHEMA, TENSORS, Call, head_of, make_call
+from fastalign.ops.head.plan import Coefficients, Plan, make_plan
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX

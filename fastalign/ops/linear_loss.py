@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops._call import TENSORS, Call, head_of, make_call
-from fastalign.ops._checks import Lora
-from fastalign.ops._final import mark
-from fastalign.ops._gradients import needed, recomputed_gradients
-from fastalign.ops._half import held_in
-from fastalign.ops._head import Head, Leaves, Needs, Stats, Wanted, kernel_dtype, reported, spread
-from fastalign.ops._loss_fn import DIFFERENTIABLE, LossFn, checked
-from fastalign.ops._passes import Outcome, one_pass, two_phase
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._transfer import on_device
-from fastalign.ops._units import Align, Units, make_units
+from fastalign.ops.checks import Lora
+from fastalign.ops.final import mark
+from fastalign.ops.half import held_in
+from fastalign.ops.head.backward import needed, recomputed_gradients
+from fastalign.ops.head.head import Head, Leaves, Needs, Stats, Wanted, kernel_dtype, reported, spread
+from fastalign.ops.head.loss_fn import DIFFERENTIABLE, LossFn, checked
+from fastalign.ops.head.options import TENSORS, Call, head_of, make_call
+from fastalign.ops.head.passes import Outcome, one_pass, two_phase
+from fastalign.ops.head.plan import Plan
+from fastalign.ops.head.units import Align, Units, make_units
 from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
-from fastalign.ops.plan import Plan
+from fastalign.ops.rows import Coefficients
+from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 # --- autograd --------------------------------------------------------------------------------------------------------

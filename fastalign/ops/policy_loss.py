@@ -2,7 +2,7 @@
 
     loss = sum_t w_t (-A_t value(l_t, r_t) + kl_coef kl_t - entropy_coef H_t),     l = logps,  r = exp(l - l_old)
 
-The row's coefficient is computed inside the kernel (``fastalign.ops._functors`` has its torch twins), so that the
+The row's coefficient is computed inside the kernel (``fastalign.ops.functors`` has its torch twins), so that the
 gradient is written while the row is still in cache, for an upstream gradient of 1; backward scales it.
 """
 
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastalign.ops import _functors, dispatch
-from fastalign.ops._checks import check_device, check_in_place, check_labels, check_matrix, check_scaling
-from fastalign.ops._final import mark
-from fastalign.ops._functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
-from fastalign.ops._half import power_of_two, row_bound
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._torch_policy import tabulate, write_gradient
-from fastalign.ops._torch_token_logps import row_blocks
+from fastalign.ops import dispatch, functors
+from fastalign.ops.backends.torch.policy_loss import tabulate, write_gradient
+from fastalign.ops.backends.torch.token_logps import row_blocks
+from fastalign.ops.checks import check_device, check_in_place, check_labels, check_matrix, check_scaling
+from fastalign.ops.final import mark
+from fastalign.ops.functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
+from fastalign.ops.half import power_of_two, row_bound
+from fastalign.ops.parallel import agree, checked_together
+from fastalign.ops.rows import Coefficients
 from fastalign.ops.token_logps import Call as TokenCall
 from fastalign.ops.token_logps import facts, split_temperature, statistics, stats_dtype
 from fastalign.ops.token_logps import reference as token_reference
-from fastalign.ops.vocab_parallel import agree, checked_together
 from fastalign.types import IGNORE_INDEX, TokenStats
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def _losses(loss: str, logps: Tensor, ratio: Tensor, a: Tensor, knobs: Knobs) ->
     if loss == "cispo":
         return -a * clipped.detach() * logps
     if loss == "sapo":
-        tau = _functors.by_sign(a, knobs.tau_pos, knobs.tau_neg)
+        tau = functors.by_sign(a, knobs.tau_pos, knobs.tau_neg)
         return -a * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     return -a * logps
 
@@ -151,7 +151,7 @@ def _write_gradient(out: Tensor, call: _Call, table: Tensor) -> None:
 
 
 def _row_scale(call: _Call, table: Tensor) -> Tensor | None:
-    """``[N]`` the power of two that a row's fp16 gradient carries until its upstream comes (``_half``), or None."""
+    """``[N]`` the power of two that a row's fp16 gradient carries until its upstream comes (``half``), or None."""
     if call.logits.dtype != torch.float16:
         return None
     column, tau = columns(table), call.tokens.scaling["temperature"]

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastalign.ops.parallel import checked_together
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.ops.token_logps import token_logps
-from fastalign.ops.vocab_parallel import checked_together
 from fastalign.types import IGNORE_INDEX, PairLogps
 
 PairLoss = Callable[[PairLogps], "Tensor | tuple[Tensor, dict[str, Tensor]]"]

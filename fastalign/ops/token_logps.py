@@ -1,7 +1,7 @@
 """Log-prob of the label, entropy and log-sum-exp straight from logits: reference, custom op, public functions.
 
     z = softcap(logit_scale * logits) / temperature,    logps = z_y - lse(z),    entropy = -sum_v p_v ln p_v
-    dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta          what each objective makes of it: ``_rows``
+    dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta          what each objective makes of it: ``rows``
 
 Statistics are saved as ``max`` and ``logsum = ln sum exp(z - max)``, not as their sum: at ``|lse|`` near 100 the
 rounding of the sum alone exceeds eager's own error.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import (
+from fastalign.ops.checks import (
     check_in_place,
     check_labels,
     check_matrix,
@@ -24,8 +24,7 @@ from fastalign.ops._checks import (
     check_smoothing,
     kernel_labels,
 )
-from fastalign.ops._rows import Coefficients, coefficients, smoothed
-from fastalign.ops.vocab_parallel import (
+from fastalign.ops.parallel import (
     Statistics,
     agree,
     checked_together,
@@ -35,6 +34,7 @@ from fastalign.ops.vocab_parallel import (
     make_shard,
     nothing,
 )
+from fastalign.ops.rows import Coefficients, coefficients, smoothed
 from fastalign.types import IGNORE_INDEX
 
 ELSEWHERE = -1

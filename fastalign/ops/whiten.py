@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.ops._checks import FLOATS, check_device
+from fastalign.ops.checks import FLOATS, check_device
 from fastalign.ops.token_logps import stats_dtype
 
 EPS_IN = ("std", "variance")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastalign.ops import _cpp
+from fastalign.ops.backends import cpp
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def sharing_cores() -> Iterator[None]:
 def adjustable() -> bool:
     """Whether this process may and can change how its threads wait."""
     decided = os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT")
-    if decided or torch.get_num_threads() == 1 or _cpp.unavailable() or not queued():
+    if decided or torch.get_num_threads() == 1 or cpp.unavailable() or not queued():
         return False
     from fastalign import _C
 

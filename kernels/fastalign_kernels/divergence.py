@@ -254,7 +254,7 @@ def forward(
         labels: ``[N]``; -100: the row is not read and its outputs are 0; -1: the label lies in another slab.
         kind: "forward_kl" KL(pi || p), "reverse_kl" KL(p || pi), or "jsd" with the reference's weight ``mix``.
         tokens, entropy: whether to return the label's log-probs, and the policy's entropy.
-        apart: value is ``[2, N]``; see ``fastalign.ops._torch_divergence.forward``.
+        apart: value is ``[2, N]``; see ``fastalign.ops.backends.torch.divergence.forward``.
         scaling: temperature (a number or ``[N]``), softcap, ref_softcap, logit_scale, ref_logit_scale.
 
     Returns:

@@ -12,7 +12,7 @@ FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 NEGLIGIBLE: tl.constexpr = tl.constexpr(-87.0)
-"""The least ln p with a share in a divergence; see ``fastalign.ops._rows``."""
+"""The least ln p with a share in a divergence; see ``fastalign.ops.rows``."""
 MIXTURE: tl.constexpr = tl.constexpr(3)
 """The second walk of JSD alone, over columns whose normalisers are given: a slab of the vocabulary, perhaps."""
 KINDS = {"forward_kl": FORWARD_KL.value, "reverse_kl": REVERSE_KL.value, "jsd": JSD.value, "mixture": MIXTURE.value}

@@ -1,6 +1,6 @@
 """A token's loss from its log-prob: value and slope of the policy losses, estimates of the KL.
 
-A loss is one function here, one in ``fastalign.ops._functors`` and one in ``csrc/cpu/functors.h``, all of one name.
+A loss is one function here, one in ``fastalign.ops.functors`` and one in ``csrc/cpu/functors.h``, all of one name.
 """
 # A kernel's body is Triton's language, not Python's:
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false

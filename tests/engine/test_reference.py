@@ -26,7 +26,7 @@ from fastalign.engine.reference.frozen import frozen_copy
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
-from fastalign.ops.attention import choose_backend
+from fastalign.ops import dispatch
 from fastalign.parallel.mesh import Axis, World
 from runs import LLAMA, finish, fork, numbers, records
 
@@ -103,7 +103,7 @@ def test_the_first_loss_is_ln_2_to_the_bit_and_no_reference_is_in_memory(cached,
 def test_only_what_changes_a_log_prob_is_a_miss(cached, caplog, materials, tmp_path):
     caplog.set_level(logging.INFO, "fastalign")
     whole = {"run.steps": 16}  # one epoch
-    auto = {"model.attention": choose_backend("cpu", torch.float32)}
+    auto = {"model.attention": dispatch.choose_attention(None, "cpu", torch.float32)}
     same = {"optim.lr": 0.5}, {"batch.size": 12, "run.steps": 8}, {"batch.tokens": 90}, auto
     other = {"run.seed": 1}, {"model.autocast": True}, {"batch.share_prefix": False}
     for number, changed in enumerate(({}, *same, *other)):

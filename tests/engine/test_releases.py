@@ -14,7 +14,7 @@ from fastalign.arguments import parse_config
 from fastalign.engine.train import train
 from fastalign.models import native
 from fastalign.models.load import load_policy, load_tokenizer
-from fastalign.ops import _cpp_layers
+from fastalign.ops.backends import cpp
 from runs import LLAMA, records, write_yaml
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
@@ -39,7 +39,7 @@ def test_one_step_of_every_family(kind, lora, configure):
     trained = auto.from_pretrained(Path(config.run.output_dir) / "model").eval()(input_ids=ids).logits
     start = load_policy(config.model, tokenizer=load_tokenizer(config.model))
     assert any(isinstance(m, native.Attention) for m in start.modules()) == (
-        kind in NATIVE and _cpp_layers.unavailable() is None
+        kind in NATIVE and cpp.unavailable() is None
     )
     start.model.set_attn_implementation("eager")
     assert trained.isfinite().all() and not torch.equal(trained, start.model(input_ids=ids).logits)

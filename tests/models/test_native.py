@@ -11,10 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausal
 
 from fastalign.models import native
 from fastalign.models.policy import Policy
-from fastalign.ops import _cpp_layers, _onednn, _products, dispatch
+from fastalign.ops import dispatch
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp import layers
+from fastalign.ops.backends.torch import onednn
+from fastalign.ops.head import gemm
 
-if _cpp_layers.unavailable():
-    pytest.skip(_cpp_layers.unavailable(), allow_module_level=True)
+if cpp.unavailable():
+    pytest.skip(cpp.unavailable(), allow_module_level=True)
 
 from fastalign import _C
 
@@ -59,8 +63,8 @@ def norm64(x, weight):
 def test_norm_and_gate(shape, dtype, level):
     x, y, upstream = draw(shape, shape, shape, dtype=dtype)
     (weight,) = draw(shape[-1:], dtype=torch.float32)
-    assert_right(lambda a, w: _cpp_layers.rms_norm(a, w, 1e-5, dtype), norm64, [x, weight], upstream.detach())
-    assert_right(_cpp_layers.silu_mul, lambda a, b: F.silu(a) * b, [x, y], upstream.detach())
+    assert_right(lambda a, w: layers.rms_norm(a, w, 1e-5, dtype), norm64, [x, weight], upstream.detach())
+    assert_right(layers.silu_mul, lambda a, b: F.silu(a) * b, [x, y], upstream.detach())
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -68,15 +72,15 @@ def test_norm_and_gate(shape, dtype, level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_product(shape, dtype, always, level, monkeypatch):
     """As two layers, to the bit, since the same kernels run; and nothing of the product of gate and up is kept."""
-    monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    monkeypatch.setattr(onednn, "preferred", lambda: always)
     gate, up, weight = draw(shape, shape, (21, shape[-1]), dtype=dtype)
     (upstream,) = draw((*shape[:-1], 21), dtype=dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
-        mine = _cpp_layers.silu_mul_linear(gate, up, weight)
+        mine = layers.silu_mul_linear(gate, up, weight)
     assert set(kept) == {gate.data_ptr(), up.data_ptr(), weight.data_ptr()}
-    both = _cpp_layers.silu_mul(gate, up)
-    product = _onednn.linear if _onednn.serves(both, weight) else F.linear
+    both = layers.silu_mul(gate, up)
+    product = onednn.linear if onednn.serves(both, weight) else F.linear
     theirs = product(both, weight, None)
     inputs = (gate, up, weight)
     results = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (mine, theirs)]
@@ -93,17 +97,15 @@ def rotate64(x, cos, sin):
 def test_rotation(size, dtype, level):
     x, upstream = draw((70, 3, size), (70, 3, size), dtype=dtype)
     cos, sin = (y.detach() for y in draw((70, size), (70, size), dtype=torch.float32))  # no angle is repeated
-    assert_right(
-        lambda x: _cpp_layers.rotate(x, cos, sin), lambda x: rotate64(x, cos.double(), sin.double()), [x], upstream
-    )
+    assert_right(lambda x: layers.rotate(x, cos, sin), lambda x: rotate64(x, cos.double(), sin.double()), [x], upstream)
     by_head = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(_cpp_layers.rotate(by_head, cos, sin), _cpp_layers.rotate(x, cos, sin))
+    assert torch.equal(layers.rotate(by_head, cos, sin), layers.rotate(x, cos, sin))
 
 
 def test_gates_far_from_zero(level):
     x = torch.tensor([[-1e4, -200.0, -90.0, 90.0, 200.0, 1e4, 0.0, torch.nan]], requires_grad=True)
     ones = torch.ones_like(x)
-    y = _cpp_layers.silu_mul(x, ones)
+    y = layers.silu_mul(x, ones)
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(y, F.silu(x.detach()), equal_nan=True, rtol=1e-6, atol=1e-30)
     torch.testing.assert_close(slope[0, :7], torch.tensor([0.0, 0, 0, 1, 1, 1, 0.5]), rtol=1e-6, atol=1e-30)
@@ -117,7 +119,7 @@ def test_bits_do_not_depend_on_threads():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            y = _cpp_layers.rms_norm(x, weight, 1e-5, torch.float32)
+            y = layers.rms_norm(x, weight, 1e-5, torch.float32)
             results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
     finally:
         torch.set_num_threads(threads)
@@ -129,7 +131,7 @@ def test_bits_do_not_depend_on_threads():
 def test_linear_by_onednn(bias, shape):
     x, weight, b, upstream = draw(shape, (21, 33), (21,), (*shape[:-1], 21), dtype=torch.float32)
     inputs = [x, weight, b] if bias else [x, weight]
-    f = _onednn.linear if bias else lambda x, w: _onednn.linear(x, w, None)
+    f = onednn.linear if bias else lambda x, w: onednn.linear(x, w, None)
     out, wide = f(*inputs), [v.detach().double().requires_grad_() for v in inputs]
     truth = F.linear(*wide)
     want = (truth, *torch.autograd.grad(truth, wide, upstream.double()))
@@ -142,11 +144,11 @@ def test_linear_by_onednn(bias, shape):
 @pytest.mark.parametrize("m, k, n", [(5, 7, 23), (23, 50, 5), (1, 1, 1)])
 def test_product_in_tiles(add, m, k, n, monkeypatch):
     """Several tiles of either side and several sums, the last ones broken; operands and results of any strides."""
-    monkeypatch.setattr(_onednn, "TILE", 4)
-    monkeypatch.setattr(_onednn, "TERMS", 16)
+    monkeypatch.setattr(onednn, "TILE", 4)
+    monkeypatch.setattr(onednn, "TERMS", 16)
     a, b, before = (x.detach() for x in draw((k, m), (k, n + 3), (m, n + 1), dtype=torch.float32))
     out = before.clone()
-    _onednn.multiply(a.t(), b[:, 3:], out[:, 1:], add=add)
+    onednn.multiply(a.t(), b[:, 3:], out[:, 1:], add=add)
     truth = a.double().t() @ b[:, 3:].double() + (before[:, 1:].double() if add else 0)
     assert (out[:, 1:] - truth).abs().max() <= 1e-6 * (1 + truth.abs().max())
     assert torch.equal(out[:, 0], before[:, 0])
@@ -155,7 +157,7 @@ def test_product_in_tiles(add, m, k, n, monkeypatch):
 @pytest.mark.parametrize("always", [True, False])
 def test_onednn_that_is_switched_off_is_not_used(always, monkeypatch):
     """By PyTorch's flag, whenever it is set: in the layers, the head's products, and between forward and backward."""
-    monkeypatch.setattr(_onednn, "preferred", lambda: always)
+    monkeypatch.setattr(onednn, "preferred", lambda: always)
     multiplied, product = [], torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a, **k: multiplied.append(1) or product(*a, **k))
     linear = native.Linear(64, 48)
@@ -164,9 +166,9 @@ def test_onednn_that_is_switched_off_is_not_used(always, monkeypatch):
 
     def each():
         yield linear(x)
-        yield _cpp_layers.silu_mul_linear(gate, x, linear.weight)
-        _products.multiply(x.detach(), torch.randn(64, 512), out, None, False)
-        _products.add_product(out, x.detach(), torch.randn(64, 512), first=False)
+        yield layers.silu_mul_linear(gate, x, linear.weight)
+        gemm.multiply(x.detach(), torch.randn(64, 512), out, None, False)
+        gemm.add_product(out, x.detach(), torch.randn(64, 512), first=False)
 
     with torch.backends.mkldnn.flags(enabled=False):
         for y in each():
@@ -203,9 +205,9 @@ def native_policy(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("always", [True, False])
 def test_a_model_computes_the_same(kind, always, monkeypatch):
-    monkeypatch.setattr(_onednn, "preferred", lambda: always)
-    rotate, rotated = _cpp_layers.rotate, []
-    monkeypatch.setattr(_cpp_layers, "rotate", lambda *args: rotated.append(args) or rotate(*args))
+    monkeypatch.setattr(onednn, "preferred", lambda: always)
+    rotate, rotated = layers.rotate, []
+    monkeypatch.setattr(layers, "rotate", lambda *args: rotated.append(args) or rotate(*args))
     batch, _ = make_batch(*PAIRS)
     ours, theirs = native_policy(make(kind)), Policy(make(kind))
     assert any(isinstance(m, native.Norm) for m in ours.modules())
@@ -275,11 +277,11 @@ def test_layers_of_other_classes_stay():
 
 
 NATIVE = {
-    "rms_norm": (lambda x, w: _cpp_layers.rms_norm(x, w[0], 1e-5, torch.float32), (6, 16), (3, 16)),
-    "silu_mul": (_cpp_layers.silu_mul, (6, 16), (6, 16)),
-    "silu_mul_linear": (lambda x, w: _cpp_layers.silu_mul_linear(x, x * 2, w), (6, 16), (8, 16)),
-    "rotate": (lambda x, w: _cpp_layers.rotate(x, w[:, 0], w[:, 0]) * w.sum(), (6, 2, 16), (6, 1, 16)),
-    "linear": (lambda x, w: _onednn.linear(x, w, None), (6, 16), (8, 16)),
+    "rms_norm": (lambda x, w: layers.rms_norm(x, w[0], 1e-5, torch.float32), (6, 16), (3, 16)),
+    "silu_mul": (layers.silu_mul, (6, 16), (6, 16)),
+    "silu_mul_linear": (lambda x, w: layers.silu_mul_linear(x, x * 2, w), (6, 16), (8, 16)),
+    "rotate": (lambda x, w: layers.rotate(x, w[:, 0], w[:, 0]) * w.sum(), (6, 2, 16), (6, 1, 16)),
+    "linear": (lambda x, w: onednn.linear(x, w, None), (6, 16), (8, 16)),
 }
 
 

@@ -18,7 +18,7 @@ from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 from fastalign.models.precision import roughened, trained_dtype, widened
 from fastalign.models.verify import unpack_group, verify_packed
-from fastalign.ops import attention
+from fastalign.ops import attention, dispatch
 from fastalign.types import Segments
 
 CPU = torch.device("cpu")
@@ -183,8 +183,9 @@ def said(policy, batch):
 
 
 def broken_backend(monkeypatch, name="cpp", when=lambda q: True):
-    real = attention.BACKENDS[name]
-    monkeypatch.setitem(attention.BACKENDS, name, lambda q, *more: real(q, *more) * (-1 if when(q) else 1))
+    kernels = dispatch.attention(name)
+    real = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda q, *more: real(q, *more) * (-1 if when(q) else 1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -212,7 +213,7 @@ def test_sharing_is_named_where_it_is_at_fault(precision, plant, caplog):
 def test_the_precision_is_named_where_it_is_at_fault(monkeypatch):
     batch, _ = make_batch(*PAIRS)
     for name in ("cpp", "sdpa"):
-        broken_backend(monkeypatch, name, when=lambda q: attention._out_dtype(q) == torch.bfloat16)
+        broken_backend(monkeypatch, name, when=lambda q: attention.out_dtype(q) == torch.bfloat16)
     for precision in ("autocast", "bfloat16"):
         with running(precision):
             expected = "it is with model.dtype float32 and model.autocast false: set that"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastalign.models import policy as policy_module
 from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention, unpack_group, verify_packed
-from fastalign.ops import attention
+from fastalign.ops import attention, dispatch
 from fastalign.types import Segments
 
 
@@ -91,7 +91,7 @@ def top_left_mask(monkeypatch):
         return torch.ones(num_queries, num_keys, dtype=torch.bool).tril()
 
     monkeypatch.setattr(attention, "_corner_mask", mask)
-    monkeypatch.setattr(attention, "choose_backend", lambda *_: "sdpa")  # the native attention has no mask
+    monkeypatch.setattr(dispatch, "choose_attention", lambda *_: "sdpa")  # the native attention has no mask
 
 
 def no_scale(monkeypatch):

@@ -28,7 +28,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
-from fastalign.ops._functors import Knobs
+from fastalign.ops.functors import Knobs
 from fastalign_kernels import divergence, launch, policy_loss, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")

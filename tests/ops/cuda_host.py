@@ -10,7 +10,7 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastalign.ops import _cuda
+from fastalign.ops.backends import cuda
 
 HERE = Path(__file__).resolve().parent / "cuda_on_host"
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -87,6 +87,6 @@ def check(error):
 
 
 def serve(kernels, patch):
-    """Lets ``fastalign.ops._cuda`` compute CPU tensors with these kernels."""
-    patch.setattr(_cuda, "DEVICE", "cpu")
-    patch.setattr(_cuda, "on_stream", kernels.on_stream)
+    """Lets ``fastalign.ops.backends.cuda.token_logps`` compute CPU tensors with these kernels."""
+    patch.setattr(cuda, "DEVICE", "cpu")
+    patch.setattr(cuda, "on_stream", kernels.on_stream)

@@ -13,10 +13,10 @@ from torch.distributed.tensor import Shard as Split
 from vocab_ranks import SHARDS, V, close, counted, counts, own, same_bits_everywhere
 
 from fastalign.ops import dispatch, divergence, linear_divergence
-from fastalign.ops._divergence_shards import measure
 from fastalign.ops.divergence import reference
+from fastalign.ops.divergence_shards import measure
 from fastalign.ops.linear_divergence import reference as linear_reference
-from fastalign.ops.vocab_parallel import Shard, localise
+from fastalign.ops.parallel import Shard, localise
 from fastalign.testing import assert_matches
 
 N, D, DR = 61, 19, 7

@@ -3,7 +3,7 @@
 from mutants import Mutant, matrix
 
 POLICY = matrix("test_op and policy and float32")
-FUNCTORS = "fastalign/ops/_functors.py"
+FUNCTORS = "fastalign/ops/functors.py"
 
 LOSSES = [
     Mutant(
@@ -85,7 +85,7 @@ LOSSES = [
 PACKED = [
     Mutant(
         "segment_scan: sum into the segment before",
-        "fastalign/ops/scan.py",
+        "fastalign/ops/backends/torch/scan.py",
         "torch.where(remaining[:reach] >= step, a[:reach] * y[step:], 0.0)",
         "a[:reach] * y[step:]",
         matrix("test_op and segment_scan and float32"),
@@ -93,21 +93,21 @@ PACKED = [
     ),
     Mutant(
         "segment_scan: lose the last term",
-        "fastalign/ops/scan.py",
+        "fastalign/ops/backends/torch/scan.py",
         "remaining[:reach] >= step",
         "remaining[:reach] > step",
         matrix("test_op and segment_scan and float32"),
     ),
     Mutant(
         "gae: bootstrap from the next segment",
-        "fastalign/ops/scan.py",
+        "fastalign/ops/backends/torch/scan.py",
         "torch.where(remaining == 0, last, values.roll(-1))",
         "values.roll(-1)",
         matrix("test_op and gae and float32"),
     ),
     Mutant(
         "gae: trace decay without the discount",
-        "fastalign/ops/scan.py",
+        "fastalign/ops/backends/torch/scan.py",
         "result = scan(deltas, cu_seqlens, gamma * lam, reverse=True)",
         "result = scan(deltas, cu_seqlens, lam, reverse=True)",
         matrix("test_op and gae and float32"),
@@ -121,7 +121,7 @@ PACKED = [
     ),
     Mutant(
         "packed_attention: align the corner at the top left",
-        "fastalign/ops/attention.py",
+        "fastalign/ops/backends/sdpa/attention.py",
         "ones.tril(num_keys - num_queries)",
         "ones.tril()",
         "ops/test_attention.py -k test_equals_separate",

@@ -7,14 +7,14 @@ LINEAR = matrix("test_linear_loss and float32")
 DIVERGENCE = matrix("test_op and divergence and not linear and float32")
 RANKS = "ops/test_pitfalls.py -k test_09"
 
-TOKEN_LOGPS = "fastalign/ops/_torch_token_logps.py"
-ROWS = "fastalign/ops/_rows.py"
-CALL = "fastalign/ops/_call.py"
-HEAD = "fastalign/ops/_head.py"
-GRADIENTS = "fastalign/ops/_gradients.py"
-PRODUCTS = "fastalign/ops/_products.py"
-STREAMS = "fastalign/ops/_torch_divergence.py"
-SHARDS = "fastalign/ops/vocab_parallel.py"
+TOKEN_LOGPS = "fastalign/ops/backends/torch/token_logps.py"
+ROWS = "fastalign/ops/rows.py"
+CALL = "fastalign/ops/head/options.py"
+HEAD = "fastalign/ops/head/head.py"
+GRADIENTS = "fastalign/ops/head/backward.py"
+PRODUCTS = "fastalign/ops/head/gemm.py"
+STREAMS = "fastalign/ops/backends/torch/divergence.py"
+SHARDS = "fastalign/ops/parallel.py"
 
 SWEEPS = [
     Mutant(
@@ -181,14 +181,14 @@ SWEEPS = [
 HALF = [
     Mutant(
         "fp16: leave the coefficients as small as they are",
-        "fastalign/ops/_half.py",
+        "fastalign/ops/half.py",
         "return torch.where((bound > 0) & bound.isfinite(), scale, 1.0)",
         "return torch.ones_like(bound)",
         "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
     ),
     Mutant(
         "fp16: round before the loss scaler multiplies",
-        "fastalign/ops/_half.py",
+        "fastalign/ops/half.py",
         "return torch.float32 if dtype == torch.float16 else dtype",
         "return dtype",
         "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
@@ -244,7 +244,7 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear_loss: every chunk sets dW",
-        "fastalign/ops/_passes.py",
+        "fastalign/ops/head/passes.py",
         "first=first and last)",
         "first=True)",
         "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
@@ -258,14 +258,14 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear_loss: keep a logits chunk that lost its slot",
-        "fastalign/ops/_passes.py",
+        "fastalign/ops/head/passes.py",
         "if plan.slots - 1 <= i < len(group) - 1:",
         "if plan.slots <= i < len(group) - 1:",
         "ops/test_linear_loss.py -k test_a_unit_longer",
     ),
     Mutant(
         "linear_loss: pairs off by one sequence",
-        "fastalign/ops/_units.py",
+        "fastalign/ops/head/units.py",
         "return list(range(0, num_sequences + 1, 2))",
         "return [0, *range(1, num_sequences, 2), num_sequences]",
         "ops/test_linear_loss.py -k test_units_are_whole",
@@ -273,7 +273,7 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear_loss: number each chunk's sequences from 0",
-        "fastalign/ops/_units.py",
+        "fastalign/ops/head/units.py",
         "torch.arange(first, last, device=device)",
         "torch.arange(last - first, device=device)",
         "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
@@ -329,14 +329,14 @@ LINEAR_OPS = [
     ),
     Mutant(
         "planner: leave the scratch out of the budget",
-        "fastalign/ops/plan.py",
+        "fastalign/ops/head/plan.py",
         "return max(1, (memory - scratch) // row_bytes)",
         "return max(1, memory // row_bytes)",
         "ops/test_plan.py",
     ),
     Mutant(
         "planner: drop the last row",
-        "fastalign/ops/plan.py",
+        "fastalign/ops/head/plan.py",
         "rows = stop - start\n    count",
         "rows = stop - start - 1\n    count",
         "ops/test_plan.py",
@@ -395,14 +395,14 @@ CALLS = [
     ),
     Mutant(
         "deterministic: take a warning for a promise",
-        "fastalign/ops/_checks.py",
+        "fastalign/ops/checks.py",
         "if not strict or (not tracing and torch.is_deterministic_algorithms_warn_only_enabled()):",
         "if not strict:",
         "ops/test_linear_deterministic.py -k 'test_cuda_needs'",
     ),
     Mutant(
         "DTensor: take a replicated bias beside a split weight",
-        "fastalign/ops/_dtensor.py",
+        "fastalign/ops/head/dtensor.py",
         "if _named(group) != _named(chosen):",
         "if group is not None and _named(group) != _named(chosen):",
         "ops/test_vocab_parallel.py -k 'test_ranks_agree_with_one and 2'",
@@ -448,14 +448,14 @@ SPLIT = [
     ),
     Mutant(
         "split divergence: forget the ranks' shares",
-        "fastalign/ops/_divergence_shards.py",
+        "fastalign/ops/divergence_shards.py",
         "torch.where(log_b == -torch.inf, 0, values + (log_a - log_b))",
         "torch.where(log_b == -torch.inf, 0, values)",
         "ops/test_vocab_parallel.py -k 'divergence and 2'",
     ),
     Mutant(
         "split divergence: each rank decides which banned column has a share",
-        "fastalign/ops/_divergence_shards.py",
+        "fastalign/ops/divergence_shards.py",
         "-torch.inf, banned + log_a).amax(0)",
         "-torch.inf, banned).amax(0)",
         "ops/test_vocab_parallel.py -k 'divergence and 2'",

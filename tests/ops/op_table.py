@@ -12,10 +12,10 @@ import torch
 
 from fastalign import ops
 from fastalign.losses.preference import LOSSES as PAIR_LOSSES
-from fastalign.ops import attention, dispatch
-from fastalign.ops._functors import FUNCTORS, Knobs
+from fastalign.ops import dispatch
 from fastalign.ops.attention import reference as attention_reference
 from fastalign.ops.divergence import reference as divergence_reference
+from fastalign.ops.functors import FUNCTORS, Knobs
 from fastalign.ops.linear_divergence import reference as linear_divergence_reference
 from fastalign.ops.linear_logps import reference as linear_reference
 from fastalign.ops.policy_loss import reference as policy_reference
@@ -42,7 +42,7 @@ INTERPRETED = DEVICE == "cpu"
 
 def serving(op):
     """The backends of an op that are usable here."""
-    return [backend for backend in HERE if backend in dispatch.MODULES[op]]
+    return [backend for backend in HERE if backend in dispatch.backends(op)]
 
 
 def place(backend):
@@ -222,7 +222,7 @@ OPS = {
         {name: lambda _, dtype, heads=heads: attention_example(*heads, dtype) for name, heads in HEADS.items()},
         lambda x, backend: {"out": ops.packed_attention(**given(x), backend=backend)},
         lambda x: {"out": attention_reference(**given(x))},
-        list(attention.BACKENDS),
+        list(dispatch.ATTENTION),
     ),
 }
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastalign.ops import attention
+from fastalign.ops import dispatch
 from fastalign.ops.attention import dense_mask, layout, packed_attention, reference
 from fastalign.types import Segments
 
@@ -101,7 +101,7 @@ def test_equals_separate_sequences(name, backend, cuda_kernels_in_python):
     if backend == "reference":
         packed = values_and_gradients(lambda *x: reference(*x, segments, scale=0.3), inputs)
     else:
-        call = attention.BACKENDS[backend]
+        call = dispatch.attention(backend).attend
         packed = values_and_gradients(lambda *x: call(*x, layout(segments), 0.3, None), inputs)
     expected = values_and_gradients(lambda *x: separate(*x, segments, 0.3), inputs)
     for got, want in zip(packed, expected, strict=True):
@@ -192,7 +192,7 @@ def test_trap_is_causal_on_a_rectangle_is_aligned_top_left():
     q, k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64) for n in (3, 9, 9))
     wrong = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     plan = layout(Segments([0, 9], [-1]))
-    right = attention._causal(q, k, v, plan, 8**-0.5, None)
+    right = dispatch.attention("sdpa").causal(q, k, v, plan, 8**-0.5, None)
     mask = torch.ones(3, 9, dtype=torch.bool).tril(6)
     torch.testing.assert_close(right, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), rtol=0, atol=EXACT)
     assert (wrong - right).abs().max() > 0.1
@@ -246,7 +246,7 @@ def test_a_backend_that_cannot_serve_says_why(backend):
     q, k, v = tensors(14)
     with pytest.raises(ValueError, match=f"{backend}.*needs CUDA"):
         packed_attention(q, k, v, segments_of("pair"), backend=backend)
-    assert "needs float16 or bfloat16" in attention.unavailable(backend, "cuda", torch.float32)
+    assert "needs float16 or bfloat16" in dispatch.without_attention(backend, "cuda", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,10 @@ def test_a_backend_that_cannot_serve_says_why(backend):
     [("2.0.9", False, True), ("2.1.0", False, False), ("2.5.9", True, True), ("2.8.3.post1", True, False)],
 )
 def test_trap_old_flash_attention_is_aligned_top_left(monkeypatch, installed, softcap, refused):
-    monkeypatch.setattr(attention, "find_spec", lambda name: object())
-    monkeypatch.setattr(attention, "version", lambda name: installed)
-    reason = attention.unavailable("flash", "cuda", torch.bfloat16, softcap)
+    flash = dispatch.attention("flash")
+    monkeypatch.setattr(flash, "find_spec", lambda name: object())
+    monkeypatch.setattr(flash, "version", lambda name: installed)
+    reason = flash.unavailable("cuda", torch.bfloat16, softcap)
     assert (reason is not None) == refused
 
 
@@ -265,7 +266,7 @@ def test_trap_old_flash_attention_is_aligned_top_left(monkeypatch, installed, so
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_on_cuda(name, backend):
     segments = segments_of(name)
-    if reason := attention.unavailable(backend, "cuda", torch.bfloat16):
+    if reason := dispatch.without_attention(backend, "cuda", torch.bfloat16):
         pytest.skip(reason)
     inputs = [x.detach().cuda().bfloat16().requires_grad_() for x in tensors(segments.offsets[-1], size=32)]
     exact = values_and_gradients(

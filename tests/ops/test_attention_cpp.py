@@ -4,12 +4,13 @@ import pytest
 import torch
 from test_attention import LAYOUTS, segments_of, tensors
 
-from fastalign.ops import _cpp, attention
+from fastalign.ops import dispatch
 from fastalign.ops.attention import packed_attention, reference
+from fastalign.ops.backends import cpp
 from fastalign.types import Segments
 
-if _cpp.unavailable():
-    pytest.skip(_cpp.unavailable(), allow_module_level=True)
+if cpp.unavailable():
+    pytest.skip(cpp.unavailable(), allow_module_level=True)
 
 from fastalign import _C
 
@@ -120,11 +121,11 @@ def test_trees_may_lie_between_each_other():
 
 def test_it_is_the_choice_on_a_cpu_where_it_serves():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert attention.choose_backend("cpu", dtype) == "cpp"
-    assert attention.choose_backend("cpu", torch.float64) == "sdpa"
-    assert attention.choose_backend("cpu", torch.float32, True) == "sdpa"
-    assert "no softcap" in attention.unavailable("cpp", "cpu", torch.float32, True)
-    assert "CPU tensors" in attention.unavailable("cpp", "cuda", torch.float32)
+        assert dispatch.choose_attention(None, "cpu", dtype) == "cpp"
+    assert dispatch.choose_attention(None, "cpu", torch.float64) == "sdpa"
+    assert dispatch.choose_attention(None, "cpu", torch.float32, True) == "sdpa"
+    assert "no softcap" in dispatch.without_attention("cpp", "cpu", torch.float32, True)
+    assert "CPU tensors" in dispatch.without_attention("cpp", "cuda", torch.float32)
 
 
 def test_double_backward_is_refused():

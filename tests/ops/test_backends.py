@@ -13,7 +13,7 @@ import torch
 from op_table import BACKENDS, DEVICE, HERE, INTERPRETED, OPS, place
 
 from fastalign import ops
-from fastalign.ops import attention, dispatch, linear_logps, linear_loss, token_logps
+from fastalign.ops import dispatch, linear_logps, linear_loss, token_logps
 from fastalign.ops.linear_logps import reference as linear_reference
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.testing import (
@@ -136,7 +136,7 @@ def worthwhile(name, case, backend, dtype):
     fp16, which differs from bf16 in its range, is for what takes logits or hidden states.
     """
     if name == "packed_attention":
-        return dtype != torch.float16 and not attention.unavailable(backend, DEVICE, dtype)
+        return dtype != torch.float16 and not dispatch.without_attention(backend, DEVICE, dtype)
     if dtype == torch.float16 and (
         name in ("segment_scan", "gae") or ("everything" not in case and "plain" not in case)
     ):

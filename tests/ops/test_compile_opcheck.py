@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastalign.ops import linear_logps, linear_loss, token_logps
-from fastalign.ops._call import Call
-from fastalign.ops._rows import coefficients
+from fastalign.ops.head.options import Call
 from fastalign.ops.linear_logps import _backward_op as linear_backward
 from fastalign.ops.linear_logps import _op as linear_op
 from fastalign.ops.linear_logps import _scale_directions
+from fastalign.ops.rows import coefficients
 from fastalign.ops.token_logps import _backward_op as token_backward
 from fastalign.ops.token_logps import _op as token_op
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp
-from fastalign.ops._rows import Coefficients, coefficients
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp import token_logps as sweep
+from fastalign.ops.rows import Coefficients, coefficients
 
-if reason := _cpp.unavailable():
+if reason := cpp.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from fastalign import _C
@@ -67,9 +68,9 @@ def eager_with_grad(logits: Tensor, labels: Tensor, g: Tensor, e: Tensor, dtype:
 
 def native(logits: Tensor, labels: Tensor, g: Tensor, e: Tensor | None, out: Tensor | None = None, **options):
     """Forward and backward, the gradient into NaN-filled memory."""
-    logps, entropy, top, logsum, *_ = _cpp.forward(logits, labels, entropy=True, **options)
+    logps, entropy, top, logsum, *_ = sweep.forward(logits, labels, entropy=True, **options)
     out = torch.full_like(logits, torch.nan) if out is None else out
-    _cpp.backward(out, logits, labels, top, logsum, coefficients(g, entropy=entropy, grad_entropy=e), **options)
+    sweep.backward(out, logits, labels, top, logsum, coefficients(g, entropy=entropy, grad_entropy=e), **options)
     return logps, entropy, out
 
 
@@ -129,7 +130,7 @@ def test_labels_outside_the_vocabulary(level, dtype, label_dtype, softcap, nan_m
     if softcap is None and dtype in (torch.float32, torch.float64):
         torch.testing.assert_close(out[1].sum().float(), -g[1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(out[5].sum().float(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    top, logsum = _cpp.forward(logits, labels)[2:4]
+    top, logsum = sweep.forward(logits, labels)[2:4]
     assert top[[0, 4]].tolist() == logsum[[0, 4]].tolist() == [0, 0]
 
 
@@ -137,10 +138,10 @@ def test_zero_coefficients_are_not_multiplied(level):
     logits, labels, g, e = case(507, torch.float32)
     g[0], e[0] = -0.0, 0.0
     g[1] = torch.nan
-    _, entropy, top, logsum, *_ = _cpp.forward(logits, labels, entropy=True)
+    _, entropy, top, logsum, *_ = sweep.forward(logits, labels, entropy=True)
     logits[0] = torch.nan
     out = torch.full_like(logits, torch.nan)
-    _cpp.backward(out, logits, labels, top, logsum, coefficients(g, entropy=entropy, grad_entropy=e))
+    sweep.backward(out, logits, labels, top, logsum, coefficients(g, entropy=entropy, grad_entropy=e))
     assert (out[0] == 0).all() and out[1].isnan().all() and out[2:].isfinite().all()
 
 
@@ -234,7 +235,7 @@ def test_the_largest_logit_is_recognised_exactly(level, options):
     logits = case(507, torch.float32)[0]
     top = logits.argmax(-1)
     for chosen, is_top1 in ((top, True), ((top + 1) % 507, False)):
-        logps, _, _, logsum, *_ = _cpp.forward(logits, chosen, **OPTIONS[options])
+        logps, _, _, logsum, *_ = sweep.forward(logits, chosen, **OPTIONS[options])
         assert ((logps + logsum == 0) == is_top1).all()
 
 
@@ -242,7 +243,7 @@ def test_the_largest_logit_is_recognised_exactly(level, options):
 def test_every_half_is_widened_exactly(level, dtype):
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     halves = halves[halves.isfinite()][:, None]
-    top = _cpp.forward(halves, torch.zeros(len(halves), dtype=torch.int64))[2]
+    top = sweep.forward(halves, torch.zeros(len(halves), dtype=torch.int64))[2]
     assert torch.equal(top, halves[:, 0].float())
 
 
@@ -257,21 +258,21 @@ def test_gradients_are_narrowed_to_the_nearest_even(level, dtype):
     logits = torch.zeros(len(g), 1, dtype=dtype)
     out = torch.full_like(logits, torch.nan)
     zeros = torch.zeros(len(g))
-    _cpp.backward(out, logits, torch.full((len(g),), -1), zeros, zeros, Coefficients(g))
+    sweep.backward(out, logits, torch.full((len(g),), -1), zeros, zeros, Coefficients(g))
     assert torch.equal(out[:, 0], -g.to(dtype))
 
 
 def test_no_rows(level):
     logits, labels = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
-    outputs = _cpp.forward(logits, labels, entropy=True, total=True, top1=True)
+    outputs = sweep.forward(logits, labels, entropy=True, total=True, top1=True)
     assert all(x.shape == (0,) for x in outputs)
-    _cpp.backward(logits, logits, labels, outputs[2], outputs[3], Coefficients(torch.empty(0)))
+    sweep.backward(logits, logits, labels, outputs[2], outputs[3], Coefficients(torch.empty(0)))
 
 
 def test_all_masked(level, nan_memory):
     logits, labels = torch.full((3, 507), torch.nan), torch.full((3,), -100)
-    logps, _, top, logsum, *_ = _cpp.forward(logits, labels)
-    _cpp.backward(logits, logits, labels, top, logsum, Coefficients(torch.full((3,), torch.nan)))
+    logps, _, top, logsum, *_ = sweep.forward(logits, labels)
+    sweep.backward(logits, logits, labels, top, logsum, Coefficients(torch.full((3,), torch.nan)))
     assert not logps.any() and not logits.any()
 
 
@@ -292,16 +293,16 @@ def test_all_masked(level, nan_memory):
 )
 def test_wrong_arguments(logits, labels, message):
     with pytest.raises(ValueError, match=message):
-        _cpp.forward(logits, labels)
+        sweep.forward(logits, labels)
 
 
 def test_wrong_arguments_of_backward():
     logits, labels, g, _ = case(7, torch.float32)
-    top, logsum = _cpp.forward(logits, labels)[2:4]
+    top, logsum = sweep.forward(logits, labels)[2:4]
     with pytest.raises(ValueError, match=r"out must be torch\.float32"):
-        _cpp.backward(logits.double(), logits, labels, top, logsum, Coefficients(g))
+        sweep.backward(logits.double(), logits, labels, top, logsum, Coefficients(g))
     with pytest.raises(ValueError, match=r"beta must be \[9\]"):
-        _cpp.backward(logits, logits, labels, top, logsum, Coefficients(g, None, g[1:]))
+        sweep.backward(logits, logits, labels, top, logsum, Coefficients(g, None, g[1:]))
 
 
 @pytest.mark.parametrize("wanted", ["scalar", "mmx"])

@@ -6,13 +6,15 @@ What its kernels compute is proven without one in ``test_cuda_on_host.py``, that
 import pytest
 import torch
 
-from fastalign.ops import _cpp, _cuda, dispatch, policy_loss, token_logps
-from fastalign.ops._cuda_policy import run
-from fastalign.ops._functors import Knobs
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._torch_policy import run as run_in_torch
-from fastalign.ops._torch_token_logps import backward as backward_in_torch
-from fastalign.ops._torch_token_logps import forward as forward_in_torch
+from fastalign.ops import dispatch, policy_loss, token_logps
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cuda import token_logps as cuda_sweep
+from fastalign.ops.backends.cuda.policy_loss import run
+from fastalign.ops.backends.torch.policy_loss import run as run_in_torch
+from fastalign.ops.backends.torch.token_logps import backward as backward_in_torch
+from fastalign.ops.backends.torch.token_logps import forward as forward_in_torch
+from fastalign.ops.functors import Knobs
+from fastalign.ops.rows import Coefficients
 from fastalign.testing import assert_matches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -22,13 +24,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def test_what_has_cuda_kernels():
-    served = {op for op, modules in dispatch.MODULES.items() if "cuda" in modules}
+    served = {op for op in dispatch.OPS if "cuda" in dispatch.backends(op)}
     assert served == {"token_logps", "linear_logps", "linear_loss", "policy_loss", "preference_loss"}
 
 
 def test_it_is_chosen_on_request_and_where_triton_is_not(monkeypatch):
     monkeypatch.setattr(dispatch, "missing", lambda backend: None)
-    monkeypatch.setattr(dispatch, "_level", lambda backend: "as told")
+    monkeypatch.setattr(dispatch, "level", lambda backend: "as told")
     dispatch.choose.cache_clear()
     assert dispatch.choose("token_logps", None, "cuda") == "triton"
     assert dispatch.choose("token_logps", "cuda", "cuda") == "cuda"
@@ -45,14 +47,14 @@ def test_it_is_chosen_on_request_and_where_triton_is_not(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_its_absence_has_a_reason():
     reason = dispatch.reasons("token_logps")["cuda"]
-    assert reason in (_cpp.unavailable(), "no CUDA device") or "built without CUDA" in reason
+    assert reason in (cpp.unavailable(), "no CUDA device") or "built without CUDA" in reason
     with pytest.raises(ValueError, match="backend 'cuda' is not available for cpu tensors"):
         token_logps(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), backend="cuda")
 
 
 def test_tensors_elsewhere_are_refused():
     with pytest.raises(ValueError, match="the cuda backend computes on cuda tensors"):
-        _cuda.forward(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+        cuda_sweep.forward(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
 # --- on a device ------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def both(forward, backward, x, labels, vectors, out=None, **options):
     return *outputs, out
 
 
-cuda = (_cuda.forward, _cuda.backward)
+CUDA = (cuda_sweep.forward, cuda_sweep.backward)
 eager = (forward_in_torch, backward_in_torch)
 
 
@@ -96,7 +98,7 @@ def test_agrees_with_torch(device, dtype, vocab, softcap):
     inputs = case(vocab, dtype, device)
     wide = (inputs[0].double(), inputs[1], inputs[2].double())
     names = ("logps", "entropy", "max", "logsum", "total", "gradient")
-    results = [both(*cuda, *inputs, softcap=softcap, temperature=0.7)]
+    results = [both(*CUDA, *inputs, softcap=softcap, temperature=0.7)]
     results += [both(*eager, *x, softcap=softcap, temperature=0.7) for x in (inputs, wide)]
     for name, *values in zip(names, *results, strict=True):
         assert_matches(*(x / vocab if name == "total" else x for x in values), name=name)
@@ -110,11 +112,11 @@ def test_bits_do_not_depend_on_company_layout_or_stream(device, dtype, vocab):
     few = case(vocab, dtype, device)
     times = 1 + 4 * torch.cuda.get_device_properties(device).multi_processor_count // 9
     many = (few[0].repeat(times, 1), few[1].repeat(times), few[2].repeat(1, times))
-    expected = both(*cuda, *few)
-    company = both(*cuda, *many)
+    expected = both(*CUDA, *few)
+    company = both(*CUDA, *many)
     odd = torch.empty(9, vocab + 3, dtype=dtype, device=device)[:, 1 : vocab + 1].copy_(few[0])
     with torch.cuda.stream(torch.cuda.Stream()):
-        elsewhere = both(*cuda, odd, *few[1:], out=odd)
+        elsewhere = both(*CUDA, odd, *few[1:], out=odd)
         torch.cuda.current_stream().synchronize()
     for x, y, z in zip(expected, company, elsewhere, strict=True):
         assert torch.equal(x.nan_to_num(), y[-9:].nan_to_num()) and torch.equal(x.nan_to_num(), z.nan_to_num())
@@ -167,11 +169,13 @@ def test_beyond_every_limit(device):
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=device)
     logits[-1, 7] = 5
     labels = torch.full((rows,), 7, device=device)
-    outputs = _cuda.forward(logits, labels)
+    outputs = cuda_sweep.forward(logits, labels)
     expected = forward_in_torch(logits[-2:], labels[-2:])
     torch.testing.assert_close(outputs.logps[-2:], expected[0])
     assert outputs.logps[:-1].eq(outputs.logps[0]).all()
-    _cuda.backward(logits, logits, labels, outputs.max, outputs.logsum, Coefficients(torch.ones(rows, device=device)))
+    cuda_sweep.backward(
+        logits, logits, labels, outputs.max, outputs.logsum, Coefficients(torch.ones(rows, device=device))
+    )
     assert logits[:-1].eq(logits[0]).all() and logits[-1].ne(logits[0]).any()
 
 
@@ -180,7 +184,7 @@ def test_a_cuda_graph_holds_the_launches(device):
     logits, labels, vectors = case(151936, torch.bfloat16, device)
     advantages = vectors[0].contiguous()
     calls = {
-        "statistics and gradient": lambda: both(*cuda, logits, labels, vectors)[-1],
+        "statistics and gradient": lambda: both(*CUDA, logits, labels, vectors)[-1],
         "policy_loss": lambda: policy_loss(
             logits.requires_grad_(), labels, advantages=advantages, loss="pg", weights=advantages.abs(), backend="cuda"
         )[0],

@@ -12,17 +12,19 @@ import torch
 from filelock import FileLock
 from ties import few_values, wide_rows
 
-from fastalign.ops import _cpp, _cuda, _cuda_policy
-from fastalign.ops._cpp_policy import describe
-from fastalign.ops._functors import COLUMNS, FUNCTORS, Knobs
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._torch_policy import run as run_in_torch
-from fastalign.ops._torch_token_logps import backward as backward_in_torch
-from fastalign.ops._torch_token_logps import forward as forward_in_torch
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp.policy_loss import describe
+from fastalign.ops.backends.cuda import policy_loss as cuda_policy
+from fastalign.ops.backends.cuda import token_logps as cuda_sweep
+from fastalign.ops.backends.torch.policy_loss import run as run_in_torch
+from fastalign.ops.backends.torch.token_logps import backward as backward_in_torch
+from fastalign.ops.backends.torch.token_logps import forward as forward_in_torch
+from fastalign.ops.functors import COLUMNS, FUNCTORS, Knobs
+from fastalign.ops.rows import Coefficients
 from fastalign.testing import assert_matches
 
 CXX = next(filter(shutil.which, [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"]), None)
-if reason := _cpp.unavailable() or (None if CXX else "no C++ compiler"):
+if reason := cpp.unavailable() or (None if CXX else "no C++ compiler"):
     pytest.skip(reason, allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -86,9 +88,9 @@ def laid_out(x, layout):
 
 def both(x, labels, coefficients, out=None, **options):
     """Statistics, and the gradient in NaN-filled memory."""
-    outputs = _cuda.forward(x, labels, entropy=True, total=True, **options)[:5]
+    outputs = cuda_sweep.forward(x, labels, entropy=True, total=True, **options)[:5]
     out = torch.empty_like(x) if out is None else out
-    _cuda.backward(out, x, labels, outputs[2], outputs[3], coefficients, **options)
+    cuda_sweep.backward(out, x, labels, outputs[2], outputs[3], coefficients, **options)
     return *outputs, out
 
 
@@ -172,9 +174,9 @@ def test_absent_coefficients_are_zero(kernels, beta):
     zeros = torch.zeros(N)
     filled = Coefficients(some.g, zeros, some.beta if beta else zeros, zeros)
     assert same_bits(both(logits, labels, some), both(logits, labels, filled))
-    statistics = _cuda.forward(logits, labels)
+    statistics = cuda_sweep.forward(logits, labels)
     assert statistics.entropy is None and statistics.total is None
-    full = _cuda.forward(logits, labels, entropy=True, total=True)
+    full = cuda_sweep.forward(logits, labels, entropy=True, total=True)
     assert same_bits((statistics.logps, statistics.max, statistics.logsum), (full.logps, full.max, full.logsum))
 
 
@@ -197,7 +199,7 @@ def test_special_rows(kernels, dtype):
     assert out[3, :5].isfinite().all()
     top_label = logits[5].argmax()
     labels[5] = top_label
-    again = _cuda.forward(logits, labels)
+    again = cuda_sweep.forward(logits, labels)
     assert again.logps[5] + again.logsum[5] == 0, "the label is the maximum, exactly"
 
 
@@ -213,11 +215,11 @@ def test_nothing_beside_a_row_is_read(kernels, vocab):
         kernels.set_readable(x.data_ptr(), x.data_ptr() + 2 * vocab)
         both(x, inputs[0], Coefficients(*row), LAYOUTS["odd pitch"](1, vocab, x.dtype))
         for cluster in (0, 1, 2)[: 3 if vocab > 16384 else 2]:
-            _cuda_policy.run(LAYOUTS["odd pitch"](1, vocab, x.dtype), x, *inputs, **settings(), cluster=cluster)
+            cuda_policy.run(LAYOUTS["odd pitch"](1, vocab, x.dtype), x, *inputs, **settings(), cluster=cluster)
 
 
 def first_choice(logits, labels, **options):
-    top1 = _cuda.forward(logits, labels, top1=True, **options).top1
+    top1 = cuda_sweep.forward(logits, labels, top1=True, **options).top1
     assert ((top1 == 0) | (top1 == 1)).all()
     return top1 == 1
 
@@ -253,8 +255,8 @@ def test_policy_loss_knows_the_choice_before_the_gradient_takes_its_place(kernel
 
 def test_no_rows(kernels):
     logits, labels, before = torch.empty(0, 507), torch.empty(0, dtype=torch.int64), kernels.last_launch()
-    outputs = _cuda.forward(logits, labels, entropy=True)
-    _cuda.backward(logits, logits, labels, outputs.max, outputs.logsum, Coefficients(outputs.logps))
+    outputs = cuda_sweep.forward(logits, labels, entropy=True)
+    cuda_sweep.backward(logits, logits, labels, outputs.max, outputs.logsum, Coefficients(outputs.logps))
     assert outputs.logps.shape == (0,) and kernels.last_launch() == before
 
 
@@ -272,7 +274,7 @@ def policy_case(vocab, dtype, softcap=None, rows=N):
     weights, advantages, old, ref = torch.randn(4, rows, generator=generator, dtype=wide)
     weights = weights.abs()
     weights[2] = 0
-    logps = _cuda.forward(logits, labels, temperature=0.5, softcap=softcap).logps
+    logps = cuda_sweep.forward(logits, labels, temperature=0.5, softcap=softcap).logps
     return logits, labels, weights, advantages, logps + old, logps + 0.3 * ref
 
 
@@ -284,7 +286,7 @@ def settings(loss="ppo", kl_estimator="k3", knobs=KNOBS, softcap=None):
 def run(inputs, inplace=False, layout="dense", gradient=True, **options):
     logits = laid_out(inputs[0], layout)
     out = logits if inplace else LAYOUTS[layout](*logits.shape, logits.dtype)
-    table = _cuda_policy.run(out if gradient else None, logits, *inputs[1:], **options)
+    table = cuda_policy.run(out if gradient else None, logits, *inputs[1:], **options)
     return table, out if gradient else table
 
 
@@ -331,7 +333,7 @@ def test_a_row_has_the_same_bits_in_any_cluster(kernels, vocab, dtype):
             expected = expected or found
             assert same_bits(found, expected), (cluster, order, inplace, layout)
         assert kernels.last_launch()[2] == cluster
-    statistics = _cuda.forward(*inputs[:2], entropy=True, temperature=0.5)
+    statistics = cuda_sweep.forward(*inputs[:2], entropy=True, temperature=0.5)
     keep = [0, 1, 2, 4, 5, 6]
     assert same_bits([x[keep] for x in expected[0][1:5]], [statistics[i][keep] for i in (0, 2, 3, 1)])
 

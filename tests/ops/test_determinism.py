@@ -13,7 +13,7 @@ import torch
 from op_table import DEVICE, HERE, OPS, example_of, given, place
 
 from fastalign import ops
-from fastalign.ops import attention, dispatch
+from fastalign.ops import dispatch
 from fastalign.testing import linear_example, with_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -63,14 +63,14 @@ RUNS = [(name, backend) for name, op in OPS.items() for backend in op.backends]
 RUNS = [
     (name, backend)
     for name, backend in RUNS
-    if name != "packed_attention" or not attention.unavailable(backend, DEVICE, torch.bfloat16)
+    if name != "packed_attention" or not dispatch.without_attention(backend, DEVICE, torch.bfloat16)
 ]
 
 
 @pytest.mark.parametrize(("name", "backend"), RUNS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_run_to_run(name, backend, dtype):
-    if name == "packed_attention" and attention.unavailable(backend, DEVICE, dtype):
+    if name == "packed_attention" and dispatch.without_attention(backend, DEVICE, dtype):
         dtype = torch.float16
     same([run_again(name, backend, dtype) for _ in range(3)])
 

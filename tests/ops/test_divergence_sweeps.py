@@ -18,8 +18,8 @@ from divergence_cases import (
 )
 
 from fastalign.ops import dispatch, divergence, token_logps
-from fastalign.ops._rows import coefficients
 from fastalign.ops.divergence import reference as eager
+from fastalign.ops.rows import coefficients
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.testing import assert_matches
 

@@ -9,9 +9,9 @@ from hashlib import blake2b
 import pytest
 
 from fastalign import cli
-from fastalign.ops import _cpp
+from fastalign.ops.backends import cpp
 
-if reason := _cpp.unavailable():
+if reason := cpp.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from fastalign import _C
@@ -35,13 +35,13 @@ def bound(scope, prefix=""):
 
 def test_a_change_of_the_bindings_changes_their_number():
     found = blake2b("\n".join(bound(_C)).encode(), digest_size=8).hexdigest()
-    assert BINDINGS[_cpp.ABI] == found, "raise kAbi in csrc/bindings.cpp and _cpp.ABI, and put the new hash here"
+    assert BINDINGS[cpp.ABI] == found, "raise kAbi in csrc/bindings.cpp and cpp.ABI, and put the new hash here"
 
 
-@pytest.mark.parametrize("abi", [None, _cpp.ABI - 1, _cpp.ABI + 1])
+@pytest.mark.parametrize("abi", [None, cpp.ABI - 1, cpp.ABI + 1])
 def test_an_extension_of_another_version_is_refused_in_one_line(abi, monkeypatch, capsys):
     """It is there, and would take other arguments than it is given: None is of a build before there was a number."""
-    _cpp.unavailable.cache_clear()
+    cpp.unavailable.cache_clear()
     monkeypatch.setattr(_C, "abi", abi) if abi is not None else monkeypatch.delattr(_C, "abi")
     assert cli.main(["info"]) == 1
     said = capsys.readouterr()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastalign.ops import dispatch, linear_divergence, linear_logps, linear_loss, policy_loss
-from fastalign.ops._functors import Knobs, make_knobs
-from fastalign.ops._half import one_for_all, power_of_two
+from fastalign.ops.functors import Knobs, make_knobs
+from fastalign.ops.half import one_for_all, power_of_two
 from fastalign.ops.linear_divergence import reference as divergence_reference
 from fastalign.ops.linear_logps import reference as linear_reference
 from fastalign.ops.policy_loss import reference as policy_reference

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastalign.ops import dispatch, linear_logps, linear_loss
-from fastalign.ops._checks import check_deterministic
+from fastalign.ops.checks import check_deterministic
 from fastalign.testing import linear_example
 
 N, D, V = 123, 37, 503

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastalign.ops import _gradients, dispatch, linear_logps, linear_loss
+from fastalign.ops import dispatch, linear_logps, linear_loss
+from fastalign.ops.head import backward
+from fastalign.ops.head.plan import make_plan
 from fastalign.ops.linear_logps import reference
-from fastalign.ops.plan import make_plan
 from fastalign.testing import assert_matches, linear_example
 from fastalign.types import TokenStats
 
@@ -175,8 +176,8 @@ def test_a_frozen_weight_costs_no_weight_gradient(monkeypatch):
         shapes.append((a.shape[0], b.shape[1]))
         return original(total, a, b, first=first)
 
-    original = _gradients.add_product
-    monkeypatch.setattr(_gradients, "add_product", add_product)
+    original = backward.add_product
+    monkeypatch.setattr(backward, "add_product", add_product)
     x, adapter = example("masked")
     loss_and_grads(*example("entropy"), frozen=("weight",))
     assert {(V, R)} == {shape for shape in shapes if shape[0] == V}

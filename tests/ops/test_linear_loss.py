@@ -8,7 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastalign.ops import _gradients, _head, _passes, _products, linear_logps, linear_loss, plan
+from fastalign.ops import linear_logps, linear_loss
+from fastalign.ops.head import backward, gemm, passes, plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 
@@ -106,7 +107,7 @@ def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
 
     def project(head, hidden, *rest):
         projected.append(len(hidden))
-        return _products.project(head, hidden, *rest)
+        return gemm.project(head, hidden, *rest)
 
     def loss_fn(stats):
         sums = segment_sums(stats.logps, stats.cu_seqlens) / 1000
@@ -115,7 +116,7 @@ def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
     piece = -(-(scored[1399] - scored[89]) // 5)
     monkeypatch.setattr(plan, "MIN_ROWS", piece)
     monkeypatch.setattr(import_module("fastalign.ops.linear_logps"), "make_plan", make_plan)
-    monkeypatch.setattr(_passes, "project", project)
+    monkeypatch.setattr(passes, "project", project)
     memory = slots * piece * plan._row_bytes(37, 9, dtype.itemsize) + 64 * scored[-1]
     options = {"align": "sequence", "cu_seqlens": cu_seqlens, "entropy": True}
     loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **{**x.options, **options}, memory=memory)
@@ -140,9 +141,10 @@ def test_rows_without_a_coefficient_cost_no_gradient(dtype, memory, monkeypatch)
 
     def differentiate(head, start, stop, logits, *rest):
         widths.append(len(logits))
-        return _head.differentiate(head, start, stop, logits, *rest)
+        return real(head, start, stop, logits, *rest)
 
-    monkeypatch.setattr(_gradients, "differentiate", differentiate)
+    real = backward.differentiate
+    monkeypatch.setattr(backward, "differentiate", differentiate)
     options = {**x.options, "entropy": False, "memory": memory}
     loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **options)
     again = torch.autograd.grad(loss, list(x.tensors.values()), retain_graph=True)
@@ -367,8 +369,8 @@ def test_a_tied_weight_sums_both_of_its_gradients(op, dtype, memory):
 
 PEAK = """
 import re, torch
-from fastalign.ops import _gradients, _head, _passes, linear_loss, plan
-from fastalign.ops.plan import make_plan
+from fastalign.ops import linear_loss
+from fastalign.ops.head.plan import make_plan
 torch.set_num_threads(1)
 def peak_rss():   # VmHWM begins anew with exec; ru_maxrss would begin at the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

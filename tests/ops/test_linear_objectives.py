@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastalign.ops import dispatch, linear_logps, linear_loss, plan
+from fastalign.ops import dispatch, linear_logps, linear_loss
+from fastalign.ops.head import plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 from fastalign.types import TokenStats

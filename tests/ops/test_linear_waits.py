@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastalign.ops import linear_logps, linear_loss
-from fastalign.ops._call import Call
+from fastalign.ops.head.options import Call
 from fastalign.ops.linear_logps import _backward_op, _op
 from fastalign.testing import linear_example
 

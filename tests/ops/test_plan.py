@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastalign.ops.plan import CPU_BYTES, CPU_ROWS, GPU_ROWS, MIN_ROWS, make_plan
+from fastalign.ops.head.plan import CPU_BYTES, CPU_ROWS, GPU_ROWS, MIN_ROWS, make_plan
 
 H200 = {"device": "cuda", "total_memory": 140 << 30, "itemsize": 2}
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from fastalign.ops import _cpp, dispatch, policy_loss, token_logps
-from fastalign.ops._functors import Knobs, make_knobs
+from fastalign.ops import dispatch, policy_loss, token_logps
+from fastalign.ops.backends import cpp
+from fastalign.ops.functors import Knobs, make_knobs
 from fastalign.ops.policy_loss import _op, reference
 from fastalign.testing import assert_matches
 
@@ -289,7 +290,7 @@ def test_programs_that_take_several_rows_change_no_bit(backend, monkeypatch):
 @pytest.mark.parametrize("level", ["avx512", "avx2", "scalar"])
 def test_native_levels_threads_and_company(level, options, dtype):
     """Every instruction set; more threads than rows, or other rows, change no bit; ascending logits move the base."""
-    if why := _cpp.unavailable():
+    if why := cpp.unavailable():
         pytest.skip(why)
     from fastalign import _C
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastalign.ops import _cpp, _cpp_product
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp import product
 
-if reason := _cpp.unavailable():
+if reason := cpp.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from fastalign import _C
@@ -31,9 +32,9 @@ def test_sums_are_those_of_fp32(m, n, k, layout):
     a, b = operands(m, n, k, layout)
     room = torch.full((m + 2, n + 5), torch.nan)
     acc = room[1:-1, 2:-3]
-    assert _cpp_product.serves(acc, a, b)
-    _cpp_product.add_product(acc, a, b, first=True)
-    _cpp_product.add_product(acc, a, b, first=False)
+    assert product.serves(acc, a, b)
+    product.add_product(acc, a, b, first=True)
+    product.add_product(acc, a, b, first=False)
     exact = 2 * (a.double() @ b.double())
     magnitude = 2 * (a.double().abs() @ b.double().abs())
     # every product is exact; k roundings of 2^-24 of the running sum, and few of the instruction's pairs
@@ -44,7 +45,7 @@ def test_sums_are_those_of_fp32(m, n, k, layout):
 def test_the_sum_is_kept_in_fp32():
     a, b = operands(70, 90, 3000, "columns")
     acc, exact = torch.empty(70, 90), a.double() @ b.double()
-    _cpp_product.add_product(acc, a, b, first=True)
+    product.add_product(acc, a, b, first=True)
     # a random walk of k / 2 roundings; a bf16 sum would be four orders of magnitude worse
     assert (acc - exact).norm() <= 2**-24 * (3000 / 2) ** 0.5 * exact.norm()
 
@@ -55,19 +56,19 @@ def test_the_bits_do_not_depend_on_threads():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         made.append(torch.empty(300, 130))
-        _cpp_product.add_product(made[-1], a, b, first=True)
+        product.add_product(made[-1], a, b, first=True)
     torch.set_num_threads(before)
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 def test_an_empty_sum_is_zero():
     acc = torch.full((3, 5), torch.nan)
-    _cpp_product.add_product(acc, torch.empty(3, 0).bfloat16(), torch.empty(0, 5).bfloat16(), first=True)
+    product.add_product(acc, torch.empty(3, 0).bfloat16(), torch.empty(0, 5).bfloat16(), first=True)
     assert torch.equal(acc, torch.zeros(3, 5))
 
 
 def test_other_operands_are_left_to_torch():
     acc, a, b = torch.empty(4, 6), torch.empty(4, 8).bfloat16(), torch.empty(8, 6).bfloat16()
-    assert not _cpp_product.serves(acc, a.float(), b)
-    assert not _cpp_product.serves(acc.double(), a, b)
-    assert not _cpp_product.serves(acc, a, torch.empty(6, 8).bfloat16().t())
+    assert not product.serves(acc, a.float(), b)
+    assert not product.serves(acc.double(), a, b)
+    assert not product.serves(acc, a, torch.empty(6, 8).bfloat16().t())

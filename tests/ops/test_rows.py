@@ -9,7 +9,7 @@ import torch
 from op_table import HERE, INTERPRETED, place
 
 from fastalign.ops import dispatch, token_logps
-from fastalign.ops._rows import Coefficients, coefficients, idle
+from fastalign.ops.rows import Coefficients, coefficients, idle
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 

@@ -9,8 +9,8 @@ from op_table import HERE, INTERPRETED, place
 from ties import TIES, few_values, wide_rows
 
 from fastalign.ops import dispatch, linear_loss, policy_loss
-from fastalign.ops._call import make_call
-from fastalign.ops._head import Wanted
+from fastalign.ops.head.head import Wanted
+from fastalign.ops.head.options import make_call
 from fastalign.ops.linear_logps import row_stats
 
 pytestmark = pytest.mark.usefixtures("nan_memory")

@@ -7,7 +7,7 @@ import forks
 import pytest
 import torch
 
-from fastalign.ops.vocab_parallel import Shard, localise
+from fastalign.ops.parallel import Shard, localise
 
 
 @pytest.mark.slow

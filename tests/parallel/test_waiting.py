@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
-from fastalign.ops import _cpp
+from fastalign.ops.backends import cpp
 from fastalign.parallel.waiting import TASKS, adjustable, queued, sharing_cores
 
 pytestmark = pytest.mark.skipif(
-    _cpp.unavailable() is not None or not queued(), reason="needs fastalign._C and a kernel that tells of waiting"
+    cpp.unavailable() is not None or not queued(), reason="needs fastalign._C and a kernel that tells of waiting"
 )
 
 

@@ -16,7 +16,8 @@ from fastalign.data import cache
 from fastalign.models import lora
 from fastalign.models.policy import Policy
 from fastalign.models.raised import used_dtype
-from fastalign.ops import _onednn, attention
+from fastalign.ops import dispatch
+from fastalign.ops.backends.torch import onednn
 from fastalign.ops.dispatch import choose
 from fastalign.parallel.mesh import World
 
@@ -68,9 +69,9 @@ def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: b
     precision = (str(dtype), "gathered" if autocast and world.size > 1 else "cast" if autocast else "as it is")
     own = policy.attention.partition("_")[2]
     kernels = (
-        own or attention.choose_backend(world.device.type, dtype),
+        own or dispatch.choose_attention(None, world.device.type, dtype),
         choose("linear_loss", None, world.device.type),
-        _onednn.preferred() and _onednn.enabled(),
+        onednn.preferred() and onednn.enabled(),
     )
     return cache.key(precision, share_prefix, kernels, temperature, code_version(), device_name(world.device))
 

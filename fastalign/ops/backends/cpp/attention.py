@@ -7,26 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp
-from fastalign.ops._final import final
+from fastalign.ops.attention import Layout, out_dtype
+from fastalign.ops.backends import cpp
+from fastalign.ops.checks import NARROW
+from fastalign.ops.final import final
 
-unavailable = _cpp.unavailable
-"""Why the native attention cannot be used, or None when it can."""
+
+def unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
+    """Why it cannot serve tensors of this device and dtype; None when it can."""
+    if device != "cpu":
+        return f"needs CPU tensors, got {device}"
+    if dtype not in NARROW:
+        return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
+    return "the native attention has no softcap" if softcap else cpp.unavailable()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, dtype: torch.dtype) -> Tensor:
-    """Causal attention of the calls of a layout, in fp32 inside.
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
+    """Causal attention of the calls of a layout, in fp32 inside: what autocast would round beforehand stays exact.
 
     Args:
         q: ``[T, H, d]`` fp32, bf16 or fp16; so are ``k`` and ``v``, ``[T, K, d]``, each in a dtype of its own.
         plan: the `Layout`.
         scale: factor of the scores.
-        dtype: of the result.
+        softcap: None.
 
     Returns:
-        ``[T, H, d]``.
+        ``[T, H, d]``, in autocast's dtype where it is on.
     """
-    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, dtype)
+    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, out_dtype(q))
 
 
 class _Attend(torch.autograd.Function):
@@ -50,7 +58,7 @@ class _Attend(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float, lse: Tensor, **more: Any) -> None:
+def _call(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, lse: Tensor, **more: Any) -> None:
     from fastalign import _C
 
     calls, spans, trees = _tables(plan)
@@ -77,10 +85,10 @@ def _neighbours(x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
+    return x.data_ptr(), cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
 
 
-def _tables(plan: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(plan: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """int64 ``[C, 4]`` query start, stop and range of spans of each call; ``[n, 2]`` spans; ``[trees+1]`` offsets.
 
     Calls of one tree, which share keys, come one after the other, in the order of the layout.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastalign.ops._transfer import on_device
+from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
 Align = Literal["token", "sequence", "pair", "group"]

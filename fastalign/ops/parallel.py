@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from fastalign.ops._transfer import on_device
+from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
 Statistics = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"]

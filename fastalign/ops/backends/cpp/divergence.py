@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp
-from fastalign.ops._rows import Coefficients
+from fastalign.ops.backends import cpp
+from fastalign.ops.rows import Coefficients
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
@@ -48,8 +48,8 @@ def forward(
     logps = torch.empty(2, len(labels), dtype=dtype) if tokens else None
     ours, theirs = (None, None) if logps is None else logps
     outputs = {"logps": ours, "entropy": entropies}
-    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, outputs)
-    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {"logps": theirs})
+    policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, outputs)
+    reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {"logps": theirs})
     op = _describe(policy, reference, kind, mix, stats, value=value.data_ptr(), apart=apart)
     op.forward(torch.get_num_threads())
     return value, stats, logps, entropies
@@ -75,11 +75,11 @@ def mixture(
     """
     dtype = _check(logits, ref_logits, labels)
     stats, sums = (
-        _cpp._vector("stats", stats.reshape(-1), 5 * len(labels), dtype),
+        cpp.vector("stats", stats.reshape(-1), 5 * len(labels), dtype),
         torch.empty(2, len(labels), dtype=dtype),
     )
-    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, {})
-    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, {})
+    reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
     _describe(policy, reference, "jsd", mix, stats, value=sums.data_ptr()).mixture(torch.get_num_threads())
     return sums
 
@@ -107,20 +107,20 @@ def backward(
         ValueError: for a wrong shape, dtype or device.
     """
     dtype = _check(logits, ref_logits, labels)
-    _cpp._check_out(out, logits)
-    grad = _cpp._vector("grad", grad, len(labels), dtype)
-    stats = _cpp._vector("stats", stats.reshape(-1), 5 * len(labels), dtype)
+    cpp.check_out(out, logits)
+    grad = cpp.vector("grad", grad, len(labels), dtype)
+    stats = cpp.vector("stats", stats.reshape(-1), 5 * len(labels), dtype)
     given = {} if coefficients is None else coefficients._asdict()
-    row = {name: _cpp._vector(name, x, len(labels), dtype) for name, x in given.items() if x is not None}
-    policy, _alive = _cpp._describe(logits, labels, temperature, softcap, logit_scale, row, grad=_cpp._matrix(out))
-    reference, _also = _cpp._describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
+    row = {name: cpp.vector(name, x, len(labels), dtype) for name, x in given.items() if x is not None}
+    policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, row, grad=cpp.matrix(out))
+    reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
     _describe(policy, reference, kind, mix, stats, grad_value=grad.data_ptr()).backward(torch.get_num_threads())
 
 
 def _check(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> torch.dtype:
     """The dtype of the statistics, once shapes, dtypes and devices are right."""
-    _cpp._check(logits, labels)
-    _cpp._check(ref_logits, labels)
+    cpp.check(logits, labels)
+    cpp.check(ref_logits, labels)
     if logits.shape != ref_logits.shape:
         raise ValueError(f"ref_logits must be {tuple(logits.shape)} like the logits, got {tuple(ref_logits.shape)}")
     return torch.float64 if torch.float64 in (logits.dtype, ref_logits.dtype) else torch.float32

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastalign.ops import _cpp, _cuda
-from fastalign.ops._cpp_policy import describe
-from fastalign.ops._functors import Knobs
+from fastalign.ops.backends import cpp, cuda
+from fastalign.ops.backends.cpp.policy_loss import describe
+from fastalign.ops.functors import Knobs
 
 
 def run(
@@ -26,17 +26,17 @@ def run(
     softcap: float | None,
     cluster: int | None = None,
 ) -> Tensor:
-    """As ``_cpp_policy.run``, on CUDA tensors, in one launch.
+    """As ``cpp.policy_loss.run``, on CUDA tensors, in one launch.
 
     Args:
         cluster: how many blocks hold a row in their shared memory, a power of two; 0 reads rows twice; by default as
             many as the device needs. The bits are the same.
     """
-    _cpp._check(logits, labels, "cuda", _cuda.DEVICE)
+    cpp.check(logits, labels, "cuda", cuda.DEVICE)
     rows = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
     scaling = {"temperature": temperature, "softcap": softcap}
     settings = {"loss": loss, "kl_estimator": kl_estimator, "knobs": knobs, "entropy": entropy}
     op, table, _alive = describe(out, logits, labels, rows, **settings, **scaling)
-    with _cuda.on_stream(logits) as (kernels, stream):
+    with cuda.on_stream(logits) as (kernels, stream):
         kernels.policy_loss(op, kernels.policy_loss_cluster(op) if cluster is None else cluster, stream)
     return table

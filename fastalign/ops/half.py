@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops._rows import Coefficients
+from fastalign.ops.rows import Coefficients
 
 CEILING = 14
 """The scaled elements stay below 2^14; fp16 ends at 2^16."""

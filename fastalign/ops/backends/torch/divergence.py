@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops._rows import NEGLIGIBLE, Coefficients, idle, pick
-from fastalign.ops._torch_token_logps import (
+from fastalign.ops.backends.torch.token_logps import (
     FLOOR,
-    _out_of_range,
-    _row_gradients,
-    _rows_of,
-    _scaled,
-    _slope,
+    out_of_range,
     row_blocks,
+    row_gradients,
+    rows_of,
+    scaled,
+    slope_of,
 )
+from fastalign.ops.rows import NEGLIGIBLE, Coefficients, idle, pick
 from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
@@ -56,7 +56,7 @@ def forward(
     stats, entropies = value.new_empty(5, len(labels)), value.new_empty(len(labels)) if entropy else None
     logps = value.new_empty(2, len(labels)) if tokens else None
     for rows in row_blocks(logits):
-        tau, y = _rows_of(temperature, rows), labels[rows]
+        tau, y = rows_of(temperature, rows), labels[rows]
         log_p, *p_stats = _normalised(_z(logits[rows], dtype, tau, softcap, logit_scale))
         log_q, *q_stats = _normalised(_z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale))
         masked = y == IGNORE_INDEX
@@ -97,7 +97,7 @@ def mixture(
     """
     sums = stats.new_empty(2, len(labels))
     for rows in row_blocks(logits):
-        tau, (p_max, p_logsum, q_max, q_logsum, _) = _rows_of(temperature, rows), stats[:, rows, None]
+        tau, (p_max, p_logsum, q_max, q_logsum, _) = rows_of(temperature, rows), stats[:, rows, None]
         log_p = _z(logits[rows], stats.dtype, tau, softcap, logit_scale).sub_(p_max).sub_(p_logsum)
         log_q = _z(ref_logits[rows], stats.dtype, tau, ref_softcap, ref_logit_scale).sub_(q_max).sub_(q_logsum)
         p_over_m, q_over_m = _over_mixture(log_p, log_q, mix)
@@ -108,7 +108,7 @@ def mixture(
 
 def _marked(values: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
     """NaN where a label is out of range."""
-    return values.masked_fill_(_out_of_range(labels, logits.shape[1]), torch.nan)
+    return values.masked_fill_(out_of_range(labels, logits.shape[1]), torch.nan)
 
 
 def backward(
@@ -135,23 +135,23 @@ def backward(
     """
     dtype = stats.dtype
     for rows in row_blocks(logits):
-        tau, y, d = _rows_of(temperature, rows), labels[rows], grad[rows]
+        tau, y, d = rows_of(temperature, rows), labels[rows], grad[rows]
         p_max, p_logsum, q_max, q_logsum, pull = stats[:, rows, None]
         z = _z(logits[rows], dtype, tau, softcap, logit_scale)
-        slope = _slope(z, tau, softcap, logit_scale)
+        slope = slope_of(z, tau, softcap, logit_scale)
         q = _z(ref_logits[rows], dtype, tau, ref_softcap, ref_logit_scale)
         log_p, log_q = z.sub_(p_max).sub_(p_logsum), q.sub_(q_max).sub_(q_logsum)
         dz = _slopes(log_p, log_q, pull, kind, mix).mul_(_marked(d.clone(), y, logits)[:, None])
         skipped = (y == IGNORE_INDEX) | (d == 0)
         if coefficients is not None:
             part = pick(coefficients, rows)
-            dz = dz.masked_fill_(d[:, None] == 0, 0).add_(_row_gradients(log_p.clamp_(min=FLOOR), y, part))
+            dz = dz.masked_fill_(d[:, None] == 0, 0).add_(row_gradients(log_p.clamp_(min=FLOOR), y, part))
             skipped = (y == IGNORE_INDEX) | (idle(part) & (d == 0))
         out[rows] = dz.mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
 
 
 def _z(x: Tensor, dtype: torch.dtype, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    return _scaled(x.double() if dtype == torch.float64 else x, tau, softcap, logit_scale)
+    return scaled(x.double() if dtype == torch.float64 else x, tau, softcap, logit_scale)
 
 
 def _normalised(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

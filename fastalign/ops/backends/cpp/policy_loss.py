@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp
-from fastalign.ops._functors import COLUMNS, Knobs, columns
+from fastalign.ops.backends import cpp
+from fastalign.ops.functors import COLUMNS, Knobs, columns
 
 SURROGATES = {"sft": 0, "pg": 0, "ppo": 1, "cispo": 2, "sapo": 3}
 
@@ -33,9 +33,9 @@ def run(
 
     Args:
         out: ``[N, V]`` of the dtype of the logits, of any strides; may be the logits themselves.
-        logits, labels, temperature, softcap: as in ``_cpp.forward``.
+        logits, labels, temperature, softcap: as in ``cpp.forward``.
         weights, advantages, old_logps, ref_logps: ``[N]``; what is None is 1, the log-probs themselves, no KL.
-        loss, kl_estimator, knobs: as in ``_functors.fill``.
+        loss, kl_estimator, knobs: as in ``functors.fill``.
         entropy: whether to compute the entropy.
 
     Returns:
@@ -44,7 +44,7 @@ def run(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    _cpp._check(logits, labels)
+    cpp.check(logits, labels)
     rows = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
     scaling = {"temperature": temperature, "softcap": softcap}
     settings = {"loss": loss, "kl_estimator": kl_estimator, "knobs": knobs, "entropy": entropy}
@@ -70,11 +70,11 @@ def describe(
     from fastalign import _C
 
     if out is not None:
-        _cpp._check_out(out, logits)
-    table = torch.empty(len(COLUMNS), logits.shape[0], dtype=_cpp._stats_dtype(logits), device=logits.device)
-    vectors, matrices = _cpp._vectors(rows, logits), {} if out is None else {"grad": _cpp._matrix(out)}
+        cpp.check_out(out, logits)
+    table = torch.empty(len(COLUMNS), logits.shape[0], dtype=cpp.stats_dtype(logits), device=logits.device)
+    vectors, matrices = cpp.vectors(rows, logits), {} if out is None else {"grad": cpp.matrix(out)}
     fields = _statistics(table, entropy, knobs)
-    op, alive = _cpp._describe(logits, labels, temperature, softcap, 1.0, fields, **matrices)
+    op, alive = cpp.describe(logits, labels, temperature, softcap, 1.0, fields, **matrices)
     policy = _C.PolicyLoss(
         rows=op,
         surrogate=SURROGATES[loss],

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp, _onednn
-from fastalign.ops._final import final
+from fastalign.ops.backends import cpp
+from fastalign.ops.backends.torch import onednn
+from fastalign.ops.final import final
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
-
-
-unavailable = _cpp.unavailable
-"""Why the native layers cannot be used, or None when they can."""
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -94,7 +91,7 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, *, adjoint: bool) -> N
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
+    return x.data_ptr(), cpp.DTYPES[x.dtype], x.stride(0), x.stride(1)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -149,14 +146,14 @@ class _SiluMulLinear(torch.autograd.Function):
         y = torch.empty_like(gate)
         _silu(gate, up, y=_rows(y))
         ctx.save_for_backward(gate, up, weight)
-        return _onednn.linear(y, weight, None) if _onednn.serves(y, weight) else torch.nn.functional.linear(y, weight)
+        return onednn.linear(y, weight, None) if onednn.serves(y, weight) else torch.nn.functional.linear(y, weight)
 
     @staticmethod
     @final("the native silu_mul_linear")
     def backward(ctx, *grads):
         gate, up, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
-        product = _onednn.product if _onednn.serves(grad, weight) else torch.mm
+        product = onednn.product if onednn.serves(grad, weight) else torch.mm
         y = product(grad, weight)  # its gradient, until it is overwritten
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         _silu(gate, up, y=_rows(y), grad_y=_rows(y), grad_gate=_rows(grad_gate), grad_up=_rows(grad_up))
@@ -171,4 +168,4 @@ def _silu(gate: Tensor, up: Tensor, **more: Any) -> None:
 
 
 def _rows(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), _cpp.DTYPES[x.dtype], x.shape[-1]
+    return x.data_ptr(), cpp.DTYPES[x.dtype], x.shape[-1]

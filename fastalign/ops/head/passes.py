@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.ops._gradients import add_chunk
-from fastalign.ops._head import (
+from fastalign.ops.head.backward import add_chunk
+from fastalign.ops.head.gemm import project
+from fastalign.ops.head.head import (
     Head,
     Leaves,
     Stats,
@@ -21,11 +22,10 @@ from fastalign.ops._head import (
     sweep,
     workspace,
 )
-from fastalign.ops._loss_fn import LossFn, evaluate
-from fastalign.ops._products import project
-from fastalign.ops._rows import Coefficients, pick
-from fastalign.ops._units import Units
-from fastalign.ops.plan import Chunk, Plan
+from fastalign.ops.head.loss_fn import LossFn, evaluate
+from fastalign.ops.head.plan import Chunk, Plan
+from fastalign.ops.head.units import Units
+from fastalign.ops.rows import Coefficients, pick
 from fastalign.types import TokenStats
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp_product, _onednn
-from fastalign.ops._head import Head
-from fastalign.ops.plan import UPCAST_ROWS
+from fastalign.ops.backends.cpp import product
+from fastalign.ops.backends.torch import onednn
+from fastalign.ops.head.head import Head
+from fastalign.ops.head.plan import UPCAST_ROWS
 
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
@@ -53,8 +54,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
             multiply(part, b, tile, tile if plus is out else plus, False)
             out[rows] = tile[: rows.stop - rows.start]
         return out
-    if (plus is None or plus is out) and _onednn.multiplies(a, b, out):
-        _onednn.multiply(a, b, out, add=plus is out)
+    if (plus is None or plus is out) and onednn.multiplies(a, b, out):
+        onednn.multiply(a, b, out, add=plus is out)
         return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
 
@@ -83,14 +84,14 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor
     if alpha is not None:
         _add_scaled(acc, a, b, alpha, first=first)
         return
-    if _onednn.multiplies(a, b, acc):
-        _onednn.multiply(a, b, acc, add=not first)
+    if onednn.multiplies(a, b, acc):
+        onednn.multiply(a, b, acc, add=not first)
         return
     if a.dtype == acc.dtype:
         acc.addmm_(a, b, beta=0 if first else 1)
         return
-    if _cpp_product.serves(acc, a, b):
-        _cpp_product.add_product(acc, a, b, first=first)
+    if product.serves(acc, a, b):
+        product.add_product(acc, a, b, first=first)
         return
     wide = b.to(acc.dtype) if acc.device.type == "cpu" else b
     for start in range(0, acc.shape[0], UPCAST_ROWS):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.ops._half import held_in
-from fastalign.ops._head import (
+from fastalign.ops.half import held_in
+from fastalign.ops.head.gemm import add_back, add_product, multiply_back, parts, project
+from fastalign.ops.head.head import (
     Head,
     Leaves,
     Needs,
@@ -21,11 +22,10 @@ from fastalign.ops._head import (
     spread,
     workspace,
 )
-from fastalign.ops._products import add_back, add_product, multiply_back, parts, project
-from fastalign.ops._rows import Coefficients, idle, pick
-from fastalign.ops.plan import Plan
+from fastalign.ops.head.plan import Plan
+from fastalign.ops.parallel import begin_sum
+from fastalign.ops.rows import Coefficients, idle, pick
 from fastalign.ops.token_logps import ELSEWHERE
-from fastalign.ops.vocab_parallel import begin_sum
 
 WORTH_COMPACTING = 0.25
 """Share of rows without a coefficient from which moving the others together costs less than their GEMMs."""

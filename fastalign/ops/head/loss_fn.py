@@ -34,6 +34,7 @@ def evaluate(loss_fn: LossFn, stats: TokenStats, gradient: bool) -> tuple[Tensor
 
 
 def checked(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What ``loss_fn`` returned as (loss, detached metrics)."""
     loss, metrics = result if isinstance(result, tuple) else (result, {})
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
         got = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._divergence_shards import measure
-from fastalign.ops._gradients import write_rows
-from fastalign.ops._half import one_for_all
-from fastalign.ops._head import Head, Options, hidden_rows, kernel_dtype, make_head, planned_columns, workspace
-from fastalign.ops._products import add_product, project
-from fastalign.ops._torch_token_logps import BLOCK_BYTES
-from fastalign.ops.plan import Plan, make_plan
+from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
+from fastalign.ops.divergence_shards import measure
+from fastalign.ops.half import one_for_all
+from fastalign.ops.head.backward import write_rows
+from fastalign.ops.head.gemm import add_product, project
+from fastalign.ops.head.head import Head, Options, hidden_rows, kernel_dtype, make_head, planned_columns, workspace
+from fastalign.ops.head.plan import Plan, make_plan
+from fastalign.ops.parallel import begin_sum, make_shard
 from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
-from fastalign.ops.vocab_parallel import begin_sum, make_shard
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _scratch_bytes(streams: Streams) -> int:
     """Cast weights, and the temporaries of the torch sweep: about eight of one block each."""
     heads, columns = (streams.policy, streams.ref), planned_columns(streams.policy)
     casts = sum(columns * head.cast * head.options.dtype.itemsize for head in heads)
-    if streams.policy.sweep.__name__ != "fastalign.ops._torch_divergence":
+    if streams.policy.sweep.__name__ != "fastalign.ops.backends.torch.divergence":
         return casts
     row, device = columns * streams.dtype.itemsize, streams.policy.hidden.device.type
     block = max(row, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]))
@@ -113,6 +113,7 @@ class Call(NamedTuple):
 
 
 def make_streams(call: Call) -> Streams:
+    """Both heads with their scored rows."""
     kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device)
     tau = call.temperature if call.temperatures is None else call.temperatures
     labels, shard = call.labels, make_shard(call.group, call.shards)
@@ -144,7 +145,7 @@ def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, T
 
 
 def scaled(streams: Streams, rows: slice, stats: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The upstream of some rows as their products want it, and the factor that the products need; see ``_half``.
+    """The upstream of some rows as their products want it, and the factor that the products need; see ``half``.
 
     No element of ``dz`` exceeds ``2 K + 1``, with K the mean that it subtracts: ``p ln(p / pi)`` is at least
     ``-pi / e``, so that none of its sum K exceeds ``K + 1 / e``.

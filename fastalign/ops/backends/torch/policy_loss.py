@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastalign.ops import _functors
-from fastalign.ops._functors import COLUMNS, Knobs, columns
-from fastalign.ops._rows import Coefficients
-from fastalign.ops._torch_token_logps import backward, forward
-from fastalign.ops.vocab_parallel import Statistics
+from fastalign.ops import functors
+from fastalign.ops.backends.torch.token_logps import backward, forward
+from fastalign.ops.functors import COLUMNS, Knobs, columns
+from fastalign.ops.parallel import Statistics
+from fastalign.ops.rows import Coefficients
 from fastalign.types import IGNORE_INDEX
 
 
@@ -30,7 +30,7 @@ def run(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``fastalign.ops._cpp_policy.run``."""
+    """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``cpp.policy_loss.run``."""
     scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     found = forward(logits, labels, **scaling, entropy=entropy or knobs.entropy_coef != 0, top1=True)
     rows = (weights, advantages, old_logps, ref_logps)
@@ -50,7 +50,7 @@ def tabulate(
     for name, x in {"logps": logps, "entropy": entropies, "max": maximum, "logsum": logsum, "top1": top1}.items():
         if x is not None:
             column[name].copy_(x)
-    _functors.fill(table, labels == IGNORE_INDEX, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)  # pyright: ignore
+    functors.fill(table, labels == IGNORE_INDEX, *rows, loss=loss, kl_estimator=kl_estimator, knobs=knobs)  # pyright: ignore
     return table
 
 

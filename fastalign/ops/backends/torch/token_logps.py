@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastalign.ops._rows import Coefficients, idle, pick
+from fastalign.ops.parallel import Statistics
+from fastalign.ops.rows import Coefficients, idle, pick
 from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
-from fastalign.ops.vocab_parallel import Statistics
 from fastalign.types import IGNORE_INDEX
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -46,7 +46,7 @@ def forward(
     for rows in row_blocks(logits):
         y = labels[rows]
         masked = y == IGNORE_INDEX
-        z = _scaled(logits[rows], _rows_of(temperature, rows), softcap, logit_scale)
+        z = scaled(logits[rows], rows_of(temperature, rows), softcap, logit_scale)
         m = z.amax(-1)
         target = z.gather(1, y.long().clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
         leads = _is_argmax(z, target == m, y) if top1 else None
@@ -56,7 +56,7 @@ def forward(
         p = z.exp()
         norm = p.sum(-1)
         s = norm.log()
-        logps[rows] = _target_logps(target - m - s, y, logits.shape[1])
+        logps[rows] = target_logps(target - m - s, y, logits.shape[1])
         maximum[rows] = m.masked_fill_(masked, 0)
         if entropies is not None:
             h = s - p.mul_(z.clamp_(min=torch.finfo(dtype).min)).sum(-1) / norm
@@ -81,19 +81,19 @@ def backward(
 ) -> None:
     """Writes ``d logits`` into ``out``, which may be ``logits``; rows without a coefficient become zeros, unread."""
     for rows in row_blocks(logits):
-        tau, y, part = _rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
-        z = _scaled(logits[rows], tau, softcap, logit_scale)
-        slope = _slope(z, tau, softcap, logit_scale)
+        tau, y, part = rows_of(temperature, rows), labels[rows], pick(coefficients, rows)
+        z = scaled(logits[rows], tau, softcap, logit_scale)
+        slope = slope_of(z, tau, softcap, logit_scale)
         log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=FLOOR)
-        dz = _row_gradients(log_p, y, part).mul_(slope)
+        dz = row_gradients(log_p, y, part).mul_(slope)
         out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)
 
 
-def _row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
+def row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
     """``dz`` from ``ln p``, which it overwrites; at the label ``1 - p`` is ``-expm1(ln p)``."""
     vocab = log_p.shape[1]
     g, alpha, beta, delta = (None if x is None else x[:, None] for x in coefficients)
-    g = coefficients.g.masked_fill(_out_of_range(labels, vocab), torch.nan)[:, None]
+    g = coefficients.g.masked_fill(out_of_range(labels, vocab), torch.nan)[:, None]
     targets, here = labels.long().clamp(0, vocab - 1)[:, None], ((labels >= 0) & (labels < vocab))[:, None]
     p, target = log_p.exp(), log_p.gather(1, targets)
     pull = torch.zeros_like(g) if alpha is None else alpha
@@ -123,11 +123,12 @@ def row_blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, logits.shape[0], step))
 
 
-def _rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
+def rows_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    """The temperature of some rows, beside their logits."""
     return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
 
-def _scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+def scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     """A fresh ``z`` in the statistics' dtype; skipped rows, which may hold NaN, are selected out by the caller."""
     z = logits.to(stats_dtype(logits), copy=True)
     if logit_scale != 1.0:
@@ -137,17 +138,18 @@ def _scaled(logits: Tensor, tau: float | Tensor, softcap: float | None, logit_sc
     return z.div_(tau) if isinstance(tau, Tensor) or tau != 1.0 else z
 
 
-def _slope(z: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> float | Tensor:
+def slope_of(z: Tensor, tau: float | Tensor, softcap: float | None, logit_scale: float) -> float | Tensor:
     """``dz / d logits``: a number, ``[n, 1]``, or (with a softcap) a matrix."""
     slope = logit_scale / tau
     return slope if softcap is None else (z * tau).div_(softcap).square_().neg_().add_(1).mul_(slope)
 
 
-def _target_logps(logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
+def target_logps(logps: Tensor, labels: Tensor, vocab: int) -> Tensor:
     """0 where there is no target here, NaN where the label is out of range."""
     logps = logps.masked_fill((labels == IGNORE_INDEX) | (labels == ELSEWHERE), 0)
-    return logps.masked_fill(_out_of_range(labels, vocab), torch.nan)
+    return logps.masked_fill(out_of_range(labels, vocab), torch.nan)
 
 
-def _out_of_range(labels: Tensor, vocab: int) -> Tensor:
+def out_of_range(labels: Tensor, vocab: int) -> Tensor:
+    """``[n]`` whether a label is neither a column nor one of the two special values."""
     return (labels >= vocab) | ((labels < 0) & (labels != IGNORE_INDEX) & (labels != ELSEWHERE))

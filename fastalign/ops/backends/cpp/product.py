@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops import _cpp
+from fastalign.ops.backends import cpp
 
 
 def serves(acc: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -15,7 +15,7 @@ def serves(acc: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _available() -> bool:
-    if _cpp.unavailable():
+    if cpp.unavailable():
         return False
     from fastalign import _C
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops._checks import kernel_labels
-from fastalign.ops._half import one_for_all, row_bound, times
-from fastalign.ops._rows import Coefficients, coefficients, smoothed
-from fastalign.ops._torch_token_logps import BLOCK_BYTES
+from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
+from fastalign.ops.checks import kernel_labels
+from fastalign.ops.half import one_for_all, row_bound, times
+from fastalign.ops.parallel import Shard, Statistics, combine, localise, nothing
+from fastalign.ops.rows import Coefficients, coefficients, smoothed
 from fastalign.ops.token_logps import stats_dtype
-from fastalign.ops.vocab_parallel import Shard, Statistics, combine, localise, nothing
 from fastalign.types import IGNORE_INDEX
 
 
@@ -211,7 +211,7 @@ def scratch_bytes(head: Head) -> int:
     """What does not depend on the rows of a chunk: the cast weight, the widened hidden, the torch sweep's blocks."""
     options, columns = head.options, planned_columns(head)
     cast = columns * head.cast * options.dtype.itemsize + (0 if head.up is None else head.hidden.nbytes)
-    if head.sweep.__name__ != "fastalign.ops._torch_token_logps":
+    if head.sweep.__name__ != "fastalign.ops.backends.torch.token_logps":
         return cast
     row = columns * kernel_dtype(options.dtype).itemsize
     block = max(row, BLOCK_BYTES.get(head.hidden.device.type, BLOCK_BYTES["cuda"]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalign.ops._final import final
+from fastalign.ops.final import final
 
 LEAST_WORK = 1 << 22
 """Multiply-adds from which a product is worth a fresh result that is copied."""

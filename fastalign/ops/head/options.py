@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops._checks import (
+from fastalign.ops.checks import (
     Lora,
     check_deterministic,
     check_linear,
@@ -20,11 +20,11 @@ from fastalign.ops._checks import (
     check_smoothing,
     unpack_lora,
 )
-from fastalign.ops._dtensor import vocabulary_slices, whole
-from fastalign.ops._head import Head, Options, gemm_dtype, make_head
-from fastalign.ops._products import INVARIANT_ROWS
+from fastalign.ops.head.dtensor import vocabulary_slices, whole
+from fastalign.ops.head.gemm import INVARIANT_ROWS
+from fastalign.ops.head.head import Head, Options, gemm_dtype, make_head
+from fastalign.ops.parallel import agree, checked_together, is_split, make_shard
 from fastalign.ops.token_logps import split_temperature, stats_dtype
-from fastalign.ops.vocab_parallel import agree, checked_together, is_split, make_shard
 from fastalign.types import IGNORE_INDEX
 
 SCHEMA = (

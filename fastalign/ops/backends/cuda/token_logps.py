@@ -1,0 +1,53 @@
+"""The native CUDA sweeps of ``token_logps``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.backends import cpp, cuda
+from fastalign.ops.backends.cpp.token_logps import Statistics, new_statistics
+from fastalign.ops.rows import Coefficients
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    total: bool = False,
+    top1: bool = False,
+) -> Statistics:
+    """As ``cpp.token_logps.forward``, on CUDA tensors."""
+    cpp.check(logits, labels, "cuda", cuda.DEVICE)
+    outputs = new_statistics(logits, entropy, total, top1)
+    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
+    with cuda.on_stream(logits) as (kernels, stream):
+        blocks = kernels.blocks_per_row(*logits.shape)
+        scratch = torch.empty(kernels.scratch(op) if blocks > 1 else 0, dtype=torch.uint8, device=logits.device)
+        kernels.token_logps_forward(op, blocks, scratch.data_ptr(), stream)
+    return outputs
+
+
+def backward(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    max: Tensor,
+    logsum: Tensor,
+    coefficients: Coefficients,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """As ``cpp.token_logps.backward``, on CUDA tensors; ``out`` may be the logits."""
+    cpp.check(logits, labels, "cuda", cuda.DEVICE)
+    cpp.check_out(out, logits)
+    inputs = cpp.vectors({"max": max, "logsum": logsum, **coefficients._asdict()}, logits)
+    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, inputs, grad=cpp.matrix(out))
+    with cuda.on_stream(logits) as (kernels, stream):
+        kernels.token_logps_backward(op, kernels.blocks_per_row(*logits.shape), stream)

@@ -1,0 +1,1 @@
+"""The flash-attn package, on CUDA in half precision."""

@@ -1,0 +1,1 @@
+"""PyTorch's own variable-length attention, on CUDA in half precision."""

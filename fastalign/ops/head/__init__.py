@@ -1,0 +1,1 @@
+"""What the linear ops share: the LM head between hidden states and logits, and its gradients."""
