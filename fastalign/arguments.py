@@ -300,7 +300,7 @@ def build_parser(method: str, losses: Losses) -> Any:
     parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=printing)
     for section, cls in sections().items():
         parser.add_class_arguments(cls, section)
-    one = f"One of {accepted}, or your own as file.py:function; each has its own settings. A list is a weighted sum."
+    one = f"One of {accepted}; or your own, file.py:function. Each has its own settings. A list is a weighted sum."
     parser.add_argument("--loss.name", type=list[str] | str, default=one_or_list(losses), help=one)
     if len(losses) > 1:
         weights = "One weight per loss; default: 1 each."

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.pairs import check_smoothing, log_ratios, per_token, smoothed
+from fastalign.losses.pairs import check_smoothing, log_ratios, pair_logps, per_token, smoothed
 from fastalign.losses.preference_free import cpo, imitation_metrics, orpo, orpo_metrics, sft, simpo, slic
 from fastalign.losses.preference_sides import apo_down, apo_zero, bco_pair, nca, sppo
 from fastalign.losses.preference_wide import aot, aot_unpaired, ld_dpo, tdpo1, tdpo2, tdpo_metrics
@@ -24,6 +24,8 @@ from fastalign.losses.reduce import sum_and_count
 from fastalign.losses.supervised import perplexity_of
 from fastalign.losses.traits import Family, Loss
 from fastalign.types import PairLogps
+
+__all__ = ["FAMILY", "LOSSES", "log_ratios", "metrics", "pair_logps"]
 
 
 def dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
