@@ -19,8 +19,7 @@ from fastalign.data.loader import encode_dataset
 from fastalign.data.pack import build_batch, pack
 from fastalign.data.sources import load_rows
 from fastalign.engine.forward import Models, run_head
-from fastalign.engine.method import Objective
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.optim import AdamW, make_optimizer
 from fastalign.engine.prepare import score_reference
 from fastalign.engine.reference.frozen import reference_logps

@@ -11,22 +11,16 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from fastalign import written
+from fastalign import words, written
 from fastalign.config import Config, as_yaml
-from fastalign.words import describe_type, kind_of
+from fastalign.engine.methods import METHODS, choose, one_or_list
+from fastalign.words import describe_type, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
-METHODS = {
-    "sft": "fine-tune on demonstrations or plain text",
-    "reward": "train a reward model on preference pairs, rankings or steps",
-    "dpo": "align on preference pairs",
-    "kto": "align on single completions that were called good or bad",
-    "rrhf": "align on ranked completions of a prompt",
-    "distill": "match the distribution of a teacher",
-}
-"""The methods of ``engine.methods`` with their line of help; a copy, because the engine is slow to import."""
+if TYPE_CHECKING:
+    from fastalign.losses.traits import Loss
 
 TRL_NAMES = {
     "model_name_or_path": "model.path",
@@ -65,7 +59,7 @@ TRL_NAMES = {
 """Names that users of TRL type, and what they are called here."""
 
 
-Losses = Mapping[str, Callable[..., Any]]
+Losses = Mapping[str, "Loss"]
 """The losses of a configuration by name; more than one for a weighted sum."""
 
 
@@ -80,8 +74,8 @@ def parse_config(method: str, argv: list[str]) -> Config:
         UsageError: an unknown key, a value of the wrong type, an unreadable file.
         SystemExit: the help or the settings were asked for, and are printed.
     """
-    paths, words = split_config(argv)
-    flags, others = split_flags(words)
+    paths, rest = split_config(argv)
+    flags, others = split_flags(rest)
     files = [(path, read_yaml(path)) for path in paths]
     for path, tree in files:
         check_method(path, tree, method)
@@ -171,7 +165,7 @@ def asked_loss(method: str, flags: list[Flag], trees: Iterable[dict[str, Any]]) 
     asked = next((names_in(name) for name in reversed(named) if written.free(name) is not None), [])
     for flag in flags:
         if flag.key == "loss.name" and flag.text is not None:
-            before = asked or [next(iter(known_losses(method)[0]))]
+            before = asked or [next(iter(METHODS[method].losses))]
             asked = [*(before if flag.appends else []), *names_in(flag.text)]
     return asked
 
@@ -185,30 +179,11 @@ def names_in(value: Any) -> list[str]:
 
 
 def find_losses(method: str, asked: list[str]) -> Losses:
-    """The losses by their canonical names, the method's default for none; TRL's spellings are understood."""
-    losses, aliases = known_losses(method)
-    found = [aliases.get(name, name) for name in asked or [next(iter(losses))]]
-    for name in found:
-        if name not in losses:
-            known = [*losses, *aliases]
-            raise UsageError(
-                f"loss.name: {method} has no loss {name!r}{nearest(name, known)} (all: {', '.join(known)})"
-            )
-    if repeated := sorted({name for name in found if found.count(name) > 1}):
-        raise UsageError(f"loss.name: {', '.join(repeated)} stands more than once; name each loss of a sum once")
-    return {name: losses[name] for name in found}
-
-
-def one_or_list(losses: Losses) -> str | list[str]:
-    """``loss.name`` as it is written down."""
-    return next(iter(losses)) if len(losses) == 1 else list(losses)
-
-
-def known_losses(method: str) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, str]]:
-    """A method's losses, the default first, and other spellings of their names."""
-    from fastalign.engine.methods import METHODS as methods  # brings torch
-
-    return methods[method].losses, methods[method].aliases
+    """The losses by their canonical names, the method's default for none; an import path brings a user's own."""
+    try:
+        return choose(method, asked)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def sections() -> dict[str, type]:
@@ -219,7 +194,7 @@ def sections() -> dict[str, type]:
 
 def schema_of(losses: Losses) -> dict[str, str]:
     """Every accepted ``section.key`` with its type as the code spells it."""
-    parameters = [p for loss in losses.values() for p in inspect.signature(loss).parameters.values()]
+    parameters = [p for loss in losses.values() for p in inspect.signature(loss.fn).parameters.values()]
     return {
         "method": "str",
         "loss.name": "list[str] | str",
@@ -227,11 +202,6 @@ def schema_of(losses: Losses) -> dict[str, str]:
         **{f"loss.{p.name}": spelled(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY},
         **{f"{name}.{field.name}": str(field.type) for name, cls in sections().items() for field in fields(cls)},
     }
-
-
-def spelled(annotation: Any) -> str:
-    """A type as the code spells it, in a file with and without postponed annotations."""
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def asked_method(argv: list[str], default: str) -> str:
@@ -288,7 +258,7 @@ def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses:
 
 def no_sum(method: str, name: str) -> str:
     """Why a single loss takes no weights, and how to name several."""
-    others = [other for other in known_losses(method)[0] if other != name]
+    others = [other for other in METHODS[method].losses if other != name]
     if not others:
         return f"{name!r} is the only loss of {method}, so there is no sum to weigh; leave it out"
     other = "sft" if "sft" in others else others[0]
@@ -303,13 +273,7 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
         if TRL_NAMES.get(last) in accepted
         else [key for key in accepted if key.rsplit(".", 1)[-1] == last]
     )
-    close = same or longer(last, accepted) or close_to(name, accepted, cutoff=0.3)
-    return f": did you mean {close[0]!r}?" if close else ""
-
-
-def longer(last: str, accepted: Iterable[str]) -> list[str]:
-    """The settings whose last part begins with a shorter one: gamma_beta_ratio with gamma."""
-    return [key for key in accepted if len(last) > 2 and key.rsplit(".", 1)[-1].startswith(f"{last}_")]
+    return f": did you mean {same[0]!r}?" if same else words.nearest(name, accepted)
 
 
 def close_to(name: str, accepted: Iterable[str], cutoff: float = 0.8) -> list[str]:
@@ -322,11 +286,11 @@ def build_parser(method: str, losses: Losses) -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    accepted = ", ".join(known_losses(method)[0])
+    accepted = ", ".join(METHODS[method].losses)
     parser = jsonargparse.ArgumentParser(
         prog=f"fastalign {method}",
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
-        description=METHODS[method].capitalize() + ".",
+        description=METHODS[method].help.capitalize() + ".",
         formatter_class=plain_help(schema_of(losses)),
     )
     parser.add_argument(
@@ -336,15 +300,15 @@ def build_parser(method: str, losses: Losses) -> Any:
     parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=printing)
     for section, cls in sections().items():
         parser.add_class_arguments(cls, section)
-    one = f"One of {accepted}; each has its own settings. A list is a weighted sum."
+    one = f"One of {accepted}; or your own, file.py:function. Each has its own settings. A list is a weighted sum."
     parser.add_argument("--loss.name", type=list[str] | str, default=one_or_list(losses), help=one)
     if len(losses) > 1:
         weights = "One weight per loss; default: 1 each."
         parser.add_argument("--loss.loss_weights", type=list[float] | None, default=None, help=weights)
     seen: set[str | int] = set()
     for loss in losses.values():
-        parser.add_function_arguments(loss, "loss", as_group=not seen, skip=seen | set(positionals(loss)))
-        seen |= set(inspect.signature(loss).parameters)
+        parser.add_function_arguments(loss.fn, "loss", as_group=not seen, skip=seen | set(positionals(loss.fn)))
+        seen |= set(inspect.signature(loss.fn).parameters)
     for action in parser._actions:  # no public way to leave out --model FILE, --data FILE, ...
         if action.dest in {"loss", *sections()}:
             action.help = argparse.SUPPRESS

@@ -19,8 +19,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastalign.arguments import METHODS, UsageError, asked_method, nearest, parse_config
+from fastalign.arguments import UsageError, asked_method, nearest, parse_config
 from fastalign.engine.interrupt import handled
+from fastalign.engine.methods import METHODS, families
 
 LAST_WORDS = "FASTALIGN_LAST_WORDS"
 """Names the file in which rank 0 leaves to ``fastalign torchrun`` what an interrupted run says."""
@@ -124,7 +125,7 @@ def run_command(argv: list[str]) -> int:
 
 def usage() -> str:
     """The text of ``fastalign --help``."""
-    lines = list(METHODS.items())
+    lines = [(name, method.help) for name, method in METHODS.items()]
     lines += [(name, str(command.__doc__)) for name, command in COMMANDS.items()]
     commands = "\n".join(f"  {name:11}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
     return (
@@ -209,7 +210,7 @@ def methods(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="fastalign methods", description=methods.__doc__).parse_args(argv)
     from fastalign.losses.catalogue import page  # brings torch
 
-    print(page(), end="")
+    print(page(families()), end="")
     return 0
 
 

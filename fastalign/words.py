@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import difflib
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 ONE = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
@@ -40,6 +43,24 @@ def describe_type(annotation: str, setting: str = "") -> str:
     """
     example = EXAMPLES.get(setting)
     return _join([_describe(node, example) for node in members(ast.parse(annotation, mode="eval").body)])
+
+
+def spelled(annotation: Any) -> str:
+    """A type as the code spells it, in a file with and without postponed annotations."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def nearest(name: str, accepted: Iterable[str], cutoff: float = 0.3) -> str:
+    """``: did you mean 'dpo'?``, or nothing where no accepted name is near; a beginning of one is nearest.
+
+    Example:
+        >>> nearest("apo", ["dpo", "apo_zero"]), nearest("sgd", ["dpo"], cutoff=0.6)
+        (": did you mean 'apo_zero'?", '')
+    """
+    accepted, last = list(accepted), name.rsplit(".", 1)[-1]
+    longer = [key for key in accepted if len(last) > 2 and key.rsplit(".", 1)[-1].startswith(f"{last}_")]
+    close = longer or difflib.get_close_matches(name, accepted, n=1, cutoff=cutoff)
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 def kind_of(value: Any) -> str:

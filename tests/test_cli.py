@@ -16,12 +16,13 @@ import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from fastalign import arguments, cli
+from fastalign import cli
 from fastalign.arguments import UsageError, parse_config
 from fastalign.config import Config
-from fastalign.engine import methods
 from fastalign.engine.interrupt import Interrupted
-from fastalign.losses.mixture import keywords
+from fastalign.engine.methods import METHODS
+from fastalign.losses.traits import canonical as canonical_names
+from fastalign.losses.traits import keywords
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -88,8 +89,9 @@ def test_mappings_and_unions_are_settable_from_flags():
 
 @pytest.mark.parametrize("name", ["ipo", "simpo", "sigmoid"])
 def test_the_losses_keywords_are_the_schema(name):
-    canonical = methods.METHODS["dpo"].aliases.get(name, name)
-    expected = keywords(methods.METHODS["dpo"].losses[canonical])
+    losses = METHODS["dpo"].losses
+    canonical = canonical_names(losses)[name]
+    expected = keywords(losses[canonical])
     assert parse_config("dpo", ["--loss.name", name]).loss == {"name": canonical, **expected}
     assert parse_config("dpo", [f"--loss.name={name}"]).loss["name"] == canonical
 
@@ -292,7 +294,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "fastalign: error: rank 0 was stopped by SIGKILL\n"
 
 
-@pytest.mark.parametrize("method", arguments.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_print_config_can_be_loaded_again(capsys, engine, write, method):
     flags = ["--optim.lr", "1e-5", "--data.columns.prompt", "q", "--batch.size", "3"]
     with pytest.raises(SystemExit, match="0"):
@@ -301,7 +303,7 @@ def test_print_config_can_be_loaded_again(capsys, engine, write, method):
     assert parse_config(method, ["--config", printed]) == parse_config(method, flags)
 
 
-@pytest.mark.parametrize("method", arguments.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_saved_configuration_can_be_loaded_again(write, method):
     config = parse_config(method, ["--optim.betas", "[0.5, 0.6]"])
     tree = dataclasses.asdict(config)
@@ -318,7 +320,7 @@ def test_help_comes_from_the_docstrings(capsys):
     assert "One of dpo, cdpo, robust, ipo" in text
 
 
-@pytest.mark.parametrize("method", arguments.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_help_spells_no_types_of_python(capsys, method):
     with pytest.raises(SystemExit, match="0"):
         cli.main([method, "--help"])
@@ -329,8 +331,7 @@ def test_help_spells_no_types_of_python(capsys, method):
 def test_commands_and_methods_are_listed(capsys):
     assert cli.main(["--help"]) == cli.main([]) == 0
     output = capsys.readouterr().out
-    assert all(f"\n  {name} " in output for name in [*arguments.METHODS, *cli.COMMANDS])
-    assert arguments.METHODS.keys() == methods.METHODS.keys()
+    assert all(f"\n  {name} " in output for name in [*METHODS, *cli.COMMANDS])
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys):

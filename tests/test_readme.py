@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from fastalign import cli
-from fastalign.arguments import METHODS, parse_config
+from fastalign.arguments import parse_config
 from fastalign.data import builtin
+from fastalign.engine.methods import METHODS
 from fastalign.engine.output import report
 
 ROOT = Path(__file__).resolve().parents[1]

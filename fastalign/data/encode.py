@@ -90,7 +90,7 @@ def encode_dataset(
     columns.report_unread(plain, form, method, named)
     columns.report_null(plain, form, method, counts)
     _report(counts, data.max_length)
-    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.METHODS[method].own_rows)
+    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.ROWS[method].own_rows)
 
 
 class Encoder:
@@ -110,7 +110,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
         self.form, self.method, self.raw_dialogue, self.repeated = form, method, raw_dialogue, repeated
-        self.reading = formats.METHODS[method]
+        self.reading = formats.ROWS[method]
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self.total = 0

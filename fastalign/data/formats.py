@@ -30,7 +30,7 @@ from fastalign.data import feedback, prompts
 from fastalign.data.messages import Text, is_empty, read, read_turns, strip_none
 from fastalign.words import kind_of
 
-__all__ = ["CONTEXT", "FORMATS", "METHODS", "Example", "Reading", "is_empty", "normalise", "recognise", "said"]
+__all__ = ["CONTEXT", "FORMATS", "ROWS", "Example", "Reading", "is_empty", "normalise", "recognise", "said"]
 
 FORMATS: dict[str, tuple[set[str], ...]] = {
     "prompt_completion": ({"prompt", "completion"},),
@@ -63,7 +63,7 @@ class Reading:
     own_rows: bool = False
 
 
-METHODS = {
+ROWS = {
     "sft": Reading(("prompt_completion", "text", "preference"), imitates=True),
     "distill": Reading(("prompt_completion", "text", "preference"), imitates=True),
     "dpo": Reading(("preference",)),
@@ -74,7 +74,7 @@ METHODS = {
     "kto": Reading(("unpaired", "preference"), unit="completion"),
     "rrhf": Reading(("ranked", "preference"), unit="candidate"),
 }
-"""The methods that train on rows; kto and rrhf read a preference as a good and a bad completion."""
+"""Kinds of rows, by method, or by method and loss; kto and rrhf read a preference as a good and a bad completion."""
 
 CONTEXT = ("question", "instruction", "query", "input", "messages", "conversations", "system", "context", "history")
 """Columns that hold what the completions answer, or a part of it, unless the data repeat it elsewhere."""
@@ -107,7 +107,7 @@ def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
 
     Args:
         columns: the dataset's column names.
-        method: a key of `METHODS`.
+        method: a key of `ROWS`.
         wanted: `auto`, or the format that the user asked for.
 
     Raises:
@@ -116,9 +116,9 @@ def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
     present = set(columns)
     if images := present & {"image", "images"}:
         raise ValueError(f"column {min(images)!r}: images are not supported, remove the column to train on text alone")
-    if method not in METHODS:
-        raise ValueError(f"expected a method among {sorted(METHODS)}, got {method!r}")
-    known = METHODS[method].formats
+    if method not in ROWS:
+        raise ValueError(f"expected a method among {sorted(ROWS)}, got {method!r}")
+    known = ROWS[method].formats
     if wanted != "auto" and wanted not in known:
         raise ValueError(f"{said(method)} trains on {' or '.join(known)}, got data.format={wanted!r}")
     accepted = known if wanted == "auto" else (wanted,)
@@ -165,7 +165,7 @@ def normalise(
     if placed is None:
         return None
     prompt, sides = placed
-    if form == "preference" and METHODS[method].imitates:
+    if form == "preference" and ROWS[method].imitates:
         return _example(row, prompt, sides[:1])
     return _example(row, prompt, sides, _scores(row, form, method))
 
@@ -173,12 +173,12 @@ def normalise(
 def is_null(row: dict[str, Any], form: str, method: str) -> bool:
     """Whether the columns of a row's answers are null, all or, where a whole row is dropped, one that is trained on."""
     nulls = [row.get(name) is None for name in answers(row, form, method)]
-    return any(nulls) if METHODS[method].unit == "row" and form != "text" else all(nulls)
+    return any(nulls) if ROWS[method].unit == "row" and form != "text" else all(nulls)
 
 
 def answers(columns: Iterable[str], form: str, method: str) -> list[str]:
     """The columns that hold what a method learns from."""
-    names = {"preference": ["chosen"] if METHODS[method].imitates else ["chosen", "rejected"]}
+    names = {"preference": ["chosen"] if ROWS[method].imitates else ["chosen", "rejected"]}
     names |= {"text": [name for name in ("messages", "conversations", "text") if name in columns]}
     return names.get(form, ["completions"] if form in ("ranked", "stepwise") else ["completion"])
 

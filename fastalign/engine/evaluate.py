@@ -17,8 +17,7 @@ import torch
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, epoch_order, evaluation_steps
 from fastalign.engine.forward import Models, run_head
-from fastalign.engine.method import Objective, StepFacts
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import Objective, StepFacts, make_objective
 from fastalign.engine.output.metrics import means
 from fastalign.engine.output.progress import stage
 from fastalign.engine.prepare import Carried, look_ahead, score_reference
@@ -94,7 +93,7 @@ def imitated_per_unit(batches: Sequence[PackedBatch], objective: Objective, worl
     """Imitated tokens per unit of a step, over all ranks; None if the loss imitates nothing."""
     if not objective.imitates:
         return None
-    mine = [sum(objective.method.imitated(b) for b in batches), sum(objective.count(b) for b in batches)]
+    mine = [sum(objective.imitated(b) for b in batches), sum(objective.count(b) for b in batches)]
     tokens, units = world.data.gather(mine).sum(0).tolist()
     return max(tokens, 1) / max(units, 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalign.config import ModelConfig
-from fastalign.engine.method import NO_FACTS, Objective, StepFacts
+from fastalign.engine.methods import NO_FACTS, Objective, StepFacts
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss

@@ -1,20 +1,178 @@
-"""The training methods, and the way from a configuration's ``loss`` section to an objective."""
+"""The training methods, and the way from a configuration's ``loss`` section to an objective.
+
+``METHODS`` is the one table of methods: an entry makes a command, its help and its page. What it names is imported when
+it is asked for, so that the command line can list the methods without torch.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from fastalign.words import nearest
 
-from fastalign.data.pack import empty_batch
-from fastalign.engine import readings
-from fastalign.engine.method import Method, Objective
-from fastalign.losses import distillation, preference, ranking, reward, supervised, unpaired
-from fastalign.losses.mixture import Losses, settings
-from fastalign.types import TokenStats
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastalign.engine.readings import LossFn
+    from fastalign.losses.traits import Family, Loss
+    from fastalign.losses.unpaired import Baseline
+    from fastalign.types import PackedBatch, PairLogps
+
+Align = Literal["token", "sequence", "pair", "group"]
+"""What a chunk of the head may not split."""
+Head = Literal["logps", "scores", "distributions"]
+"""What is made of hidden states: log-probs of labels, outputs of a scalar head, or two whole distributions."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a loss may know of the whole optimizer step, over all ranks, before its first coefficient.
+
+    Attributes:
+        imitated_per_unit: tokens of the imitation term per unit of the loss; None: of these units alone.
+        pairs: the log-probs of all pairs, for losses that are coupled over the step.
+        first_pair: position of the batch's first pair in them.
+        baseline: what unpaired losses measure log-ratios from.
+    """
+
+    imitated_per_unit: float | None = None
+    pairs: PairLogps | None = None
+    first_pair: int = 0
+    baseline: Baseline | None = None
+
+
+NO_FACTS = StepFacts()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the loop treats one method.
+
+    Attributes:
+        help: its line in ``fastalign --help``.
+        stem: names its losses, ``losses/STEM.py``, and how they read a batch, ``STEM_loss`` of ``engine/readings.py``.
+        align: what a chunk of the head may not split.
+        scalar_head: the model has a scalar head instead of an LM head.
+        teacher: the reference must be a model of its own.
+    """
+
+    help: str
+    stem: str
+    align: Align
+    scalar_head: bool = False
+    teacher: bool = False
+
+    @cached_property
+    def family(self) -> Family:
+        """The losses with what they say of themselves."""
+        return import_module(f"fastalign.losses.{self.stem}").FAMILY
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """The losses it can name, the default first."""
+        return self.family.losses
+
+    @cached_property
+    def build(self) -> Callable[[Objective, PackedBatch, float, StepFacts], LossFn]:
+        """``(objective, batch, scale, facts) -> LossFn``; ``scale`` multiplies the sum of losses."""
+        return getattr(import_module("fastalign.engine.readings"), f"{self.stem}_loss")
+
+
+METHODS = {
+    "sft": Method("fine-tune on demonstrations or plain text", "supervised", "token"),
+    "dpo": Method("align on preference pairs", "preference", "pair"),
+    "kto": Method("align on single completions that were called good or bad", "unpaired", "sequence"),
+    "rrhf": Method("align on ranked completions of a prompt", "ranking", "group"),
+    "reward": Method(
+        "train a reward model on preference pairs, rankings or steps", "reward", "token", scalar_head=True
+    ),
+    "distill": Method("match the distribution of a teacher", "distillation", "token", teacher=True),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method with its loss chosen.
+
+    Attributes:
+        method: how batches are read.
+        members: the loss by its name, or the losses that are summed.
+        options: their keyword arguments.
+        data: what `encode_dataset` is to make of rows.
+        metric_names: the metrics that its loss function returns, sorted; the same on every rank.
+    """
+
+    method: Method
+    members: Mapping[str, Loss]
+    options: dict[str, Any]
+    data: str
+    metric_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the losses."""
+        return tuple(self.members)
+
+    @property
+    def name(self) -> str | list[str]:
+        """The loss as a configuration names it."""
+        return one_or_list(self.members)
+
+    def has(self, trait: str) -> bool:
+        """Whether a loss has a trait, an attribute of `Loss`."""
+        return any(getattr(loss, trait) for loss in self.members.values())
+
+    @property
+    def head(self) -> Head:
+        """What the losses read."""
+        return "scores" if self.method.scalar_head else "distributions" if self.has("distributions") else "logps"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss reads a reference."""
+        return self.has("reference")
+
+    @property
+    def imitates(self) -> bool:
+        """Whether a loss has an imitation term."""
+        return self.has("imitates")
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether a loss reads prompts with completions of other examples."""
+        return self.has("mismatched")
+
+    @property
+    def is_step_coupled(self) -> bool:
+        """Whether a loss needs the log-probs of the whole step first."""
+        return self.has("step_coupled") or self.has("baseline")
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether the loss of an example depends on which others are in its optimizer step."""
+        return self.is_step_coupled or self.imitates
+
+    def count(self, batch: PackedBatch) -> int:
+        """How many units of a batch the loss is a mean over: scored tokens or examples."""
+        return batch.num_scored if all(x.per_token for x in self.members.values()) else batch.num_examples
+
+    def imitated(self, batch: PackedBatch) -> int:
+        """How many tokens of a batch an imitation term is a mean over: those of the chosen completions."""
+        return int(batch.cu_seqlens.diff()[0::2].sum()) if self.imitates else 0
+
+    def losses(self, *data: Any) -> Tensor:
+        """The loss function, or the weighted sum of several, on its data with options bound."""
+        from fastalign.losses.mixture import weighted_sum
+
+        return weighted_sum(self.members, self.options, *data)
+
+    def loss_fn(self, batch: PackedBatch, scale: float, facts: StepFacts = NO_FACTS) -> LossFn:
+        """The function of a batch's head outputs that is differentiated; ``scale`` multiplies the sum of losses."""
+        return self.method.build(self, batch, scale, facts)
 
 
 def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
@@ -25,114 +183,66 @@ def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
         loss: ``name`` (default: the method's own), or several and ``loss_weights``; and their keyword arguments.
 
     Raises:
-        ValueError: an unknown method, loss or keyword, with the accepted ones.
+        ValueError: an unknown method, loss or keyword, with the accepted ones; a loss that fails on a trial batch.
     """
-    chosen = pick(METHODS, method, "method")
-    losses = choose(chosen, loss.get("name"))
-    options = {key: value for key, value in loss.items() if key != "name"}
+    from fastalign.engine.trial import try_out
+    from fastalign.losses.mixture import settings
+
+    chosen = METHODS[pick(METHODS, method, "method")]
+    losses = choose(method, names_of(loss))
+    given = {key: value for key, value in loss.items() if key != "name"}
     accepted = settings(losses)
-    for key, value in options.items():
+    for key, value in given.items():
         pick(accepted, key, f"keyword of loss {'+'.join(losses)!r}")
-        if key in WEIGHTS and not value >= 0:
+        if any(key in one.nonnegative for one in losses.values()) and not value >= 0:
             raise ValueError(f"loss.{key} must be at least 0, got {value}")
-    bare = Objective(chosen, tuple(losses), {**accepted, **options}, data_of(method, tuple(losses)))
-    _, metrics = bare.loss_fn(empty_batch(), 1.0)(nothing(bare))
-    return replace(bare, metric_names=tuple(sorted(metrics)))
+    rows = next(iter(losses.values())).rows or method
+    objective = Objective(chosen, losses, {**accepted, **given}, rows)
+    return replace(objective, metric_names=try_out(objective))
 
 
-def choose(method: Method, name: str | list[str] | None) -> Losses:
-    """The losses that a configuration names, by their canonical names; the method's default for None."""
-    asked = [name] if isinstance(name, str) else name or [next(iter(method.losses))]
-    names = [method.aliases.get(one, one) for one in asked]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"loss.name: {', '.join(repeated)} stands more than once; name each loss of a sum once")
-    return {name: pick(method.losses, name, "loss.name") for name in names}
+def names_of(loss: Mapping[str, Any]) -> list[str]:
+    """The names in a section ``loss``, none for the method's default."""
+    name = loss.get("name") or []
+    return [name] if isinstance(name, str) else list(name)
 
 
-def pick(table: Mapping[str, Any], key: str, what: str) -> Any:
-    """``table[key]``, or a ValueError that names the nearest accepted key and all of them."""
+def choose(method: str, asked: Sequence[str]) -> dict[str, Loss]:
+    """The losses that a configuration names, by their canonical names; the method's default for none.
+
+    Raises:
+        ValueError: an unknown name, one that is listed twice, a user's loss that cannot be imported or called.
+    """
+    from fastalign.losses import custom
+    from fastalign.losses.traits import canonical
+
+    known = METHODS[method].losses
+    aliases, default = canonical(known), next(iter(known))
+    names = [aliases.get(name, name) for name in asked or [default]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"loss.name: {', '.join(twice)} stands more than once; name each loss of a sum once")
+    for name in names:
+        if name not in known and not custom.is_custom(name):
+            raise ValueError(
+                f"loss.name: {method} has no loss {name!r}{nearest(name, aliases)} (all: {', '.join(aliases)})"
+            )
+    return {name: known[name] if name in known else custom.load(name, known[default]) for name in names}
+
+
+def one_or_list(names: Mapping[str, Any]) -> str | list[str]:
+    """``loss.name`` as it is written down."""
+    return next(iter(names)) if len(names) == 1 else list(names)
+
+
+def pick(table: Mapping[str, Any], key: str, what: str) -> str:
+    """``key``, or a ValueError that names the nearest accepted key and all of them."""
     if key in table:
-        return table[key]
-    close = difflib.get_close_matches(key, table, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown {what} {key!r}: expected one of {', '.join(table) or '(none)'}{hint}")
+        return key
+    raise ValueError(f"unknown {what} {key!r}{nearest(key, table)} (all: {', '.join(table) or 'none'})")
 
 
-def data_of(method: str, names: tuple[str, ...]) -> str:
-    """What `encode_dataset` is to make of rows: the method, or one of its losses that reads other rows."""
-    special = f"{method}:{names[0]}"
-    return special if special in SPECIAL_DATA else method
+def families() -> dict[str, Family]:
+    """The families of losses by method, and under no name that of policy gradients, which no method trains with."""
+    from fastalign.losses import policy
 
-
-def nothing(objective: Objective) -> Any:
-    """What the head makes of no row at all."""
-    floats, rows = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    if objective.head == "scores":
-        return floats
-    stats = TokenStats(floats, rows, entropy=floats, is_top1=floats.bool())
-    if objective.method.align != "token":
-        stats = replace(stats, sequences=rows, cu_seqlens=torch.zeros(1, dtype=torch.int64))
-    return replace(stats, divergence=floats, is_top1=None) if objective.head == "distributions" else stats
-
-
-SPECIAL_DATA = frozenset({"reward:soft_label", "reward:k_wise", "reward:process"})
-"""Losses that read other rows than their method's default."""
-
-WEIGHTS = frozenset(
-    {"center_coef", "cpo_alpha", "desirable_weight", "lam", "nll_weight", "rank_weight", "undesirable_weight"}
-)
-"""Keywords that weigh a part of a loss; below 0 that part would be driven the wrong way, without bound."""
-
-METHODS = {
-    "sft": Method(
-        align="token",
-        losses=supervised.LOSSES,
-        build=readings.supervised_loss,
-        per_token=frozenset(supervised.LOSSES),
-        reference_free=frozenset(supervised.LOSSES),
-        derive=readings.perplexity,
-    ),
-    "reward": Method(
-        align="token",
-        losses=reward.LOSSES,
-        build=readings.reward_loss,
-        scalar_head=True,
-        per_token=reward.PER_TOKEN,
-        reference_free=frozenset(reward.LOSSES),
-        derive=readings.calibration,
-    ),
-    "dpo": Method(
-        align="pair",
-        losses=preference.LOSSES,
-        build=readings.preference_loss,
-        aliases=preference.ALIASES,
-        reference_free=preference.REFERENCE_FREE,
-        distributions=preference.READS_KLS,
-        imitated=lambda batch: int(batch.cu_seqlens.diff()[0::2].sum()),
-        imitates=preference.IMITATES,
-        step_coupled=preference.STEP_COUPLED,
-        derive=readings.chosen_perplexity,
-    ),
-    "kto": Method(
-        align="sequence",
-        losses=unpaired.LOSSES,
-        build=readings.unpaired_loss,
-        step_coupled=unpaired.STEP_COUPLED,
-        mismatched=unpaired.READS_MISMATCHED,
-        derive=readings.margin_of_means,
-    ),
-    "rrhf": Method(
-        align="group",
-        losses=ranking.LOSSES,
-        build=readings.ranking_loss,
-        reference_free=frozenset(ranking.LOSSES),
-    ),
-    "distill": Method(
-        align="token",
-        losses=distillation.LOSSES,
-        build=readings.distillation_loss,
-        per_token=frozenset(distillation.LOSSES),
-        distributions=frozenset(distillation.LOSSES),
-        teacher=True,
-    ),
-}
+    return {**{name: method.family for name, method in METHODS.items()}, "": policy.FAMILY}

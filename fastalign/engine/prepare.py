@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fastalign.engine.forward import Models
-from fastalign.engine.method import Objective, StepFacts
+from fastalign.engine.methods import Objective, StepFacts
 from fastalign.engine.reference.frozen import reference_logps
 from fastalign.engine.timing import Stopwatch
-from fastalign.losses import unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import segment_sum
 from fastalign.losses.unpaired import Baseline, make_baseline
@@ -91,15 +90,16 @@ def with_baseline(
     carried: Carried,
 ) -> Known:
     """The baseline of an unpaired loss: from the mismatched completions, or from the step's own."""
-    name, both = objective.names[0], objective.reads_mismatched
+    both, baseline_of = objective.reads_mismatched, next(iter(objective.members.values())).baseline
+    assert baseline_of is not None
     pairs = [score_both(models, b, objective, world, watch) if both else (b, b) for b in batches]
     batches, scored = (list(side) for side in zip(*pairs, strict=True))
     scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in scored]
     logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
     sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
     policy, reference = (torch.cat(part) for part in zip(*sums, strict=True))
-    carried.baseline = unpaired.BASELINES[name](
-        carried.baseline, policy, reference, beta=objective.options["beta"], process_group=world.data.group
+    carried.baseline = baseline_of(
+        carried.baseline, policy, reference, beta=objective.options.get("beta", 1.0), process_group=world.data.group
     )
     return [(batch, StepFacts(baseline=carried.baseline)) for batch in (batches if both else scored)]
 

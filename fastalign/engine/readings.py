@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.engine.method import LossFn, Objective, StepFacts, Sums
+from fastalign.engine.methods import Objective, StepFacts
 from fastalign.losses import preference, ranking, reward, supervised, unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
 from fastalign.types import LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
 
 Metrics = dict[str, Tensor]
-
-MAX_EXPONENT = 700.0
-"""exp of more overflows a double."""
+LossFn = Callable[[Any], tuple[Tensor, Metrics]]
+"""From what the head made to a share of the loss, and ``[2]`` (sum, count) per metric."""
 
 
 def supervised_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
@@ -33,7 +33,7 @@ def supervised_loss(objective: Objective, batch: PackedBatch, scale: float, fact
 def preference_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
     """Pair losses: ``scale * sum_p l_p``; the reference's log-probs are looked up by row."""
     check_beta(objective)
-    tails = not preference.READS_TAILS.isdisjoint(objective.names)
+    tails, members = objective.has("tails"), list(objective.members.values())
     known = {"tails": tails, "mean_chosen_length": facts.imitated_per_unit}
 
     def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
@@ -46,7 +46,7 @@ def preference_loss(objective: Objective, batch: PackedBatch, scale: float, fact
             kls = segment_sum(stats.divergence, stats.cu_seqlens)
             pair = replace(pair, chosen_kls=kls[0::2], rejected_kls=kls[1::2])
         losses = objective.losses(pair)
-        metrics = preference.metrics(pair, losses, objective.names, objective.options)
+        metrics = preference.metrics(pair, losses, members, objective.options)
         return losses.sum() * scale, {**metrics, **pair_metrics(pair), **supervised.token_metrics(stats)}
 
     return loss_fn
@@ -63,10 +63,10 @@ def pair_metrics(pair: PairLogps) -> Metrics:
 def unpaired_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
     """Losses of labelled completions: ``scale * sum_i l_i``, measured from the step's baseline."""
     check_beta(objective)
-    name, *others = objective.names
+    loss, *others = objective.members.values()
     if others:
         raise ValueError(f"kto takes one loss, each has a baseline of its own; got {', '.join(objective.names)}")
-    beta = objective.options["beta"]
+    beta = objective.options.get("beta", 1.0)
     baseline = facts.baseline or unpaired.make_baseline(device=batch.scores.device)
 
     def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
@@ -76,7 +76,7 @@ def unpaired_loss(objective: Objective, batch: PackedBatch, scale: float, facts:
         ref_logps = segment_sum(reference.to(logps.dtype), stats.cu_seqlens)
         labelled = LabelledLogps(logps, ref_logps, batch.scores[stats.sequences] > 0)
         losses = objective.losses(labelled, baseline)
-        metrics = unpaired.metrics(labelled, losses, baseline, beta=beta, name=name)
+        metrics = unpaired.metrics(labelled, losses, baseline, beta=beta, loss=loss)
         return losses.sum() * scale, {**metrics, **supervised.token_metrics(stats)}
 
     return loss_fn
@@ -113,10 +113,10 @@ def groups_of(sequences: Tensor, cu_groups: Tensor) -> Tensor:
 
 def reward_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
     """Losses of a scalar head's outputs: ``scale`` times their sum over pairs, prompts or steps."""
-    name, *others = objective.names
+    loss, *others = objective.members.values()
     if others:
         raise ValueError(f"reward takes one loss, each reads other data; got {', '.join(objective.names)}")
-    read = reward.READERS[name]
+    read = loss.read or reward.read_pairs
 
     def loss_fn(outputs: Tensor) -> tuple[Tensor, Metrics]:
         arguments, metrics = read(outputs, batch.scores.to(outputs.dtype), batch.cu_groups.to(outputs.device))
@@ -128,7 +128,6 @@ def reward_loss(objective: Objective, batch: PackedBatch, scale: float, facts: S
 
 def distillation_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
     """Divergences from a teacher, which the head computed as the loss asked: ``scale * sum_t l_t``."""
-    objective.losses(lambda **kind: torch.zeros(0))  # an option out of its range is refused before any work
 
     def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
         assert stats.divergence is not None
@@ -142,34 +141,3 @@ def check_beta(objective: Objective) -> None:
     """Refuse a temperature of the reward that turns the preference round."""
     if not objective.options.get("beta", 1) > 0:
         raise ValueError(f"loss.beta must be above 0, got {objective.options['beta']}")
-
-
-# --- metrics that follow from the sums of others ---------------------------------------------------------------------
-
-
-def ratio(sums: Sums, name: str) -> float:
-    """A metric's mean over the step; nan where nothing was counted."""
-    total, count = sums[name]
-    return total / count if count else math.nan
-
-
-def perplexity(sums: Sums) -> dict[str, float]:
-    """``perplexity`` of sft."""
-    return {"perplexity": math.exp(min(ratio(sums, "loss"), MAX_EXPONENT))}
-
-
-def chosen_perplexity(sums: Sums) -> dict[str, float]:
-    """``perplexity/chosen`` of pairs."""
-    return {"perplexity/chosen": math.exp(min(ratio(sums, "nll/chosen"), MAX_EXPONENT))}
-
-
-def margin_of_means(sums: Sums) -> dict[str, float]:
-    """``rewards/margins`` of unpaired completions, as TRL tells it."""
-    return {"rewards/margins": ratio(sums, "rewards/chosen") - ratio(sums, "rewards/rejected")}
-
-
-def calibration(sums: Sums) -> dict[str, float | None]:
-    """``ece``, the expected calibration error, in place of its bins."""
-    bins = [name for name in sums if name.startswith("calibration/")]
-    error = reward.calibration_error(torch.tensor([sums[name] for name in bins], dtype=torch.float64))
-    return {"ece": error.item(), **dict.fromkeys(bins)}

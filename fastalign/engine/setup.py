@@ -26,8 +26,7 @@ from fastalign.data.sources import load_train_eval
 from fastalign.engine.agree import require_same
 from fastalign.engine.fitting import check_columns, check_groups, held_out_source
 from fastalign.engine.forward import Models, wants_autocast
-from fastalign.engine.method import Objective
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.output.alarms import check_choices
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.reference.frozen import frozen_copy, with_reference

@@ -35,8 +35,7 @@ from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
 from fastalign.engine.keeper import Keeper, Record
-from fastalign.engine.method import Objective
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
 from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names

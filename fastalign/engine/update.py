@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.engine.forward import Models, run_head
-from fastalign.engine.method import Objective
+from fastalign.engine.methods import Objective
 from fastalign.engine.prepare import Carried, look_ahead, score_reference
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
@@ -54,7 +54,7 @@ def measure_work(
     mine = [
         [
             objective.count(b),
-            objective.method.imitated(b),
+            objective.imitated(b),
             b.num_examples,
             b.num_sequences,
             b.logical_tokens,

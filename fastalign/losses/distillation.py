@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastalign.losses.traits import Family, Loss
+
 
 def gkd(divergence: Callable[..., Tensor], *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """GKD: generalised Jensen-Shannon divergence of student and teacher, over the whole vocabulary.
@@ -44,4 +46,12 @@ def divergence_options(beta: float, temperature: float) -> dict[str, Any]:
     return {**mixture, "temperature": temperature}
 
 
-LOSSES = {"gkd": gkd}
+LOSSES = {"gkd": Loss(gkd, distributions=True, per_token=True)}
+FAMILY = Family(
+    "Distillation",
+    "Rows as for demonstrations, and a teacher with the policy's vocabulary in `reference.path`; that of the "
+    "example is what `fastalign sft --config examples/sft.yaml` leaves. No distribution "
+    "is kept: both heads are swept together.",
+    "`loss` falls towards 0; `nll` says how the student fares on the data themselves; `entropy`.",
+    LOSSES,
+)

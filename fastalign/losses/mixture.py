@@ -7,22 +7,15 @@ A keyword that several losses have is one setting for all of them, with the firs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from fastalign.losses.traits import keywords
+
 Losses = Mapping[str, Callable[..., Tensor]]
 """The losses of a sum by name; a single one for no sum."""
-
-
-@cache  # read for every chunk of the head
-def keywords(loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """The keyword-only arguments of a loss with their defaults: its part of the configuration."""
-    parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def settings(losses: Losses) -> dict[str, Any]:

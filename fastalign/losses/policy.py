@@ -10,7 +10,6 @@ A clip acts beyond its bound, not on it. Reductions are in ``reduce``; ``VARIANT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.traits import Family, Loss
 
 LARGEST_LOG_RATIO = 20.0
 LARGEST_MEAN_LOG_RATIO = 10.0
@@ -307,17 +307,22 @@ class Variant:
     kl: tuple[str, str] | None = None
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "pg": pg,
-    "ppo": ppo,
-    "cispo": cispo,
-    "sapo": sapo,
-    "gspo": gspo,
-    "rloo": rloo,
+LOSSES = {
+    "pg": Loss(pg, reference=False),
+    "ppo": Loss(ppo, reference=False),
+    "cispo": Loss(cispo, reference=False),
+    "sapo": Loss(sapo, reference=False),
+    "gspo": Loss(gspo, reference=False, sequences=True),
+    "rloo": Loss(rloo, reference=False, sequences=True),
 }
-ALIASES = {"reinforce": "pg", "remax": "pg", "grpo": "ppo", "dr_grpo": "ppo", "dapo": "ppo"}
-SEQUENCE_COUPLED = frozenset({"gspo", "rloo"})
-"""Losses of whole sequences, which take ``cu_seqlens``."""
+FAMILY = Family(
+    "Policy gradients",
+    "Functions of log-probs and advantages for a loop of your own, through `linear_loss`, or straight from logits "
+    "by the op `policy_loss`; advantages are in `fastalign.rl.advantages`, reductions in `fastalign.losses.reduce`"
+    ". `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
+    "`ratio`, `clip_ratio/*`, `entropy` and the KL to the reference: a collapse shows there first.",
+    LOSSES,
+)
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}
 VARIANTS = {
     "ppo": Variant("ppo", "token-mean", kl=("reward", "k1")),

@@ -10,21 +10,22 @@ Here are the losses of the margin ``a - b``; ``preference_sides`` holds those th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses import preference_free, preference_wide
 from fastalign.losses.pairs import check_smoothing, log_ratios, pair_logps, per_token, smoothed
-from fastalign.losses.preference_free import cpo, orpo, sft, simpo, slic
+from fastalign.losses.preference_free import cpo, imitation_metrics, orpo, orpo_metrics, sft, simpo, slic
 from fastalign.losses.preference_sides import apo_down, apo_zero, bco_pair, nca, sppo
-from fastalign.losses.preference_wide import aot, aot_unpaired, ld_dpo, tdpo1, tdpo2
+from fastalign.losses.preference_wide import aot, aot_unpaired, ld_dpo, tdpo1, tdpo2, tdpo_metrics
 from fastalign.losses.reduce import sum_and_count
+from fastalign.losses.supervised import perplexity_of
+from fastalign.losses.traits import Family, Loss
 from fastalign.types import PairLogps
 
-__all__ = ["ALIASES", "LOSSES", "METRICS", "REFERENCE_FREE", "log_ratios", "metrics", "pair_logps"]
+__all__ = ["FAMILY", "LOSSES", "log_ratios", "metrics", "pair_logps"]
 
 
 def dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
@@ -217,23 +218,24 @@ def exo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) ->
     return right + (-margin).sigmoid() * (logsigmoid(-margin) - math.log(flipped))
 
 
-def metrics(pair: PairLogps, losses: Tensor, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+def metrics(pair: PairLogps, losses: Tensor, members: Sequence[Loss], options: Mapping[str, Any]) -> dict[str, Tensor]:
     """``[2]`` (sum, count) over pairs: ``loss``, ``rewards/*`` and ``logps/*`` under TRL's names, and the losses' own.
 
-    The implicit reward is ``beta`` (1 for losses without) times the log-ratio, per token for ``LENGTH_NORMALISED``.
+    The implicit reward is ``beta`` (1 for losses without) times the log-ratio, per token where ``length_normalised``.
+    Of a loss's own metrics, ``rewards/chosen`` and ``rewards/rejected`` replace the common ones.
 
     Args:
         pair: sequence log-probs of P pairs.
         losses: ``[P]``.
-        names: the losses; the first one's reward is told.
+        members: the losses; the first one's reward is told.
         options: their keyword arguments.
     """
     chosen, rejected = log_ratios(pair)
-    if names[0] in LENGTH_NORMALISED:
+    if members[0].length_normalised:
         chosen, rejected = per_token(pair, chosen, rejected)
     beta = options.get("beta", 1.0)
     rewards = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
-    own = {key: value for name in names if name in METRICS for key, value in METRICS[name](pair, **options).items()}
+    own = {key: value for one in members if one.metrics for key, value in one.metrics(pair, **options).items()}
     rewards |= {key: own.pop(key) for key in rewards if key in own}
     values = {
         "loss": losses,
@@ -247,55 +249,49 @@ def metrics(pair: PairLogps, losses: Tensor, names: Sequence[str], options: Mapp
     return {key: sum_and_count(value) for key, value in values.items()}
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "dpo": dpo,
-    "cdpo": cdpo,
-    "robust": robust,
-    "ipo": ipo,
-    "ipo_sum": ipo_sum,
-    "hinge": hinge,
-    "slic": slic,
-    "dpop": dpop,
-    "r_dpo": r_dpo,
-    "ln_dpo": ln_dpo,
-    "ld_dpo": ld_dpo,
-    "exo": exo,
-    "nca": nca,
-    "bco_pair": bco_pair,
-    "sppo": sppo,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "simpo": simpo,
-    "cpo": cpo,
-    "orpo": orpo,
-    "tdpo1": tdpo1,
-    "tdpo2": tdpo2,
-    "sft": sft,
+LOSSES = {
+    "dpo": Loss(dpo, aliases=("sigmoid",)),
+    "cdpo": Loss(cdpo),
+    "robust": Loss(robust),
+    "ipo": Loss(ipo),
+    "ipo_sum": Loss(ipo_sum),
+    "hinge": Loss(hinge),
+    "slic": Loss(slic, reference=False, nonnegative=("lam",)),
+    "dpop": Loss(dpop, nonnegative=("lam",), metrics=dpop_metrics),
+    "r_dpo": Loss(r_dpo),
+    "ln_dpo": Loss(ln_dpo, aliases=("sigmoid_norm",)),
+    "ld_dpo": Loss(ld_dpo, tails=True),
+    "exo": Loss(exo, aliases=("exo_pair",)),
+    "nca": Loss(nca, aliases=("nca_pair",)),
+    "bco_pair": Loss(bco_pair),
+    "sppo": Loss(sppo, aliases=("sppo_hard",)),
+    "aot": Loss(aot, step_coupled=True),
+    "aot_unpaired": Loss(aot_unpaired, step_coupled=True),
+    "apo_zero": Loss(apo_zero),
+    "apo_down": Loss(apo_down),
+    "simpo": Loss(simpo, reference=False, length_normalised=True),
+    "cpo": Loss(cpo, reference=False, imitates=True, nonnegative=("cpo_alpha",), metrics=imitation_metrics),
+    "orpo": Loss(
+        orpo,
+        reference=False,
+        length_normalised=True,
+        imitates=True,
+        nonnegative=("nll_weight",),
+        metrics=orpo_metrics,
+    ),
+    "tdpo1": Loss(tdpo1, distributions=True, metrics=tdpo_metrics),
+    "tdpo2": Loss(tdpo2, distributions=True, metrics=tdpo_metrics),
+    "sft": Loss(sft, reference=False, imitates=True, metrics=imitation_metrics),
 }
-ALIASES = {
-    "sigmoid": "dpo",
-    "exo_pair": "exo",
-    "nca_pair": "nca",
-    "sppo_hard": "sppo",
-    "sigmoid_norm": "ln_dpo",
-}
-"""TRL's spellings."""
-METRICS: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "dpop": dpop_metrics,
-    "cpo": preference_free.imitation_metrics,
-    "orpo": preference_free.orpo_metrics,
-    "sft": preference_free.imitation_metrics,
-    "tdpo1": preference_wide.tdpo_metrics,
-    "tdpo2": preference_wide.tdpo_metrics,
-}
-"""Metrics ``[P]`` of a loss's own; ``rewards/chosen`` and ``rewards/rejected`` among them replace the common ones."""
-REFERENCE_FREE = frozenset({"slic", "simpo", "cpo", "orpo", "sft"})
-LENGTH_NORMALISED = frozenset({"simpo", "orpo"})
-IMITATES = frozenset({"cpo", "orpo", "sft"})
-"""Losses that read ``PairLogps.mean_chosen_length``."""
-READS_TAILS = frozenset({"ld_dpo"})
-READS_KLS = frozenset({"tdpo1", "tdpo2"})
-STEP_COUPLED = frozenset({"aot", "aot_unpaired"})
-"""Losses that compare the pairs of the whole optimizer step, over all ranks: its forward statistics come first."""
+FAMILY = Family(
+    "Preference pairs",
+    "Rows of `chosen` and `rejected`, with or without `prompt`. `L_w`, `L_x` are the log-probs of the chosen and "
+    "the rejected completion summed over their tokens, `n_w`, `n_x` their counts, `a` and `b` the log-ratios "
+    "to the reference, `s` the logistic function. The reference is the policy as it starts, or `reference.path`. "
+    "Several losses make a weighted sum: `--loss.name dpo,sft --loss.loss_weights [1,0.2]`. TRL's names "
+    "(`sigmoid`, `exo_pair`, `nca_pair`, `sppo_hard`, `sigmoid_norm`) are understood.",
+    "`rewards/accuracies` and `rewards/margins` rise; `logps/chosen` may fall a little, a steady fall asks for "
+    "`dpop`, an imitation term or a larger `beta`; `logps/accuracies` judges without the reference.",
+    LOSSES,
+    derive=lambda sums: {"perplexity/chosen": perplexity_of(sums, "nll/chosen")},
+)

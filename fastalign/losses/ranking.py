@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastalign.losses.pairs import token_counts
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.traits import Family, Loss
 from fastalign.types import RankedLogps
 
 
@@ -74,7 +75,7 @@ def imitation_loss(batch: RankedLogps, sft: str) -> Tensor:
 
 
 def metrics(
-    batch: RankedLogps, losses: Tensor, *, length_penalty: float, sft: str, rank_weight: float
+    batch: RankedLogps, losses: Tensor, *, length_penalty: float = 1.0, sft: str = "sum", **others: Any
 ) -> dict[str, Tensor]:
     """``[2]`` (sum, count): ``loss`` and its parts over prompts, ``rank_accuracy`` over pairs, ``best_is_top1``."""
     scores, pairs = candidate_scores(batch, length_penalty), ordered_pairs(batch)
@@ -89,4 +90,10 @@ def metrics(
     }
 
 
-LOSSES = {"rrhf": rrhf}
+LOSSES = {"rrhf": Loss(rrhf, reference=False, nonnegative=("rank_weight",))}
+FAMILY = Family(
+    "Ranked completions",
+    "Rows of `prompt`, `completions` and `scores`, any number of candidates per prompt. No reference.",
+    "`rank_accuracy` and `best_is_top1` rise, `rank_loss` falls to 0, `sft_loss` falls.",
+    LOSSES,
+)

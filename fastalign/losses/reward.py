@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.traits import Family, Loss, Sums
 from fastalign.types import IGNORE_INDEX
 
 
@@ -181,9 +182,34 @@ def read_steps(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
     return (outputs, given), lambda losses: {"loss": sum_and_count(losses), **told}
 
 
+def calibration(sums: Sums) -> dict[str, float | None]:
+    """``ece``, the expected calibration error, in place of its bins."""
+    bins = [name for name in sums if name.startswith("calibration/")]
+    error = calibration_error(torch.tensor([sums[name] for name in bins], dtype=torch.float64))
+    return {"ece": error.item(), **dict.fromkeys(bins)}
+
+
 BINS = 10
-LOSSES = {"reward": reward, "soft_label": soft_label, "k_wise": k_wise, "process": process}
-READERS = {"reward": read_pairs, "soft_label": read_probabilities, "k_wise": read_rankings, "process": read_steps}
-"""``(outputs [n], what the data say of them, cu_groups) -> Reading`` of each loss."""
-PER_TOKEN = frozenset({"process"})
-"""Losses that are a mean over steps, not over examples."""
+LOSSES = {
+    "reward": Loss(reward, reference=False, read=read_pairs, nonnegative=("center_coef",)),
+    "soft_label": Loss(soft_label, reference=False, read=read_probabilities, rows="reward:soft_label"),
+    "k_wise": Loss(k_wise, reference=False, read=read_rankings, rows="reward:k_wise"),
+    "process": Loss(
+        process,
+        reference=False,
+        read=read_steps,
+        rows="reward:process",
+        per_token=True,
+        flags=" --data.path builtin:docstring-steps --data.eval_path builtin:docstring-steps",
+    ),
+}
+FAMILY = Family(
+    "Reward models",
+    "A scalar head on the last token of each completion; the model is saved as a Hugging Face sequence classifier. "
+    "Preference rows for `reward` (with `margin`, if there is one) and `soft_label` (with `probability`), rows of "
+    "`completions` and `scores` for `k_wise`, of `completions` (steps) and `labels` for `process`.",
+    "`accuracy` of held-out pairs, `margin`, and `ece`, the calibration error of `s(margin)`: an accuracy that "
+    "stands still while `margin` and `ece` grow is overfitting.",
+    LOSSES,
+    derive=calibration,
+)

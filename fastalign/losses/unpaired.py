@@ -2,11 +2,12 @@
 
 ``d = logps - ref_logps`` is the log-ratio summed over the completion, ``y`` +1 for a good and -1 for a bad one, ``s``
 the logistic function. Both losses measure ``d`` from a baseline: a statistic of the whole step over all ranks, made
-before any loss by the function of the same name in ``BASELINES`` and held in a `Baseline`, which a checkpoint keeps.
+before any loss by the trait ``baseline`` of the loss and held in a `Baseline`, which a checkpoint keeps.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastalign.losses.reduce import sum_and_count
+from fastalign.losses.traits import Family, Loss, Sums
 from fastalign.types import LabelledLogps
 
 
@@ -126,10 +128,11 @@ def mean_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> 
     return sums[0] / sums[1].clamp(min=1), sums[1]
 
 
-def metrics(batch: LabelledLogps, losses: Tensor, baseline: Baseline, *, beta: float, name: str) -> dict[str, Tensor]:
+def metrics(batch: LabelledLogps, losses: Tensor, baseline: Baseline, *, beta: float, loss: Loss) -> dict[str, Tensor]:
     """``[2]`` (sum, count): ``loss``, and under TRL's names ``rewards/*`` and ``logps/*`` of either label, ``kl``.
 
-    ``rewards/margins`` of TRL is the difference of the two means. BCO tells its baseline as ``rewards/baseline``.
+    ``rewards/margins`` of TRL is the difference of the two means. A baseline of mismatched rows is told as ``kl``,
+    another as ``rewards/baseline``.
     """
     rewards, good = beta * (batch.logps - batch.ref_logps), batch.desirable
     told = baseline.mean.expand(len(losses))
@@ -139,7 +142,7 @@ def metrics(batch: LabelledLogps, losses: Tensor, baseline: Baseline, *, beta: f
         "rewards/rejected": where_sum(rewards, ~good),
         "logps/chosen": where_sum(batch.logps, good),
         "logps/rejected": where_sum(batch.logps, ~good),
-        "kl" if name == "kto" else "rewards/baseline": sum_and_count(told),
+        "kl" if loss.mismatched else "rewards/baseline": sum_and_count(told),
     }
 
 
@@ -148,10 +151,26 @@ def where_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([torch.where(mask, values.detach(), 0.0).sum(dtype=torch.float64), mask.sum()])
 
 
-LOSSES = {"kto": kto, "bco": bco}
-BASELINES = {"kto": kto_baseline, "bco": bco_baseline}
-"""How a loss's baseline follows from the previous one and the step: ``kto`` reads mismatched rows, ``bco`` its own."""
-READS_MISMATCHED = frozenset({"kto"})
-"""Losses whose baseline is of prompts with completions of other examples."""
-STEP_COUPLED = frozenset(LOSSES)
-"""Losses that need statistics of the whole step before any of it has a coefficient."""
+def margin_of_means(sums: Sums) -> dict[str, float]:
+    """``rewards/margins``, as TRL tells it; nan where one of the labels was not seen."""
+    chosen, rejected = (
+        total / count if count else math.nan for total, count in (sums["rewards/chosen"], sums["rewards/rejected"])
+    )
+    return {"rewards/margins": chosen - rejected}
+
+
+LOSSES = {
+    "kto": Loss(kto, baseline=kto_baseline, mismatched=True, nonnegative=("desirable_weight", "undesirable_weight")),
+    "bco": Loss(bco, baseline=bco_baseline),
+}
+FAMILY = Family(
+    "Completions called good or bad",
+    "Rows of `prompt`, `completion` and `label`; preference rows count as one good and one bad completion. `d` is "
+    "the log-ratio to the reference summed over the completion, `y` +1 for a good and -1 for a bad one. Both "
+    "losses measure `d` from a baseline of the whole step over all ranks. kto's is of prompts with completions of "
+    "other rows, paired over the dataset, not over a batch as in TRL, whose losses therefore part a little.",
+    "`rewards/margins` rises, by `rewards/chosen` and not only by a fall of `rewards/rejected`; `kl` (kto) stays "
+    "small; balance `desirable_weight` and `undesirable_weight` when labels are uneven.",
+    LOSSES,
+    derive=margin_of_means,
+)

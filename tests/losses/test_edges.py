@@ -22,9 +22,9 @@ def labelled(logps: Tensor, *labels: bool) -> LabelledLogps:
 def test_unpaired_losses_of_one_label_of_nothing_and_at_extremes(name, labels):
     logps = torch.tensor([-1.0, -1e4, -1500.0, -2.0])[: len(labels)].requires_grad_()
     batch = labelled(logps, *labels)
-    baseline = unpaired.BASELINES[name](unpaired.make_baseline(), logps, batch.ref_logps, beta=0.1)
+    baseline = unpaired.LOSSES[name].baseline(unpaired.make_baseline(), logps, batch.ref_logps, beta=0.1)
     losses = unpaired.LOSSES[name](batch, baseline)
-    told = unpaired.metrics(batch, losses, baseline, beta=0.1, name=name)
+    told = unpaired.metrics(batch, losses, baseline, beta=0.1, loss=unpaired.LOSSES[name])
     assert losses.dtype == torch.float32 and losses.shape == (len(labels),) and torch.isfinite(losses).all()
     assert told["rewards/chosen"][1] == sum(labels) and told["loss"][1] == len(labels)
     if labels:

@@ -182,7 +182,7 @@ def test_chunks_add_up_to_the_step(name):
     (in_parts,) = torch.autograd.grad(torch.cat(parts).sum(), logps)
     torch.testing.assert_close(in_parts, g, rtol=1e-12, atol=1e-12)
     alone = [preference.LOSSES[name](one(whole, p)) for p in range(5)]
-    coupled = name in preference.STEP_COUPLED | preference.IMITATES
+    coupled = preference.LOSSES[name].step_coupled or preference.LOSSES[name].imitates
     assert torch.allclose(torch.cat(alone), expected, rtol=1e-9) != coupled, "the sets say which losses need the step"
 
 

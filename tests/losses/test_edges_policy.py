@@ -12,11 +12,11 @@ from fastalign.ops import linear_loss, policy_loss
 
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
-TOKEN_LOSSES = [name for name in policy.LOSSES if name not in policy.SEQUENCE_COUPLED]
+TOKEN_LOSSES = [name for name, loss in policy.LOSSES.items() if not loss.sequences]
 
 
 def call(name: str, logps: Tensor, old: Tensor, credit: Tensor, cu_seqlens: Tensor, **options) -> Tensor:
-    sequences = (cu_seqlens,) if name in policy.SEQUENCE_COUPLED else ()
+    sequences = (cu_seqlens,) if policy.LOSSES[name].sequences else ()
     return policy.LOSSES[name](logps, old, credit, *sequences, **options)
 
 
@@ -115,7 +115,7 @@ def test_losses_run_chunk_by_chunk(name):
     results = []
     for memory in (None, 4 * 32 * 4):
         leaf = hidden.clone().requires_grad_()
-        aligned = {"align": "sequence", "cu_seqlens": cu_seqlens} if name in policy.SEQUENCE_COUPLED else {}
+        aligned = {"align": "sequence", "cu_seqlens": cu_seqlens} if policy.LOSSES[name].sequences else {}
         loss, _ = linear_loss(leaf, weight, labels, loss_fn, memory=memory, **aligned)
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)

@@ -36,7 +36,7 @@ def test_dpo_is_ln2_to_the_last_bit_when_policy_is_reference():
     cu_seqlens = torch.tensor([0, 5, 9, 9, 23])
     pair = pair_logps(logps, cu_seqlens, logps.clone())
     loss = preference.dpo(pair)
-    sums = preference.metrics(pair, loss, ["dpo"], {"beta": 0.1})
+    sums = preference.metrics(pair, loss, [preference.LOSSES["dpo"]], {"beta": 0.1})
     assert loss.tolist() == [torch.tensor(math.log(2)).item()] * 2
     assert sums["rewards/margins"][0] == 0 and sums["rewards/chosen"][0] == 0
 
@@ -65,12 +65,14 @@ def test_metrics_are_sums_that_add_over_micro_batches():
         pair_logps(logps[:5], offsets[:3], ref[:5]),
         pair_logps(logps[5:], offsets[2:] - 5, ref[5:]),
     ]
-    sums = [preference.metrics(p, preference.dpo(p), ["dpo"], {"beta": 0.1}) for p in (whole, *halves)]
+    sums = [
+        preference.metrics(p, preference.dpo(p), [preference.LOSSES["dpo"]], {"beta": 0.1}) for p in (whole, *halves)
+    ]
     for key in sums[0]:
         torch.testing.assert_close(sums[1][key] + sums[2][key], sums[0][key])
 
 
 def test_simpo_reports_rewards_per_token():
     pair = hand_pair()
-    sums = preference.metrics(pair, preference.simpo(pair), ["simpo"], {"beta": 2.0})
+    sums = preference.metrics(pair, preference.simpo(pair), [preference.LOSSES["simpo"]], {"beta": 2.0})
     assert sums["rewards/chosen"][0].item() == pytest.approx(2.0 * (-10.4 + 10.0) / 5)

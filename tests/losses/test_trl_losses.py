@@ -17,6 +17,7 @@ from fastalign.losses.mixture import settings, weighted_sum
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.preference_free import log_odds_ratio
 from fastalign.losses.reduce import Totals, token_weights
+from fastalign.losses.traits import canonical
 from fastalign.ops import divergence
 from fastalign.rl import advantages
 from fastalign.types import LabelledLogps, PairLogps
@@ -127,7 +128,7 @@ def test_pair_losses_and_their_metrics(name):
     order = torch.arange(8).view(2, 4).T.flatten()  # chosen and rejected as neighbours
     pick, cu_seqlens = scored()[order], torch.tensor([0, *torch.tensor(LENGTHS)[order].cumsum(0)])
     pair = pair_logps(leaf[order][pick], cu_seqlens, ref[order][pick], tails=True)
-    names = [preference.ALIASES.get(one, one) for one in name.split("+")]
+    names = [canonical(preference.LOSSES)[one] for one in name.split("+")]
     losses = {one: preference.LOSSES[one] for one in names}
     per_pair = weighted_sum(losses, options, pair)
     (grad,) = torch.autograd.grad(per_pair.mean(), leaf)
@@ -137,7 +138,7 @@ def test_pair_losses_and_their_metrics(name):
     torch.testing.assert_close(grad, their_grad, rtol=tolerance, atol=1e-9 if name == "exo_pair" else 1e-15)
     if name == "ld_dpo":
         return  # its rewards are of the weighted sums there
-    sums = preference.metrics(pair, per_pair, names, {**settings(losses), **options})
+    sums = preference.metrics(pair, per_pair, list(losses.values()), {**settings(losses), **options})
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
         mine = (sums[key][0] / sums[key][1]).item()
         assert mine == pytest.approx(trainer._metrics["train"][key][0], rel=1e-6), key  # accuracies are fp32 there
@@ -159,7 +160,7 @@ def test_simpo_and_cpo():
     theirs, chosen, _ = CPOTrainer.cpo_loss(trainer, *means)
     mine = preference.simpo(pair, beta=2.5, gamma_beta_ratio=0.8 / 2.5)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
-    told = preference.metrics(pair, mine, ["simpo"], {"beta": 2.5})["rewards/chosen"]
+    told = preference.metrics(pair, mine, [preference.LOSSES["simpo"]], {"beta": 2.5})["rewards/chosen"]
     torch.testing.assert_close(told[0], chosen.sum(), rtol=1e-12, atol=0)
     trainer.loss_type = "sigmoid"
     theirs = CPOTrainer.cpo_loss(trainer, pair.chosen, pair.rejected)[0]
@@ -175,7 +176,7 @@ def test_orpo():
     mine = preference.orpo(pair, beta=0.1, nll_weight=0.0)
     torch.testing.assert_close(mine, -losses.double(), rtol=1e-5, atol=0)  # TRL casts to fp32
     torch.testing.assert_close(log_odds_ratio(pair, -1e-4).mean(), odds.double(), rtol=1e-5, atol=0)
-    told = preference.metrics(pair, mine, ["orpo"], settings({"orpo": preference.orpo}))
+    told = preference.metrics(pair, mine, [preference.LOSSES["orpo"]], settings({"orpo": preference.orpo}))
     assert (told["rewards/chosen"][0] / 4).item() == pytest.approx(chosen.mean().item(), rel=1e-6)
     assert (told["log_odds_ratio"][0] / 4).item() == pytest.approx(ratio.item(), rel=1e-5)
 
@@ -228,7 +229,7 @@ def test_kto(mismatched):
     (grad,) = torch.autograd.grad(losses.mean(), leaf)
     torch.testing.assert_close(losses.mean(), theirs, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, torch.where(scored(), their_grad, grad), rtol=1e-12, atol=0)
-    told = unpaired.metrics(batch, losses, baseline, beta=0.3, name="kto")
+    told = unpaired.metrics(batch, losses, baseline, beta=0.3, loss=unpaired.LOSSES["kto"])
     for key in ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
         mine = (told[key][0] / told[key][1]).item()
         assert mine == pytest.approx(trainer._metrics["train"][key][0], rel=1e-6), key
@@ -292,7 +293,7 @@ def test_policy_losses(name, beta):
     logps, tokens = leaf[scored()], advantages.spread(credit, cu_seqlens)
     clips = {"clip_low": low, "clip_high": high} if known.loss in ("ppo", "gspo") else {}
     options = clips | extra | ({"ratio_max": high} if name == "cispo" else {})
-    sequences = (cu_seqlens,) if known.loss in policy.SEQUENCE_COUPLED else ()
+    sequences = (cu_seqlens,) if policy.LOSSES[known.loss].sequences else ()
     losses = policy.LOSSES[known.loss](logps, old[scored()], tokens, *sequences, **options)
     losses = losses + beta * policy.k3(logps, ref[scored()])
     weights = token_weights(known.reduction, cu_seqlens, Totals(tokens=sum(LENGTHS), sequences=8, budget=16))

@@ -91,7 +91,7 @@ def ragged_pairs(name, inputs, params):
     options = {**settings({loss: preference.LOSSES[loss]}), **options}
     given = Pairs(inputs)
     losses = preference.LOSSES[loss](given.pair, **options)
-    sums = preference.metrics(given.pair, losses, [loss], options)
+    sums = preference.metrics(given.pair, losses, [preference.LOSSES[loss]], options)
     shown = losses[rank_order(loss, given.pair)]
     result = {"loss": losses.mean(), "loss_per_pair": shown, "metrics": mean_metrics(sums)}
     return {
@@ -153,7 +153,7 @@ def tdpo(inputs, params):
     masked = {"d_logp": rows.mask, "d_fkl": rows.mask}
     padded = {key: torch.where(masked[key], x, 0.0) if key in masked else x for key, x in padded.items()}
     sides = {f"{key}_{side}": x[i::2] for key, x in padded.items() for i, side in enumerate("wl")}
-    means = mean_metrics(preference.metrics(pair, losses, [name], options))
+    means = mean_metrics(preference.metrics(pair, losses, [preference.LOSSES[name]], options))
     known = {"seq_fkl_w": pair.chosen_kls, "seq_fkl_l": pair.rejected_kls, "metrics": means}
     return {"loss": losses.mean(), "logratio_w": chosen, "logratio_l": rejected, **known, **sides}
 

@@ -39,7 +39,7 @@ def make_case(dtype, vocab=507):
 @pytest.mark.parametrize("name", LOSSES)
 def test_matches_float64(backend, name, scaling, dtype):
     logits, labels, ref = make_case(dtype)
-    ref = None if name in preference.REFERENCE_FREE else ref
+    ref = None if not preference.LOSSES[name].reference else ref
     total, _ = preference_loss(logits, labels, OFFSETS, ref, loss_fn=LOSSES[name], backend=backend, **scaling)
     (grad,) = torch.autograd.grad(total * -2.5, logits)
 
@@ -64,11 +64,11 @@ def test_pairs_are_those_of_the_losses(name):
 
     def with_metrics(pair):
         losses = LOSSES[name](pair)
-        return losses, preference.metrics(pair, losses, [name], {"beta": 0.3})
+        return losses, preference.metrics(pair, losses, [preference.LOSSES[name]], {"beta": 0.3})
 
     total, metrics = preference_loss(logits, labels, OFFSETS, ref, loss_fn=with_metrics)
     assert torch.equal(total, losses.sum() / 4)
-    for key, value in preference.metrics(pair, losses, [name], {"beta": 0.3}).items():
+    for key, value in preference.metrics(pair, losses, [preference.LOSSES[name]], {"beta": 0.3}).items():
         assert torch.equal(metrics[key], value) and not metrics[key].requires_grad
 
 

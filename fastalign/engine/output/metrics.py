@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastalign.data.disk import WriteError, writing
 from fastalign.engine.errors import RunError
-from fastalign.engine.method import Objective
+from fastalign.engine.methods import Objective
 from fastalign.engine.output.alarms import Alarms
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
@@ -170,7 +170,11 @@ def means(objective: Objective, sums: Tensor) -> dict[str, float]:
     """Metrics from their ``[m, 2]`` (sum, count), ``loss`` first; nan where nothing was counted."""
     pairs = {name: (s, n) for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)}
     values = {name: s / n if n else math.nan for name, (s, n) in pairs.items()}
-    told = {name: value for name, value in (values | dict(objective.method.derive(pairs))).items() if value is not None}
+    told = {
+        name: value
+        for name, value in (values | dict(objective.method.family.derive(pairs))).items()
+        if value is not None
+    }
     return {"loss": told.pop("loss"), **told}
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fastalign.data.examples import TokenExample
+from fastalign.data.formats import ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,9 +175,9 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
     """
     sequences, names = list(example.sequences), ["chosen", "rejected"]
     if len(sequences) == 1:
-        label = {0.0: " (bad)", 1.0: " (good)"}[float(example.scores[0])] if kind == "kto" else ""
+        label = {0.0: " (bad)", 1.0: " (good)"}[float(example.scores[0])] if ROWS[kind].unit == "completion" else ""
         return [(f"example{label}", decode_parts(*sequences[0], tokenizer))]
-    if kind in ("rrhf", "reward:k_wise"):
+    if ROWS[kind].unit == "candidate":
         ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
         sequences = [sequences[i] for i in ends]
         names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]

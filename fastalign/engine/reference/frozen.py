@@ -19,7 +19,7 @@ from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples
 from fastalign.data.ref_cache import Referenced
 from fastalign.engine.forward import Models, chunks, wants_autocast
-from fastalign.engine.method import Objective
+from fastalign.engine.methods import Objective
 from fastalign.engine.reference.cache import TEMPERATURE, Demand, Filling, Score, check_agreement, fill, open_cache
 from fastalign.engine.reference.fingerprint import hash_weights
 from fastalign.models.lora import WithoutAdapter, why_not_its_own_reference

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from fastalign.integrations._fields import Scaling, mean_logits
 from fastalign.integrations.liger.rows import neighbours, reference_logps, refuse, scored_rows
 from fastalign.losses import preference
-from fastalign.losses.mixture import keywords
 from fastalign.losses.pairs import pair_logps, per_token
 from fastalign.losses.preference_free import orpo_metrics, sft
+from fastalign.losses.traits import canonical, keywords
 from fastalign.ops import linear_loss
 from fastalign.types import PairLogps, TokenStats
 
@@ -164,12 +164,11 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 
 def _bound(loss_type: str, **options: Any) -> Objective:
     """A pair loss by Liger's, TRL's or our name, with those of the options that it has."""
-    name = preference.ALIASES.get(loss_type, loss_type)
-    others = preference.READS_TAILS | preference.READS_KLS | preference.STEP_COUPLED
-    if name not in preference.LOSSES or name in others:
-        served = sorted(preference.LOSSES.keys() - others | preference.ALIASES.keys())
-        refuse("loss_type", loss_type, f"choose one of {', '.join(served)}")
-    loss = preference.LOSSES[name]
+    losses = {n: x for n, x in preference.LOSSES.items() if not (x.tails or x.distributions or x.step_coupled)}
+    served = canonical(losses)
+    if loss_type not in served:
+        refuse("loss_type", loss_type, f"choose one of {', '.join(sorted(served))}")
+    loss = losses[served[loss_type]]
     bound = partial(loss, **{key: value for key, value in options.items() if key in keywords(loss)})
     one = torch.ones(1)
     bound(PairLogps(one, one, one, one, one, one))  # settings out of their range are refused now, not in training
