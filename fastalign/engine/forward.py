@@ -102,7 +102,7 @@ def both_heads(
     reference: tuple[Tensor, Tensor, dict[str, Any]],
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
-    """The divergence between both models and their log-probs, then the losses."""
+    """The divergence between both models and their log-probs, in one sweep over both logits, then the losses."""
     ref_hidden, ref_weight, ref_options = reference
     theirs = {f"ref_{name}": value for name, value in ref_options.items()}
     divergence = partial(linear_divergence, hidden, weight, ref_hidden, ref_weight, labels=labels, **options, **theirs)
@@ -111,10 +111,8 @@ def both_heads(
         with torch.no_grad():
             logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
     else:
-        losses = divergence(kind="forward_kl")
-        logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
-        with torch.no_grad():
-            batch = replace(batch, ref_logps=linear_logps(ref_hidden, ref_weight, labels, **ref_options))
+        losses, logps, ref_logps, entropy = divergence(kind="forward_kl", tokens=True)
+        batch = replace(batch, ref_logps=ref_logps)
     rows = torch.arange(len(labels), device=labels.device)
     stats = TokenStats(logps, rows, entropy.detach(), divergence=losses)
     return objective.loss_fn(batch, scale, facts)(with_sequences(stats, batch))
