@@ -14,7 +14,9 @@ import test_top1
 import torch
 from op_table import HERE, place
 
-from fastalign.ops import _functors, _head, _products, _torch_token_logps, _units, dispatch
+from fastalign.ops import dispatch, functors
+from fastalign.ops.backends.torch import token_logps as torch_sweep
+from fastalign.ops.head import gemm, head, units
 from fastalign.ops.preference_loss import _pairs
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -155,39 +157,39 @@ def test_faulty_kernels_are_caught(backend, fault):
 
 def shifted_head(make_head):
     def faulty(*arguments, **options):
-        head = make_head(*arguments, **options)
-        return replace(head, labels=head.labels.roll(1))
+        made = make_head(*arguments, **options)
+        return replace(made, labels=made.labels.roll(1))
 
     return faulty
 
 
 OURS = {
     "torch: form p - 1 in bf16": (
-        _torch_token_logps._row_gradients,
+        torch_sweep.row_gradients,
         lambda f: lambda log_p, labels, row: f(log_p, labels, row._replace(g=row.g.bfloat16())),
         *(test_backends.test_token_logps, "torch", "plain", torch.float32, 252),
     ),
     "functors: clip the wrong side": (
-        _functors.ppo,
+        functors.ppo,
         lambda f: lambda logps, r, inside, a, knobs: f(logps, r, inside, -a, knobs),
         *(test_backends.test_op, "policy_loss", "ppo-plain", "torch", torch.float32),
     ),
     "functors: flip k3's slope": (
-        _functors.k3,
+        functors.k3,
         lambda f: lambda y: (f(y)[0], -f(y)[1]),
         *(test_backends.test_op, "policy_loss", "pg-everything", "torch", torch.float32),
     ),
     "linear: shift the labels of the scored rows": (
-        *(_head.make_head, shifted_head),
+        *(head.make_head, shifted_head),
         *(test_backends.test_linear_loss, "torch", "everything", torch.float32, "trainable"),
     ),
     "linear: forget the bias": (
-        _products.project,
-        lambda f: lambda head, *rest: f(replace(head, bias=None), *rest),
+        gemm.project,
+        lambda f: lambda x, *rest: f(replace(x, bias=None), *rest),
         *(test_backends.test_linear_logps, "torch", "bias", torch.float32, "trainable"),
     ),
     "linear_loss: pairs off by one sequence": (
-        _units._unit_offsets,
+        units._unit_offsets,
         lambda f: lambda count, *rest: [0, *range(1, count, 2), count],
         *(test_linear_loss.test_units_are_whole_and_each_sequence_comes_once, "pair"),
         *(test_linear_loss.CU_PAIRS, (0, 2, 4, 6), 60_000),

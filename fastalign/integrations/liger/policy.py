@@ -163,7 +163,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             mean = segment_sum(logps - old, cu_seqlens) / counts.clamp(min=1)
             ratio = mean.exp().repeat_interleave(counts)
         if self.clips:
-            low, high = policy.clip_bounds(ratio, advantages, **self.clips)
+            bounds = 1 - self.clips["clip_low"], 1 + self.clips["clip_high"]
+            low, high = policy.clip_bounds(ratio, advantages, *bounds)
             return low | high
         return torch.zeros_like(ratio, dtype=torch.bool) if self.cap is None else (advantages > 0) & (ratio > self.cap)
 
