@@ -36,15 +36,16 @@ from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.methods import Objective, make_objective
-from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
 from fastalign.engine.output.accounting import Accounting, account
-from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
 from fastalign.engine.output.checkpoints import RUN_STATE, read_state
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.report import write_report
 from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
+from fastalign.engine.output.trained_state import tied_names
 from fastalign.engine.prepare import Carried
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
@@ -53,7 +54,6 @@ from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
-from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
 from fastalign.types import PackedBatch
 
@@ -108,7 +108,7 @@ class Job:
     world: World
     tokenizer: PreTrainedTokenizerBase
     models: Models
-    optimizer: AdamW
+    trained: dict[str, Trained]
     dataset: TokenDataset
     source: Source
     held_out: Examples | None
@@ -148,7 +148,8 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
-    made = (tokenizer, models, optimizer, dataset, source, held_out, total, accounting, counts)
+    trained = {"policy": Trained(models.policy, optimizer)}
+    made = (tokenizer, models, trained, dataset, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
 
 
@@ -233,14 +234,11 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
 def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
     """One step from its examples to the optimizer's update; nothing is read back from the device."""
     batches, work, watch = draw(job, keeper, feed, step)
-    losses, sums, grad_norm = update(job, batches, work, step, watch)
+    lr = learning_rate(step, job.total, job.config.optim)
+    losses, sums, grad_norm = update(job, batches, work, lr, watch)
     job.source.after(job.models.policy, step)
     watch.stop()
-    known = {
-        "step": step,
-        "epoch": feed.position["drawn"] / len(job.dataset),
-        "lr": job.optimizer.param_groups[0]["lr"],
-    }
+    known = {"step": step, "epoch": feed.position["drawn"] / len(job.dataset), "lr": lr}
     return StepResult({**known, **job.accounting.describe(work)}, sums, grad_norm, culprits(losses, batches), watch)
 
 
@@ -265,20 +263,17 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBa
 
 
 def update(
-    job: Job, batches: list[PackedBatch], work: Work, step: int, watch: Stopwatch
+    job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: Stopwatch
 ) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
-    """One optimizer update: the sums of each micro-batch and over all ranks, and the gradient's norm."""
-    world, optimizer = job.world, job.optimizer
+    """One update of what trains: the sums of each micro-batch and over all ranks, and the policy's gradient norm."""
+    world, clip_norm = job.world, job.config.optim.clip_norm
     losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
     with watch("optimizer"):
         sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
         loss = sums[job.objective.metric_names.index("loss")]
-        grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
-        set_learning_rate(optimizer, learning_rate(step, job.total, job.config.optim))
-        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the update
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, sums, grad_norm
+        finite = loss.isfinite().all()
+        norms = {role: take_step(one, lr, clip_norm, finite) for role, one in job.trained.items()}
+    return losses, sums, norms["policy"]
 
 
 def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
@@ -305,7 +300,7 @@ def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, keep)
+    save_checkpoint(directory, step, job.trained, state, job.world, keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
@@ -328,7 +323,7 @@ def resume(job: Job, checkpoint: Path) -> int:
             "then, or start again in another run.output_dir"
         )
     job.carried.load_state_dict(state["carried"], job.world.device)
-    state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
+    state = load_checkpoint(checkpoint, job.trained, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size

@@ -14,7 +14,7 @@ from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.pack import share
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS
-from fastalign.engine.optim import AdamW, make_optimizer
+from fastalign.engine.optim import AdamW, Trained, make_optimizer
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
 from fastalign.models.load import load_policy
 from fastalign.models.policy import Policy
@@ -59,10 +59,10 @@ def masters(ranks: World) -> None:
     assert {g.dtype for g in gradients} == {torch.bfloat16} and all(g.isfinite().all() for g in gradients)
 
     directory = Path(ranks.gather_objects(tempfile.mkdtemp())[0])
-    path = save_checkpoint(directory, 3, sharded, optimizers[1], {}, ranks, keep=1)
+    path = save_checkpoint(directory, 3, {"policy": Trained(sharded, optimizers[1])}, {}, ranks, keep=1)
     fresh = shard(steps.make_models("sft").policy.bfloat16(), ranks)
     again = make_optimizer(fresh, options)
-    load_checkpoint(path, fresh, again, ranks)
+    load_checkpoint(path, {"policy": Trained(fresh, again)}, ranks)
     for mine, want in zip(kept(fresh, again), kept(sharded, optimizers[1]), strict=True):
         assert torch.equal(mine, want)
     print("agreed on masters", file=sys.stderr)

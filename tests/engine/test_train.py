@@ -46,7 +46,7 @@ def test_the_exported_model_is_the_trained_one(configure):
     AutoTokenizer.from_pretrained(directory / "model")
     saved = load_file(next((directory / "checkpoints" / "step-2").glob("*.safetensors")))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved[f"model.model.{name}"]), name
+        assert torch.equal(parameter, saved[f"policy.weight.model.{name}"]), name
 
 
 def test_the_first_dpo_loss_is_ln_2_to_the_last_bit(configure):
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(poisoned, 
     assert [line["step"] for line in records(directory)] == list(range(1, step))
     good = load_file(next((directory / "checkpoints" / f"step-{step - 1}").glob("*.safetensors")))
     for name, parameter in jobs[0].models.policy.named_parameters():
-        assert torch.equal(parameter.nan_to_num(), good[f"model.{name}"].nan_to_num()), name
+        assert torch.equal(parameter.nan_to_num(), good[f"policy.weight.{name}"].nan_to_num()), name
 
 
 def test_a_reference_that_no_loss_reads_is_told(configure, caplog):
