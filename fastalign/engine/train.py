@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,6 +118,8 @@ class Job:
     held_out_counts: dict[str, int] | None = None
     carried: Carried = field(default_factory=Carried)
     signals: Requests = field(default_factory=Requests)
+    updates: int = 1
+    """Optimizer updates of a step: several where a step's examples cost more than an update."""
     owed: list[Record] = field(default_factory=list)
     """The record of the step that is resumed from, where its evaluation is still to come."""
 
@@ -232,14 +235,25 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
 
 
 def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
-    """One step from its examples to the optimizer's update; nothing is read back from the device."""
+    """One step: its examples, the updates made of them, one line of metrics; nothing is read back from the device."""
     batches, work, watch = draw(job, keeper, feed, step)
     lr = learning_rate(step, job.total, job.config.optim)
-    losses, sums, grad_norm = update(job, batches, work, lr, watch)
+    updates = [update(job, part, work, lr, watch) for part in minibatches(batches, job.updates)]
     job.source.after(job.models.policy, step)
     watch.stop()
-    known = {"step": step, "epoch": feed.position["drawn"] / len(job.dataset), "lr": lr}
-    return StepResult({**known, **job.accounting.describe(work)}, sums, grad_norm, culprits(losses, batches), watch)
+    known = {
+        "step": step,
+        "epoch": feed.position["drawn"] / len(job.dataset),
+        "lr": lr,
+        **job.accounting.describe(work),
+    }
+    sums, norms = (torch.stack([getattr(one, name) for one in updates]) for name in ("sums", "grad_norm"))
+    return StepResult(known, sums.sum(0), norms.mean(), [loss for one in updates for loss in one.losses], watch)
+
+
+def minibatches(batches: list[PackedBatch], number: int) -> list[list[PackedBatch]]:
+    """The micro-batches of each update: as many updates as asked for and there are micro-batches, alike in size."""
+    return [batches[first::number] for first in range(min(number, len(batches)))]
 
 
 def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
@@ -262,24 +276,25 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBa
         keeper.obey(work.asked, step - 1)  # what is saved has not had this step
 
 
-def update(
-    job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: Stopwatch
-) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
-    """One update of what trains: the sums of each micro-batch and over all ranks, and the policy's gradient norm."""
-    world, clip_norm = job.world, job.config.optim.clip_norm
-    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
+@dataclass(frozen=True)
+class Update:
+    """An optimizer update: the sums of metrics over all ranks, the policy's gradient norm, this rank's losses."""
+
+    sums: Tensor
+    grad_norm: Tensor
+    losses: list[tuple[Tensor | None, tuple[int, ...]]]
+
+
+def update(job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: Stopwatch) -> Update:
+    """One update of all that trains, from the gradients of some of a step's micro-batches."""
+    world, names = job.world, job.objective.metric_names
+    metrics = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
     with watch("optimizer"):
-        sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
-        loss = sums[job.objective.metric_names.index("loss")]
-        finite = loss.isfinite().all()
-        norms = {role: take_step(one, lr, clip_norm, finite) for role, one in job.trained.items()}
-    return losses, sums, norms["policy"]
-
-
-def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """This rank's loss and examples of each micro-batch."""
-    losses = [metrics["loss"] if metrics else None for metrics in sums]
-    return list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+        sums = world.data.sum(add_sums(metrics, names, world.device))
+        finite = sums[names.index("loss")].isfinite().all()
+        norms = {role: take_step(one, lr, job.config.optim.clip_norm, finite) for role, one in job.trained.items()}
+    losses = [one["loss"] if one else None for one in metrics]
+    return Update(sums, norms["policy"], list(zip(losses, (batch.example_ids for batch in batches), strict=True)))
 
 
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:

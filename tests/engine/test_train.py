@@ -1,6 +1,8 @@
 """Whole runs in this process: they learn, they are exact, and they stop when their numbers do."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,21 @@ def test_a_repeated_run_is_equal_to_the_bit(configure):
     assert numbers(Path(configure("dpo", "one").run.output_dir)) == numbers(
         Path(configure("dpo", "two").run.output_dir)
     )
+
+
+@pytest.mark.parametrize("updates", [1, 2, 9])
+def test_a_step_of_several_updates_is_one_line_and_one_checkpoint(configure, monkeypatch, updates):
+    made, few = engine.set_up, {"run.steps": 2, "run.save_every": 1, "batch.tokens": 300}
+    monkeypatch.setattr(engine, "set_up", lambda *given: replace(made(*given), updates=updates))
+    config = configure("sft", **few)
+    train(config)
+    lines = records(config.run.output_dir)
+    taken = min(updates, lines[0]["num_micro_batches"]), min(updates, lines[1]["num_micro_batches"])
+    assert [line["step"] for line in lines] == [1, 2] and min(taken) >= min(updates, 2)
+    for step in (1, 2):
+        state = Path(config.run.output_dir) / "checkpoints" / f"step-{step}" / "state.json"
+        assert set(json.loads(state.read_text())["optimizer_steps"].values()) == {sum(taken[:step])}
+    assert [line["examples"] for line in lines] == [6, 6] and lines[0]["lr"] == 5e-4
 
 
 @pytest.fixture
