@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.config import ModelConfig
 from fastalign.engine.methods import NO_FACTS, Objective, StepFacts
+from fastalign.models.head import scores
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss
@@ -63,14 +64,6 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     groups = {"cu_groups": batch.cu_groups} if align == "group" else {}
     offsets = None if align == "token" else batch.cu_seqlens
     return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
-
-
-def scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``[N]`` outputs of a scalar head, in fp32 whatever computes the backbone."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        shift = None if bias is None else bias.to(wide)
-        return torch.nn.functional.linear(hidden.to(wide), weight.to(wide), shift)[:, 0]
 
 
 def run_distributions(
