@@ -23,13 +23,23 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
+    """The models of a run by role, and whether they compute under bf16 autocast.
+
+    Attributes:
+        policy: what is trained.
+        reference: frozen, what the policy is compared with; None for losses that compare with none, and where its
+            log-probs came with the data.
+        critic: trained beside the policy; None without one, and where the policy has a value head.
+        rewards: frozen, score completions.
+    """
 
     policy: Policy
     reference: Policy | WithoutAdapter | None
     autocast: bool
     reference_digest: str | None = None
     """A hash of the weights that the reference has on the disk; None without one, or one that a seed made."""
+    critic: Policy | None = None
+    rewards: tuple[Policy, ...] = ()
 
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The context in which both run forward."""

@@ -150,10 +150,15 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     source = Rows(data, config.batch.size, config.run.seed, rows)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
-    optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
-    trained = {"policy": Trained(models.policy, optimizer)}
-    made = (tokenizer, models, trained, dataset, source, held_out, total, accounting, counts)
+    made = (tokenizer, models, what_trains(models, config, ranks), dataset, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
+
+
+def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Trained]:
+    """The modules that train with their optimizers, by role."""
+    modules = {"policy": models.policy, "critic": models.critic}
+    present = {role: module for role, module in modules.items() if module is not None}
+    return {role: Trained(m, make_optimizer(m, config.optim, tell=ranks.is_main)) for role, m in present.items()}
 
 
 def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
