@@ -181,8 +181,8 @@ class RunConfig:
     steps: int | None = None
     """Optimizer steps; default: `epochs`."""
     epochs: float = 1.0
-    """Passes over the data when `steps` is not given: each reads every example once, and the last step of the run is
-    shorter when `batch.size` does not divide them; a fraction reads so many of the examples, rounded up."""
+    """Passes over the data when `steps` is not given. Each reads every example once, and its last step is shorter when
+    `batch.size` does not divide them; a fraction reads so many of the examples, rounded up."""
     seed: int = 0
     """Seed of initial weights and data order."""
     log_every: int = 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.config import ModelConfig
 from fastalign.engine.methods import NO_FACTS, Objective, StepFacts
+from fastalign.models.head import scores
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss
@@ -22,13 +23,23 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
+    """The models of a run by role, and whether they compute under bf16 autocast.
+
+    Attributes:
+        policy: what is trained.
+        reference: frozen, what the policy is compared with; None for losses that compare with none, and where its
+            log-probs came with the data.
+        critic: trained beside the policy; None without one, and where the policy has a value head.
+        rewards: frozen, score completions.
+    """
 
     policy: Policy
     reference: Policy | WithoutAdapter | None
     autocast: bool
     reference_digest: str | None = None
     """A hash of the weights that the reference has on the disk; None without one, or one that a seed made."""
+    critic: Policy | None = None
+    rewards: tuple[Policy, ...] = ()
 
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The context in which both run forward."""
@@ -63,14 +74,6 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     groups = {"cu_groups": batch.cu_groups} if align == "group" else {}
     offsets = None if align == "token" else batch.cu_seqlens
     return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
-
-
-def scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``[N]`` outputs of a scalar head, in fp32 whatever computes the backbone."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        shift = None if bias is None else bias.to(wide)
-        return torch.nn.functional.linear(hidden.to(wide), weight.to(wide), shift)[:, 0]
 
 
 def run_distributions(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,15 +37,16 @@ from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.methods import Objective, make_objective
-from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
 from fastalign.engine.output.accounting import Accounting, account
-from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
 from fastalign.engine.output.checkpoints import RUN_STATE, read_state
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.report import write_report
 from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
+from fastalign.engine.output.trained_state import tied_names
 from fastalign.engine.prepare import Carried
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
@@ -53,7 +55,6 @@ from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
 from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
-from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
 from fastalign.types import PackedBatch
 
@@ -108,7 +109,7 @@ class Job:
     world: World
     tokenizer: PreTrainedTokenizerBase
     models: Models
-    optimizer: AdamW
+    trained: dict[str, Trained]
     dataset: TokenDataset
     source: Source
     held_out: Examples | None
@@ -117,6 +118,8 @@ class Job:
     held_out_counts: dict[str, int] | None = None
     carried: Carried = field(default_factory=Carried)
     signals: Requests = field(default_factory=Requests)
+    updates: int = 1
+    """Optimizer updates of a step: several where a step's examples cost more than an update."""
     owed: list[Record] = field(default_factory=list)
     """The record of the step that is resumed from, where its evaluation is still to come."""
 
@@ -147,9 +150,15 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     source = Rows(data, config.batch.size, config.run.seed, rows)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
-    optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
-    made = (tokenizer, models, optimizer, dataset, source, held_out, total, accounting, counts)
+    made = (tokenizer, models, what_trains(models, config, ranks), dataset, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
+
+
+def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Trained]:
+    """The modules that train with their optimizers, by role."""
+    modules = {"policy": models.policy, "critic": models.critic}
+    present = {role: module for role, module in modules.items() if module is not None}
+    return {role: Trained(m, make_optimizer(m, config.optim, tell=ranks.is_main)) for role, m in present.items()}
 
 
 def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
@@ -231,17 +240,25 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
 
 
 def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
-    """One step from its examples to the optimizer's update; nothing is read back from the device."""
+    """One step: its examples, the updates made of them, one line of metrics; nothing is read back from the device."""
     batches, work, watch = draw(job, keeper, feed, step)
-    losses, sums, grad_norm = update(job, batches, work, step, watch)
+    lr = learning_rate(step, job.total, job.config.optim)
+    updates = [update(job, part, work, lr, watch) for part in minibatches(batches, job.updates)]
     job.source.after(job.models.policy, step)
     watch.stop()
     known = {
         "step": step,
         "epoch": feed.position["drawn"] / len(job.dataset),
-        "lr": job.optimizer.param_groups[0]["lr"],
+        "lr": lr,
+        **job.accounting.describe(work),
     }
-    return StepResult({**known, **job.accounting.describe(work)}, sums, grad_norm, culprits(losses, batches), watch)
+    sums, norms = (torch.stack([getattr(one, name) for one in updates]) for name in ("sums", "grad_norm"))
+    return StepResult(known, sums.sum(0), norms.mean(), [loss for one in updates for loss in one.losses], watch)
+
+
+def minibatches(batches: list[PackedBatch], number: int) -> list[list[PackedBatch]]:
+    """The micro-batches of each update: as many updates as asked for and there are micro-batches, alike in size."""
+    return [batches[first::number] for first in range(min(number, len(batches)))]
 
 
 def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
@@ -264,27 +281,25 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBa
         keeper.obey(work.asked, step - 1)  # what is saved has not had this step
 
 
-def update(
-    job: Job, batches: list[PackedBatch], work: Work, step: int, watch: Stopwatch
-) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
-    """One optimizer update: the sums of each micro-batch and over all ranks, and the gradient's norm."""
-    world, optimizer = job.world, job.optimizer
-    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
+@dataclass(frozen=True)
+class Update:
+    """An optimizer update: the sums of metrics over all ranks, the policy's gradient norm, this rank's losses."""
+
+    sums: Tensor
+    grad_norm: Tensor
+    losses: list[tuple[Tensor | None, tuple[int, ...]]]
+
+
+def update(job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: Stopwatch) -> Update:
+    """One update of all that trains, from the gradients of some of a step's micro-batches."""
+    world, names = job.world, job.objective.metric_names
+    metrics = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
     with watch("optimizer"):
-        sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
-        loss = sums[job.objective.metric_names.index("loss")]
-        grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
-        set_learning_rate(optimizer, learning_rate(step, job.total, job.config.optim))
-        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the update
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, sums, grad_norm
-
-
-def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """This rank's loss and examples of each micro-batch."""
-    losses = [metrics["loss"] if metrics else None for metrics in sums]
-    return list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+        sums = world.data.sum(add_sums(metrics, names, world.device))
+        finite = sums[names.index("loss")].isfinite().all()
+        norms = {role: take_step(one, lr, job.config.optim.clip_norm, finite) for role, one in job.trained.items()}
+    losses = [one["loss"] if one else None for one in metrics]
+    return Update(sums, norms["policy"], list(zip(losses, (batch.example_ids for batch in batches), strict=True)))
 
 
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
@@ -305,7 +320,7 @@ def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, keep)
+    save_checkpoint(directory, step, job.trained, state, job.world, keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
@@ -328,7 +343,7 @@ def resume(job: Job, checkpoint: Path) -> int:
             "then, or start again in another run.output_dir"
         )
     job.carried.load_state_dict(state["carried"], job.world.device)
-    state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
+    state = load_checkpoint(checkpoint, job.trained, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size

@@ -330,7 +330,11 @@ def save_pretrained(
     fresh, old = (final.with_name(f".{final.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    tensors = None if state_dict is None else {name.removeprefix("model."): x for name, x in state_dict.items()}
+    tensors = (
+        None
+        if state_dict is None
+        else {name.removeprefix("model."): x for name, x in state_dict.items() if name.startswith("model.")}
+    )
     try:
         if policy.adapted is None:
             policy.model.save_pretrained(fresh, state_dict=tensors)

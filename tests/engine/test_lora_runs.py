@@ -86,7 +86,7 @@ def test_a_checkpoint_keeps_what_trains_and_goes_on_to_the_bit(tune):
     for file in (directory / "checkpoints" / f"step-{STEPS}").glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             names += tensors.keys()
-    weights = [name for name in names if name.startswith("model.")]
+    weights = [name for name in names if name.startswith("policy.weight.")]
     assert len(weights) == len(exported) == 2 * 2 + 1 and len(names) == 3 * len(weights)
 
     shutil.rmtree(directory / "checkpoints" / f"step-{STEPS}")

@@ -118,7 +118,7 @@ def count_elements(parameter: Tensor) -> int:
 def describe_dtype(job: Job) -> str:
     """What the weights are kept in, with or without masters, and whether forwards run under autocast."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in job.models.policy.parameters()})
-    masters = " with float32 masters" if job.optimizer.masters else ""
+    masters = " with float32 masters" if job.trained["policy"].optimizer.masters else ""
     return f"weights {' and '.join(kinds)}{masters}, autocast {'bfloat16' if job.models.autocast else 'off'}"
 
 
