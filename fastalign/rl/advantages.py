@@ -245,16 +245,3 @@ def add_at_ends(tokens: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``[n]`` token numbers with ``[B]`` numbers of answers added at each answer's last token; detached."""
     some = (cu_seqlens.diff() > 0).nonzero().squeeze(1)
     return tokens.detach().index_add(0, cu_seqlens[1:].long()[some] - 1, values.detach().to(tokens.dtype)[some])
-
-
-ESTIMATORS = {
-    "grpo": grpo,
-    "grpo_process": grpo_process,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "batch_mean": batch_mean,
-    "reinforce_pp": reinforce_pp,
-    "reinforce_pp_baseline": reinforce_pp_baseline,
-    "remax": remax,
-    "remax_local": remax_local,
-}
