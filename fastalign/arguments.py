@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastalign import words, written
-from fastalign.config import Config, as_yaml
+from fastalign.config import Config, as_yaml, flatten
 from fastalign.engine.methods import METHODS, choose, one_or_list
 from fastalign.words import describe_type, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
@@ -230,15 +230,6 @@ def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> N
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
             got = in_yaml(written.free(value))
             raise UsageError(f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {got}")
-
-
-def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a nested mapping down to its leaves, each with its value."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses: Losses, place: str = "") -> None:

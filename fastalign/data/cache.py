@@ -21,7 +21,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.disk import writing
+from fastalign.disk import writing
 
 
 class Unwritable(ValueError):

@@ -27,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fastalign import hub
 from fastalign.data import cache, files, tables
-from fastalign.data.disk import FULL, errno_of, reason
+from fastalign.disk import FULL, errno_of, reason
 
 log = logging.getLogger(__name__)
 

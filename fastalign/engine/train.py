@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import Config
-from fastalign.data.disk import writing
+from fastalign.disk import writing
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import (
     Examples,

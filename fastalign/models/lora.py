@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastalign.config import ModelConfig
-from fastalign.models.inline import nearest
 from fastalign.models.policy import Policy
 from fastalign.models.raised import raise_trained, rounded
 from fastalign.types import PackedBatch
+from fastalign.words import nearest
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import datasets
 import forks
 import pytest
 
-from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
+from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError

@@ -26,13 +26,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastalign.data.disk import WriteError, reason, writing
+from fastalign.disk import WriteError, flush, reason, writing
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.optim import AdamW
 from fastalign.engine.output.checkpoints import (
     SCHEMA,
     flaw,
-    flush_directory,
     publish,
     read_json,
     read_state,
@@ -88,7 +87,7 @@ def save_checkpoint(
                 files = written_files(temporary, tensors, world.size)
                 full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
-            flush_directory(temporary)
+            flush(temporary, inside=True)
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
                 publish(temporary, final, keep)

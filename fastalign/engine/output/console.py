@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.disk import write_whole
+from fastalign.disk import write_whole
 from fastalign.engine.output.progress import Pace, training_bar
 
 log = logging.getLogger(__name__)

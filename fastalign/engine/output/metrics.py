@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from fastalign.data.disk import WriteError, writing
+from fastalign.disk import WriteError, writing
 from fastalign.engine.errors import RunError
 from fastalign.engine.methods import Objective
 from fastalign.engine.output.alarms import Alarms

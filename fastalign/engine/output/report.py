@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import json
 
 from fastalign.config import as_yaml
-from fastalign.data.disk import write_whole
+from fastalign.disk import write_whole
 from fastalign.engine.output.metrics import parse_lines
 from fastalign.engine.output.rundir import read_settings
 from fastalign.engine.timing import PARTS

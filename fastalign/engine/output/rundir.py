@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastalign.config import Config, as_yaml
-from fastalign.data.disk import free_bytes, readable, write_whole, writing
+from fastalign.config import Config, as_yaml, flatten
+from fastalign.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
 from fastalign.engine.output.checkpoints import (
@@ -157,7 +157,7 @@ def claim(config: Config, world: World) -> Path | None:
 
 def require_same_settings(config: Config, world: World) -> None:
     """Refuse ranks that were started with different settings."""
-    settings = {key: value for key, value in flatten(asdict(config)) if key not in PLACES}
+    settings = {key: value for key, value in by_key(asdict(config)).items() if key not in PLACES}
     every = world.gather_objects((settings, socket.gethostname()))
     ours, host = every[0]
     for rank, (theirs, place) in enumerate(every):
@@ -267,7 +267,7 @@ def refuse_model(directory: Path) -> None:
 def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Refuse to resume under settings that would make it another run, naming them."""
     # A setting that the older run did not know had its default there.
-    before, now = (dict(flatten(asdict(Config(method="")))) | dict(flatten(x)) for x in (old, new))
+    before, now = (by_key(asdict(Config(method=""))) | by_key(x) for x in (old, new))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
     if horizon_is_free(new["optim"]):
         changed -= HORIZON
@@ -291,13 +291,9 @@ def horizon_is_free(optim: dict[str, Any]) -> bool:
     return optim["schedule"] == "constant" and not 0 < optim["warmup"] < 1
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; tuples as lists, as JSON and YAML have them."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+def by_key(tree: dict[str, Any]) -> dict[str, Any]:
+    """The values by dotted keys; tuples as lists, as JSON and YAML have them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(tree) if v != {}}
 
 
 def make_room(config: Config, need: int, done: int, total: int, world: World) -> None:

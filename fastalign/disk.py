@@ -1,4 +1,4 @@
-"""Writes that fail, in one line: what, where, and of a full disk how much it needs and has."""
+"""Writing files: whole or not at all, flushed to the disk, and one line when it fails: what, where, how much space."""
 
 from __future__ import annotations
 
@@ -90,11 +90,30 @@ def readable(size: int) -> str:
 
 def write_whole(path: Path, text: str, what: str, then: str = "") -> None:
     """Replace a text file; one that cannot be written whole stays as it was."""
+    with writing(what, path, then=then):
+        replace_file(path, text.encode())
+
+
+def replace_file(path: Path, content: bytes, flushed: bool = False) -> None:
+    """Write a file beside its place and rename it; with ``flushed`` it is on the disk then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(what, path, then=then):
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+        temporary.write_bytes(content)
+        if flushed:
+            flush(temporary)
+        temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    if flushed:
+        flush(path.parent)
+
+
+def flush(path: Path, inside: bool = False) -> None:
+    """Force a file, or the entries of a directory, to the disk; with ``inside`` first all that the directory holds."""
+    for entry in [*(path.rglob("*") if inside else ()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
