@@ -30,7 +30,7 @@ def make(described: Mapping[str, Any], scalar: bool, vocab_size: int | None) -> 
     if kind is None:
         raise ValueError("model.config needs a model_type, e.g. {model_type: llama, hidden_size: 256, ...}")
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"unknown model_type {kind!r} in model.config{nearest(kind, CONFIG_MAPPING)}")
+        raise ValueError(f"unknown model_type {kind!r} in model.config{nearest(kind, CONFIG_MAPPING, cutoff=0.6)}")
     for name in SPECIAL_TOKENS:  # a config's default ids belong to some other tokenizer
         options.setdefault(name, None)
     if vocab_size is not None:
@@ -60,7 +60,7 @@ def check_keys(config: Any, described: Iterable[str]) -> None:
     known = known_keys(type(config))
     for key in described:
         if key in vars(config) and key not in known:
-            raise ValueError(f"unknown key {key!r} in model.config of a {config.model_type}{nearest(key, known)}")
+            raise ValueError(f"unknown key {key!r} in model.config of a {config.model_type}{nearest(key, known, cutoff=0.6)}")
 
 
 def known_keys(config: type) -> set[str]:

@@ -90,7 +90,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     for key in options:
         if key not in ACCEPTED:
             raise ValueError(
-                f"unknown key {key!r} in {where}{nearest(key, ACCEPTED)}; expected one of {', '.join(ACCEPTED)}"
+                f"unknown key {key!r} in {where}{nearest(key, ACCEPTED, cutoff=0.6)}; expected one of {', '.join(ACCEPTED)}"
             )
     if options.get("lora_dropout"):
         raise ValueError(
