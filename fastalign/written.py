@@ -66,11 +66,7 @@ Loader.add_constructor("tag:yaml.org,2002:str", _word)
 
 
 def load(source: Any) -> Any:
-    """What a YAML file or a flag's text holds; words without quotes are left as `Plain`.
-
-    Raises:
-        ValueError: no valid YAML, or something in it that no setting takes, such as a list that holds itself.
-    """
+    """What a YAML file or a flag's text holds; words without quotes are left as `Plain`."""
     try:
         tree = yaml.load(source, Loader)
         free(tree)
@@ -87,9 +83,6 @@ def read(value: Any, annotation: str) -> Any:
     Args:
         value: from `Loader`.
         annotation: the setting's type as the code spells it.
-
-    Raises:
-        ValueError: the setting does not take it.
 
     Example:
         >>> read(Plain("off"), "str"), read(Plain("off"), "bool | None"), read(Plain("1e-6"), "float")
@@ -189,11 +182,7 @@ def as_number(text: str) -> int | float | None:
 
 
 def read_value(key: str, value: Any, annotation: str, place: str = "") -> Any:
-    """A value as the setting takes it.
-
-    Raises:
-        UsageError: the setting does not take it; ``place`` tells where a null stands.
-    """
+    """A value as the setting takes it."""
     try:
         return read(value, annotation)
     except (ValueError, OverflowError) as error:

@@ -42,9 +42,6 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
     """The directory ``name`` of the cache, made by ``make(directory)`` when it is not there.
 
     Atomic and safe for concurrent processes: the directory appears whole or not at all.
-
-    Raises:
-        Unwritable: the cache cannot be written.
     """
     path = root(cache_dir) / name
     if path.is_dir():
@@ -110,6 +107,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def code_version() -> str:
     """A hash of the code that turns rows into tokens, its libraries' versions included."""
-    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "preference", "prompts")
+    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "prompts")
     sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in names]
     return key(sources, transformers.__version__, tokenizers.__version__)

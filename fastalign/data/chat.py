@@ -73,11 +73,7 @@ class Steps:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a Jinja chat template file.
-
-    Raises:
-        ValueError: no such file, or not UTF-8.
-    """
+    """The text of a Jinja chat template file."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -98,9 +94,6 @@ def render(
         tokenizer: gives the chat template and its variables; used for conversations only.
         template: replaces the tokenizer's template.
         judged: completions are judged as a whole, not learnt turn by turn: everything after the prompt is scored.
-
-    Raises:
-        ValueError: a conversation and no template, or one that the template refuses.
     """
     if isinstance(example.completions[0], str):
         prompt = str(example.prompt or "")
@@ -113,11 +106,7 @@ def render(
 def render_steps(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, separator: str
 ) -> list[Rendered | Marked | Steps]:
-    """One rendering of all steps; a prompt that is a conversation is written with its generation prompt.
-
-    Raises:
-        ValueError: as `render`.
-    """
+    """One rendering of all steps; a prompt that is a conversation is written with its generation prompt."""
     steps = tuple(map(str, example.completions))
     if isinstance(example.prompt, str):
         return [Steps((example.prompt, True), steps, separator)]
@@ -155,11 +144,7 @@ class Chat:
         return bool(self.tokenizer.is_fast) and "endgeneration" in text
 
     def before(self, turns: Turns) -> str:
-        """What stands before the assistant's next turn; of the first turn what the template writes in front of it.
-
-        Raises:
-            ValueError: where a first turn begins cannot be told.
-        """
+        """What stands before the assistant's next turn; of the first turn what the template writes in front of it."""
         if turns:
             return self.text(turns, True)
         texts = [self.text([{"role": "assistant", "content": content}]) for content in ("0", "1")]
@@ -174,11 +159,7 @@ class Chat:
         return str(self._apply(turns, tokenize=False, add_generation_prompt=generation_prompt)) if turns else ""
 
     def marked(self, turns: Turns, learnt: Sequence[int]) -> Marked:
-        """The conversation in tokens, scored where the template marks one of the turns ``learnt``.
-
-        Raises:
-            ValueError: others are marked too, and which mark is whose cannot be told.
-        """
+        """The conversation in tokens, scored where the template marks one of the turns ``learnt``."""
         marked = self._marks(turns)
         speaking = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if list(learnt) == speaking:

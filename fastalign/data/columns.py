@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from fastalign.data import formats, preference, prompts
+from fastalign.data import formats, prompts
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def layout(rows: Dataset, form: str) -> tuple[bool, bool]:
         return False, False
     read = [_strings(row, form) for row in first]
     raw = form != "stepwise" and all(
-        sides and all(map(preference.is_raw_dialogue, sides)) for _, sides in read[:_RAW_ROWS]
+        sides and all(map(prompts.is_raw_dialogue, sides)) for _, sides in read[:_RAW_ROWS]
     )
     return raw, not raw and _are_repeated([(prompt, sides) for prompt, sides in read if prompt and sides])
 

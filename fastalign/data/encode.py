@@ -290,11 +290,7 @@ class Encoder:
 
 
 def step_tokens(rendered: chat.Steps, lookup: Lookup) -> Tokens:
-    """An answer in steps, with the last token of each scored.
-
-    Raises:
-        ValueError: a step without tokens.
-    """
+    """An answer in steps, with the last token of each scored."""
     separator = lookup[rendered.separator, False]
     pieces = [lookup[rendered.prompt], *(lookup[step, False] + separator for step in rendered.steps)]
     if not all(pieces[1:]):
@@ -308,9 +304,6 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     """The special ids that the tokenizer puts before and after a text by itself, e.g. ([BOS], []).
 
     Told by a text with and without them: where BOS and EOS are one token, its place alone says which it is.
-
-    Raises:
-        ValueError: no text of the vocabulary comes back between the added ids.
     """
     special = set(tokenizer.all_special_ids)
     for probe in ("a", *tokenizer.get_vocab()):
@@ -343,9 +336,6 @@ def turn_length(before: list[int], through: list[int], rest: list[int]) -> int:
     ``through`` renders the conversation up to and including the turn, ``before`` up to it. Within a longer conversation
     a template may leave out the front of a turn (an old reasoning block), and the turn's last token may merge with what
     follows: the longest ending or beginning of the turn with which ``rest`` begins counts.
-
-    Raises:
-        ValueError: the turn does not come back in the whole conversation.
     """
     turn = through[common_prefix(before, through) :]
     ending = next((len(turn) - i for i in range(len(turn)) if turn[i:] == rest[: len(turn) - i]), 0)

@@ -31,11 +31,6 @@ def check_columns(columns: Iterable[str], method: str) -> None:
         logger.info("column 'probability' is not read: loss.name=soft_label learns from it")
 
 
-def of_pair(row: dict[str, Any], method: str) -> tuple[float, ...]:
-    """The scores of chosen and rejected for this method; a reward model's are (margin, 0) or (p, 1 - p)."""
-    return _PAIR_SCORES[method](row) if method in _PAIR_SCORES else ()
-
-
 def label(value: Any, name: str = "label") -> float:
     """`GOOD` or `BAD` from a bool, or from 1 and 0."""
     if isinstance(value, bool | int | float) and value in (0, 1):
@@ -66,10 +61,6 @@ def matched(row: dict[str, Any], texts: str, judgements: str) -> tuple[list[Any]
     return first, second
 
 
-def _margin(row: dict[str, Any]) -> tuple[float, ...]:
-    return (number(row["margin"], "margin"), 0.0) if "margin" in row else ()
-
-
 def _probability(row: dict[str, Any]) -> tuple[float, ...]:
     chosen = number(row["probability"], "probability")
     if not 0 <= chosen <= 1:
@@ -77,12 +68,13 @@ def _probability(row: dict[str, Any]) -> tuple[float, ...]:
     return chosen, 1 - chosen
 
 
-_PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
-    "reward": _margin,
+PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
+    "reward": lambda row: (number(row["margin"], "margin"), 0.0) if "margin" in row else (),
     "reward:soft_label": _probability,
     "kto": lambda row: (GOOD, BAD),
     "rrhf": lambda row: (GOOD, BAD),
 }
+"""The scores of chosen and rejected, by method; a reward model's are (margin, 0) or (p, 1 - p)."""
 
 
 def _spell(value: Any) -> str:

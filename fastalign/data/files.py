@@ -41,6 +41,9 @@ Located = tuple[str, Path]
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """The rows of a file, each with its place in it: ``line 6``."""
 
+Line = tuple[int, str]
+"""A line's number and its text."""
+
 BATCH = 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LEAST = {"json": "at least one JSON object", "csv": "a line of column names and at least one more"}
@@ -54,9 +57,6 @@ def read(files: Sequence[Located], kind: str, cache_dir: str | None = None, sepa
         kind: "json" (a line per object, or one array of objects) or "csv".
         cache_dir: see `cache.root`.
         separator: of the cells of a CSV file.
-
-    Raises:
-        ValueError: what cannot be read, with file and line.
     """
     if kind == "csv":
         csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
@@ -105,11 +105,8 @@ def _all_rows(files: Sequence[Located], kind: str, separator: str) -> Iterator[t
             for place, row in _csv_rows(name, path, separator) if kind == "csv" else _json_rows(name, path):
                 yield f"{name}, {place}", row
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"cannot read {name!r}: {error}: expected a whole {_suffix(name)} file") from error
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix[1:] or "text"
+            kind = Path(name).suffix[1:] or "text"
+            raise ValueError(f"cannot read {name!r}: {error}: expected a whole {kind} file") from error
 
 
 def digest(name: str, path: Path) -> str:
@@ -153,14 +150,12 @@ def _json_rows(name: str, path: Path) -> Rows:
         yield from _array_rows(name, _text(first, None, rest))
         return
     second = next(filled, None)
-    if _is_document(name) and (second is None or not _is_whole(first[1])):
+    may_be_one_value = ".jsonl" not in Path(name).suffixes
+    if may_be_one_value and (second is None or not _is_whole(first[1])):
         yield from _table_rows(name, _text(first, second, rest))
         return
     for number, line in itertools.chain([first], filter(None, [second]), filled):
         yield f"line {number}", _object(name, number, line)
-
-
-Line = tuple[int, str]
 
 
 def _text(first: Line, second: Line | None, rest: Iterable[Line]) -> str:
@@ -168,11 +163,6 @@ def _text(first: Line, second: Line | None, rest: Iterable[Line]) -> str:
     head = [first, *filter(None, [second])]
     parts = ["\n" * (number - before - 1) + line for before, (number, line) in zip([0, first[0]], head, strict=False)]
     return "".join([*parts, *(line for _, line in rest)])
-
-
-def _is_document(name: str) -> bool:
-    """Whether a file may be one JSON value rather than one per line."""
-    return ".jsonl" not in Path(name).suffixes
 
 
 def _is_whole(line: str) -> bool:

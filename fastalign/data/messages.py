@@ -38,23 +38,16 @@ _UNTRAINED = {"train": False}  # how a turn that is not learnt from is kept
 
 
 def read(value: Any, name: str) -> Text:
-    """A column's string, or its conversation; one message is a conversation, null is an empty string.
-
-    Raises:
-        ValueError: neither, or a turn of another shape.
-    """
+    """A column's string, or its conversation; one message is a conversation, null is an empty string."""
     if value is None:
         return ""
     return value if isinstance(value, str) else read_turns([value] if isinstance(value, dict) else value, name)
 
 
 def read_turns(value: Any, name: str, expected: str = "a string or a list of {role, content}") -> Turns:
-    """A column's conversation.
-
-    Raises:
-        ValueError: not a list of turns, or a turn of another shape.
-    """
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and _is_turn(turn) for turn in value):
+    """A column's conversation."""
+    turns = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and (turn.get("role") or {"from", "value"} & turn.keys()) for turn in turns):
         remedy = "" if isinstance(value, list | str) else ": put it in quotes, or map another column with data.columns"
         raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}{remedy}")
     turns = [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
@@ -97,11 +90,7 @@ def is_empty(text: Text) -> bool:
 
 
 def why_nothing(completion: Text) -> str | None:
-    """Why a completion is dropped, as the counts name it; None when there is something to learn from.
-
-    Raises:
-        ValueError: a conversation without an assistant turn.
-    """
+    """Why a completion is dropped, as the counts name it; None when there is something to learn from."""
     if is_empty(completion):
         return "empty_completion"
     if isinstance(completion, str):
@@ -117,10 +106,6 @@ def strip_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: strip_none(item) for key, item in value.items() if item is not None}
     return [strip_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_turn(turn: dict[str, Any]) -> bool:
-    return bool(turn.get("role")) or bool({"from", "value"} & set(turn))
 
 
 def _read_turn(turn: dict[str, Any], name: str) -> Message:

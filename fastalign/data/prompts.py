@@ -7,11 +7,13 @@ prompt the user's, a completion the assistant's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fastalign.data import preference
 from fastalign.data.messages import SPEECH, Message, Text, Turns
 
 _SYSTEM = ("system", "developer")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Turn markers of the raw hh-rlhf dialogues."""
 
 
 def place(
@@ -27,9 +29,6 @@ def place(
         sides: the completions; an empty one is of any kind.
         names: the column of each, for messages.
         repeated: strings begin with their prompt, as `repeats` finds in most rows.
-
-    Raises:
-        ValueError: strings among conversations, a prompt that contradicts a completion.
     """
     if len({type(side) for side in sides if side}) > 1:
         each = "both be" if len(set(names)) == 2 else "all be"
@@ -43,12 +42,8 @@ def place(
 def place_raw_dialogues(
     prompt: Text | None, sides: Sequence[str], names: Sequence[str]
 ) -> tuple[str, tuple[str, ...]] | None:
-    """Raw hh-rlhf dialogues as prompt and answers, see `preference.split_raw_dialogue`.
-
-    Raises:
-        ValueError: a prompt beside them that is not in them.
-    """
-    split = preference.split_raw_dialogue(*sides)
+    """Raw hh-rlhf dialogues as prompt and answers, see `split_raw_dialogue`."""
+    split = split_raw_dialogue(*sides)
     if split is None:
         return None
     if prompt and not _says(split[0], _turns(prompt, "user")):
@@ -91,7 +86,7 @@ def _place_texts(
     prompt: str | None, sides: Sequence[str], names: Sequence[str], repeated: bool
 ) -> tuple[str, tuple[str, ...]]:
     if prompt is None:
-        start = preference.common_characters(*sides)
+        start = common_characters(*sides)
         return sides[0][:start], tuple(side[start:] for side in sides)
     if not repeated or not prompt.strip():
         return prompt, tuple(sides)
@@ -207,3 +202,38 @@ def _turns(text: Text, role: str) -> Turns:
     if isinstance(text, list):
         return text
     return [{"role": role, "content": text}] if text.strip() else []
+
+
+# Raw dialogues, and what texts begin with
+
+
+def is_raw_dialogue(text: Any) -> bool:
+    """Whether a string is a whole dialogue in hh-rlhf's raw form."""
+    return isinstance(text, str) and text.lstrip().startswith(HUMAN.lstrip()) and ASSISTANT in text
+
+
+def split_raw_dialogue(chosen: str, *others: str) -> tuple[str, ...] | None:
+    """Raw hh-rlhf dialogues as (prompt, answers): the prompt ends with the last ``\\n\\nAssistant:`` of ``chosen``.
+
+    The answers may begin alike, so their own common words stay out of the prompt.
+
+    Returns:
+        The prompt and the answers, or None when another dialogue does not begin with this prompt.
+
+    Example:
+        >>> split_raw_dialogue("\\n\\nHuman: Two?\\n\\nAssistant: Yes.", "\\n\\nHuman: Two?\\n\\nAssistant: No.")
+        ('\\n\\nHuman: Two?\\n\\nAssistant:', ' Yes.', ' No.')
+    """
+    end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
+    if ASSISTANT not in chosen or not all(other.startswith(chosen[:end]) for other in others):
+        return None
+    return chosen[:end], *(side[end:] for side in (chosen, *others))
+
+
+def common_characters(first: str, second: str) -> int:
+    """Length of the common beginning, back to where a word begins: a half word must not count as prompt."""
+    limit = min(len(first), len(second))
+    length = next((i for i in range(limit) if first[i] != second[i]), limit)
+    while length and not first[length - 1].isspace():
+        length -= 1
+    return length

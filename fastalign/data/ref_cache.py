@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from fastalign.disk import replace_file, writing
 from fastalign.data.examples import Examples, TokenExample
+from fastalign.disk import replace_file, writing
 
 log = logging.getLogger(__name__)
 

@@ -60,7 +60,9 @@ def check_keys(config: Any, described: Iterable[str]) -> None:
     known = known_keys(type(config))
     for key in described:
         if key in vars(config) and key not in known:
-            raise ValueError(f"unknown key {key!r} in model.config of a {config.model_type}{nearest(key, known, cutoff=0.6)}")
+            raise ValueError(
+                f"unknown key {key!r} in model.config of a {config.model_type}{nearest(key, known, cutoff=0.6)}"
+            )
 
 
 def known_keys(config: type) -> set[str]:

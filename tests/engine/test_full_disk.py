@@ -10,8 +10,8 @@ import datasets
 import forks
 import pytest
 
-from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
+from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
 from fastalign.engine.output.metrics import read_metrics

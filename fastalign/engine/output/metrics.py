@@ -80,12 +80,7 @@ class MetricsLog:
         self.pending.append(result)
 
     def flush(self) -> None:
-        """Read the kept steps back and write their lines.
-
-        Raises:
-            RunError: at the first step whose loss or gradient norm is not finite; no line is written for it. Or when
-                the gradient has been exactly 0 for some steps.
-        """
+        """Read the kept steps back and write their lines."""
         pending, self.pending = self.pending, []
         for result in pending:
             record = self.finished(result)
@@ -162,7 +157,7 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
-            with suppress(OSError):  # what could not be written has been told
+            with suppress(OSError):  # what could not be written has been reported
                 self.file.close()
 
 
@@ -170,12 +165,9 @@ def means(objective: Objective, sums: Tensor) -> dict[str, float]:
     """Metrics from their ``[m, 2]`` (sum, count), ``loss`` first; nan where nothing was counted."""
     pairs = {name: (s, n) for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)}
     values = {name: s / n if n else math.nan for name, (s, n) in pairs.items()}
-    told = {
-        name: value
-        for name, value in (values | dict(objective.method.family.derive(pairs))).items()
-        if value is not None
-    }
-    return {"loss": told.pop("loss"), **told}
+    values |= dict(objective.method.family.derive(pairs))
+    known = {name: value for name, value in values.items() if value is not None}
+    return {"loss": known.pop("loss"), **known}
 
 
 def tidy(record: dict[str, Any]) -> dict[str, Any]:
@@ -189,29 +181,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of a metrics.jsonl with its record, one at a time; a last line that was cut short comes with None.
-
-    Raises:
-        ValueError: another line is not JSON, or a line is not the object of a step.
-    """
-    if path.exists():
-        with path.open("rb") as file:
-            yield from parse_lines(path, file)
-
-
-def parse_lines(path: Path, lines: Iterator[bytes], first: int = 1) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """What `read_lines` gives, of the lines from number ``first`` to the end of the file."""
-    for number, line in enumerate(lines, first):
-        record = None
-        try:
-            record = json.loads(line.decode("utf-8", "replace"))
-        except json.JSONDecodeError as error:
-            if next(lines, None) is not None:
-                raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
-        else:
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
-        yield line, record
+    """Each line of a metrics.jsonl with its record, one at a time; a last line that was cut short comes with None."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            record = None
+            try:
+                record = json.loads(line.decode("utf-8", "replace"))
+            except json.JSONDecodeError as error:
+                if next(lines, None) is not None:
+                    raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
+            else:
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
+            yield line, record
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,7 @@ Line = tuple[str, list[Part]]
 
 
 def show_overview(job: Job, done: int) -> None:
-    """Print the block, on the main rank alone.
-
-    Args:
-        job: from ``set_up``.
-        done: optimizer steps that lie behind a resumed run.
-    """
+    """Print the block, on the main rank alone; ``done`` optimizer steps lie behind a resumed run."""
     if not job.world.is_main:
         return
     lines = [(name, [Part(text, False)]) for name, text in facts(job, done)]
@@ -168,10 +163,7 @@ def describe_steps(job: Job, done: int) -> str:
 def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kind: str) -> list[Line]:
     """The first example in text: one sequence, or what several share and then each; of ranked ones best and worst.
 
-    Args:
-        example: tokens, and what is scored of them.
-        tokenizer: decodes.
-        kind: what `encode_dataset` made of the rows.
+    The rows were encoded for the method ``kind``.
     """
     sequences, names = list(example.sequences), ["chosen", "rejected"]
     if len(sequences) == 1:

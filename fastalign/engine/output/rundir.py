@@ -60,6 +60,7 @@ PLACES = {
 }
 """Settings that may have another value on another host: what is found there is compared."""
 
+ROUNDED = "results will match the original run only up to floating-point rounding"
 LOCK = ".lock"
 HOLDER = "running.json"
 """Host, process and start of the run that is writing into a directory; gone when it has ended."""
@@ -74,10 +75,6 @@ def held(directory: Path, world: World) -> Iterator[None]:
 
     The operating system lets go of the lock when its process ends, however it ends. Whether it tells other hosts of a
     shared disk depends on the disk: there the holder's file decides.
-
-    Raises:
-        RunError: on every rank, when another process holds it, or a rank cannot write there.
-        ValueError: ranks see different directories.
     """
     with as_one(world):
         if world.is_main:  # the others make no directory where this one is not
@@ -139,9 +136,6 @@ def claim(config: Config, world: World) -> Path | None:
 
     Returns:
         the checkpoint to resume from; None for a fresh start.
-
-    Raises:
-        ValueError: the directory holds another run, or the run to resume had other settings.
     """
     require_same_settings(config, world)
     checkpoint = None
@@ -217,11 +211,7 @@ def check_kinds(directory: Path) -> None:
 
 
 def find_checkpoint(config: Config, directory: Path) -> Path | None:
-    """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run.
-
-    Raises:
-        ValueError: it is not whole, or the run has later ones that would be left behind.
-    """
+    """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run."""
     if not isinstance(config.run.resume, str):
         return newest_checkpoint(directory / "checkpoints", **RUN_STATE) if config.run.resume else None
     path = Path(config.run.resume).absolute()
@@ -269,7 +259,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
     # A setting that the older run did not know had its default there.
     before, now = (by_key(asdict(Config(method=""))) | by_key(x) for x in (old, new))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
-    if horizon_is_free(new["optim"]):
+    if new["optim"]["schedule"] == "constant" and not 0 < new["optim"]["warmup"] < 1:
         changed -= HORIZON
     fatal = sorted(changed - LAYOUT)
     if fatal:
@@ -283,12 +273,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
             f"cannot resume {where} with other settings ({pairs}){hint}; restore them, or choose another run.output_dir"
         )
     for key in sorted(changed):
-        log.warning("resume: %s was %r and is %r: numbers agree to rounding only", key, before.get(key), now.get(key))
-
-
-def horizon_is_free(optim: dict[str, Any]) -> bool:
-    """Whether the learning rate of a step is the same however many steps follow."""
-    return optim["schedule"] == "constant" and not 0 < optim["warmup"] < 1
+        log.warning("resume: %s was %r and is %r: %s", key, before.get(key), now.get(key), ROUNDED)
 
 
 def by_key(tree: dict[str, Any]) -> dict[str, Any]:
@@ -299,11 +284,7 @@ def by_key(tree: dict[str, Any]) -> dict[str, Any]:
 def make_room(config: Config, need: int, done: int, total: int, world: World) -> None:
     """Remove what interrupted writes left, and refuse a run whose next checkpoint does not fit on the disk.
 
-    Args:
-        config: ``run.save_every`` and ``run.keep`` tell how many checkpoints there will be beside each other.
-        need: bytes of one.
-        done, total: steps behind the run, and all of them.
-        world: the ranks, all of which call this.
+    A checkpoint has ``need`` bytes; ``done`` of ``total`` steps are behind the run. All ranks call this.
     """
     directory, every = Path(config.run.output_dir) / "checkpoints", config.run.save_every or total
     with as_one(world):
@@ -315,8 +296,8 @@ def make_room(config: Config, need: int, done: int, total: int, world: World) ->
             beside = min(coming, config.run.keep + 1 - min(len(checkpoints(directory)), config.run.keep))
             if free < beside * need:
                 text = "%s has room for %d more checkpoint(s) of %s (%s free) and the run will hold %d (run.keep is %d)"
-                told = directory, free // need, readable(need), readable(free), beside, config.run.keep
-                log.warning(f"{text}, one of them while it is written: it may stop for want of space", *told)
+                facts = directory, free // need, readable(need), readable(free), beside, config.run.keep
+                log.warning(f"{text}, one of them while it is written: it may stop for lack of space", *facts)
 
 
 def prepare(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
