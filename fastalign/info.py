@@ -13,7 +13,7 @@ import torch
 from fastalign import __version__
 from fastalign.ops import dispatch
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors")
 OPTIONAL = ("flash-attn", "peft", "vllm", "tensorboard", "wandb", "trackio", "trl", "liger-kernel")
 
 
