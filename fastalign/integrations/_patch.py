@@ -20,11 +20,11 @@ class Patch:
     """The library's own, once for each patch in force."""
 
     def __init__(self, ours: Mapping[Place, Any]) -> None:
-        modules = {place: vars(import_module(place[0])) for place in ours}
-        for (module, name), function in ours.items():
-            names, kept = modules[module, name], self.theirs.setdefault((module, name), [])
-            kept.append(kept[0] if kept else names[name])
-            names[name] = function
+        found = {(module, name): getattr(import_module(module), name) for module, name in ours}
+        for place, function in ours.items():
+            kept = self.theirs.setdefault(place, [])
+            kept.append(kept[0] if kept else found[place])
+            setattr(import_module(place[0]), place[1], function)
         self.places = list(ours)
 
     def undo(self) -> None:
