@@ -119,7 +119,7 @@ def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, An
         if parts:
             raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{parts[0]}: ...}}}}")
         if key in seen:
-            raise UsageError(f"{key} stands more than once in {path}; keep one")
+            raise UsageError(f"{key} is given more than once in {path}; keep one")
         seen.add(key)
         settings[section][name] = read_value(key, value, schema[key], f" in {path}")
 

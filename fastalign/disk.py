@@ -27,7 +27,7 @@ def writing(what: str, path: Path, need: int = 0, remedy: str = "", then: str = 
         what, path: named in the error.
         need: bytes that will be written, if they are known: the block is not entered when they are not free.
         remedy: what to do about it.
-        then: or what to do once there is space, or the cause is mended.
+        then: or what to do once there is space, or the cause is fixed.
     """
     try:
         if need > free_bytes(path):
@@ -39,7 +39,7 @@ def writing(what: str, path: Path, need: int = 0, remedy: str = "", then: str = 
         raise
     except (OSError, SafetensorError) as error:
         if then:
-            remedy = f"{'free some space' if errno_of(error) in FULL else 'mend that'} and {then}"
+            remedy = f"{'free some space' if errno_of(error) in FULL else 'fix that'} and {then}"
         raise WriteError(
             f"cannot write {what} {path}: {reason(error, path, need)}{remedy and f'; {remedy}'}"
         ) from error
@@ -59,8 +59,8 @@ def errno_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if told := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
-            return int(told[1])
+        if found := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
+            return int(found[1])
         error = error.__cause__ or error.__context__
     return None
 

@@ -85,13 +85,13 @@ def render(facts: dict[str, Any], as_json: bool = False) -> str:
     cpu = facts["cpu"]
     lines += [f"cpu   {cpu['cores']} cores, {cpu['threads']} threads; native extension {cpu['extension']}"]
     lines += [f"cuda  {device}" for device in facts["devices"] or ["no device"]]
-    for ops, state in alike(facts["ops"]):
+    for ops, state in grouped(facts["ops"]):
         chosen = ", ".join(f"{backend} on {kind}" for kind, backend in state["chosen"].items())
         lines += ["", f"{ops}: {chosen}", *(f"  {backend:8}{why}" for backend, why in state["backends"].items())]
     return "\n".join(lines)
 
 
-def alike(ops: dict[str, Any]) -> list[tuple[str, Any]]:
+def grouped(ops: dict[str, Any]) -> list[tuple[str, Any]]:
     """Ops of the same state under one heading."""
     states = [state for i, state in enumerate(ops.values()) if state not in list(ops.values())[:i]]
     return [(", ".join(op for op, other in ops.items() if other == state), state) for state in states]

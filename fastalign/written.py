@@ -43,7 +43,7 @@ class Flag(NamedTuple):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose words without quotes stay words; a key that is written twice is an error."""
+    """YAML whose words without quotes stay words; a key that is given twice is an error."""
 
     yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
 
@@ -52,7 +52,7 @@ class Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and "merge" not in key.tag]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{min(twice)!r} stands more than once; keep one", node.start_mark
+                None, None, f"{min(twice)!r} is given more than once; keep one", node.start_mark
             )
         return super().construct_mapping(node, deep)
 

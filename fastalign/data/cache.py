@@ -55,7 +55,7 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
         raise Unwritable(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
     try:
         if not path.is_dir():
-            remedy = "set data.cache_dir or FASTALIGN_CACHE to a directory with room for it"
+            remedy = "set data.cache_dir or FASTALIGN_CACHE to a directory with enough space"
             with writing("the cache", path.parent, remedy=remedy):
                 _make_whole(path, make)
     finally:

@@ -1,4 +1,4 @@
-"""Rendering: from the normal form of a row to texts whose tokens can be told apart into given and scored.
+"""Rendering: from the normal form of a row to texts whose tokens can be split into given and scored ones.
 
 A conversation is rendered up to each turn that is learnt from (with the generation prompt), through it, and whole;
 where the token sequences part, the turn begins. Text is never cut before it is tokenised: a merge may cross the
@@ -144,7 +144,7 @@ class Chat:
         return bool(self.tokenizer.is_fast) and "endgeneration" in text
 
     def before(self, turns: Turns) -> str:
-        """What stands before the assistant's next turn; of the first turn what the template writes in front of it."""
+        """The text before the assistant's next turn; before the first turn, what the template writes in front of it."""
         if turns:
             return self.text(turns, True)
         texts = [self.text([{"role": "assistant", "content": content}]) for content in ("0", "1")]
@@ -167,7 +167,9 @@ class Chat:
         counts = [self._count(turns[: i + 1]) - self._count(turns[:i]) for i in speaking]
         begins = np.diff(marked.scored, prepend=0) == 1
         if sum(counts) != begins.sum() or min(counts) < 1:
-            message = "which generation markers of the chat template belong to which assistant turn cannot be told"
+            message = (
+                "which generation markers of the chat template belong to which assistant turn cannot be determined"
+            )
             raise ValueError(f"{message}: expected {{% generation %}} around each, in every conversation")
         owners = np.repeat(speaking, counts)[np.cumsum(begins) - 1]  # of each token that is marked
         return Marked(marked.input_ids, np.isin(owners, learnt) & np.array(marked.scored, dtype=bool))

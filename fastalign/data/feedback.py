@@ -5,13 +5,12 @@ Every function raises a ValueError that names the column, what was expected and 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastalign.words import kind_of
+from fastalign.words import shown
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ GOOD, BAD = 1.0, 0.0
 
 
 def check_columns(columns: Iterable[str], method: str) -> None:
-    """Refuses preferences without the column that a soft-label reward model reads; tells of one that is not read."""
+    """Refuses preferences without the column that a soft-label reward model reads; warns of one that is not read."""
     stated = "probability" in set(columns)
     if method == "reward:soft_label" and not stated:
         raise ValueError(
@@ -35,14 +34,14 @@ def label(value: Any, name: str = "label") -> float:
     """`GOOD` or `BAD` from a bool, or from 1 and 0."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return float(value)
-    raise ValueError(f"column {name!r}: expected true or false, or 1 or 0, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected true or false, or 1 or 0, got {shown(value)}")
 
 
 def number(value: Any, name: str) -> float:
     """A finite number; a bool counts as 1 or 0."""
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
-    raise ValueError(f"column {name!r}: expected a finite number, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected a finite number, got {shown(value)}")
 
 
 def listed(row: dict[str, Any], name: str) -> list[Any]:
@@ -50,7 +49,7 @@ def listed(row: dict[str, Any], name: str) -> list[Any]:
     value = row.get(name)
     if value is None or isinstance(value, list):
         return value or []
-    raise ValueError(f"column {name!r}: expected a list, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected a list, got {shown(value)}")
 
 
 def matched(row: dict[str, Any], texts: str, judgements: str) -> tuple[list[Any], list[Any]]:
@@ -75,8 +74,3 @@ PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "rrhf": lambda row: (GOOD, BAD),
 }
 """The scores of chosen and rejected, by method; a reward model's are (margin, 0) or (p, 1 - p)."""
-
-
-def _spell(value: Any) -> str:
-    """A short value itself, otherwise its type: texts of the data stay out of messages."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)

@@ -27,7 +27,7 @@ from fastalign.data.anyjson import AnyJson
 from fastalign.words import kind_of
 
 PLACE = "__place__"
-"""The column that says where a row stands, as errors name it: ``a.jsonl, line 6``."""
+"""The column that says where a row is, as errors name it: ``a.jsonl, line 6``."""
 
 
 def refuse_place(names: Iterable[str], owner: str) -> None:
@@ -159,7 +159,7 @@ def _json_rows(name: str, path: Path) -> Rows:
 
 
 def _text(first: Line, second: Line | None, rest: Iterable[Line]) -> str:
-    """The whole text, with its lines where they stand."""
+    """The whole text, with its lines at their line numbers."""
     head = [first, *filter(None, [second])]
     parts = ["\n" * (number - before - 1) + line for before, (number, line) in zip([0, first[0]], head, strict=False)]
     return "".join([*parts, *(line for _, line in rest)])
@@ -184,7 +184,7 @@ def _object(name: str, number: int, line: str) -> dict[str, Any]:
         if isinstance(value, dict) and (got := _half_pair(line, value)) is None:
             return value
         got = got if isinstance(value, dict) else kind_of(value)
-    raise ValueError(f"{name}, line {number}: expected one JSON object, got {got}: mend or remove the line")
+    raise ValueError(f"{name}, line {number}: expected one JSON object, got {got}: fix or remove the line")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name}, which JSON has not")
+    raise ValueError(f"{name}, which is not JSON")
 
 
 _STRICT: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_number}
@@ -243,7 +243,7 @@ def _array_rows(name: str, text: str) -> Rows:
 
 
 def _bad_array(name: str, line: int, got: str) -> ValueError:
-    return ValueError(f"{name}, line {line}: expected a JSON array of objects, got {got}: mend the line")
+    return ValueError(f"{name}, line {line}: expected a JSON array of objects, got {got}: fix the line")
 
 
 def _table_rows(name: str, text: str) -> Rows:
@@ -263,7 +263,7 @@ def _document(name: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         line, got = getattr(error, "lineno", 1), getattr(error, "msg", str(error))
         message = f"{name}, line {line}: expected one JSON object, got malformed JSON ({got})"
-        raise ValueError(f"{message}: mend or remove the line") from error
+        raise ValueError(f"{message}: fix or remove the line") from error
     got = _half_pair(text, value) if isinstance(value, dict) else kind_of(value)
     if got is not None:
         raise ValueError(f"{name}: expected one JSON object, got {got}")
@@ -290,14 +290,14 @@ def _csv_rows(name: str, path: Path, separator: str) -> Rows:
                 yield f"line {start}", dict(zip(columns, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
-        remedy = "save the file with \\n at the ends of lines" if "new-line" in str(error) else "mend its quotes"
+        remedy = "save the file with \\n at the ends of lines" if "new-line" in str(error) else "fix its quotes"
         raise ValueError(f"{name}, line {start}: not a CSV row ({error}): {remedy}") from error
 
 
 def _columns(name: str, header: list[str]) -> list[str]:
     columns = [column or f"Unnamed: {position}" for position, column in enumerate(header)]
     if twice := {column for column in columns if columns.count(column) > 1}:
-        raise ValueError(f"{name}, line 1: the column {min(twice)!r} stands twice: rename one")
+        raise ValueError(f"{name}, line 1: the column {min(twice)!r} appears twice: rename one")
     return columns
 
 

@@ -9,7 +9,7 @@
 | `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of turns  |
 | `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone |
 
-A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn stands for a list of it. A string
+A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn is read as a list of it. A string
 prompt beside conversations is a user's turn, a string completion beside a prompt of turns an assistant's. Where the
 completions repeat the prompt it is read once, see `prompts`. `messages` or `conversations` beside `chosen` and
 `rejected` that are answers alone are their prompt.

@@ -6,11 +6,10 @@ parts. A turn with ``weight: 0``, ``train: false`` or ``training: false`` is rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
-from fastalign.words import kind_of
+from fastalign.words import kind_of, shown
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -152,9 +151,8 @@ def _part(part: dict[str, Any], name: str) -> str:
 def _flag(value: Any, key: str, name: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
-    said = json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)
     raise ValueError(
-        f"{name!r} has a turn with {key} {said}: expected true or false, or 1 or 0: a turn is learnt or not"
+        f"{name!r} has a turn with {key} {shown(value)}: expected true or false, or 1 or 0: a turn is learnt or not"
     )
 
 

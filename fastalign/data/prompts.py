@@ -1,4 +1,4 @@
-"""Where a row's prompt ends and its completions begin: the prompt stands once before each, however both are written.
+"""Where a row's prompt ends and its completions begin: the prompt comes once before each, however both are written.
 
 A completion may be the answer alone, or the whole with the prompt in front. A string beside conversations is a turn: a
 prompt the user's, a completion the assistant's.
@@ -22,7 +22,7 @@ def place(
     """The prompt and the completions, of one kind, with the prompt in none of the completions.
 
     Without a prompt it is what all completions begin with: the common messages or, where it is None, the common
-    characters up to a word boundary. A string beside conversations that repeat it stands for all common messages.
+    characters up to a word boundary. A string beside conversations that repeat it means all their common messages.
 
     Args:
         prompt: what the row says it is; None when it says nothing.
@@ -157,7 +157,7 @@ def _find(prompt: Turns, side: Turns) -> int | None:
 
 
 def _apart(prompt: Turns, side: Turns, name: str) -> tuple[Turns, Turns]:
-    """What stands before a completion, and the completion: with the prompt, its last turns or none of it in front."""
+    """What comes before a completion, and the completion: with the prompt, its last turns or none of it in front."""
     if (end := _end(prompt, side)) is not None:
         return side[:end], side[end:]
     asked = (n for n in range(len(prompt) - 1, 0, -1) if prompt[-n]["role"] != "assistant")

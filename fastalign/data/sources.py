@@ -79,12 +79,12 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
         evaluated = take(held_out, split, data.columns)
         same = (source.path, data.name) == (held_out.path, data.eval_name or data.name)
         if same and {*_names(split)} & {*_names(data.split)}:
-            _tell_of_seen(rows, evaluated, split)
+            _warn_of_seen(rows, evaluated, split)
         return rows, evaluated
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
 
 
-def _tell_of_seen(rows: Dataset, evaluated: Dataset, split: str) -> None:
+def _warn_of_seen(rows: Dataset, evaluated: Dataset, split: str) -> None:
     """Says how many rows are evaluated on and trained on."""
     if seen := len({*rows[files.PLACE]} & {*evaluated[files.PLACE]}):
         what = "data.eval_split: %d of the %d rows of %s are trained on too: the evaluation says little of new rows"

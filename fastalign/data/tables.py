@@ -104,7 +104,7 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 
 def _cast(table: pa.Table, features: Features, name: str, row: int) -> pa.Table:
-    """The rows in the types of all files; what is no text or is lost in that is refused where it stands."""
+    """The rows in the types of all files; other text than UTF-8, and a value that would be lost, are refused."""
     for column in table.column_names:
         at = f"{name}, row %d: column {column!r}"
         values, feature = table[column].combine_chunks(), features[column]
@@ -155,7 +155,7 @@ def _features(files: Sequence[Located], kind: str) -> Features:
 def _columns(name: str, schema: pa.Schema) -> Features:
     for column in schema.names:
         if schema.names.count(column) > 1:
-            raise ValueError(f"{name}: the column {column!r} stands twice: rename one")
+            raise ValueError(f"{name}: the column {column!r} appears twice: rename one")
     try:
         return Features.from_arrow_schema(schema)
     except (ValueError, NotImplementedError) as error:

@@ -39,7 +39,7 @@ def _weights(policy: Policy, trained: bool) -> list[float]:
 
 
 def _size(weight: nn.Parameter) -> int:
-    """Elements of a weight; those of a 4-bit one lie in pairs."""
+    """Elements of a weight; a 4-bit one stores two per byte."""
     packed = getattr(weight, "quant_state", None)
     return weight.numel() if packed is None else packed.shape.numel()
 

@@ -114,7 +114,7 @@ def look(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers tells of models that are made for good: the outline is not."""
+    """Silence transformers' logs about a model that is thrown away."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)
     try:

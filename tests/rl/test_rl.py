@@ -104,7 +104,7 @@ def test_an_average_in_bf16_is_refused():
     reference = torch.zeros(3)
     ema.ema_update([reference], [weight], eta=0.25)
     assert reference.tolist() == [0.25] * 3
-    with pytest.raises(ValueError, match=r"average in torch.bfloat16 stands still: keep .* float32"):
+    with pytest.raises(ValueError, match=r"average in torch.bfloat16 does not move: keep .* float32"):
         ema.ema_update([weight], [weight])
 
 

@@ -1,4 +1,4 @@
-"""Trouble that finite numbers tell: steps without a gradient, a loss that explodes, pairs that prefer nothing.
+"""Trouble that finite numbers show: steps without a gradient, a loss that explodes, pairs that prefer nothing.
 
 Alarms read what metrics have read back already, the same sums on every rank, so that all ranks stop at the same step.
 """

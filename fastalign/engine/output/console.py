@@ -50,7 +50,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
     """Lines every ``log_every`` steps and after evaluations; on a terminal also a bar below them, moved by every step.
 
-    A line tells plain means over the steps since the last one (not weighted by their tokens), the current learning
+    A line shows plain means over the steps since the last one (not weighted by their tokens), the current learning
     rate, and the tokens of those steps over their time. An evaluation has a line of its own.
     """
     since: list[dict[str, Any]] = []

@@ -123,7 +123,7 @@ class MetricsLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line and tell the sinks; a line that cannot be written is the ``failure`` that `check` raises."""
+        """Append one line and call the sinks; a line that cannot be written is the ``failure`` that `check` raises."""
         if self.file is None or self.failure is not None:
             return
         with self.noted():

@@ -173,8 +173,8 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
         ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
         sequences = [sequences[i] for i in ends]
         names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
-    alike = common_length(sequences[0][0], sequences[1][0])
-    shared = min(alike, *(int(np.argmax(scored)) for _, scored in sequences))
+    common = common_length(sequences[0][0], sequences[1][0])
+    shared = min(common, *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"
     ids, scored = sequences[0]
     lines = [(f"example: {first}", decode_parts(ids[:shared], scored[:shared], tokenizer))]

@@ -73,8 +73,8 @@ FOLDERS = ("checkpoints", "model")
 def held(directory: Path, world: World) -> Iterator[None]:
     """Keep a run directory for this run alone; the main rank holds it for all.
 
-    The operating system lets go of the lock when its process ends, however it ends. Whether it tells other hosts of a
-    shared disk depends on the disk: there the holder's file decides.
+    The operating system lets go of the lock when its process ends, however it ends. Other hosts of a shared
+    disk may not see the lock: there the holder's file decides.
     """
     with as_one(world):
         if world.is_main:  # the others make no directory where this one is not
@@ -322,7 +322,7 @@ def prepare(config: Config, step: int, world: World, checkpoint: Path | None = N
 def set_aside(directory: Path, step: int) -> None:
     """Move checkpoints after a step, and copy their lines of ``metrics.jsonl``, to a new ``superseded-N/``."""
     if not any(step_of(path) > step for path in checkpoints(directory / "checkpoints")):
-        point_to_newest(directory / "checkpoints")  # a kill amid of this has left no ``latest``
+        point_to_newest(directory / "checkpoints")  # a kill during this has left no ``latest``
         return
     place = next(path for n in count(1) if not (path := directory / f"superseded-{n}").exists())
     with writing("the checkpoints that are left behind", place, then="start again"):
@@ -354,7 +354,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not YAML ({reason}); mend it, or choose another run.output_dir") from error
+        raise ValueError(f"{file} is not YAML ({reason}); fix it, or choose another run.output_dir") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds no settings; mend it, or choose another run.output_dir")
+        raise ValueError(f"{file} holds no settings; fix it, or choose another run.output_dir")
     return settings

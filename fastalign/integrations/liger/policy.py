@@ -132,8 +132,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             num_scored=len(rows.labels),
         )
         tokens = max(1, len(rows.labels))
-        told = ["kl", "clipped"] if self.beta else ["clipped"]
-        return loss, tuple(stats.metrics.get(name, loss.new_zeros(())) / tokens for name in told)
+        names = ["kl", "clipped"] if self.beta else ["clipped"]
+        return loss, tuple(stats.metrics.get(name, loss.new_zeros(())) / tokens for name in names)
 
     def _weights(self, rows: Rows, num_items: Tensor | int | None) -> Tensor:
         """``[N]`` weight of each token's loss."""

@@ -44,7 +44,7 @@ def patch() -> Patch:
 
 
 def check_version() -> None:
-    """Refuses every TRL whose insides are not known."""
+    """Refuse every version of TRL but the supported one."""
     try:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError:
