@@ -15,14 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.losses.reduce import sum_and_count
+from fastalign.losses.reduce import repeat_segments, sum_and_count
 from fastalign.ops.scan import segment_scan
 from fastalign.ops.whiten import whiten
-
-
-def spread(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """``[B]`` numbers of answers as ``[n]`` numbers of their tokens."""
-    return values.repeat_interleave(cu_seqlens.diff().long())
 
 
 def grpo(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
@@ -163,7 +158,7 @@ def reinforce_pp_baseline(
 
     Returns ``[n]``.
     """
-    tokens = spread(dr_grpo(rewards, groups), cu_seqlens)
+    tokens = repeat_segments(dr_grpo(rewards, groups), cu_seqlens)
     return whiten(tokens, eps=eps, eps_in="variance", unbiased=True, process_group=process_group)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastalign.integrations.liger.rows import Rows, reference_logps, refuse, scored_rows
 from fastalign.losses import policy
-from fastalign.losses.reduce import Totals, segment_sum, token_weights
+from fastalign.losses.reduce import Totals, repeat_segments, segment_sum, token_weights
 from fastalign.ops import linear_loss
 from fastalign.types import TokenStats
 
@@ -161,7 +161,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if self.sequences and cu_seqlens is not None:
             counts = cu_seqlens.diff()
             mean = segment_sum(logps - old, cu_seqlens) / counts.clamp(min=1)
-            ratio = mean.exp().repeat_interleave(counts)
+            ratio = repeat_segments(mean.exp(), cu_seqlens)
         if self.clips:
             low, high = policy.clip_bounds(ratio, advantages, **self.clips)
             return low | high
