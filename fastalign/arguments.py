@@ -65,10 +65,6 @@ Losses = Mapping[str, "Loss"]
 def parse_config(method: str, argv: list[str]) -> Config:
     """Build a run's configuration; later files win over earlier ones, flags over files.
 
-    Args:
-        method: a key of ``METHODS``.
-        argv: the arguments after the method.
-
     Raises:
         UsageError: an unknown key, a value of the wrong type, an unreadable file.
         SystemExit: the help or the settings were asked for, and are printed.

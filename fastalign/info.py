@@ -25,12 +25,13 @@ def collect() -> dict[str, Any]:
         cores, threads and the native extension's level or why it is absent; ``cuda``: version or None; ``devices``: a
         string each; ``ops``: op -> ``chosen`` (device type -> backend), ``backends`` (backend -> "usable" or why not).
     """
+    native = dispatch.reasons("token_logps")["cpp"]  # its instruction set, or why there is none
     return {
         "fastalign": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed(name) for name in (*PACKAGES, *OPTIONAL)},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": extension()},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": native},
         "cuda": torch.version.cuda,
         "devices": devices(),
         "ops": {**{op: describe(op) for op in dispatch.OPS}, "packed_attention": describe_attention()},
@@ -43,11 +44,6 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def extension() -> str:
-    """The instruction set of the native kernels, or why there are none."""
-    return dispatch.reasons("token_logps")["cpp"]
 
 
 def devices() -> list[str]:

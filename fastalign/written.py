@@ -78,11 +78,7 @@ def load(source: Any) -> Any:
 
 
 def read(value: Any, annotation: str) -> Any:
-    """A value as its setting takes it.
-
-    Args:
-        value: from `Loader`.
-        annotation: the setting's type as the code spells it.
+    """A value from `Loader` as its setting takes it, whose type is given as the code spells it.
 
     Example:
         >>> read(Plain("off"), "str"), read(Plain("off"), "bool | None"), read(Plain("1e-6"), "float")

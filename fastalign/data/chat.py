@@ -87,14 +87,7 @@ def read_template(path: str | None) -> str | None:
 def render(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, judged: bool = False
 ) -> list[Rendered | Marked | Steps]:
-    """One rendering per completion.
-
-    Args:
-        example: a row in normal form.
-        tokenizer: gives the chat template and its variables; used for conversations only.
-        template: replaces the tokenizer's template.
-        judged: completions are judged as a whole, not learnt turn by turn: everything after the prompt is scored.
-    """
+    """One rendering per completion; ``judged`` ones are scored as a whole after the prompt, not turn by turn."""
     if isinstance(example.completions[0], str):
         prompt = str(example.prompt or "")
         return [Rendered(f"{prompt}{text}", ((prompt, None),), standard=True) for text in example.completions]

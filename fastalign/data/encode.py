@@ -62,10 +62,7 @@ def encode_dataset(
 
     Args:
         rows: from `sources.load_rows`.
-        tokenizer: with an EOS token, and a chat template when the data holds conversations.
-        data: format, lengths, template and cache directory.
-        method: "sft", "distill" or "kto" (one sequence per example), "dpo", "reward" or "reward:soft_label" (chosen,
-            then rejected), "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
+        method: a key of `formats.ROWS`.
         named: columns that another dataset has, whose unread ones were logged.
 
     Returns:

@@ -52,11 +52,7 @@ _LEAST = {"json": "at least one JSON object", "csv": "a line of column names and
 def read(files: Sequence[Located], kind: str, cache_dir: str | None = None, separator: str = ",") -> Dataset:
     """The rows of files one after the other, with their `PLACE`; on disk by content, so that memory stays small.
 
-    Args:
-        files: each with its name for errors; ``.gz`` is known by its content.
-        kind: "json" (a line per object, or one array of objects) or "csv".
-        cache_dir: see `cache.root`.
-        separator: of the cells of a CSV file.
+    The kind is "json" (a line per object, or one array of objects) or "csv"; ``.gz`` is known by its content.
     """
     if kind == "csv":
         csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB

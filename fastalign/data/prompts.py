@@ -24,11 +24,8 @@ def place(
     Without a prompt it is what all completions begin with: the common messages or, where it is None, the common
     characters up to a word boundary. A string beside conversations that repeat it means all their common messages.
 
-    Args:
-        prompt: what the row says it is; None when it says nothing.
-        sides: the completions; an empty one is of any kind.
-        names: the column of each, for messages.
-        repeated: strings begin with their prompt, as `repeats` finds in most rows.
+    The ``sides`` are the completions, an empty one of any kind; ``names`` the column of each, for errors. ``repeated``
+    strings begin with their prompt, as `repeats` finds in most rows.
     """
     if len({type(side) for side in sides if side}) > 1:
         each = "both be" if len(set(names)) == 2 else "all be"

@@ -36,7 +36,7 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 ARCHIVES = (".bz2", ".lz4", ".tar", ".xz", ".zip", ".zst", ".7z")
 """What is unpacked before it is read; ``.gz`` is read as it is."""
 
-TELLING = (".md", ".py", ".rst", ".yaml", ".yml")
+DESCRIBING = (".md", ".py", ".rst", ".yaml", ".yml")
 NAMES = ("LICENSE", "LICENCE", "README", "DATASET_INFOS")
 """Files that describe the data beside them, by suffix and by name."""
 
@@ -128,7 +128,7 @@ def _data_files(directory: Path) -> list[Path]:
     """What may hold rows: all files but hidden ones and those that describe the data."""
     inside = ((file, file.relative_to(directory).parts) for file in directory.rglob("*") if file.is_file())
     shown = [file for file, parts in inside if not any(part[0] in "._" for part in parts)]
-    return sorted(file for file in shown if file.suffix.lower() not in TELLING and file.stem.upper() not in NAMES)
+    return sorted(file for file in shown if file.suffix.lower() not in DESCRIBING and file.stem.upper() not in NAMES)
 
 
 def _builder(path: str, name: str | None, revision: str | None) -> Any:

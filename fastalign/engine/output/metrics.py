@@ -50,30 +50,28 @@ class StepResult:
     watch: Stopwatch
 
 
+@dataclass
 class MetricsLog:
     """metrics.jsonl, console and trackers; only the main rank writes, every rank checks that the numbers are finite.
 
-    Args:
+    Attributes:
         path: metrics.jsonl; lines are appended.
         objective: names the metrics.
-        world: the ranks.
         sinks: functions of a record beside the file: console and trackers.
         peak_flops: what all devices together can do in a second, where that is known.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        objective: Objective,
-        world: World,
-        sinks: Sequence[Callable[[dict], None]],
-        peak_flops: float | None = None,
-    ) -> None:
-        self.objective, self.world, self.sinks, self.peak_flops = objective, world, sinks, peak_flops
-        self.path, self.failure = path, None
+    path: Path
+    objective: Objective
+    world: World
+    sinks: Sequence[Callable[[dict], None]]
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        self.failure: WriteError | None = None
         self.pending: list[StepResult] = []
-        self.alarms = Alarms(world.is_main)
-        self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
+        self.alarms = Alarms(self.world.is_main)
+        self.file: TextIO | None = self.path.open("a", encoding="utf-8") if self.world.is_main else None
 
     def add(self, result: StepResult) -> None:
         """Keep a step until the next flush."""

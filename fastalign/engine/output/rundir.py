@@ -132,10 +132,9 @@ def read_holder(file: Path) -> dict[str, Any]:
 
 
 def claim(config: Config, world: World) -> Path | None:
-    """Find out whether the run directory can be used, or refuse before any work; nothing in it is changed.
+    """Return the checkpoint to resume from, or None for a new run; refuse a directory that cannot be used.
 
-    Returns:
-        the checkpoint to resume from; None for a fresh start.
+    Nothing in it is changed.
     """
     require_same_settings(config, world)
     checkpoint = None
@@ -303,12 +302,9 @@ def make_room(config: Config, need: int, done: int, total: int, world: World) ->
 def prepare(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
     """Leave in the directory exactly what a run goes on from after ``step`` steps.
 
-    Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written: call it
-    when the checkpoint has loaded and everything else is ready, for whatever fails before must find the directory as
-    it was.
-
-    Returns:
-        the step of the last line of ``metrics.jsonl``, 0 without any; the same on every rank.
+    Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written. Call it
+    when the checkpoint has loaded and everything else is ready: whatever fails before must find the directory as it
+    was. Returns the step of the last line of ``metrics.jsonl``, 0 without any.
     """
     directory, last = Path(config.run.output_dir), 0
     with as_one(world):
