@@ -41,7 +41,7 @@ releases: $(VENV)/.installed-releases
 
 versions:  # the newest releases of the libraries whose names and signatures we depend on
 	@$(BIN)/python -m pip install --disable-pip-version-check --dry-run --no-deps --ignore-installed \
-	  $(foreach name,transformers datasets jsonargparse peft,$(filter "$(name)%,$(BOUNDS))) | sed -n 's/^Would install //p'
+	  $(foreach name,transformers datasets peft,$(filter "$(name)%,$(BOUNDS))) | sed -n 's/^Would install //p'
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own. Python itself is
 # not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -198,7 +199,7 @@ class RunConfig:
     keep: int = 2
     """Whole checkpoints kept."""
     resume: bool | str = False
-    """true: from the newest whole checkpoint in `output_dir` (afresh if it has none); or a checkpoint's path."""
+    """true: from the newest whole checkpoint in `output_dir` (a new run if it has none); or a checkpoint's path."""
     overwrite_later: bool = False
     """With `resume` at a checkpoint that has later ones: move these, and their lines of metrics.jsonl, to
     `superseded-N/` in `output_dir`, and go on; otherwise that is refused."""
@@ -226,8 +227,17 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a nested mapping down to its leaves, each with its value; an empty mapping is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 class Dumper(yaml.SafeDumper):
-    """YAML in which a text that begins like a number stands in quotes: PyYAML takes 1e5 and 0o17 for no numbers."""
+    """YAML that quotes a text which begins like a number: PyYAML does not read 1e5 and 0o17 as numbers."""
 
 
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\.?\d"), None)

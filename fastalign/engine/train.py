@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config import Config
-from fastalign.data.disk import writing
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import (
     Examples,
@@ -31,6 +30,7 @@ from fastalign.data.loader import (
     visited,
 )
 from fastalign.data.pack import share
+from fastalign.disk import writing
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models

@@ -14,7 +14,7 @@ from fastalign.ops.head.options import make_call
 from fastalign.ops.linear_logps import linear_logps, row_stats
 
 SOFTCAP_ELEMENTS = 1 << 24
-"""Logits that exist at once where a softcap stands between projection and mean."""
+"""Logits that exist at once where a softcap is applied between projection and mean."""
 
 
 @dataclass(frozen=True)

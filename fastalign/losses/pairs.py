@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.reduce import lengths, segment_sum
+from fastalign.losses.reduce import lengths, segment_ids, segment_sum
 from fastalign.types import PairLogps
 
 
@@ -69,7 +69,7 @@ def tail_sums(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> tu
     """Tail sums ``[P]`` of chosen, rejected and, under the reference (0 without one), of both again."""
     counts = lengths(cu_seqlens).long()
     shared = counts.view(-1, 2).amin(1).repeat_interleave(2)
-    sequence = torch.arange(len(counts), device=logps.device).repeat_interleave(counts, output_size=len(logps))
+    sequence = segment_ids(cu_seqlens, len(logps))
     place = torch.arange(len(logps), device=logps.device) - cu_seqlens[:-1].long()[sequence]
     beyond = place >= shared[sequence]
     sums = segment_sum(torch.where(beyond, logps, 0.0), cu_seqlens)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.reduce import lengths, repeat_segments, segment_sum, sum_and_count
 from fastalign.losses.traits import Family, Loss
 from fastalign.ops import functors
 from fastalign.ops.functors import FUNCTORS, LARGEST_LOG_RATIO, Knobs, clip, clip_bounds, ratio_of
@@ -143,8 +143,8 @@ def gspo(
     counts = lengths(cu_seqlens).long()
     mean = segment_sum(logps - old_logps, cu_seqlens) / counts.clamp(min=1)
     ratio = mean.clamp(-LARGEST_LOG_RATIO, LARGEST_MEAN_LOG_RATIO).exp()
-    spread = ratio.repeat_interleave(counts, output_size=len(logps))
-    return surrogate(spread, advantages, clip_low, clip_high, None)
+    ratios = repeat_segments(ratio, cu_seqlens, len(logps))
+    return surrogate(ratios, advantages, clip_low, clip_high, None)
 
 
 def rloo(
@@ -173,8 +173,8 @@ def rloo(
     """
     counts = lengths(cu_seqlens).long()
     ratio = segment_sum(logps - old_logps, cu_seqlens).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-    spread, share = (x.repeat_interleave(counts, output_size=len(logps)) for x in (ratio, counts))
-    return surrogate(spread, advantages, clip_low, clip_high, None) / share
+    ratios, share = (repeat_segments(x, cu_seqlens, len(logps)) for x in (ratio, counts))
+    return surrogate(ratios, advantages, clip_low, clip_high, None) / share
 
 
 def token_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:

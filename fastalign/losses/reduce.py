@@ -36,6 +36,16 @@ def lengths(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.diff()
 
 
+def repeat_segments(values: Tensor, cu_seqlens: Tensor, size: int | None = None) -> Tensor:
+    """``[b]`` numbers of segments as ``[n]`` numbers of their elements; with ``size``, n, no device is waited for."""
+    return values.repeat_interleave(lengths(cu_seqlens).long(), output_size=size)
+
+
+def segment_ids(cu_seqlens: Tensor, size: int) -> Tensor:
+    """``[n]`` int64, the segment of each of ``size`` elements."""
+    return repeat_segments(torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device), cu_seqlens, size)
+
+
 def token_mean(losses: Tensor, num_tokens: int | Tensor) -> Tensor:
     """``sum_t l_t / num_tokens``: every scored token weighs the same (SFT, DAPO, PPO).
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.reduce import segment_ids, segment_sum, sum_and_count
 from fastalign.losses.traits import Family, Loss, Sums
 from fastalign.types import IGNORE_INDEX
 
@@ -66,8 +66,7 @@ def k_wise(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
     Returns:
         ``[G]`` losses; 0 for a prompt without a pair.
     """
-    counts = lengths(cu_groups).long()
-    group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(scores))
+    group = segment_ids(cu_groups, len(scores))
     pairs = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])
     losses = torch.where(pairs, -logsigmoid(scores[:, None] - scores[None, :]), 0.0).sum(1)
     number = segment_sum(pairs.sum(1).to(losses.dtype), cu_groups).clamp(min=1)
@@ -168,9 +167,7 @@ def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Rea
 
 def read_rankings(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
     """Rewards of each prompt's candidates, which the data score; metrics are over the pairs that they rank."""
-    group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(
-        cu_groups.diff().long(), output_size=len(outputs)
-    )
+    group = segment_ids(cu_groups, len(outputs))
     better, worse = ((group[:, None] == group) & (given[:, None] > given)).nonzero(as_tuple=True)
     return (outputs, -given, cu_groups), lambda losses: summable(outputs[better], outputs[worse], losses)
 

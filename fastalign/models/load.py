@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from transformers import (
 
 from fastalign import hub
 from fastalign.config import ModelConfig
+from fastalign.disk import flush
 from fastalign.models import inline, lora, outline, vocabulary
 from fastalign.models.inline import REFUSALS, SPECIAL_TOKENS, makes, one_line
 from fastalign.models.native import use_native_layers
@@ -342,7 +342,7 @@ def save_pretrained(
             lora.save_adapter(policy, fresh, final, tensors, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        _sync(fresh)
+        flush(fresh, inside=True)  # before the rename
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -357,13 +357,3 @@ def check_target(directory: Path, otherwise: str = "choose another directory") -
     """Refuses a place for a model's directory that a file takes."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, where the model's directory is to be: move it, or {otherwise}")
-
-
-def _sync(directory: Path) -> None:
-    """Files reach the disk before the rename does."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastalign.config import ModelConfig
-from fastalign.models.inline import nearest
 from fastalign.models.policy import Policy
 from fastalign.models.raised import raise_trained, rounded
 from fastalign.types import PackedBatch
+from fastalign.words import nearest
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,8 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     """Refuses keys and values outside of what is computed exactly."""
     for key in options:
         if key not in ACCEPTED:
-            raise ValueError(
-                f"unknown key {key!r} in {where}{nearest(key, ACCEPTED)}; expected one of {', '.join(ACCEPTED)}"
-            )
+            hint = nearest(key, ACCEPTED, cutoff=0.6)
+            raise ValueError(f"unknown key {key!r} in {where}{hint}; expected one of {', '.join(ACCEPTED)}")
     if options.get("lora_dropout"):
         raise ValueError(
             f"{where}.lora_dropout must be 0, got {options['lora_dropout']}: copies of a shared prompt would draw "

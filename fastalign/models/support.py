@@ -20,11 +20,7 @@ ACROSS = "carry state or read spans across sequence boundaries"
 
 
 def check(model: PreTrainedModel) -> None:
-    """Refuses a model whose packed forward would differ from the plain one.
-
-    Raises:
-        ValueError: with the model's class and the reason.
-    """
+    """Refuses a model whose packed forward would differ from the plain one."""
     if reason := refusal(model):
         raise ValueError(f"{type(model).__name__} cannot run on packed rows: {reason}")
 

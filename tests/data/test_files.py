@@ -213,7 +213,7 @@ def test_empty_cells_are_empty_texts(write: Write, tokenizer: PreTrainedTokenize
         ),
         ("a.jsonl", '{"a": 1, "a": 2}\n', r"a\.jsonl, line 1: .*the key 'a' twice"),
         ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl, line 1: .*the key 'b' twice"),
-        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', r"a\.jsonl, line 2: .*NaN, which JSON has not"),
+        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', r"a\.jsonl, line 2: .*NaN, which is not JSON"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json, line 2: .*Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}]\n[]', r"a\.json, line 2: .*more after its end"),
         ("a.json", '[{"a": 1}\n]]', r"a\.json, line 2: .*more after its end"),

@@ -9,6 +9,7 @@ import forks
 import numpy as np
 import pytest
 
+from fastalign import disk
 from fastalign.data import ref_cache
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
@@ -158,7 +159,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ref_cache.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device \(.* needed, .* free\); set reference.cache"):
         RefCache(tmp_path).write(entries(0, 2))
     assert not list(tmp_path.iterdir())

@@ -10,8 +10,8 @@ from filelock import FileLock
 from torch import nn
 
 from fastalign.config import OptimConfig, ParallelConfig
-from fastalign.data.disk import free_bytes
 from fastalign.data.ref_cache import RefCache
+from fastalign.disk import free_bytes
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.optim import Trained, make_optimizer
 from fastalign.engine.output.checkpoint import save_checkpoint

@@ -10,8 +10,8 @@ import datasets
 import forks
 import pytest
 
-from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
+from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
 from fastalign.engine.output.metrics import read_metrics
@@ -242,5 +242,5 @@ def test_two_ranks_say_it_once_and_wait_for_nobody(small_disk, tmp_path):
 
 def test_the_remedy_fits_the_cause(tmp_path):
     (tmp_path / "file").mkdir()
-    with pytest.raises(WriteError, match=r"cannot write it .*file: Is a directory; mend that and start again$"):
+    with pytest.raises(WriteError, match=r"cannot write it .*file: Is a directory; fix that and start again$"):
         write_whole(tmp_path / "file", "text", "it", "start again")

@@ -26,12 +26,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastalign.data.disk import WriteError, reason, writing
+from fastalign.disk import WriteError, flush, reason, writing
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.output.checkpoints import (
     SCHEMA,
     flaw,
-    flush_directory,
     publish,
     read_json,
     read_state,
@@ -94,7 +93,7 @@ def save_checkpoint(
                 files = written_files(temporary, tensors, world.size)
                 full = {**header, "files": files, "optimizer_steps": optimizer_steps(trained), **state}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
-            flush_directory(temporary)
+            flush(temporary, inside=True)
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
                 publish(temporary, final, keep)

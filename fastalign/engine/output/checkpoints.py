@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastalign.disk import replace_file
 from fastalign.engine.output.generators import rng_flaw
 from fastalign.engine.output.tensor_files import tensors_flaw
 
@@ -190,7 +190,6 @@ def publish(temporary: Path, final: Path, keep: int | None) -> None:
         remove(final)
     temporary.rename(final)
     point_to(final)
-    flush_directory(final.parent)
     parts = {key: kind for key, kind in RUN_STATE.items() if key in read_state(final)}
     for old in whole_checkpoints(final.parent, **parts)[:-keep] if keep else []:
         remove(old)
@@ -207,9 +206,7 @@ def point_to_newest(directory: Path) -> None:
 
 def point_to(newest: Path) -> None:
     """Make ``latest`` name a checkpoint beside it."""
-    pointer = newest.with_name("latest.tmp")
-    pointer.write_text(f"{newest.name}\n", encoding="utf-8")
-    pointer.replace(newest.with_name("latest"))
+    replace_file(newest.with_name("latest"), f"{newest.name}\n".encode(), flushed=True)
 
 
 def remove(path: Path) -> None:
@@ -224,11 +221,3 @@ def remove(path: Path) -> None:
 def delete(path: Path) -> None:
     """Delete a directory, or the link to one that was moved to another disk."""
     path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-
-
-def flush_directory(path: Path) -> None:
-    """Force the files of a directory and its entries to the disk."""
-    for entry in [*path.iterdir(), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -47,12 +47,7 @@ Line = tuple[str, list[Part]]
 
 
 def show_overview(job: Job, done: int) -> None:
-    """Print the block, on the main rank alone.
-
-    Args:
-        job: from ``set_up``.
-        done: optimizer steps that lie behind a resumed run.
-    """
+    """Print the block, on the main rank alone; ``done`` optimizer steps lie behind a resumed run."""
     if not job.world.is_main:
         return
     lines = [(name, [Part(text, False)]) for name, text in facts(job, done)]
@@ -168,10 +163,7 @@ def describe_steps(job: Job, done: int) -> str:
 def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kind: str) -> list[Line]:
     """The first example in text: one sequence, or what several share and then each; of ranked ones best and worst.
 
-    Args:
-        example: tokens, and what is scored of them.
-        tokenizer: decodes.
-        kind: what `encode_dataset` made of the rows.
+    The rows were encoded for the method ``kind``.
     """
     sequences, names = list(example.sequences), ["chosen", "rejected"]
     if len(sequences) == 1:
@@ -181,8 +173,8 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
         ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
         sequences = [sequences[i] for i in ends]
         names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
-    alike = common_length(sequences[0][0], sequences[1][0])
-    shared = min(alike, *(int(np.argmax(scored)) for _, scored in sequences))
+    common = common_length(sequences[0][0], sequences[1][0])
+    shared = min(common, *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"
     ids, scored = sequences[0]
     lines = [(f"example: {first}", decode_parts(ids[:shared], scored[:shared], tokenizer))]

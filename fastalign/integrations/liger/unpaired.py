@@ -79,8 +79,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         batch = batch_of(stats.logps, rows.cu_seqlens, ref, good)
         with torch.no_grad():
             logits = mean_logits(_input.flatten(0, 1), lin_weight, bias, Scaling()) * len(lin_weight)
-        told = (batch.logps, logits.view(target.shape).sum(1), self.beta * (batch.logps - batch.ref_logps))
-        return loss, tuple(x[side].sum() for x in told for side in (good, ~good))
+        results = (batch.logps, logits.view(target.shape).sum(1), self.beta * (batch.logps - batch.ref_logps))
+        return loss, tuple(x[side].sum() for x in results for side in (good, ~good))
 
 
 def _baseline(kl: Tensor | None, device: torch.device) -> Baseline:
