@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import tables
+from bench import ops
 from bench.field import OURS
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2563a8", "#d9772b", "#8a8f98", "#c9ced6", "#22262b"
@@ -62,7 +62,7 @@ def _canvas(rows: int, title: str, xlabel: str) -> tuple[Figure, Axes]:
 
 def speed(groups: Sequence[Case], where: str) -> Figure:
     """How many times faster than the best peer, case by case, on a logarithmic scale; losing cases in orange."""
-    pairs = [(ours, best) for rows in groups if (ours := tables.our_row(rows)) and (best := tables.best_peer(rows))]
+    pairs = [(ours, best) for rows in groups if (ours := ops.our_row(rows)) and (best := ops.best_peer(rows))]
     figure, axes = _canvas(
         len(pairs), "Speed beside the best peer of each case", f"times as fast as the best peer\n{where}"
     )
@@ -90,9 +90,7 @@ def _logarithmic(axes: Axes, ratios: Sequence[float]) -> None:
 
 def roofs(groups: Sequence[Case], where: str) -> Figure:
     """The share of the hardware's bound that fastalign and the best peer reach, measured in the same run."""
-    cases = [
-        (ours, tables.best_peer(rows)) for rows in groups if (ours := tables.our_row(rows)) and ours.get("of_roof")
-    ]
+    cases = [(ours, ops.best_peer(rows)) for rows in groups if (ours := ops.our_row(rows)) and ours.get("of_roof")]
     xlabel = f"% of the speed of bare matrix products, or of copying the least bytes\n{where}"
     figure, axes = _canvas(len(cases), "How much of the bound is reached", xlabel)
     for y, (ours, best) in enumerate(cases):

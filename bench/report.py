@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import common, tables
+from bench import common, ops
 
 Rows = list[dict[str, Any]]
 
@@ -28,9 +28,8 @@ NO_PLOTS = "<p>No plots: matplotlib is not installed (pip install fastalign[repo
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    new = parser.add_argument
-    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
-    new("--out", type=Path, help="where the report goes (default: report/ in the results)")
+    common.add_results(parser)
+    parser.add_argument("--out", type=Path, help="where the report goes (default: report/ in the results)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -75,9 +74,7 @@ def key(row: dict[str, Any], kind: str) -> str:
     """What a row is compared within."""
     known = ", precomputed reference" if row.get("precomputed") else ""
     beside = f", beside {row['neighbours']} busy processes" if row.get("neighbours") else ""
-    return (
-        f"{row['task']}{known}{beside}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
-    )
+    return f"{row['task']}{known}{beside}, {row['dtype']}, {row['parameters']}" if kind == "train" else ops.title(row)
 
 
 def grouped(rows: Rows, kind: str) -> list[Rows]:
@@ -145,7 +142,7 @@ def heading(text: str, rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
     return (
         f"<h2>{html.escape(text)}: {html.escape(last['device'])}</h2>"
-        f"<p class=note>{html.escape(tables.machine(last))}<br>{html.escape(versions)}; load {last['load']:.1f}</p>"
+        f"<p class=note>{html.escape(ops.machine(last))}<br>{html.escape(versions)}; load {last['load']:.1f}</p>"
     )
 
 
@@ -163,10 +160,10 @@ def losses(groups: list[Rows]) -> str:
     """The cases in which a peer is faster."""
     lines = []
     for group in groups:
-        ours, best = tables.our_row(group), tables.best_peer(group)
+        ours, best = ops.our_row(group), ops.best_peer(group)
         if ours and best and best["p50_ms"] < ours["p50_ms"]:
             times = f"{ours['p50_ms']:.2f}", best["who"], f"{best['p50_ms']:.2f}"
-            lines.append(("lost", (tables.title(ours), *times, f"{best['p50_ms'] / ours['p50_ms']:.2f}")))
+            lines.append(("lost", (ops.title(ours), *times, f"{best['p50_ms'] / ours['p50_ms']:.2f}")))
     if not lines:
         return "<p>No case of this run is lost.</p>"
     return "<h3>Where a peer is faster</h3>" + table(("case", "fastalign ms", "peer", "ms", "ratio"), lines)
@@ -192,22 +189,22 @@ def case_details(rows: Rows) -> str:
     timed = [row for row in rows if not row.get("failure")]
     absent = "; ".join(f"{row['who']}: {row['failure']}" for row in rows if row.get("failure"))
     note = f"<p class=note>No number: {html.escape(absent)}</p>" if absent else ""
-    plans = {plan for row in timed if row["who"] == tables.OURS for plan in row.get("plans", ())}
+    plans = {plan for row in timed if row["who"] == ops.OURS for plan in row.get("plans", ())}
     note += "".join(f"<p class=note>Plan: {html.escape(plan)}</p>" for plan in plans)
     stamp = f"commit {rows[0]['commit']}, {rows[0]['time'][:16]}"
     body = table(OPS_COLUMNS, ((kind_of(row["who"]), ops_cells(row)) for row in timed))
-    summary = f"{html.escape(tables.title(rows[0]))} <span class=note>{stamp}</span>"
+    summary = f"{html.escape(ops.title(rows[0]))} <span class=note>{stamp}</span>"
     return f"<details><summary>{summary}</summary>{body}{note}</details>"
 
 
 def kind_of(who: str) -> str:
     """The class of a candidate's row."""
-    return "ours" if who == tables.OURS else "roof" if who.startswith(tables.ROOF) else ""
+    return "ours" if who == ops.OURS else "roof" if who.startswith(ops.ROOF) else ""
 
 
 def ops_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A candidate's cells; older records lack some."""
-    return (*tables.cells({"of_roof": None, "first_ms": 0.0, **row}), str(row["rounds"]))
+    return (*ops.cells({"of_roof": None, "first_ms": 0.0, **row}), str(row["rounds"]))
 
 
 def memory_section(rows: Rows, draw: Drawer) -> str:
@@ -225,7 +222,7 @@ def memory_details(rows: Rows) -> str:
     names = ("peak_mib", "reserved_mib", "outputs_mib", "predicted_mib")
     lines = ((kind_of(row["who"]), (row["who"], row["mode"], *(number(row[name]) for name in names))) for row in timed)
     body = table(("who", "mode", "peak MiB", "reserved", "gradients", "planned"), lines)
-    return f"<details><summary>{html.escape(tables.title(rows[0]))}</summary>{body}</details>"
+    return f"<details><summary>{html.escape(ops.title(rows[0]))}</summary>{body}</details>"
 
 
 def train_section(rows: Rows, draw: Drawer) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -61,11 +61,12 @@ from fastalign.types import PackedBatch
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> str:
+def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
     """Run a whole training job and leave its directory: config, metrics, checkpoints, model, report.
 
     Args:
         config: every setting; see `fastalign.config`.
+        on_step: called with the number of steps done: before the first step, and after each.
 
     Returns:
         what a user must know of the end of the run; empty when all went well.
@@ -92,7 +93,7 @@ def train(config: Config) -> str:
             if prepare(config, done, ranks, checkpoint) == done:  # the first change on the disk
                 job.owed.clear()  # the line is there
             show_overview(job, done)
-            note = run(job, done)
+            note = run(job, done, on_step or (lambda step: None))
             weights = whole_weights(job.models.policy) if ranks.size > 1 else None
         if ranks.is_main:  # the others are done: nobody waits for what the disk takes
             export(job, weights)
@@ -201,7 +202,7 @@ def what_is_read(
     return demands
 
 
-def run(job: Job, done: int) -> str:
+def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
     with open_metrics(job, done) as metrics, closing(Feed(job.source, partial(pack_share, job))) as feed:
@@ -209,6 +210,7 @@ def run(job: Job, done: int) -> str:
         with keeper.listening():
             for record in job.owed:
                 evaluate_step(job, keeper, done, record)
+            on_step(done)
             for step in range(done + 1, job.total + 1):
                 result = iteration(job, keeper, feed, step)
                 saves = is_due(step, every.save_every, job.total)
@@ -223,6 +225,7 @@ def run(job: Job, done: int) -> str:
                         keeper.save(step)
                 if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
                     metrics.flush()
+                on_step(step)
             keeper.look(job.total)
         return metrics.alarms.note
 

@@ -11,10 +11,13 @@ Modes (N rows, V vocabulary, D hidden; one GEMM over the head costs 2NVD):
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Literal
+
+log = logging.getLogger("fastalign.plan")
 
 Mode = Literal["stats", "one_pass", "retained", "frozen", "slabs"]
 Chunk = tuple[int, int]
@@ -150,7 +153,9 @@ def make_plan(
         mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
     )
     workspace = scratch + max(plan.held_rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
-    return replace(plan, workspace_bytes=workspace)
+    plan = replace(plan, workspace_bytes=workspace)
+    log.debug("plan: %s", plan)
+    return plan
 
 
 def _row_bytes(vocab: int, width: int, itemsize: int) -> int:

@@ -1,0 +1,162 @@
+"""The sides of ``fastalign bench train`` take turns: a step of one, a step of the other, and so on.
+
+Each side is a process of its own. It stops before its first step and after every step until it is told to go on, so
+that one side works at a time, and what disturbs the machine for longer than a step disturbs all sides.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import common
+from fastalign.parallel.waiting import queued
+
+PAUSE = 0.01
+"""Seconds between two turns: OpenMP's threads spin for milliseconds before they sleep."""
+
+
+# --- in the side's process -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepLog:
+    """What a side reports of its steps.
+
+    Attributes:
+        wall, cpu: seconds of each step.
+        queued: of each step, the seconds in which threads of the side were ready to run and had no core.
+        losses: one per step.
+        tokens, scored, flops: what a step computed, where the side tells.
+        ready_mib, peak_mib: peak memory before the first step, and until the end of the last.
+        turns: the descriptor on which a turn is handed back, where there are turns.
+        profiler: started after ``profile_after`` steps, when there is one.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    queued: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    ready_mib: float = 0.0
+    peak_mib: float = 0.0
+    device: str = "cpu"
+    turns: int | None = None
+    profiler: torch.profiler.profile | None = None
+    profile_after: int = 0
+    began: tuple[float, float, float] | None = None
+
+    def tick(self) -> None:
+        """To be called before the first step and after each: ends a step, and waits for the turn to take the next."""
+        common.synchronize(self.device)
+        if self.began is not None:
+            for spent, now, then in zip((self.wall, self.cpu, self.queued), clocks(), self.began, strict=True):
+                spent.append(now - then)
+        self.peak_mib = common.peak_mib(self.device)
+        self.ready_mib = self.ready_mib or self.peak_mib
+        if self.turns is not None:
+            wait_for_turn(self.turns)
+        if self.profiler is not None and len(self.wall) == self.profile_after:
+            self.profiler.start()
+        self.began = clocks()
+
+
+def clocks() -> tuple[float, float, float]:
+    """Seconds of the wall's clock, of this process on cores, and of its threads in line for one."""
+    return time.perf_counter(), time.process_time(), queued()
+
+
+def wait_for_turn(done: int) -> None:
+    """Hand the turn back and wait for the next."""
+    os.write(done, b".")
+    if not sys.stdin.buffer.read(1):
+        sys.exit("the benchmark that gives the turns is gone")
+
+
+# --- in the benchmark's process --------------------------------------------------------------------------------------
+
+
+class Side:
+    """A side's process. Its output goes to ``log``.
+
+    Args:
+        name: for messages.
+        command: its words; ``--turns DESCRIPTOR`` is added.
+        environment: added to this process's.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.name, self.log = name, log
+        ours, theirs = os.pipe()
+        self.done = os.fdopen(ours, "rb", buffering=0)
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*command, "--turns", str(theirs)],
+                cwd=common.ROOT, env={**os.environ, **environment}, pass_fds=[theirs],
+                stdin=subprocess.PIPE, stdout=file, stderr=file, bufsize=0,
+            )  # fmt: skip
+        os.close(theirs)
+
+    def wait(self) -> None:
+        """Until it hands its turn back.
+
+        Raises:
+            SystemExit: it ended instead.
+        """
+        if not self.done.read(1):
+            self.end()
+            raise SystemExit(f"{self.name} ended before its last step:\n{self.log.read_text()[-3000:]}")
+
+    def go(self) -> None:
+        """Give it the turn."""
+        time.sleep(PAUSE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(b".")
+
+    def end(self) -> None:
+        """Wait for its end, and leave it.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        code = self.process.wait()
+        self.close()
+        if code:
+            raise SystemExit(f"{self.name} failed:\n{self.log.read_text()[-3000:]}")
+
+    def close(self) -> None:
+        """Stop it if it runs."""
+        self.process.kill()
+        self.process.wait()
+        self.done.close()
+
+
+def take_turns(start: Sequence[Callable[[], Side]], steps: int) -> None:
+    """Start the sides one after the other, then let each take a step, in random order, ``steps`` times.
+
+    A side without turns, which trains nothing, ends by itself.
+    """
+    with ExitStack() as stack:
+        sides = []
+        for new in start:
+            sides.append(new())
+            stack.callback(sides[-1].close)
+            sides[-1].wait()
+        for step in range(steps):
+            for side in random.Random(step).sample(sides, len(sides)):
+                side.go()
+                side.wait()
+        for side in sides:
+            side.go()
+            side.end()
