@@ -100,7 +100,8 @@ def test_its_keywords_are_settings(mine, capsys):
     with pytest.raises(SystemExit):
         parse_config("dpo", ["--loss.name", EXAMPLE, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "the reward margin wanted. (type: a number, default: 1.0)" in text and "--loss.beta BETA reward per nat." in text
+    assert "the reward margin wanted. (type: a number, default: 1.0)" in text
+    assert "--loss.beta BETA reward per nat." in text
 
 
 @pytest.mark.parametrize(
@@ -110,15 +111,15 @@ def test_its_keywords_are_settings(mine, capsys):
         ("dpo", "{mine}:COUNT", "has no function 'COUNT'"),
         ("dpo", "absent.py:free", r"loss.name: no file at /.*/absent\.py"),
         ("dpo", "absent_module:free", "loss.name: no module 'absent_module' in /.* or among the installed packages"),
-        ("dpo", "broken.py:f", r"cannot import broken\.py: /.*/broken\.py, line 2: ZeroDivisionError: division by zero"),
+        ("dpo", "broken.py:f", r"cannot import broken\.py: /.*/broken\.py, line 2: ZeroDivisionError"),
         ("dpo", "torn.py:f", r"cannot import torn\.py: /.*/torn\.py, line 1: SyntaxError: "),
         ("dpo", "needs.py:f", r"/.*/needs\.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("dpo", "{mine}.py:two", r"takes \(chosen, rejected\); expected \(pair, \*, settings\.\.\.\)"),
-        ("dpo", "{mine}.py:untyped", "setting beta of .*:untyped needs a type and a default, such as `beta: float = 1.0`"),
-        ("dpo", "{mine}.py:required", "setting beta of .*:required needs a type and a default"),
+        ("dpo", "{mine}.py:untyped", "untyped needs a type and a default, such as `beta: float = 1.0`"),
+        ("dpo", "{mine}.py:required", "the setting beta of .*:required needs a type"),
         ("dpo", "{mine}.py:mean", "mean returned 1 losses for 3: expected one per pair"),
         ("dpo", "{mine}.py:flat", "flat returned losses without a gradient"),
-        ("dpo", "{mine}.py:raises", r"raises fails on 3 examples: /.*, line \d+: AttributeError: .* no attribute 'missing'"),
+        ("dpo", "{mine}.py:raises", r"raises fails on 3 examples: /.*, line \d+: AttributeError: "),
     ],
 )
 def test_what_is_wrong_with_it_is_said_in_one_line(mine, method, name, words):
@@ -147,6 +148,7 @@ def test_it_trains_and_a_resume_goes_on_with_it(mine, tmp_path):
         run=RunConfig(output_dir=str(tmp_path / "run"), steps=1, show_example=False),
     )
     config.data.path, config.data.limit, config.data.max_length = "builtin:docstrings", 16, 32
+    config.data.cache_dir, config.reference.cache = str(tmp_path / "cache"), "off"
     train(config)
     train(replace(config, run=replace(config.run, steps=2, resume=True)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
