@@ -28,7 +28,6 @@ from fastalign.data.loader import (
     visited,
 )
 from fastalign.data.pack import share
-from fastalign.disk import writing
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from fastalign.data.disk import writing
+from fastalign.disk import writing
 from fastalign.engine.interrupt import resume_command
 from fastalign.engine.output.report import write_report
 from fastalign.engine.output.trained_state import tied_names
