@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
 from fastalign.data.examples import TokenExample
@@ -30,11 +28,10 @@ from fastalign.data.loader import (
     visited,
 )
 from fastalign.data.pack import share
-from fastalign.disk import writing
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
-from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
+from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
@@ -42,18 +39,16 @@ from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
 from fastalign.engine.output.checkpoints import RUN_STATE, read_state
 from fastalign.engine.output.console import open_sinks
+from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
-from fastalign.engine.output.report import write_report
 from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
-from fastalign.engine.output.trained_state import tied_names
 from fastalign.engine.prepare import Carried
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
 from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
-from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.types import PackedBatch
@@ -354,51 +349,6 @@ def resume(job: Job, checkpoint: Path) -> int:
     if state.get("owed") and is_own(checkpoint, job.directory):
         job.owed.append(state["owed"])
     return state["step"]
-
-
-def export(job: Job, weights: dict[str, Tensor] | None) -> None:
-    """``model/``: a Hugging Face directory of the final weights, or of the adapter; on the main rank, alone."""
-    policy, model, directory = job.models.policy, job.config.model, job.directory
-    job.signals.where = "in the export"
-    log.info("writing %s and report.html", directory / "model")
-    base = None if policy.adapted is None or model.config is None else make_base_again(job)
-    written = [x for x in (policy, base) if x is not None]
-    need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
-    then = f"export again with: {resume_command(job.config)}"
-    with writing("the model", directory / "model", need, then=then):
-        save_pretrained(policy, job.tokenizer, directory / "model", weights, base)
-
-
-def report(job: Job) -> None:
-    """Write the report of a run that has all else: a failure is only told."""
-    later = f"the run is complete: write it later with: fastalign report {shlex.quote(str(job.directory))}"
-    job.signals.where, job.signals.rest = "in the report", later
-    try:
-        write_report(job.directory)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("no report (%s); %s", reason, later)
-
-
-def make_base_again(job: Job) -> PreTrainedModel:
-    """The base of an adapter that no directory holds: from its config and seed, with the special tokens of now."""
-    config, policy = job.config, job.models.policy
-    scalar = policy.has_scalar_head
-    base = load_base(config.model, seed=config.run.seed, tokenizer=job.tokenizer, scalar_head=scalar)
-    base.config.pad_token_id = policy.config.pad_token_id
-    return base
-
-
-def whole_weights(policy: Policy) -> dict[str, Tensor]:
-    """Full tensors of a sharded policy, tied ones once, on the host of the main rank; all ranks must call it.
-
-    Of a policy with an adapter, only what trains.
-    """
-    adapted = policy.adapted is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
-    state = get_model_state_dict(policy, options=options)
-    tied = tied_names(policy)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in tied}
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -14,6 +14,7 @@ from fastalign.data.repository import reason_of
 from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
+from fastalign.engine.output import export
 from fastalign.engine.output.metrics import read_metrics
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.train import train
@@ -174,7 +175,7 @@ def test_a_line_of_metrics_without_room_ends_the_run(configure, small_disk, fill
 
 def test_a_report_without_room_does_not_fail_a_finished_run(configure, small_disk, fill, monkeypatch, caplog):
     config = configure("sft", **{"run.output_dir": str(small_disk / "run")})
-    monkeypatch.setattr(engine, "write_report", before(engine.write_report, lambda: fill(0)))
+    monkeypatch.setattr(export, "write_report", before(export.write_report, lambda: fill(0)))
     train(config)
     assert re.search(r"no report \(cannot write the report .*No space left.*fastalign report ", caplog.text)
     assert (small_disk / "run" / "model").exists() and left(small_disk / "run") == []

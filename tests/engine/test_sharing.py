@@ -61,7 +61,7 @@ def run(configure, monkeypatch, tmp_path):
             config.reference.path = str(tmp_path / "other")
         jobs = []
         with monkeypatch.context() as patch:
-            patch.setattr("fastalign.engine.train.run", lambda job, done: jobs.append(job))
+            patch.setattr("fastalign.engine.train.run", lambda job, *rest: jobs.append(job))
             train(config)
         return jobs[0]
 

@@ -12,7 +12,7 @@ from fastalign.config import OptimConfig
 from fastalign.data.pack import pack
 from fastalign.engine.optim import Trained, make_optimizer, take_step
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
-from fastalign.engine.train import whole_weights
+from fastalign.engine.output.export import whole_weights
 from fastalign.models.load import save_pretrained
 from fastalign.models.policy import Policy
 
