@@ -126,10 +126,8 @@ def _backward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
     rows, plan = streams.policy.rows, plan_for(streams, call.memory, "upstream", True)
     stats, grad, g = (x if x is None or rows is None else x[rows] for x in (stats, grad, g))
     grad, row = grad.to(stats.dtype).contiguous(), None if g is None else Coefficients(g.to(stats.dtype).contiguous())
-    inputs, needs = (
-        Leaves(call.hidden, call.weight, None, call.bias),
-        Needs(needs_hidden, needs_weight, False, needs_bias),
-    )
+    inputs = Leaves(call.hidden, call.weight, None, call.bias)
+    needs = Needs(needs_hidden, needs_weight, False, needs_bias)
     made = recomputed_gradients(streams, plan, stats.t().contiguous(), grad, row, inputs, needs)
     hidden, weight, bias = (call.hidden.new_empty(0) if x is None else x for x in (made.hidden, made.weight, made.bias))
     return hidden, weight, bias
@@ -147,8 +145,8 @@ def _(hidden, weight, bias, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     *inputs, tokens, gradient, trainable = inputs
-    _, _, others, stats, directions = output
-    ctx.mark_non_differentiable(others, stats, directions)
+    _, logps, others, stats, directions = output
+    ctx.mark_non_differentiable(others, stats, directions, *(() if tokens else (logps,)))
     ctx.set_materialize_grads(False)
     ctx.frozen, ctx.options = gradient and not trainable and not tokens, inputs[8:]
     ctx.save_for_backward(*((inputs[0], directions) if ctx.frozen else (*inputs[:8], stats)))

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import test_backends
 import test_linear_loss
+import test_policy_loss
 import test_top1
 import torch
-from op_table import HERE, place
+from op_table import HERE, OPS, place
 
 from fastalign.ops import dispatch, functors
 from fastalign.ops.backends.torch import token_logps as torch_sweep
@@ -163,6 +164,7 @@ def shifted_head(make_head):
     return faulty
 
 
+PAIRS = list(OPS["preference_loss"].cases)
 OURS = {
     "torch: form p - 1 in bf16": (
         torch_sweep.row_gradients,
@@ -170,9 +172,9 @@ OURS = {
         *(test_backends.test_token_logps, "torch", "plain", torch.float32, 252),
     ),
     "functors: clip the wrong side": (
-        functors.ppo,
-        lambda f: lambda logps, r, inside, a, knobs: f(logps, r, inside, -a, knobs),
-        *(test_backends.test_op, "policy_loss", "ppo-plain", "torch", torch.float32),
+        functors.clip,
+        lambda f: lambda ratio, a, *bounds: f(ratio, -a, *bounds),
+        *(test_policy_loss.test_clipped_tokens_get_exact_zeros_and_are_counted, "torch"),
     ),
     "functors: flip k3's slope": (
         functors.k3,
@@ -197,7 +199,7 @@ OURS = {
     "preference_loss: chosen and rejected swapped": (
         _pairs,
         lambda f: lambda *x: replace(pair := f(*x), chosen=pair.rejected, rejected=pair.chosen),
-        *(test_backends.test_op, "preference_loss", "plain-dpo", "torch", torch.float32),
+        *(test_backends.test_op, "preference_loss", PAIRS[0], "torch", torch.float32),
     ),
 }
 
