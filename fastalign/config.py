@@ -67,7 +67,8 @@ class ReferenceConfig:
     """Parameter dtype; default: that of `model.dtype`."""
     cache: str = "auto"
     """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
-    of tokenised data, where that means less work."""
+    of tokenised data, where that means less work. A reference is known there by the bytes of its files, or by the
+    config and the seed of its random weights."""
 
     def __post_init__(self) -> None:
         expand_homes(self, "path", "cache")

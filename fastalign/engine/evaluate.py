@@ -17,6 +17,7 @@ import torch
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, epoch_order, evaluation_steps
 from fastalign.engine.forward import Models, run_head
+from fastalign.engine.loading import Start
 from fastalign.engine.methods import Objective, StepFacts, make_objective
 from fastalign.engine.output.metrics import means
 from fastalign.engine.output.progress import stage
@@ -129,5 +130,5 @@ def evaluate_model(config: Config) -> dict[str, float]:
         require_same_rows(ranks, dataset, held_out)
         examples = held_out or dataset
         demands = [Demand(examples, range(len(examples)), len(examples))]
-        models, (data,), config = load_models(config, objective, tokenizer, demands, ranks)
-        return evaluate(models, data, objective, config.batch, ranks)
+        loaded = load_models(Start(config, objective, tokenizer, demands, ranks))
+        return evaluate(loaded.models, loaded.data[0], objective, loaded.batch, ranks)

@@ -79,7 +79,17 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
 def run_distributions(
     models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts
 ) -> tuple[Tensor, Metrics]:
-    """Losses that compare whole distributions: the policy runs inside the reference's head, both weights at hand."""
+    """Losses that compare whole distributions: the policy's forward runs inside the reference's.
+
+    The divergence reads both heads' weights at once, row by row, and keeps no distribution. FSDP has a model's head
+    gathered only while that model's forward runs, so one forward must enclose the other:
+
+        reference.forward       no gradient         head gathered, its hidden states known
+          `- policy.forward     with gradient       head gathered, its hidden states known
+               `- both_heads                        the divergence of both: the loss
+
+    The reference is outside, as it has no backward whose graph would have to leave the policy's forward through it.
+    """
     assert models.reference is not None
     trains = torch.is_grad_enabled()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import Config
+from fastalign.config import BatchConfig, Config
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import (
     Examples,
@@ -33,6 +33,7 @@ from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
+from fastalign.engine.loading import Start
 from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
 from fastalign.engine.output.accounting import Accounting, account
@@ -107,6 +108,8 @@ class Job:
     models: Models
     trained: dict[str, Trained]
     dataset: TokenDataset
+    batch: BatchConfig
+    """The batch section, without prefix sharing where a model does not compute it exactly."""
     source: Source
     held_out: Examples | None
     total: int
@@ -141,12 +144,14 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     def room(policy: Policy) -> None:
         make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
 
-    models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks, room)
-    accounting = account(models.policy, config.batch.budget, ranks.size, ranks.device, models.autocast)
-    source = Rows(data, config.batch.size, config.run.seed, rows)
+    loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
+    models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
+    accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
+    source = Rows(data, batch.size, config.run.seed, rows)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
-    made = (tokenizer, models, what_trains(models, config, ranks), dataset, source, held_out, total, accounting, counts)
+    trained = what_trains(models, config, ranks)
+    made = (tokenizer, models, trained, dataset, batch, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
 
 
@@ -261,7 +266,7 @@ def minibatches(batches: list[PackedBatch], number: int) -> list[list[PackedBatc
 
 def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
     """A step's examples as this rank's micro-batches, pinned where a GPU will read them."""
-    batch, ranks = job.config.batch, job.world.data
+    batch, ranks = job.batch, job.world.data
     mine = share(examples, batch.budget, batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward)
     return [one.pin_memory() for one in mine] if job.world.device.type == "cuda" else mine
 
@@ -303,7 +308,7 @@ def update(job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: S
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     """Write a step's line with its ``eval_`` metrics; a run that is stopped meanwhile leaves them to its resume."""
     assert job.held_out is not None
-    ours = job.models, job.held_out, job.objective, job.config.batch, job.world, job.carried
+    ours = job.models, job.held_out, job.objective, job.batch, job.world, job.carried
     try:
         metrics = evaluate(*ours, between=partial(keeper.look, step))
     except Interrupted as stop:

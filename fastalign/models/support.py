@@ -146,4 +146,5 @@ def train_every_embedding(model: PreTrainedModel) -> None:
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers names as not to be split across devices: one per layer."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
+    kinds = {kind: {each.__name__ for each in kind.__mro__} for kind in {type(module) for module in model.modules()}}
+    return [module for module in model.modules() if names & kinds[type(module)]]  # FSDP's class is below the layer's
