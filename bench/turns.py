@@ -1,7 +1,8 @@
 """The sides of ``fastalign bench train`` take turns: a step of one, a step of the other, and so on.
 
 Each side is a process of its own. It stops before its first step and after every step until it is told to go on, so
-that one side works at a time, and what disturbs the machine for longer than a step disturbs all sides.
+that one side works at a time, and what disturbs the machine for longer than a step disturbs all sides. Where that is
+allowed, the sides go before other processes in line for a core; how long they stood in line is measured, step by step.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ import torch
 from bench import common
 from fastalign.parallel.waiting import queued
 
+FIRST = -20
+"""The niceness of who goes first."""
 PAUSE = 0.01
 """Seconds between two turns: OpenMP's threads spin for milliseconds before they sleep."""
 
@@ -94,9 +98,12 @@ class Side:
         name: for messages.
         command: its words; ``--turns DESCRIPTOR`` is added.
         environment: added to this process's.
+        ahead: of other processes in line for the cores, where this one may ask for it.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, environment: dict[str, str], ahead: bool = False
+    ) -> None:
         self.name, self.log = name, log
         ours, theirs = os.pipe()
         self.done = os.fdopen(ours, "rb", buffering=0)
@@ -104,9 +111,11 @@ class Side:
             self.process = subprocess.Popen(
                 [*command, "--turns", str(theirs)],
                 cwd=common.ROOT, env={**os.environ, **environment}, pass_fds=[theirs],
-                stdin=subprocess.PIPE, stdout=file, stderr=file, bufsize=0,
+                stdin=subprocess.PIPE, stdout=file, stderr=file, bufsize=0, start_new_session=True,
             )  # fmt: skip
         os.close(theirs)
+        if ahead:
+            go_ahead(self.process.pid)
 
     def wait(self) -> None:
         """Until it hands its turn back.
@@ -142,10 +151,24 @@ class Side:
         self.done.close()
 
 
-def take_turns(start: Sequence[Callable[[], Side]], steps: int) -> None:
+def go_ahead(pid: int) -> bool:
+    """Let a process that has just started, and its threads to come, have a core before others do; False: refused.
+
+    It takes root's rights or CAP_SYS_NICE. Linux divides the cores among sessions first, then among their processes.
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, FIRST)
+        if (session := Path(f"/proc/{pid}/autogroup")).exists():
+            session.write_text(str(FIRST))
+        return True
+    return False
+
+
+def take_turns(start: Sequence[Callable[[], Side]], steps: int, in_a_row: bool = False) -> None:
     """Start the sides one after the other, then let each take a step, in random order, ``steps`` times.
 
-    A side without turns, which trains nothing, ends by itself.
+    Args:
+        in_a_row: each side takes all its steps before the next side's first.
     """
     with ExitStack() as stack:
         sides = []
@@ -153,10 +176,10 @@ def take_turns(start: Sequence[Callable[[], Side]], steps: int) -> None:
             sides.append(new())
             stack.callback(sides[-1].close)
             sides[-1].wait()
-        for step in range(steps):
-            for side in random.Random(step).sample(sides, len(sides)):
-                side.go()
-                side.wait()
+        shuffled = (random.Random(step).sample(sides, len(sides)) for step in range(steps))
+        for side in chain.from_iterable([side] * steps for side in sides) if in_a_row else chain(*shuffled):
+            side.go()
+            side.wait()
         for side in sides:
             side.go()
             side.end()

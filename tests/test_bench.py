@@ -403,6 +403,19 @@ def test_sides_take_turns_step_by_step(tmp_path):
     assert steps == [[step] * 2 for step in range(5)], "what comes after the last step counts as the fifth here"
 
 
+def test_a_side_can_take_its_steps_in_a_row(tmp_path):
+    turns.take_turns([partial(start_steps, name, tmp_path) for name in "ab"], steps=4, in_a_row=True)
+    names = [line.split()[0] for line in (tmp_path / "steps").read_text().splitlines()]
+    assert "".join(names[:16]) == "a" * 8 + "b" * 8
+
+
+def test_the_ratio_leaves_out_what_a_side_waited_for_a_core():
+    ours, theirs = ({"step_seconds": wall, "queued_seconds": queued} for wall, queued in (
+        ([1.0, 2.0, 5.0], [0.0, 1.0, 4.0]), ([2.0, 2.5, 3.0], [0.0, 0.5, 1.0])))  # fmt: skip
+    assert train.times_as_fast(ours, theirs, Workload("")) == 2.0
+    assert train.times_as_fast(ours, theirs, Workload("", neighbours=1)) == 1.25
+
+
 def test_a_side_that_fails_ends_the_others(tmp_path):
     with pytest.raises(SystemExit, match=r"(?s)b failed.*out of memory"):
         turns.take_turns([partial(start_steps, "a", tmp_path), partial(start_steps, "b", tmp_path, 2)], steps=4)
