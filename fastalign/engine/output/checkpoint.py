@@ -74,9 +74,6 @@ def save_checkpoint(
         state: JSON values to find again: data position, settings.
         world: the ranks.
         keep: whole checkpoints that stay; None: all.
-
-    Raises:
-        RunError: on every rank, when any rank could not write.
     """
     final, temporary = directory / f"step-{step}", directory / f"step-{step}.tmp"
     tensors = tensors_of(trained)
@@ -126,11 +123,7 @@ def expected_size(policy: nn.Module, master_weights: bool) -> int:
 
 
 def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
-    """The files of tensors and generators and their bytes, as ``state.json`` lists them.
-
-    Raises:
-        OSError: they cannot be all.
-    """
+    """The files of tensors and generators and their bytes, as ``state.json`` lists them."""
     sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
     generators = [file for rank in range(ranks) if (file := rng_file(temporary, rank)).is_file()]
     text = None
@@ -147,9 +140,6 @@ def load_checkpoint(path: Path, trained: Roles, world: World) -> dict[str, Any]:
     """Restore weights, masters, Adam moments and this rank's generators in place; returns what ``state.json`` says.
 
     A checkpoint without masters has them start from its weights; those of one with masters may be left out.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or of another model, with the first difference.
     """
     state = read_state(path)
     if reason := flaw(path):
@@ -209,7 +199,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
         rank, (cause, _) = next(iter(error.failures.items()))
         with as_one(world):
             if world.is_main:
-                shutil.rmtree(path, ignore_errors=True)  # before the free space is told
+                shutil.rmtree(path, ignore_errors=True)  # before the free space is measured
         why = reason(cause, path, size_of(tensors))
         whose = f" on rank {rank}" if world.size > 1 else ""
         raise RunError(f"cannot write the checkpoint {path.with_suffix('')}{whose}: {why}") from error

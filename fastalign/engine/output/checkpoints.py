@@ -41,9 +41,6 @@ def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
     Args:
         directory: the run's ``checkpoints``.
         parts: what their ``state.json`` must say besides `STATE`.
-
-    Raises:
-        ValueError: there are checkpoints, but none is whole, or the newest is of another release.
     """
     broken: list[str] = []
     for path in reversed(checkpoints(directory)):
@@ -55,7 +52,7 @@ def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
             read_state(path)  # raises
         broken.append(f"{path.name} is not a whole checkpoint ({reason})")
     if broken:
-        remedy = "put back what is missing, or choose another run.output_dir to start afresh"
+        remedy = "put back what is missing, or choose another run.output_dir to start a new run"
         raise ValueError(f"cannot resume from {directory}: {'; '.join(broken)}; {remedy}")
     return None
 
@@ -108,16 +105,12 @@ def files_flaw(path: Path, state: dict[str, Any]) -> str | None:
 
 
 def generators_flaw(path: Path) -> str | None:
-    """The first file of a rank's generators that holds none; whether all are there, the list of files tells."""
+    """The first file of a rank's generators that holds none; the list of files says whether all are there."""
     return next((reason for file in sorted(path.glob("rng-*.json")) if (reason := rng_flaw(file))), None)
 
 
 def read_state(path: Path, **parts: Any) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, `STATE` and ``parts`` among its entries.
-
-    Raises:
-        ValueError: there is none, it cannot be read, an entry is not there, or it is of another schema.
-    """
+    """``state.json`` of a checkpoint, `STATE` and ``parts`` among its entries."""
     file = path / "state.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a whole checkpoint: it has no state.json; name a checkpoints/step-N directory")
