@@ -43,7 +43,7 @@ from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
-from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
+from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, prepare
 from fastalign.engine.prepare import Carried
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
@@ -350,7 +350,7 @@ def resume(job: Job, checkpoint: Path) -> int:
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size
-        log.warning("resume: %d rank(s) before, %d now: numbers agree to rounding only", was, now)
+        log.warning("resume: %d rank(s) before, %d now: %s", was, now, ROUNDED)
     if state.get("owed") and is_own(checkpoint, job.directory):
         job.owed.append(state["owed"])
     return state["step"]
