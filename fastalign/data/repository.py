@@ -27,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fastalign import hub
 from fastalign.data import cache, files, tables
-from fastalign.disk import FULL, errno_of, reason
+from fastalign.disk import FULL, errno_of, reason, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _downloaded(builder: Any, path: str, record: Path) -> dict[str, Any]:
     parts = {split: _extracted(manager, urls, places[split]) for split, urls in splits.items()}
     found = {"kind": kind, "separator": separator, "splits": parts}
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(found))
+    replace_file(record, json.dumps(found).encode())
     return found
 
 
