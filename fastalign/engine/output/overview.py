@@ -75,7 +75,8 @@ def facts(job: Job, done: int) -> Iterator[tuple[str, str]]:
     if job.held_out_counts is not None:
         source = config.data.eval_path or f"data.eval_fraction {config.data.eval_fraction:g} of the training rows"
         yield "held out", f"{source}: {describe_counts(job.held_out_counts, config.data.max_length)}"
-    yield "steps", describe_steps(job, done)
+    resumed = f", going on after step {done:,}" if done else ""
+    yield "steps", f"{job.total:,} of {job.source.describe()}{resumed}"
     yield "writes to", config.run.output_dir
 
 
@@ -149,12 +150,6 @@ def describe_counts(counts: Mapping[str, int], max_length: int) -> str:
 def spell(counts: Mapping[str, int]) -> str:
     """Reasons in words, each with its count."""
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
-
-
-def describe_steps(job: Job, done: int) -> str:
-    """Steps, their size, the epochs that they make, and what is left of a resumed run."""
-    text = f"{job.total:,} of {job.source.describe()}"
-    return text + (f", going on after step {done:,}" if done else "")
 
 
 # --- the example -----------------------------------------------------------------------------------------------------
