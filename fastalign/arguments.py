@@ -286,7 +286,7 @@ def docstrings(method: str, losses: Losses) -> dict[str, str | None]:
 
     documents = {name: parse_from_object(cls) for name, cls in sections().items()}
     texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
-    for loss in reversed(losses.values()):  # of a setting of several losses, the first one's counts
+    for loss in reversed([*losses.values()]):  # of a setting of several losses, the first one's counts
         texts |= {f"loss.{p.arg_name}": p.description for p in parse(loss.fn.__doc__ or "").params}
     names = f"One of {', '.join(METHODS[method].losses)}; or your own, file.py:function."
     texts["loss.name"] = f"{names} Each has its own settings. A list is a weighted sum."

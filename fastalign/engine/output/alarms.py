@@ -36,7 +36,8 @@ class Alarms:
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step, once for each kind of trouble."""
         step, loss = record["step"], record["loss"]
-        self.first_loss = loss if self.first_loss is None else self.first_loss  # that this process saw
+        if self.first_loss is None:  # of this process
+            self.first_loss = loss
         if loss > EXPLODED * max(1.0, abs(self.first_loss)):
             self.warn("exploded", EXPLODING, step, loss)
         if record["grad_norm"] != 0 or loss == 0:
