@@ -104,8 +104,8 @@ class Keeper:
         if step != self.saved:
             with as_one(self.world):
                 self.metrics.sync()
-            idle = self.metrics.alarms.idle_since is not None  # an older checkpoint may be the last good one
-            self.write(step, record, None if idle else self.config.run.keep)
+            stuck = self.metrics.alarms.zero_since is not None  # an older checkpoint may be the last good one
+            self.write(step, record, None if stuck else self.config.run.keep)
             self.saved, self.since = step, time.monotonic()
         self.tell_where(step)
 

@@ -31,7 +31,7 @@ class Alarms:
         self.speaks = speaks
         self.warned: set[str] = set()
         self.first_loss: float | None = None
-        self.idle_since: int | None = None
+        self.zero_since: int | None = None
 
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step, once for each kind of trouble."""
@@ -41,18 +41,18 @@ class Alarms:
         if loss > EXPLODED * max(1.0, abs(self.first_loss)):
             self.warn("exploded", EXPLODING, step, loss)
         if record["grad_norm"] != 0 or loss == 0:
-            self.idle_since = None
-        elif self.idle_since is None:
-            self.idle_since = step
+            self.zero_since = None
+        elif self.zero_since is None:
+            self.zero_since = step
         if record["grad_norm"] == 0:
-            self.warn("solved" if loss == 0 else "idle", SOLVED if loss == 0 else IDLE, step, loss)
-        if self.idle_since is not None and step - self.idle_since + 1 >= PATIENCE:
-            raise RunError(STUCK.format(step=step, first=self.idle_since, number=PATIENCE, loss=loss, lr=record["lr"]))
+            self.warn("solved" if loss == 0 else "no gradient", SOLVED if loss == 0 else NO_GRADIENT, step, loss)
+        if self.zero_since is not None and step - self.zero_since + 1 >= PATIENCE:
+            raise RunError(STUCK.format(step=step, first=self.zero_since, number=PATIENCE, loss=loss, lr=record["lr"]))
 
     @property
     def note(self) -> str:
         """What the last line of a run says when its last steps had a loss but no gradient."""
-        return "" if self.idle_since is None else UNMOVED.format(first=self.idle_since)
+        return "" if self.zero_since is None else UNMOVED.format(first=self.zero_since)
 
     def warn(self, kind: str, message: str, step: int, loss: float) -> None:
         """Once for each kind."""
@@ -61,7 +61,7 @@ class Alarms:
         self.warned.add(kind)
 
 
-IDLE = (
+NO_GRADIENT = (
     "step {step}: grad_norm is exactly 0 while the loss is {loss:.4g}: this step teaches nothing; the weights may have "
     "blown up (lower optim.lr), or the loss is saturated; after {number} such steps in a row the run stops; until a "
     "gradient is back no older checkpoint is removed"
