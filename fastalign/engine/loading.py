@@ -1,6 +1,6 @@
 """One model of a run: made, sharded, its weights read, and its packed forward compared with the plain one.
 
-    without weights, on the meta device      models/load.hollow_policy
+    without weights, on the meta device      models/hollow.hollow_policy
         |
     sharded over the ranks                   parallel/shard.shard
         |
@@ -34,7 +34,8 @@ from fastalign.engine.forward import Models, wants_autocast
 from fastalign.engine.methods import Objective
 from fastalign.engine.reference.cache import Demand
 from fastalign.models import lora
-from fastalign.models.load import Hollow, hollow_policy, load_policy
+from fastalign.models.hollow import Hollow, hollow_policy
+from fastalign.models.load import load_policy
 from fastalign.models.policy import Policy
 from fastalign.models.support import trained_positions
 from fastalign.models.verify import verify_packed

@@ -6,19 +6,17 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,7 +28,6 @@ from fastalign.models import inline, lora, outline, vocabulary
 from fastalign.models.inline import REFUSALS, SPECIAL_TOKENS, makes, one_line
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
-from fastalign.models.weights import Region, Stored, locate
 
 log = logging.getLogger(__name__)
 
@@ -68,113 +65,16 @@ def load_policy(
     saved = lora.saved_adapter(model, scalar_head)
     known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
     base = load_base(model, saved, setting=setting, **known)
-    policy = _policy(lora.adapt(base, model, saved, seed), base, model)
+    policy = as_policy(lora.adapt(base, model, saved, seed), base, model)
     policy.base_digest = None if policy.adapted is None else lora.base_digest(policy.named_parameters())
     return policy
 
 
-def _policy(adapted: Any, base: PreTrainedModel, model: ModelConfig) -> Policy:
+def as_policy(adapted: Any, base: PreTrainedModel, model: ModelConfig) -> Policy:
+    """A base below its adapter, or the base itself, as its section says to run it."""
     policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
     use_native_layers(base)
     return policy
-
-
-@dataclass(frozen=True)
-class Hollow:
-    """A policy made without the weights of its base, to be sharded before they are read.
-
-    Attributes:
-        policy: the base on the meta device; adapters and a new scalar head are there.
-        stored: where the base's weights lie; None for a model that starts from random weights.
-        whole: why only transformers can load the weights, all at once; else None.
-    """
-
-    policy: Policy
-    stored: Stored | None = None
-    whole: str | None = None
-
-    def read(self, name: str, region: Region, like: Tensor) -> Tensor:
-        """Part of one of the policy's tensors, from its file, in the dtype of another."""
-        assert self.stored is not None
-        return self.stored.read(lora.base_name(name.removeprefix("model.")), region).to(like.dtype)
-
-
-def hollow_policy(
-    model: ModelConfig,
-    *,
-    seed: int = 0,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    scalar_head: bool = False,
-    setting: str = "model.path",
-) -> Hollow:
-    """The policy of `load_policy` before its weights are there; the arguments and errors are those."""
-    check_named(model)
-    saved = lora.saved_adapter(model, scalar_head)
-    size = None if tokenizer is None else vocabulary.size(tokenizer)
-    base, stored, whole = _hollow_base(model, saved, size, seed, scalar_head, setting)
-    if tokenizer is not None and model.path is None:
-        _set_special_tokens(base, tokenizer)
-    _fit_rows(base, model, saved, size, setting)
-    whole = whole or (lora.needs_base(model, saved) if model.path else None)
-    return Hollow(_policy(lora.adapt_hollow(base, model, saved, seed), base, model), stored, whole)
-
-
-def _hollow_base(
-    model: ModelConfig, saved: Any, size: int | None, seed: int, scalar: bool, setting: str
-) -> tuple[PreTrainedModel, Stored | None, str | None]:
-    """A base on the meta device; where its weights lie, or why they must be loaded whole."""
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    if model.path is None:
-        config = inline.make(model.config or {}, scalar, size)
-        with makes(config.model_type):
-            return _on_meta(auto, config, DTYPES.get(model.dtype)), None, None
-    path, where = _base_path(model, saved, setting)
-    with _readable("model", path, "config.json and safetensors weights", where):
-        options: dict[str, Any] = {"num_labels": 1} if scalar else {}
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
-        config.name_or_path = path
-        base = _on_meta(auto, config, DTYPES.get(model.dtype), trust_remote_code=model.trust_remote_code).eval()
-        stored = _why_whole(base, model) or locate(base, path, (SCALAR_HEAD,) if scalar else ())
-        if isinstance(stored, str):
-            return base, None, stored
-        _finish(base, path)
-    if scalar and SCALAR_HEAD not in stored.places:
-        base.score.weight = nn.Parameter(torch.empty_like(base.score.weight, device="cpu"))
-        _new_scalar_head(base, seed)
-    return base, stored, None
-
-
-def _on_meta(auto: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
-    with torch.device("meta"), torch.random.fork_rng():
-        return auto.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
-
-
-def _why_whole(base: Any, model: ModelConfig) -> str | None:
-    """Why transformers must load the weights of a base: it does more to them than to read them."""
-    if model.quantization is not None or getattr(base.config, "quantization_config", None) is not None:
-        return "its weights are quantised"
-    if model.dtype == "auto" and base.config.dtype is None:
-        return "its config.json names no dtype"
-    if getattr(base, "_keep_in_fp32_modules", None) or getattr(base, "_keep_in_fp32_modules_strict", None):
-        return "some of its weights stay in fp32"
-    return None
-
-
-def _finish(base: Any, path: str) -> None:
-    """What `from_pretrained` does beside loading: the buffers that are in no file, and the settings of generation."""
-    for x in [*base.parameters(), *base.buffers()]:
-        x._is_hf_initialized = True
-    for module in base.modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers[name]) is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    with torch.random.fork_rng():
-        base.initialize_weights()  # draws nothing: every weight counts as initialised
-    if base.can_generate():
-        try:
-            base.generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:  # it has none of its own
-            base.generation_config = GenerationConfig.from_pretrained(path, "config.json", _from_model_config=True)
 
 
 def check_named(model: ModelConfig) -> None:
@@ -205,25 +105,25 @@ def load_base(
     auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
     size = vocabulary.size(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
     if model.path is not None:
-        base = _pretrained(*_base_path(model, saved, setting), model, auto, seed)
+        base = _pretrained(*base_path(model, saved, setting), model, auto, seed)
     else:
         base = _from_scratch(model, auto, size, seed)
         if tokenizer is not None:
-            _set_special_tokens(base, tokenizer)
-    _fit_rows(base, model, saved, size, setting)
+            set_special_tokens(base, tokenizer)
+    fit_rows(base, model, saved, size, setting)
     return base
 
 
-def _fit_rows(base: PreTrainedModel, model: ModelConfig, saved: Any, size: int | None, setting: str) -> None:
+def fit_rows(base: PreTrainedModel, model: ModelConfig, saved: Any, size: int | None, setting: str) -> None:
     """A row for every token, and under an adapter one that trains."""
-    path, where = ("", "") if model.path is None else _base_path(model, saved, setting)
+    path, where = ("", "") if model.path is None else base_path(model, saved, setting)
     name = f"{where}: {path!r}" if path else "model.config"
     if vocabulary.fit(base, size, name, resize=model.resize_embeddings) and (saved or model.lora) is not None:
         trained = (model.lora or {}).get("modules_to_save") if saved is None else saved.modules_to_save
         vocabulary.refuse_frozen_rows(base, name, trained or ())
 
 
-def _base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
+def base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
     """The directory or hub name of the weights below any adapter, and what errors call the setting that names it."""
     assert model.path is not None
     if saved is None:
@@ -235,7 +135,7 @@ def _pretrained(path: str, setting: str, model: ModelConfig, auto: Any, seed: in
     options: dict[str, Any] = {"num_labels": 1} if (scalar := auto is AutoModelForSequenceClassification) else {}
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization)
-    with _readable("model", path, "config.json and safetensors weights", setting):
+    with readable("model", path, "config.json and safetensors weights", setting):
         both: Any = auto.from_pretrained(
             path,
             dtype=DTYPES.get(model.dtype, "auto"),
@@ -249,7 +149,7 @@ def _pretrained(path: str, setting: str, model: ModelConfig, auto: Any, seed: in
         raise ValueError(f"{setting}: {path!r} is an adapter on the hub: download it and give its directory")
     missing = set(info["missing_keys"])
     if scalar and SCALAR_HEAD in missing:
-        _new_scalar_head(loaded, seed)
+        new_scalar_head(loaded, seed)
     check_loaded(f"{setting}: {path!r}", {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
     return loaded
 
@@ -266,7 +166,7 @@ def _quantization(options: Mapping[str, Any]) -> BitsAndBytesConfig:
     return config
 
 
-def _new_scalar_head(model: PreTrainedModel, seed: int) -> None:
+def new_scalar_head(model: PreTrainedModel, seed: int) -> None:
     """Scores of about unit size: normal weights with a deviation of ``1 / sqrt(D + 1)``."""
     if (head := getattr(model, "score", None)) is None:
         return  # refused when the policy is made
@@ -313,11 +213,11 @@ def _from_scratch(model: ModelConfig, auto: Any, vocab_size: int | None, seed: i
         torch.manual_seed(seed)
         made = auto.from_config(config, dtype=dtype)
     if scalar:
-        _new_scalar_head(made, seed)
+        new_scalar_head(made, seed)
     return made
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set after construction: an embedding made with a padding id starts that row at zero."""
     for name in SPECIAL_TOKENS:
         setattr(model.config, name, getattr(tokenizer, name))
@@ -346,7 +246,7 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         if fallback is None:
             raise ValueError(f"{setting}: no built-in tokenizers are available here: {name!r}")
         return fallback(name)
-    with _readable("tokenizer", name, "tokenizer.json", setting):
+    with readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
 
@@ -366,8 +266,8 @@ def check_model(
         config, name = inline.make(model.config or {}, scalar_head, size), "model.config"
         rows = (model.config or {}).get("vocab_size")
     else:
-        path, where = _base_path(model, lora.saved_adapter(model), setting)
-        with _readable("model", path, "config.json and safetensors weights", where):
+        path, where = base_path(model, lora.saved_adapter(model), setting)
+        with readable("model", path, "config.json and safetensors weights", where):
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
     outline.check(config, name, scalar_head=scalar_head, trust_remote_code=model.trust_remote_code)
@@ -396,7 +296,7 @@ def check_place(name: str | None, setting: str) -> None:
 
 
 @contextmanager
-def _readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
+def readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
     """Turns what transformers raises on absent and damaged files into one line that names them and the setting."""
     check_place(name, setting)
     local = Path(name).exists()

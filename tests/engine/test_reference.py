@@ -88,7 +88,7 @@ def test_the_first_loss_is_ln_2_to_the_bit_and_no_reference_is_in_memory(cached,
     config = cached("narrow", **{"run.steps": 2, "batch.tokens": 150})
     train.train(config)  # fills the cache in micro-batches of at most 150 tokens
     jobs = []
-    monkeypatch.setattr(train, "run", lambda job, done: jobs.append(job))
+    monkeypatch.setattr(train, "run", lambda job, *rest: jobs.append(job))
     train.train(cached("wide", **{"run.steps": 1, "batch.tokens": 4096, "optim.lr": 0.1}))
     assert jobs[0].models.reference is None
     monkeypatch.undo()
@@ -299,7 +299,7 @@ def test_a_cache_of_something_else_is_refused(cached, tmp_path):
 
 def test_whole_distributions_are_never_kept(cached, monkeypatch, tmp_path):
     jobs = []
-    monkeypatch.setattr(train, "run", lambda job, done: jobs.append(job))
+    monkeypatch.setattr(train, "run", lambda job, *rest: jobs.append(job))
     train.train(cached("tdpo", **{"loss.name": "tdpo2"}))
     assert jobs[0].models.reference is not None and not (tmp_path / "logps").exists()
     with pytest.raises(ValueError, match="reads whole distributions of its reference: there are no log-probs to keep"):

@@ -37,7 +37,7 @@ from fastalign.engine.methods import Objective
 from fastalign.engine.reference.cache import TEMPERATURE, Filling, check_agreement, fill, open_cache
 from fastalign.engine.reference.fingerprint import computation, fingerprint, origin_of
 from fastalign.models.head import head_of
-from fastalign.models.load import Hollow, hollow_policy
+from fastalign.models.hollow import Hollow, hollow_policy
 from fastalign.models.lora import WithoutAdapter, identity, why_not_its_own_reference
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_loss
