@@ -183,6 +183,6 @@ def head_of(op: str, call: Call) -> Head:
         make_shard(call.group, call.shards),
         call.label_smoothing,
     )
-    kernels = dispatch.kernels(op, call.backend, call.hidden.device)
+    kernels = dispatch.kernels(op, call.backend, call.hidden.device, call.dtype)
     tensors = (call.hidden, call.weight, call.bias, call.labels)
     return make_head(*tensors, options, kernels, call.up, call.num_scored)
