@@ -32,14 +32,34 @@ void advise_fresh_gradient(const TokenLogps& op) {
     advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
 }
 
-void backward(const TokenLogps& op, int threads) {
-  advise_fresh_gradient(op);
-  kernels().token_logps(op, true, threads);
+// A dtype that is computed in fp32; any other would be read as one of them.
+Dtype computed_in_fp32(int dtype) {
+  if (dtype != static_cast<int>(Dtype::float32) && dtype != static_cast<int>(Dtype::bfloat16) &&
+      dtype != static_cast<int>(Dtype::float16))
+    throw std::invalid_argument("expected fp32, bf16 or fp16 (dtype 0, 1 or 2), got dtype " + std::to_string(dtype));
+  return static_cast<Dtype>(dtype);
+}
+
+// Logits that the CPU's kernels read: what is described may also be for CUDA, which has fp64.
+void check(const TokenLogps& op) { computed_in_fp32(static_cast<int>(op.dtype)); }
+
+void run_token_logps(const TokenLogps& op, bool backward, int threads) {
+  check(op);
+  if (backward) advise_fresh_gradient(op);
+  kernels().token_logps(op, backward, threads);
 }
 
 void run_policy_loss(const PolicyLoss& op, int threads) {
+  check(op.rows);
   advise_fresh_gradient(op.rows);
   kernels().policy_loss(op, threads);
+}
+
+void run_divergence(const Divergence& op, Walk walk, int threads) {
+  check(op.policy);
+  check(op.reference);
+  if (walk == Walk::backward) advise_fresh_gradient(op.policy);
+  kernels().divergence(op, walk, threads);
 }
 
 using Address = uintptr_t;  // 0: not given
@@ -72,14 +92,6 @@ PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Addre
 Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& reference, int kind, double mix,
                                Address value, Address stats, Address grad_value, bool apart) {
   return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value), apart};
-}
-
-// A dtype that is computed in fp32; any other would be read as one of them.
-Dtype computed_in_fp32(int dtype) {
-  if (dtype != static_cast<int>(Dtype::float32) && dtype != static_cast<int>(Dtype::bfloat16) &&
-      dtype != static_cast<int>(Dtype::float16))
-    throw std::invalid_argument("expected fp32, bf16 or fp16 (dtype 0, 1 or 2), got dtype " + std::to_string(dtype));
-  return static_cast<Dtype>(dtype);
 }
 
 using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
@@ -151,9 +163,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
            py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("top1") = 0,
            py::arg("g") = 0, py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
-      .def("forward", [](const TokenLogps& op, int threads) { kernels().token_logps(op, false, threads); },
+      .def("forward", [](const TokenLogps& op, int threads) { run_token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("backward", [](const TokenLogps& op, int threads) { run_token_logps(op, true, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("address", [](const TokenLogps& op) { return reinterpret_cast<Address>(&op); });
   m.def(
       "segment_scan",
@@ -217,15 +230,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
       .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
            py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0, py::arg("apart") = false)
-      .def("forward", [](const Divergence& op, int threads) { kernels().divergence(op, Walk::forward, threads); },
+      .def("forward", [](const Divergence& op, int threads) { run_divergence(op, Walk::forward, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("mixture", [](const Divergence& op, int threads) { kernels().divergence(op, Walk::mixture, threads); },
+      .def("mixture", [](const Divergence& op, int threads) { run_divergence(op, Walk::mixture, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward",
-           [](const Divergence& op, int threads) {
-             advise_fresh_gradient(op.policy);
-             kernels().divergence(op, Walk::backward, threads);
-           },
+      .def("backward", [](const Divergence& op, int threads) { run_divergence(op, Walk::backward, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(_OPENMP)
   py::class_<ShortWaits>(m, "ShortWaits", "While one exists, threads that wait for one another soon sleep.")

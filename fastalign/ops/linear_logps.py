@@ -257,7 +257,6 @@ def linear_logps(
     backend: str | None = None,
     batch_invariant: bool = False,
     num_scored: int | None = None,
-    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
 
@@ -285,18 +284,19 @@ def linear_logps(
             their local tensors. Gradients are placed like their inputs.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
-        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
+        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it, nor on the run (with equal
+            threads, on the same hardware); slower GEMMs. Refused where nobody can promise it: on CUDA outside of
+            ``torch.use_deterministic_algorithms(True)``.
         num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
             the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
             their sizes. N when the rows are selected already.
-        deterministic: refuse what could change a bit from run to run (with equal threads, on the same hardware).
 
     Returns:
         logps ``[N]`` in fp32 (fp64 if an input is fp64), or a tuple of it and what else was asked for: entropy, lse.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
-            ``deterministic=True`` where that cannot be promised; ranks that disagree.
+            ``batch_invariant=True`` where that cannot be promised; ranks that disagree.
         RuntimeError: double backward.
 
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
@@ -319,7 +319,6 @@ def linear_logps(
         backend=backend,
         batch_invariant=batch_invariant,
         num_scored=num_scored,
-        deterministic=deterministic,
     )
     logps, entropies, lses, _ = row_stats(call, Wanted(entropy, lse), trainable)
     others = tuple(x for x in (entropies, lses) if x is not None)

@@ -146,7 +146,6 @@ def linear_loss(
     backend: str | None = None,
     batch_invariant: bool = False,
     num_scored: int | None = None,
-    deterministic: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """``loss_fn`` of token log-probs, with the gradients of ``hidden``, ``weight`` and ``bias`` made in the same pass.
 
@@ -167,8 +166,8 @@ def linear_loss(
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy, lse: give ``loss_fn`` these too; their gradients flow.
-        bias, lora, temperature, softcap, logit_scale, label_smoothing, process_group, memory, backend, batch_invariant,
-            deterministic: see ``linear_logps``.
+        bias, lora, temperature, softcap, logit_scale, label_smoothing, process_group, memory, backend,
+            batch_invariant: see ``linear_logps``.
         num_scored: see ``linear_logps``; an aligned call needs N, the rows selected already, to spare the host's wait.
 
     Returns:
@@ -203,7 +202,6 @@ def linear_loss(
         backend=backend,
         batch_invariant=batch_invariant,
         num_scored=num_scored,
-        deterministic=deterministic,
     )
     wanted = Wanted(entropy, lse)
     if torch.compiler.is_compiling():

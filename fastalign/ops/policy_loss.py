@@ -108,7 +108,7 @@ def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
     tokens, rows = call.tokens, (call.weights, call.advantages, call.old_logps, call.ref_logps)
     choice = {"loss": call.loss, "kl_estimator": call.kl_estimator, "knobs": Knobs(*call.knobs)}
     if call.group is None:
-        run = dispatch.kernels("policy_loss", call.backend, call.logits.device).run
+        run = dispatch.kernels("policy_loss", call.backend, call.logits.device, call.logits.dtype).run
         table = run(
             None if late else out,
             call.logits,

@@ -28,7 +28,7 @@ in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def first_choice(backend, logits, labels, **scaling):
     """What the backend's sweep says, as bool."""
-    kernels = dispatch.kernels("token_logps", backend, torch.device(place(backend)))
+    kernels = dispatch.kernels("token_logps", backend, torch.device(place(backend)), logits.dtype)
     scaling = {k: x.to(place(backend)) if isinstance(x, torch.Tensor) else x for k, x in scaling.items()}
     *_, top1 = kernels.forward(logits.to(place(backend)), labels.to(place(backend)), top1=True, **scaling)
     assert ((top1 == 0) | (top1 == 1)).all()

@@ -87,7 +87,6 @@ def make_call(
     backend: str | None = None,
     batch_invariant: bool = False,
     num_scored: int | None = None,
-    deterministic: bool = False,
 ) -> tuple[Call, bool]:
     """The checked call, and whether any rank trains the head; ``more``: options of ``op``, for ranks to compare."""
     down, up, scale = unpack_lora(lora)
@@ -101,7 +100,7 @@ def make_call(
         check_smoothing(label_smoothing)
         check_memory(memory)
         check_num_scored(num_scored, labels)
-        if deterministic:
+        if batch_invariant:
             check_deterministic(hidden.device, process_group)
         if down is not None and up is not None:
             check_lora(down, up, hidden, weight)
@@ -183,6 +182,6 @@ def head_of(op: str, call: Call) -> Head:
         make_shard(call.group, call.shards),
         call.label_smoothing,
     )
-    kernels = dispatch.kernels(op, call.backend, call.hidden.device)
+    kernels = dispatch.kernels(op, call.backend, call.hidden.device, call.dtype)
     tensors = (call.hidden, call.weight, call.bias, call.labels)
     return make_head(*tensors, options, kernels, call.up, call.num_scored)

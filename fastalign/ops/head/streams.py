@@ -114,7 +114,7 @@ class Call(NamedTuple):
 
 def make_streams(call: Call) -> Streams:
     """Both heads with their scored rows."""
-    kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device)
+    kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device, call.dtype, call.ref_dtype)
     tau = call.temperature if call.temperatures is None else call.temperatures
     labels, shard = call.labels, make_shard(call.group, call.shards)
     if labels is None:
