@@ -129,7 +129,8 @@ class Side:
         """Give it the turn."""
         time.sleep(PAUSE)
         assert self.process.stdin is not None
-        self.process.stdin.write(b".")
+        with suppress(BrokenPipeError):  # it has ended: `wait` says why
+            self.process.stdin.write(b".")
 
     def end(self) -> None:
         """Wait for its end, and leave it.
@@ -149,16 +150,14 @@ class Side:
         self.done.close()
 
 
-def go_ahead(pid: int) -> bool:
-    """Let a process that has just started, and its threads to come, have a core whenever they want one; False: refused.
+def go_ahead(pid: int) -> None:
+    """Let a process that has just started, and its threads to come, have a core whenever they want one, where allowed.
 
     It takes root's rights or CAP_SYS_NICE. The kernel leaves a twentieth of the time to others. Niceness would not do:
     a thread that wakes waits for the slice of the one that runs, thousands of times a second.
     """
     with suppress(AttributeError, OSError):  # not Linux; not allowed
         os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(1))
-        return True
-    return False
 
 
 def take_turns(start: Sequence[Callable[[], Side]], steps: int, in_a_row: bool = False) -> None:

@@ -438,6 +438,17 @@ def test_the_ratio_leaves_out_what_a_side_waited_for_a_core(capsys):
     assert capsys.readouterr().out.startswith("fastalign stood in line for a core 62% of the time")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_a_side_goes_ahead_of_others_where_that_is_allowed(tmp_path):
+    try:  # what this process may, its children may
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except OSError as refused:
+        pytest.skip(str(refused))
+    look = "import os, sys, time; time.sleep(0.3); sys.exit(os.sched_getscheduler(0) != os.SCHED_RR)"
+    turns.Side("a", [sys.executable, "-c", look], tmp_path / "log", {}, ahead=True).end()
+
+
 def test_a_side_that_fails_ends_the_others(tmp_path):
     with pytest.raises(SystemExit, match=r"(?s)b failed.*out of memory"):
         turns.take_turns([partial(start_steps, "a", tmp_path), partial(start_steps, "b", tmp_path, 2)], steps=4)
