@@ -43,7 +43,7 @@ LOSSES = "linear_loss-131072,policy_loss-131072"
 PARTS = (
     Part("tests", 130, "-m pytest -q -p no:cacheprovider --continue-on-collection-errors tests -m gpu"),
     bench(90, f"ops --only {HEAD} --seconds 3 --no-compile {RECORD}"),
-    bench(80, f"train --model 0.5b --dtype bfloat16 --steps 12 {RECORD}"),
+    bench(90, f"train --model 0.5b --dtype bfloat16 --steps 12 {RECORD}"),
     bench(60, f"ops --only {LOGITS} --seconds 2 --no-compile {RECORD}"),
     bench(40, f"memory --only {MEMORY} --no-compile {RECORD}"),
     bench(50, f"ops --only {MORE} --seconds 2 --no-compile {RECORD}"),

@@ -21,12 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # python bench/train.py: the command, with the package's folder on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from bench.__main__ import main as command
-
-    sys.exit(command(["train", *sys.argv[1:]]))
-
 from bench import common, peers, report, sides, turns
 from bench.workload import SIZES, TASKS, Workload
 
@@ -36,6 +30,8 @@ SIDES = {
     "trl": "TRL as installed",
     "trl-fair": "TRL, rows selected as on a GPU",
 }
+DISTURBED = 0.1
+"""The share of a side's time in line for a core from which on it is told."""
 PEERS = {"trl": ["trl", "trl-fair"], "self": ["again"], "none": []}
 
 
@@ -100,7 +96,11 @@ def busy(number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
-    """One side's figures over its runs: examples per second over all timed steps, memory, losses, operations."""
+    """One side's figures over its runs: examples per second over all timed steps, memory, losses, operations.
+
+    A step's own seconds are those without the time in which threads stood in line for a core, as far as it held up the
+    step: they are no fewer than what was computed takes on all threads.
+    """
 
     def timed(name: str) -> list[float]:
         return [value for run in runs for value in run.get(name, [])[work.warmup :]]
@@ -119,21 +119,22 @@ def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
         "ready_mib": statistics.median(run["ready_mib"] for run in runs),
         "losses": runs[0]["losses"],
         "step_seconds": seconds,
-        "queued_seconds": timed("queued"),
+        "own_seconds": [
+            min(wall, max(wall - queued, cpu / work.threads))
+            for wall, queued, cpu in zip(seconds, timed("queued"), timed("cpu"), strict=True)
+        ],
     }
 
 
 def times_as_fast(ours: dict[str, Any], theirs: dict[str, Any], work: Workload) -> float:
-    """The median over the steps of their seconds over ours.
+    """The median over the steps of their own seconds over ours; of all seconds where neighbours are asked about."""
+    seconds = "step_seconds" if work.neighbours else "own_seconds"
+    return statistics.median(a / b for a, b in zip(theirs[seconds], ours[seconds], strict=True))
 
-    The time in which threads stood in line for a core is left out, unless neighbours are what is asked about.
-    """
 
-    def own(row: dict[str, Any]) -> list[float]:
-        left_out = [0.0] * len(row["step_seconds"]) if work.neighbours else row["queued_seconds"]
-        return [a - b for a, b in zip(row["step_seconds"], left_out, strict=True)]
-
-    return statistics.median(a / b for a, b in zip(own(theirs), own(ours), strict=True))
+def in_line(row: dict[str, Any]) -> float:
+    """The share of a side's seconds in which it stood in line for a core."""
+    return 1 - sum(row["own_seconds"]) / sum(row["step_seconds"])
 
 
 def passes(work: Workload) -> float:
@@ -157,8 +158,7 @@ def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work:
         steps = "/".join(f"{row[f'step_seconds_p{p}']:.2f}" for p in (20, 50, 80))
         memory = (f"{row['peak_mib']:.0f}", f"{row['peak_mib'] - row['ready_mib']:.0f}")
         speed, cpu = f"{row['examples_per_second']:.2f}", f"{row['cpu_seconds_per_step']:.2f}"
-        in_line = f"{sum(row['queued_seconds']) / sum(row['step_seconds']):.0%}"
-        rows.append((SIDES[side], speed, ratios[0], steps, in_line, cpu, ratios[1], *memory, ratios[2]))
+        rows.append((SIDES[side], speed, ratios[0], steps, f"{in_line(row):.0%}", cpu, ratios[1], *memory, ratios[2]))
     model = f"{facts['parameters'] / 1e6:.1f}M-parameter Llama"
     where = f"{work.threads} threads" if work.device == "cpu" else work.device
     beside = f", beside {work.neighbours} busy processes" if work.neighbours else ""
@@ -183,6 +183,13 @@ def speed_table(figures: dict[str, dict[str, Any]], facts: dict[str, Any], work:
         rows,
         caption=f"{timed}; {reference}no gradient checkpointing; we are: median of the steps' ratios{own}",
     )
+
+
+def print_disturbed(figures: dict[str, dict[str, Any]]) -> None:
+    """A line on every side that other processes kept from the cores for long."""
+    for side, row in figures.items():
+        if (share := in_line(row)) > DISTURBED:
+            print(f"{SIDES[side]} stood in line for a core {share:.0%} of the time: other processes use this machine")
 
 
 def roof_table(ours: dict[str, Any], roof: dict[str, float]) -> None:
@@ -274,6 +281,7 @@ def main(options: argparse.Namespace, work: Workload | None = None) -> int:
         figures = measure(options, work)
         roof = measure_roof(work) if "fastalign" in figures else {}
     speed_table(figures, facts, work)
+    print_disturbed(figures)
     if roof and figures["fastalign"]["gflops"]:
         roof_table(figures["fastalign"], roof)
     loss_table(figures)

@@ -23,8 +23,6 @@ import torch
 from bench import common
 from fastalign.parallel.waiting import queued
 
-FIRST = -20
-"""The niceness of who goes first."""
 PAUSE = 0.01
 """Seconds between two turns: OpenMP's threads spin for milliseconds before they sleep."""
 
@@ -111,7 +109,7 @@ class Side:
             self.process = subprocess.Popen(
                 [*command, "--turns", str(theirs)],
                 cwd=common.ROOT, env={**os.environ, **environment}, pass_fds=[theirs],
-                stdin=subprocess.PIPE, stdout=file, stderr=file, bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=file, stderr=file, bufsize=0,
             )  # fmt: skip
         os.close(theirs)
         if ahead:
@@ -131,7 +129,8 @@ class Side:
         """Give it the turn."""
         time.sleep(PAUSE)
         assert self.process.stdin is not None
-        self.process.stdin.write(b".")
+        with suppress(BrokenPipeError):  # it has ended: `wait` says why
+            self.process.stdin.write(b".")
 
     def end(self) -> None:
         """Wait for its end, and leave it.
@@ -151,17 +150,14 @@ class Side:
         self.done.close()
 
 
-def go_ahead(pid: int) -> bool:
-    """Let a process that has just started, and its threads to come, have a core before others do; False: refused.
+def go_ahead(pid: int) -> None:
+    """Let a process that has just started, and its threads to come, have a core whenever they want one, where allowed.
 
-    It takes root's rights or CAP_SYS_NICE. Linux divides the cores among sessions first, then among their processes.
+    It takes root's rights or CAP_SYS_NICE. The kernel leaves a twentieth of the time to others. Niceness would not do:
+    a thread that wakes waits for the slice of the one that runs, thousands of times a second.
     """
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, FIRST)
-        if (session := Path(f"/proc/{pid}/autogroup")).exists():
-            session.write_text(str(FIRST))
-        return True
-    return False
+    with suppress(AttributeError, OSError):  # not Linux; not allowed
+        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(1))
 
 
 def take_turns(start: Sequence[Callable[[], Side]], steps: int, in_a_row: bool = False) -> None:

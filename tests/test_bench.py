@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib.util
 import json
 import math
@@ -10,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -175,6 +178,18 @@ def test_an_absent_peer_is_left_out_with_its_reason(monkeypatch):
     assert "needs a GPU" in field.skipped["Liger fused linear CE"]
     monkeypatch.setattr(peers, "version", lambda package: "1.2.0")
     assert "trl 1.2.0 is installed, 1.16.x" in peers.missing("trl")
+
+
+def test_no_module_imports_in_a_circle():
+    graph = {}
+    for path in (ROOT / "bench").rglob("*.py"):
+        found = graph[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("bench"):
+                found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    packages = {"bench", "bench.cases"}  # a package imports its modules, and they others of it
+    modules = {name: wanted & graph.keys() - packages for name, wanted in graph.items() if name not in packages}
+    assert len(modules) > 15 and list(graphlib.TopologicalSorter(modules).static_order())
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -409,11 +424,29 @@ def test_a_side_can_take_its_steps_in_a_row(tmp_path):
     assert "".join(names[:16]) == "a" * 8 + "b" * 8
 
 
-def test_the_ratio_leaves_out_what_a_side_waited_for_a_core():
-    ours, theirs = ({"step_seconds": wall, "queued_seconds": queued} for wall, queued in (
-        ([1.0, 2.0, 5.0], [0.0, 1.0, 4.0]), ([2.0, 2.5, 3.0], [0.0, 0.5, 1.0])))  # fmt: skip
-    assert train.times_as_fast(ours, theirs, Workload("")) == 2.0
-    assert train.times_as_fast(ours, theirs, Workload("", neighbours=1)) == 1.25
+def test_the_ratio_leaves_out_what_a_side_waited_for_a_core(capsys):
+    work = Workload("", steps=3, warmup=0, threads=2)
+    same = {"losses": [0.7], "peak_mib": 5, "ready_mib": 2}
+    quick = {"wall": [1.0, 2.0, 5.0], "queued": [0.0, 1.0, 4.0], "cpu": [2.0, 2.0, 2.0]}
+    slow = {"wall": [2.0, 2.5, 3.0], "queued": [0.0, 0.5, 9.0], "cpu": [4.0, 4.0, 4.0]}  # in line by several threads
+    ours, theirs = (train.summarise([{**run, **same}], work) for run in (quick, slow))
+    assert ours["own_seconds"] == [1.0] * 3 and theirs["own_seconds"] == [2.0] * 3
+    assert train.times_as_fast(ours, theirs, work) == 2.0
+    assert train.times_as_fast(ours, theirs, replace(work, neighbours=1)) == 1.25
+    assert train.in_line(ours) == pytest.approx(5 / 8)
+    train.print_disturbed({"fastalign": ours, "again": {**ours, "own_seconds": ours["step_seconds"]}})
+    assert capsys.readouterr().out.startswith("fastalign stood in line for a core 62% of the time")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_a_side_goes_ahead_of_others_where_that_is_allowed(tmp_path):
+    try:  # what this process may, its children may
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except OSError as refused:
+        pytest.skip(str(refused))
+    look = "import os, sys, time; time.sleep(0.3); sys.exit(os.sched_getscheduler(0) != os.SCHED_RR)"
+    turns.Side("a", [sys.executable, "-c", look], tmp_path / "log", {}, ahead=True).end()
 
 
 def test_a_side_that_fails_ends_the_others(tmp_path):
