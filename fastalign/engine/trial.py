@@ -27,12 +27,7 @@ def try_out(objective: Objective) -> tuple[str, ...]:
     Raises:
         ValueError: settings without a meaning; a user's loss that fails or returns another shape.
     """
-    if objective.method.align in ("pair", "sequence") and not objective.options.get("beta", 1) > 0:
-        raise ValueError(f"loss.beta must be above 0, got {objective.options['beta']}")  # it would turn preferences round
-    for column in objective.columns:
-        if column not in FILL:
-            name = f"loss {objective.names[0]} reads the column"
-            raise ValueError(f"{name} {column!r}{nearest(column, FILL)}, which nothing fills (all: {', '.join(FILL)})")
+    check_settings(objective)
     for name, loss in objective.members.items():
         if is_custom(name):
             options = {key: value for key, value in objective.options.items() if key != "loss_weights"}
@@ -40,6 +35,17 @@ def try_out(objective: Objective) -> tuple[str, ...]:
     batch = trial_batch(objective)
     _, metrics = objective.loss_fn(batch)(head_outputs(objective, batch))
     return tuple(sorted(metrics))
+
+
+def check_settings(objective: Objective) -> None:
+    """Refuse a temperature of the reward that would turn preferences round, and columns that nothing fills."""
+    beta = objective.options.get("beta", 1)
+    if objective.method.align in ("pair", "sequence") and not beta > 0:
+        raise ValueError(f"loss.beta must be above 0, got {beta}")
+    for column in objective.columns:
+        if column not in FILL:
+            known = f"{nearest(column, FILL)}, which nothing fills (all: {', '.join(FILL)})"
+            raise ValueError(f"loss {', '.join(objective.names)} reads the column {column!r}{known}")
 
 
 def check_custom(objective: Objective, name: str) -> None:

@@ -162,7 +162,13 @@ def margin_of_means(sums: Sums) -> dict[str, float]:
 
 
 LOSSES = {
-    "kto": Loss(kto, columns=("baseline",), baseline=kto_baseline, mismatched=True, nonnegative=("desirable_weight", "undesirable_weight")),
+    "kto": Loss(
+        kto,
+        columns=("baseline",),
+        baseline=kto_baseline,
+        mismatched=True,
+        nonnegative=("desirable_weight", "undesirable_weight"),
+    ),
     "bco": Loss(bco, columns=("baseline",), baseline=bco_baseline),
 }
 FAMILY = Family(

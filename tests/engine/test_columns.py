@@ -48,7 +48,12 @@ def test_every_column_is_packed_moved_and_cut_by_its_axis(name):
 
 @pytest.mark.parametrize(
     ("method", "loss", "column"),
-    [("sft", "sft", "weights"), ("dpo", "dpo", "ref_logps"), ("dpo", "simpo", "example_weights"), ("kto", "bco", "baseline")],
+    [
+        ("sft", "sft", "weights"),
+        ("dpo", "dpo", "ref_logps"),
+        ("dpo", "simpo", "example_weights"),
+        ("kto", "bco", "baseline"),
+    ],
 )
 def test_a_column_that_was_not_filled_is_refused(method, loss, column):
     models, objective = steps.make_models(method), make_objective(method, {"name": loss})

@@ -60,7 +60,8 @@ def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Te
     models.policy.zero_grad()
     sums = accumulate(models, batches, objective, WORLD, first_carried(objective))
     total = add_sums(sums, objective.metric_names, WORLD.device)[objective.metric_names.index("loss")]
-    assert total[1] == sum(batch.num_scored if objective.reduction == "token-mean" else batch.num_examples for batch in batches)
+    unit = "num_scored" if objective.reduction == "token-mean" else "num_examples"
+    assert total[1] == sum(getattr(batch, unit) for batch in batches)
     return total[0] / total[1], {name: p.grad.clone() for name, p in models.policy.named_parameters()}
 
 
