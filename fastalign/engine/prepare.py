@@ -135,7 +135,7 @@ def sequence_logps(step: Step, batches: Batches) -> tuple[Tensor, Tensor]:
     """``[B]`` log-probs of the sequences of all micro-batches, under the policy as it is and under the reference."""
     sums = []
     for batch in batches:
-        batch = batch if batch.columns.ref_logps is not None else with_reference(step, batch)
+        batch = with_reference(step, batch) if step.objective.head == "distributions" else batch
         logps = score(step, step.models.policy, batch, "forward")
         offsets, known = batch.cu_seqlens.to(logps.device), batch.columns.read("ref_logps", "the step")
         sums.append((segment_sum(logps, offsets), segment_sum(known.to(logps.dtype), offsets)))

@@ -82,10 +82,10 @@ class Totals:
         budget: the length that stands for every sequence's in ``constant``.
     """
 
-    tokens: int | Tensor = 1
-    sequences: int | Tensor = 1
-    examples: int | Tensor = 1
-    budget: int | Tensor = 1
+    tokens: float | Tensor = 1
+    sequences: float | Tensor = 1
+    examples: float | Tensor = 1
+    budget: float | Tensor = 1
 
 
 def token_weights(reduction: str, cu_seqlens: Tensor, totals: Totals, num_tokens: int | None = None) -> Tensor:
