@@ -60,7 +60,7 @@ def evaluate(
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
     """
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
-    watch, carried, done = Stopwatch(torch.device("cpu")), dict(carried or first_carried(objective)), 0
+    watch, carried, done = Stopwatch(torch.device("cpu")), dict(carried or first_carried()), 0
     try:
         with stage("evaluating", len(dataset), shown=world.is_main) as tell:
             for batches in steps_of(dataset, objective, batch, world, forward_cost(models.policy)):

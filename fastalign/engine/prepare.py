@@ -189,9 +189,9 @@ FILL: dict[str, Callable[[Step, Batches], Batches]] = {
 }
 """What fills each column that a loss may name."""
 CARRIED: dict[str, Callable[[], Stateful]] = {"baseline": make_baseline}
-"""What the columns of a step take over from the step before."""
+"""What the columns of a step take over from the step before; a checkpoint holds all of it, whatever the method."""
 
 
-def first_carried(objective: Objective) -> Carried:
-    """What an objective carries before its first step."""
-    return {name: CARRIED[name]() for name in objective.columns if name in CARRIED}
+def first_carried() -> Carried:
+    """What is carried before the first step."""
+    return {name: make() for name, make in CARRIED.items()}

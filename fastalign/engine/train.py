@@ -115,7 +115,7 @@ class Job:
     total: int
     accounting: Accounting
     held_out_counts: dict[str, int] | None = None
-    carried: Carried = field(default_factory=dict)
+    carried: Carried = field(default_factory=first_carried)
     signals: Requests = field(default_factory=Requests)
     updates: int = 1
     """Optimizer updates of a step: several where a step's examples cost more than an update."""
@@ -152,7 +152,7 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     trained = what_trains(models, config, ranks)
     made = (tokenizer, models, trained, dataset, batch, source, held_out, total, accounting, counts)
-    return Job(config, objective, ranks, *made, first_carried(objective))
+    return Job(config, objective, ranks, *made)
 
 
 def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Trained]:

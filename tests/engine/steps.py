@@ -97,7 +97,7 @@ def run_step(
     objective = make_objective(method, {"name": loss})
     models = models if objective.needs_reference else replace(models, reference=None)
     models.policy.zero_grad()
-    sums = accumulate(models, batches, objective, world, first_carried(objective))
+    sums = accumulate(models, batches, objective, world, first_carried())
     totals = world.data.sum(add_sums(sums, objective.metric_names, world.device))
     gradients = [p.grad for p in models.policy.parameters() if p.grad is not None]
     return totals, [(g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for g in gradients]

@@ -54,7 +54,7 @@ def test_of_the_training_rows_it_is_the_training_loss(method, loss):
     """In float64, so that only the order of a few sums may differ."""
     models, examples = steps.make_models(method), Examples(steps.make_examples(method, loss))
     objective = OBJECTIVES[method, loss]
-    told = an_epoch(models, examples, objective, first_carried(objective))
+    told = an_epoch(models, examples, objective, first_carried())
     assert evaluate(models, examples, objective, BATCH, steps.ALONE) == pytest.approx(told, rel=1e-11, nan_ok=True)
 
 
@@ -62,7 +62,7 @@ def test_it_leaves_what_training_carries():
     models, examples, carried = (
         steps.make_models("kto"),
         Examples(steps.make_examples("kto", "bco")),
-        first_carried(BCO),
+        first_carried(),
     )
     an_epoch(models, examples, BCO, carried)
     before, kept = carried["baseline"].state_dict(), dict(carried)

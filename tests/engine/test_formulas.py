@@ -173,7 +173,7 @@ def test_a_step_is_what_its_formula_says(method, formula):
 def test_bco_measures_from_the_mean_of_all_steps_so_far():
     models, examples = steps.make_models("kto"), steps.make_examples("kto", "bco")
     objective = make_objective("kto", {"name": "bco"})
-    carried = first_carried(objective)
+    carried = first_carried()
     rewards = BETA * log_ratios(plain(models.policy), plain(models.reference), all_of(examples)).detach()
     for seen, step in ((4, examples[:4]), (7, examples[4:])):
         batches = steps.packed(step, 60, True)

@@ -58,7 +58,7 @@ def drifted(config, tokenizer) -> Models:
 
 def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Tensor]]:
     models.policy.zero_grad()
-    sums = accumulate(models, batches, objective, WORLD, first_carried(objective))
+    sums = accumulate(models, batches, objective, WORLD, first_carried())
     total = add_sums(sums, objective.metric_names, WORLD.device)[objective.metric_names.index("loss")]
     unit = "num_scored" if objective.reduction == "token-mean" else "num_examples"
     assert total[1] == sum(getattr(batch, unit) for batch in batches)
