@@ -22,6 +22,7 @@ from bench.ablation_lines import Trainee, lines, read_examples, trainee, with_re
 from bench.ablation_lines import train as train_step
 from bench.workload import Workload
 from fastalign.data.examples import TokenExample
+from fastalign.types import Columns
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def measure(work: Workload) -> dict[str, Log]:
 def run_step(one: Trainee, examples: Sequence[TokenExample], log: Log, timed: int) -> None:
     """One step of a line; the last untimed one, -1, is that whose memory is measured."""
     if not one.line.known:
-        examples = [replace(example, ref_logps=None) for example in examples]
+        examples = [replace(example, columns=Columns()) for example in examples]
     before = memory.start("cpu")[0] if timed == -1 else 0
     wall, cpu = time.perf_counter(), time.process_time()
     log.losses.append(train_step(one, examples))

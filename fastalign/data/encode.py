@@ -87,7 +87,8 @@ def encode_dataset(
     columns.report_unread(plain, form, method, named)
     columns.report_null(plain, form, method, counts)
     _report(counts, data.max_length)
-    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.ROWS[method].own_rows)
+    reading = formats.ROWS[method]
+    return TokenDataset(Dataset.from_file(str(path)), counts, key, reading.own_rows, reading.says)
 
 
 class Encoder:

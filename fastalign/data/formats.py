@@ -54,6 +54,7 @@ class Reading:
         least: candidates without which a row teaches nothing.
         imitates: of a preference only the chosen side counts.
         own_rows: the last token of a sequence is scored, or of a step, by its own hidden state.
+        says: the column of a batch that the rows' judgements fill.
     """
 
     formats: tuple[str, ...]
@@ -61,6 +62,7 @@ class Reading:
     least: int = 1
     imitates: bool = False
     own_rows: bool = False
+    says: str = "scores"
 
 
 ROWS = {
@@ -70,7 +72,7 @@ ROWS = {
     "reward": Reading(("preference",), own_rows=True),
     "reward:soft_label": Reading(("preference",), own_rows=True),
     "reward:k_wise": Reading(("ranked",), unit="candidate", least=2, own_rows=True),
-    "reward:process": Reading(("stepwise",), own_rows=True),
+    "reward:process": Reading(("stepwise",), own_rows=True, says="step_labels"),
     "kto": Reading(("unpaired", "preference"), unit="completion"),
     "rrhf": Reading(("ranked", "preference"), unit="candidate"),
 }

@@ -174,7 +174,7 @@ class Referenced:
         return self.dataset.lengths()
 
     def fetch(self, indices: list[int]) -> list[TokenExample]:
-        """The examples at ``indices`` with ``ref_logps``, their ``mismatched`` ones too."""
+        """The examples at ``indices`` with the column ``ref_logps``, their ``mismatched`` ones too."""
         examples = self.dataset.fetch(indices)
         every = parts(examples)
         found = iter(self.cache.read([example_key(example) for example in every]))
@@ -182,9 +182,8 @@ class Referenced:
 
 
 def _attach(example: TokenExample, found: Iterable[np.ndarray]) -> TokenExample:
-    logps, other = next(iter(found)), example.mismatched
-    mismatched = None if other is None else replace(other, ref_logps=next(iter(found)))
-    return replace(example, ref_logps=logps, mismatched=mismatched)
+    known, other = example.fill(ref_logps=next(iter(found))), example.mismatched
+    return known if other is None else replace(known, mismatched=other.fill(ref_logps=next(iter(found))))
 
 
 def _slice(file: safe_open, start: int, stop: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalign.config import ModelConfig
-from fastalign.engine.methods import NO_FACTS, Objective, StepFacts
+from fastalign.engine.methods import Objective
 from fastalign.models.head import scores
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
@@ -51,13 +51,11 @@ def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
     return device.type == "cuda" if model.autocast is None else model.autocast
 
 
-def run_head(
-    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts = NO_FACTS
-) -> tuple[Tensor, Metrics]:
+def run_head(models: Models, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     """A batch's share of the loss, and ``[2]`` (sum, count) of each metric; none when no row is scored."""
     if objective.head == "distributions":
-        return run_distributions(models, batch, objective, scale, facts)
-    loss_fn = objective.loss_fn(batch, scale, facts)
+        return run_distributions(models, batch, objective)
+    loss_fn = objective.loss_fn(batch)
     if objective.head == "scores":
         return models.policy(batch, lambda *tensors, **options: loss_fn(scores(*tensors, **options)))
 
@@ -76,9 +74,7 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
 
 
-def run_distributions(
-    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts
-) -> tuple[Tensor, Metrics]:
+def run_distributions(models: Models, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     """Losses that compare whole distributions: the policy's forward runs inside the reference's.
 
     The divergence reads both heads' weights at once, row by row, and keeps no distribution. FSDP has a model's head
@@ -96,8 +92,7 @@ def run_distributions(
     def beside(ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, **ref_options: Any) -> tuple[Tensor, Metrics]:
         reference = (ref_hidden, ref_weight, ref_options)
         with torch.set_grad_enabled(trains):
-            both = partial(both_heads, batch=batch, objective=objective, scale=scale, facts=facts, reference=reference)
-            return models.policy(batch, both)
+            return models.policy(batch, partial(both_heads, batch=batch, objective=objective, reference=reference))
 
     with torch.no_grad():
         return models.reference(batch, beside)
@@ -110,8 +105,6 @@ def both_heads(
     *,
     batch: PackedBatch,
     objective: Objective,
-    scale: float,
-    facts: StepFacts,
     reference: tuple[Tensor, Tensor, dict[str, Any]],
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
@@ -125,10 +118,10 @@ def both_heads(
             logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
     else:
         losses, logps, ref_logps, entropy = divergence(kind="forward_kl", tokens=True)
-        batch = replace(batch, ref_logps=ref_logps)
+        batch = batch.fill(ref_logps=ref_logps)
     rows = torch.arange(len(labels), device=labels.device)
     stats = TokenStats(logps, rows, entropy.detach(), divergence=losses)
-    return objective.loss_fn(batch, scale, facts)(with_sequences(stats, batch))
+    return objective.loss_fn(batch)(with_sequences(stats, batch))
 
 
 def with_sequences(stats: TokenStats, batch: PackedBatch) -> TokenStats:

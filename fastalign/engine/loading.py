@@ -226,5 +226,5 @@ def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
     Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one.
     """
     batches = pack(demand.dataset.fetch(list(demand.indices[: batch.size])), batch.budget, batch.share_prefix)
-    every = [*batches, *(packed.both for packed in batches if packed.both is not None)]
+    every = [*batches, *(packed.companion for packed in batches if packed.companion is not None)]
     return max(every, key=lambda packed: packed.depth)

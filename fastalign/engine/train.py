@@ -43,8 +43,8 @@ from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
-from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, prepare
-from fastalign.engine.prepare import Carried
+from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
+from fastalign.engine.prepare import Carried, first_carried, prepare
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
@@ -86,7 +86,7 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
             seed_everything(config.run)
             job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
             done = resume(job, checkpoint) if checkpoint else 0
-            if prepare(config, done, ranks, checkpoint) == done:  # the first change on the disk
+            if open_rundir(config, done, ranks, checkpoint) == done:  # the first change on the disk
                 job.owed.clear()  # the line is there
             show_overview(job, done)
             note = run(job, done, on_step or (lambda step: None))
@@ -115,7 +115,7 @@ class Job:
     total: int
     accounting: Accounting
     held_out_counts: dict[str, int] | None = None
-    carried: Carried = field(default_factory=Carried)
+    carried: Carried = field(default_factory=first_carried)
     signals: Requests = field(default_factory=Requests)
     updates: int = 1
     """Optimizer updates of a step: several where a step's examples cost more than an update."""
@@ -246,7 +246,8 @@ def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
     """One step: its examples, the updates made of them, one line of metrics; nothing is read back from the device."""
     batches, work, watch = draw(job, keeper, feed, step)
     lr = learning_rate(step, job.total, job.config.optim)
-    updates = [update(job, part, work, lr, watch) for part in minibatches(batches, job.updates)]
+    batches = prepare(job.models, batches, job.objective, work, job.world, watch, job.carried)
+    updates = [update(job, part, lr, watch) for part in minibatches(batches, job.updates)]
     job.source.after(job.models.policy, step)
     watch.stop()
     known = {
@@ -277,7 +278,7 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBa
         watch = Stopwatch(job.world.device)
         with watch("data"):
             batches, memory = feed.peek(), peak_memory(job.world.device)
-            work = measure_work(batches, job.objective, job.world, memory, keeper.asked(step - 1))
+            work = measure_work(batches, job.world, memory, keeper.asked(step - 1))
         if not work.asked:
             feed.take()
             return batches, work, watch
@@ -293,10 +294,10 @@ class Update:
     losses: list[tuple[Tensor | None, tuple[int, ...]]]
 
 
-def update(job: Job, batches: list[PackedBatch], work: Work, lr: float, watch: Stopwatch) -> Update:
+def update(job: Job, batches: list[PackedBatch], lr: float, watch: Stopwatch) -> Update:
     """One update of all that trains, from the gradients of some of a step's micro-batches."""
     world, names = job.world, job.objective.metric_names
-    metrics = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
+    metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
     with watch("optimizer"):
         sums = world.data.sum(add_sums(metrics, names, world.device))
         finite = sums[names.index("loss")].isfinite().all()
@@ -319,7 +320,7 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
 
 def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
-    carried, config = job.carried.state_dict(), asdict(job.config)
+    carried, config = {name: part.state_dict() for name, part in job.carried.items()}, asdict(job.config)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
@@ -345,7 +346,8 @@ def resume(job: Job, checkpoint: Path) -> int:
             f"{checkpoint} was trained against another reference: {setting} has other weights now; restore those of "
             "then, or start again in another run.output_dir"
         )
-    job.carried.load_state_dict(state["carried"], job.world.device)
+    for name, part in job.carried.items():
+        part.load_state_dict(state["carried"][name])
     state = load_checkpoint(checkpoint, job.trained, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:

@@ -99,7 +99,7 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
     assert job.batch.share_prefix is False  # which evaluations read, and the cache of log-probs
     assert job.config.batch.share_prefix  # what was asked for is what the run's files say
     batches = pack_share(job, job.source.next())
-    assert {depth for batch in batches for depth in (batch.depth, batch.both.depth if batch.both else 1)} == {1}
+    assert {each.depth for batch in batches for each in (batch, batch.companion) if each} == {1}
     for name in [POLICY, REFERENCE][: 1 + other]:
         assert [depth for who, depth in seen if who == name][-1] == 1, f"{name} was not verified as it runs"
 

@@ -14,6 +14,7 @@ from fastalign.engine.methods import METHODS, make_objective
 from fastalign.engine.train import train
 from fastalign.losses import Loss, preference, reward
 from fastalign.losses.pairs import pair_logps
+from fastalign.types import AXES, Columns
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = f"{ROOT}/examples/custom_loss.py:hinge_squared"
@@ -26,7 +27,7 @@ from fastalign.losses.supervised import LOSSES
 COUNT = 1
 def tokens(logps, *, power: float = 1.0):
     return (-logps) ** power
-def labelled(batch, baseline, *, gain: float = 2.0):
+def labelled(batch, *, gain: float = 2.0):
     return gain * (batch.ref_logps - batch.logps) * batch.desirable
 def ranked(batch):
     counts = batch.cu_groups.diff()
@@ -83,7 +84,7 @@ def test_a_loss_of_every_method_has_the_metrics_and_traits_of_its_method(mine, m
         assert objective.name == place and objective.metric_names == usual.metric_names
         assert objective.needs_reference == (usual.needs_reference and name != "reference_free")
         assert (objective.head, objective.data) == (usual.head, usual.data)
-        assert objective.is_step_coupled == usual.is_step_coupled
+        assert objective.columns == (usual.columns if objective.needs_reference == usual.needs_reference else ())
 
 
 def test_its_keywords_are_settings(mine, capsys):
@@ -170,10 +171,11 @@ def test_traits_say_what_a_pair_loss_reads(name):
     one, other = (pair_of(ref, new().manual_seed(0)) for ref in refs)
     told = loss(one)
     assert torch.equal(told, loss(other)) == (not loss.reference)
-    assert torch.equal(told, loss(replace(one, mean_chosen_length=1.0))) == (not loss.imitates)
-    third = {f: getattr(one, f)[:2] for f in one.__dataclass_fields__ if isinstance(getattr(one, f), torch.Tensor)}
-    alone = loss(replace(one, **third))
-    assert torch.equal(told[:2], alone) == (not (loss.step_coupled or loss.imitates))
+    filled = {name: 1 + torch.rand(6, dtype=torch.float64) for name, axis in AXES.items() if axis == "sequence"}
+    read = loss(replace(one, columns=Columns(**filled)))
+    for column, values in filled.items():
+        doubled = Columns(**{**filled, column: 2 * values})
+        assert torch.equal(read, loss(replace(one, columns=doubled))) == (column not in loss.columns), column
     assert torch.equal(told, loss(replace(one, chosen_kls=one.chosen_kls * 2))) == (not loss.distributions)
     assert torch.equal(told, loss(replace(one, chosen_tails=one.chosen_tails * 2))) == (not loss.tails)
 

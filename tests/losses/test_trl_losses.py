@@ -224,12 +224,12 @@ def test_kto(mismatched):
 
     baseline = unpaired.kto_baseline(unpaired.make_baseline(), kl.sum(1), ref_kl.sum(1), beta=0.3)
     assert (baseline.mean > 0) == (mismatched == 2)
-    batch = LabelledLogps(leaf.sum(1), ref.sum(1), labels.bool())
-    losses = unpaired.kto(batch, baseline, beta=0.3, desirable_weight=1.0, undesirable_weight=1.3)
+    batch = LabelledLogps(leaf.sum(1), ref.sum(1), labels.bool(), baseline.mean)
+    losses = unpaired.kto(batch, beta=0.3, desirable_weight=1.0, undesirable_weight=1.3)
     (grad,) = torch.autograd.grad(losses.mean(), leaf)
     torch.testing.assert_close(losses.mean(), theirs, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, torch.where(scored(), their_grad, grad), rtol=1e-12, atol=0)
-    told = unpaired.metrics(batch, losses, baseline, beta=0.3, loss=unpaired.LOSSES["kto"])
+    told = unpaired.metrics(batch, losses, beta=0.3, loss=unpaired.LOSSES["kto"])
     for key in ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
         mine = (told[key][0] / told[key][1]).item()
         assert mine == pytest.approx(trainer._metrics["train"][key][0], rel=1e-6), key

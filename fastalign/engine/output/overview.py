@@ -161,13 +161,14 @@ def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kin
     The rows were encoded for the method ``kind``.
     """
     sequences, names = list(example.sequences), ["chosen", "rejected"]
+    scores = [] if example.columns.scores is None else example.columns.scores.tolist()
     if len(sequences) == 1:
-        label = {0.0: " (bad)", 1.0: " (good)"}[float(example.scores[0])] if ROWS[kind].unit == "completion" else ""
+        label = {0.0: " (bad)", 1.0: " (good)"}[scores[0]] if ROWS[kind].unit == "completion" else ""
         return [(f"example{label}", decode_parts(*sequences[0], tokenizer))]
     if ROWS[kind].unit == "candidate":
-        ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
+        ends = [int(np.argmax(scores)), int(np.argmin(scores))]
         sequences = [sequences[i] for i in ends]
-        names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
+        names = [f"{name} ({scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
     common = common_length(sequences[0][0], sequences[1][0])
     shared = min(common, *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"

@@ -299,7 +299,7 @@ def make_room(config: Config, need: int, done: int, total: int, world: World) ->
                 log.warning(f"{text}, one of them while it is written: it may stop for lack of space", *facts)
 
 
-def prepare(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
+def open_rundir(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
     """Leave in the directory exactly what a run goes on from after ``step`` steps.
 
     Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written. Call it

@@ -305,7 +305,7 @@ def check_agreement(
         RunError: it is beyond rounding: the cache holds something else.
     """
     micro = share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size)[0].to(world.device)
-    logps, known = score(micro), micro.ref_logps
+    logps, known = score(micro), micro.columns.ref_logps
     apart, agrees = Distance(0.0, 0.0), True
     if known is not None and known.numel():
         apart, agrees = rounding.judge((logps - known).abs())

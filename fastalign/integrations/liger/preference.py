@@ -24,7 +24,7 @@ from fastalign.losses.pairs import pair_logps, per_token
 from fastalign.losses.preference_free import orpo_metrics, sft
 from fastalign.losses.traits import canonical, keywords
 from fastalign.ops import linear_loss
-from fastalign.types import PairLogps, TokenStats
+from fastalign.types import Columns, PairLogps, TokenStats
 
 Results = tuple[Tensor, tuple[Tensor, ...]]
 Objective = Callable[[PairLogps], Tensor]
@@ -78,7 +78,8 @@ class _PairLoss(nn.Module):
         alongside = self.compute_nll_loss and nll_target is None
 
         def pair_of(logps: Tensor, cu_seqlens: Tensor, ref: Tensor | None) -> tuple[PairLogps, PairLogps]:
-            pair = pair_logps(logps, cu_seqlens, ref, mean_chosen_length=mean_length)
+            columns = Columns(mean_lengths=mean_length.expand(len(cu_seqlens) - 1))
+            pair = pair_logps(logps, cu_seqlens, ref, columns=columns)
             return pair, means(pair) if self.average_log_prob else pair
 
         def loss_fn(stats: TokenStats) -> Tensor:
@@ -168,7 +169,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 
 def _bound(loss_type: str, **options: Any) -> Objective:
     """A pair loss by Liger's, TRL's or our name, with those of the options that it has."""
-    losses = {n: x for n, x in preference.LOSSES.items() if not (x.tails or x.distributions or x.step_coupled)}
+    alone = {n: x for n, x in preference.LOSSES.items() if not (x.tails or x.distributions)}
+    losses = {n: x for n, x in alone.items() if {*x.columns} <= {"mean_lengths"}}
     served = canonical(losses)
     if loss_type not in served:
         refuse("loss_type", loss_type, f"choose one of {', '.join(sorted(served))}")
