@@ -176,8 +176,12 @@ class Policy(nn.Module):
 
 
 def make_value_head(weight: Tensor) -> nn.Linear:
-    """A value head beside an LM head, at 0: no token looks better than another before the critic has learned."""
-    head = nn.Linear(weight.shape[1], 1, dtype=weight.dtype, device=weight.device)
+    """A value head beside an LM head, at 0: no token looks better than another before the critic has learned.
+
+    It has its numbers where those of the model are still to be read.
+    """
+    device = "cpu" if weight.is_meta else weight.device
+    head = nn.Linear(weight.shape[1], 1, dtype=weight.dtype, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

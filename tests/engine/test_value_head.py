@@ -51,6 +51,8 @@ def test_a_new_value_head_says_nothing_and_other_passes_do_not_ask_it():
     (batch,) = pack(EXAMPLES[:2], 10**6, True)
     assert policy(batch, lambda hidden, weight, labels, *, values: values, values=True).eq(0).all()
     assert policy(batch, lambda hidden, weight, labels: len(hidden)) == batch.num_scored
+    hollow = Policy(copy.deepcopy(policy.model).to("meta"), value_head=True)
+    assert hollow.value_head.weight.device.type == "cpu" and hollow.value_head.weight.eq(0).all()
     bare = Policy(policy.model)
     with pytest.raises(AssertionError, match="there is no value head"):
         bare(batch, lambda *tensors, **options: None, values=True)
