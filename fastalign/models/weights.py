@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 WEIGHTS = "model.safetensors"
 SAMPLE, SAMPLE_BYTES = 4096, 64
@@ -119,7 +119,8 @@ def locate(model: PreTrainedModel, path: str, absent: Sequence[str] = ()) -> Sto
                 if tuple(opened.get_slice(key).get_shape()) != tuple(state[name].shape):
                     return f"{key} has another shape than its config says"
                 places[name] = (file, key, state[name].dtype)
-    model._weight_conversions = [each for each in mapping if each.was_used()]  # undone when the model is saved
+    # undone when the model is saved
+    model._weight_conversions = [each for each in mapping if each.was_used()]  # pyright: ignore
     return _with_tied(model, places, files, absent)
 
 
