@@ -80,9 +80,10 @@ def _op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     new = {"dtype": streams.dtype, "device": head.hidden.device}
     found = (torch.empty(len(head.labels), **new), torch.empty(2, len(head.labels), **new)) if tokens else None
     value, stats = forward(streams, plan, directions, found)
-    nothing = value.new_empty(0, dtype=out), value.new_empty(0, 2, dtype=out)
-    seen = nothing if found is None else (spread(head, x, out) for x in (found[0], found[1].t().contiguous()))
-    return spread(head, value, out), *seen, spread(head, stats.t(), stats.dtype).contiguous(), directions
+    logps, others = value.new_empty(0, dtype=out), value.new_empty(0, 2, dtype=out)
+    if found is not None:
+        logps, others = spread(head, found[0], out), spread(head, found[1].t().contiguous(), out)
+    return spread(head, value, out), logps, others, spread(head, stats.t(), stats.dtype).contiguous(), directions
 
 
 @_op.register_fake
@@ -124,7 +125,8 @@ def _backward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args)
     streams = make_streams(call)
     rows, plan = streams.policy.rows, plan_for(streams, call.memory, "upstream", True)
-    stats, grad, g = (x if x is None or rows is None else x[rows] for x in (stats, grad, g))
+    if rows is not None:
+        stats, grad, g = stats[rows], grad[rows], None if g is None else g[rows]
     grad, row = grad.to(stats.dtype).contiguous(), None if g is None else Coefficients(g.to(stats.dtype).contiguous())
     inputs = Leaves(call.hidden, call.weight, None, call.bias)
     needs = Needs(needs_hidden, needs_weight, False, needs_bias)

@@ -285,7 +285,7 @@ def test_all_masked(level, nan_memory):
         (
             torch.zeros(2, 3).double(),
             torch.zeros(2, dtype=torch.int64),
-            "expected fp32, bf16 or fp16 logits .* float64",
+            "expected fp32, bf16 or fp16 logits .*float64",
         ),
         (
             torch.zeros(2, 3, device="meta"),
