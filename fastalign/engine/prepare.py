@@ -160,7 +160,8 @@ def fill_baseline(step: Step, batches: Batches) -> Batches:
     """``baseline``: from the mismatched completions where the loss reads these, or from the step's own."""
     objective, scored = step.objective, batches
     if objective.reads_mismatched:
-        scored = [pick_sequences(b.companion, slice(1, None, 2)) if b.example_ids else b for b in batches]
+        theirs = slice(1, None, 2)
+        scored = [pick_sequences(b.companion, theirs) if b.companion and b.example_ids else b for b in batches]
     policy, reference = sequence_logps(step, scored)
     before, (loss, *_) = step.carried["baseline"], objective.members.values()
     assert loss.baseline is not None

@@ -126,8 +126,9 @@ def cut_out(batch: PackedBatch, group: Sequences) -> tuple[PackedBatch, Sequence
     others = set(roots) - {roots[s] for s in group.segments}
     beside = max((root for root in others if root < group.segments[0]), default=min(others, default=-1))
     kept = [s for s, root in enumerate(roots) if s in group.segments or root == beside]
-    *layout, places = _segments(batch, kept)
-    row, segments = _row(*layout, places[batch.rows[group.scored]], group), map(kept.index, group.segments)
+    ids, positions, lengths, above, places = _segments(batch, kept)
+    row = _row(ids, positions, lengths, above, places[batch.rows[group.scored]], group)
+    segments = map(kept.index, group.segments)
     return row, replace(group, segments=tuple(segments), scored=_count(group.labels))
 
 

@@ -150,6 +150,7 @@ def test_it_trains_and_a_resume_goes_on_with_it(mine, tmp_path):
     )
     config.data.path, config.data.limit, config.data.max_length = "builtin:docstrings", 16, 32
     config.data.cache_dir, config.reference.cache = str(tmp_path / "cache"), "off"
+    config.optim.schedule = "constant"  # another is of as many steps as the run was to have
     train(config)
     train(replace(config, run=replace(config.run, steps=2, resume=True)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
