@@ -303,6 +303,8 @@ def cpu_cases(head, logps) -> dict[str, Callable[[], Case]]:
         "linear_loss-qwen3": head(n=128, d=1024, v=151936, dtype=BF16, model="Qwen3-0.6B"),
         "linear_loss-small-vocabulary": head(n=256, d=512, v=512, dtype=FP32),
         "linear_loss-few-rows": head(n=4, d=512, v=32000, dtype=FP32),
+        "linear_loss-cost-of-a-call": head(n=64, d=64, v=256, dtype=FP32),
+        "linear_logps-cost-of-a-call": logps(n=64, d=64, v=256, dtype=FP32, grad=True),
         "linear_logps-forward-fp32": logps(**base, dtype=FP32, grad=False),
         "linear_logps-backward-fp32": logps(**base, dtype=FP32, grad=True),
     }

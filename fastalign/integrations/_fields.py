@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalign.models.head import Head
 from fastalign.ops.head.head import Wanted
-from fastalign.ops.head.options import make_call
+from fastalign.ops.head.options import Options, make_call
 from fastalign.ops.linear_logps import linear_logps, row_stats
 
 SOFTCAP_ELEMENTS = 1 << 24
@@ -53,7 +53,7 @@ def head_fields(
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
     options = {"bias": head.bias, "num_scored": len(labels), **scaling.options(scaling.temperature)}
-    call, trainable = make_call("linear_logps", hidden, weight, labels, {}, **options)
+    call, trainable = make_call("linear_logps", hidden, weight, labels, Options(**options), {})
     logps, entropy, _, top1 = row_stats(call, Wanted("entropy" in wanted, lse=False), trainable)
     sum_sq = mean = None
     with torch.no_grad():

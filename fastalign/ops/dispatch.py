@@ -83,6 +83,7 @@ def choose(op: str, backend: str | None, device: str) -> str:
     return chosen
 
 
+@cache
 def kernels(op: str, backend: str | None, device: torch.device) -> ModuleType:
     """The module with the kernels ``forward`` and ``backward`` of ``op``."""
     return importlib.import_module(place(choose(op, backend, device.type), OPS[op]))
@@ -113,6 +114,7 @@ def without_attention(backend: str, device: str, dtype: torch.dtype, softcap: bo
     return attention(backend).unavailable(device, dtype, softcap) if backend in ATTENTION else "no such backend"
 
 
+@cache
 def attention(backend: str) -> ModuleType:
     """The module with ``attend`` and ``unavailable`` of a backend of ``packed_attention``."""
     return importlib.import_module(place(backend, "attention"))

@@ -12,7 +12,6 @@ ROWS = "fastalign/ops/rows.py"
 CALL = "fastalign/ops/head/options.py"
 HEAD = "fastalign/ops/head/head.py"
 GRADIENTS = "fastalign/ops/head/backward.py"
-PRODUCTS = "fastalign/ops/head/gemm.py"
 STREAMS = "fastalign/ops/backends/torch/divergence.py"
 SHARDS = "fastalign/ops/parallel.py"
 
@@ -142,7 +141,7 @@ SWEEPS = [
     ),
     Mutant(
         "tracing: a graph for every temperature",
-        "fastalign/ops/token_logps.py",
+        "fastalign/ops/checks.py",
         "not isinstance(temperature, Tensor) and temperature != 1:",
         "not isinstance(temperature, Tensor) and temperature < 0:",
         "ops/test_pitfalls_of_use.py -k test_15_another",
@@ -188,7 +187,7 @@ HALF = [
     ),
     Mutant(
         "fp16: round before the loss scaler multiplies",
-        "fastalign/ops/half.py",
+        "fastalign/ops/head/head.py",
         "return torch.float32 if dtype == torch.float16 else dtype",
         "return dtype",
         "ops/test_half.py -k 'test_linear_loss and torch- and whole'",
@@ -206,8 +205,8 @@ LINEAR_OPS = [
     Mutant(
         "linear: shift the labels of the scored rows",
         HEAD,
-        "labels = labels[rows]",
-        "labels = labels[rows].roll(1)",
+        "labels[rows], tau[rows] if",
+        "labels[rows].roll(1), tau[rows] if",
         LINEAR,
         quick=True,
     ),
@@ -220,7 +219,7 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear: forget the bias",
-        PRODUCTS,
+        HEAD,
         "plus = None if head.bias is None else head.bias[first:last]",
         "plus = None",
         LINEAR,
@@ -237,28 +236,28 @@ LINEAR_OPS = [
     ),
     Mutant(
         "linear_loss: accumulate dW in the weight's dtype",
-        "fastalign/ops/linear_loss.py",
-        "dtype = like.dtype if single and like.dtype == head.options.dtype else wide",
-        "dtype = like.dtype",
+        GRADIENTS,
+        "dtype = gemm if single and like is not None and like.dtype == gemm else wide",
+        "dtype = wide if like is None else like.dtype",
         "ops/test_pitfalls.py -k 'test_08_more_chunks and not cpp and not triton'",
     ),
     Mutant(
         "linear_loss: every chunk sets dW",
-        "fastalign/ops/head/passes.py",
-        "first=first and last)",
-        "first=True)",
+        "fastalign/ops/linear_loss.py",
+        "index == 0 and i == len(group) - 1",
+        "True",
         "ops/test_linear_loss.py -k 'test_a_loss_equals_autograd and float32'",
     ),
     Mutant(
         "linear_loss: ignore the upstream gradient",
         "fastalign/ops/linear_loss.py",
-        "grad.mul_(upstream)",
+        "grad.mul_(upstream[0])",
         "grad.mul_(1)",
         "ops/test_linear_loss.py -k test_upstream_scales",
     ),
     Mutant(
         "linear_loss: keep a logits chunk that lost its slot",
-        "fastalign/ops/head/passes.py",
+        "fastalign/ops/linear_loss.py",
         "if plan.slots - 1 <= i < len(group) - 1:",
         "if plan.slots <= i < len(group) - 1:",
         "ops/test_linear_loss.py -k test_a_unit_longer",
@@ -360,7 +359,7 @@ CALLS = [
     ),
     Mutant(
         "adapter: give the hidden states the base's gradient alone",
-        PRODUCTS,
+        HEAD,
         "multiply(dz, weight[first:last], out[:, part]",
         "multiply(dz, weight[first:last] * (part.start == 0), out[:, part]",
         "ops/test_linear_lora.py -k 'test_a_frozen_head_serves'",
@@ -375,7 +374,7 @@ CALLS = [
     Mutant(
         "smoothing: spread over the rank's own columns",
         HEAD,
-        "return self.weight.shape[0] if self.options.shard is None else self.options.shard.vocab",
+        "return self.weight.shape[0] if self.shard is None else self.shard.vocab",
         "return self.weight.shape[0]",
         "ops/test_vocab_parallel.py -k 'test_ranks_agree_with_one and 2'",
     ),
@@ -441,8 +440,8 @@ SPLIT = [
     Mutant(
         "split vocabulary: leave the hidden gradient unreduced",
         GRADIENTS,
-        "return begin_sum(head.options.shard, d_hidden).wait",
-        "return _nothing_left",
+        "return begin_sum(head.shard, d_hidden).wait",
+        "return nothing_left",
         RANKS,
         quick=True,
     ),

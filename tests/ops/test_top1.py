@@ -10,7 +10,7 @@ from ties import TIES, few_values, wide_rows
 
 from fastalign.ops import dispatch, linear_loss, policy_loss
 from fastalign.ops.head.head import Wanted
-from fastalign.ops.head.options import make_call
+from fastalign.ops.head.options import Options, make_call
 from fastalign.ops.linear_logps import row_stats
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -96,7 +96,7 @@ def of_linear_loss(x, labels, backend, **options):
 
 def of_linear_logps(x, labels, backend, **options):
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    call, trainable = make_call("linear_logps", x, eye, labels, {}, backend=backend, **options)
+    call, trainable = make_call("linear_logps", x, eye, labels, Options(backend=backend, **options), {})
     return row_stats(call, Wanted(False, False), trainable)[-1]
 
 

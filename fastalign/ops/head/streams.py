@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.divergence_shards import measure
 from fastalign.ops.half import one_for_all
 from fastalign.ops.head.backward import write_rows
-from fastalign.ops.head.gemm import add_product, project
-from fastalign.ops.head.head import Head, Options, hidden_rows, kernel_dtype, make_head, planned_columns, workspace
+from fastalign.ops.head.gemm import add_product
+from fastalign.ops.head.head import Head, hidden_rows, kernel_dtype, make_head, planned_columns, project, workspace
+from fastalign.ops.head.options import Call as LinearCall
 from fastalign.ops.head.plan import Plan, make_plan
-from fastalign.ops.parallel import begin_sum, make_shard
-from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
+from fastalign.ops.parallel import begin_sum
+from fastalign.ops.token_logps import ELSEWHERE
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,20 @@ class Call(NamedTuple):
 
 def make_streams(call: Call) -> Streams:
     """Both heads with their scored rows."""
-    kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device)
-    tau = call.temperature if call.temperatures is None else call.temperatures
-    labels, shard = call.labels, make_shard(call.group, call.shards)
+    labels, ours, theirs = call.labels, (call.softcap, call.logit_scale), (call.ref_softcap, call.ref_logit_scale)
     if labels is None:
         labels = torch.zeros(call.hidden.shape[0], dtype=torch.int64, device=call.hidden.device)
-    ours = Options(tau, call.softcap, call.logit_scale, call.dtype, None, call.backend, False, shard)
-    theirs = Options(tau, call.ref_softcap, call.ref_logit_scale, call.ref_dtype, None, call.backend, False, shard)
-    policy = make_head(call.hidden, call.weight, call.bias, labels, ours, kernels)
-    ref = make_head(call.ref_hidden, call.ref_weight, call.ref_bias, labels, theirs, kernels)
+    rows = labels, call.temperatures, call.temperature
+    run = None, call.backend, False, None, call.group, call.shards
+    one = LinearCall(call.hidden, call.weight, None, call.bias, *rows, *ours, 0.0, call.dtype, *run)
+    other = LinearCall(call.ref_hidden, call.ref_weight, None, call.ref_bias, *rows, *theirs, 0.0, call.ref_dtype, *run)
+    policy, ref = make_head("linear_divergence", one), make_head("linear_divergence", other)
     return Streams(policy, ref, call.kind, call.mix)
 
 
 def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, Tensor]:
     """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too, while it is hot."""
-    head, shard = streams.policy, streams.policy.options.shard
+    head, shard = streams.policy, streams.policy.shard
     new = {"dtype": streams.dtype, "device": head.hidden.device}
     value, stats = torch.empty(len(head.labels), **new), torch.empty(5, len(head.labels), **new)
     buffers = streams.buffers(plan.chunk_rows, head.weight.shape[0])
@@ -222,7 +222,7 @@ def _slab_labels(head: Head, start: int, stop: int, first: int, last: int) -> Te
 
 def _begin_sum(head: Head, d_hidden: Tensor | None) -> torch.distributed.Work | None:
     """The exchange of ``d_hidden``, under way; None when there is nothing to exchange."""
-    shard = head.options.shard
+    shard = head.shard
     return None if shard is None or d_hidden is None or not len(d_hidden) else begin_sum(shard, d_hidden)
 
 
