@@ -41,7 +41,7 @@ releases: $(VENV)/.installed-releases
 
 versions:  # the newest releases of the libraries whose names and signatures we depend on
 	@$(BIN)/python -m pip install --disable-pip-version-check --dry-run --no-deps --ignore-installed \
-	  $(foreach name,transformers datasets jsonargparse peft,$(filter "$(name)%,$(BOUNDS))) | sed -n 's/^Would install //p'
+	  $(foreach name,transformers datasets peft,$(filter "$(name)%,$(BOUNDS))) | sed -n 's/^Would install //p'
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own. Python itself is
 # not instrumented: the runtime is preloaded, and its leak reports, which would be the interpreter's, are off.
@@ -56,9 +56,8 @@ sanitize: $(VENV)/.installed-test
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	  -k "not interpreter and not triton and not environment" $(NATIVE_TESTS:%=$(CURDIR)/tests/%.py)
 
-# Deliberate faults, one at a time in a copy of the package: each must turn a test red. The tests themselves try a few.
-mutants: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/ops/run_mutants.py
+mutants: $(VENV)/.installed-test  # faults made on purpose: each must turn a test red
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -n 0 tests/ops/test_mutants.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastalign/_C*.so

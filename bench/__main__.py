@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 COMMANDS = {
-    "ops": ("bench.run", "time every op beside its peers"),
+    "ops": ("bench.ops", "time every op beside its peers"),
     "train": ("bench.train", "time whole training steps beside TRL's"),
     "ablation": ("bench.ablation", "time a DPO step with one part after the other: packing, sharing and more"),
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),

@@ -13,28 +13,32 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import common, memory, run, train, workload
+from bench import common, memory, workload
 from bench.ablation_lines import Trainee, lines, read_examples, trainee, with_reference
 from bench.ablation_lines import train as train_step
 from bench.workload import Workload
 from fastalign.data.examples import TokenExample
+from fastalign.types import Columns
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     new = parser.add_argument
-    new("--model", choices=list(train.SIZES), default="9m", help="parameters of the Llama that is trained (default 9m)")
-    new("--steps", type=run.positive, default=9, help="optimizer steps of each line, the two untimed ones included")
-    new("--examples", type=run.positive, default=8, help="pairs per step (default 8)")
+    new(
+        "--model",
+        choices=list(workload.SIZES),
+        default="9m",
+        help="parameters of the Llama that is trained (default 9m)",
+    )
+    new("--steps", type=common.positive, default=9, help="optimizer steps of each line, the two untimed ones included")
+    new("--examples", type=common.positive, default=8, help="pairs per step (default 8)")
     new("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast in every line")
-    new("--threads", type=run.positive, default=2, help="CPU threads (default 2)")
-    new("--record", action="store_true", help="append the figures to the results")
-    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
+    new("--threads", type=common.positive, default=2, help="CPU threads (default 2)")
+    common.add_records(parser)
 
 
 @dataclass
@@ -64,7 +68,7 @@ def measure(work: Workload) -> dict[str, Log]:
 def run_step(one: Trainee, examples: Sequence[TokenExample], log: Log, timed: int) -> None:
     """One step of a line; the last untimed one, -1, is that whose memory is measured."""
     if not one.line.known:
-        examples = [replace(example, ref_logps=None) for example in examples]
+        examples = [replace(example, columns=Columns()) for example in examples]
     before = memory.start("cpu")[0] if timed == -1 else 0
     wall, cpu = time.perf_counter(), time.process_time()
     log.losses.append(train_step(one, examples))
@@ -135,7 +139,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     wanted = {name: getattr(options, name) for name in ("steps", "examples", "dtype", "threads")}
     with tempfile.TemporaryDirectory(prefix="fastalign-bench-") as directory:
-        work = Workload(directory, **train.SIZES[options.model], **wanted)
+        work = Workload(directory, **workload.SIZES[options.model], **wanted)
         facts = workload.prepare(work)
         rows = figures(measure(work))
     print_figures(rows, facts, work)

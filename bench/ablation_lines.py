@@ -21,14 +21,16 @@ from fastalign.data.sources import load_rows
 from fastalign.engine.forward import Models, run_head
 from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.optim import AdamW, make_optimizer
-from fastalign.engine.prepare import score_reference
+from fastalign.engine.prepare import prepare
 from fastalign.engine.reference.frozen import reference_logps
 from fastalign.engine.settings import BUDGET
 from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import measure_work
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
+from fastalign.parallel.mesh import World
 from fastalign.types import PackedBatch
 
 CPU = torch.device("cpu")
@@ -136,7 +138,7 @@ def with_reference(examples: Sequence[TokenExample], one: Trainee) -> list[Token
         with one.models.precision(CPU):
             return reference_logps(one.policy, build_batch([example], share_prefix=True), one.objective).numpy()
 
-    return [replace(example, ref_logps=logps(example)) for example in examples]
+    return [example.fill(ref_logps=logps(example)) for example in examples]
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def with_reference(examples: Sequence[TokenExample], one: Trainee) -> list[Token
 def train(one: Trainee, examples: Sequence[TokenExample]) -> float:
     """One optimizer step; the mean loss of its pairs."""
     total = 0.0
-    for batch in batches(one.line, examples):
+    for batch in batches(one, examples):
         with one.models.precision(CPU):
             loss = loss_of(one, batch, 1 / len(examples))
         loss.backward()
@@ -156,16 +158,20 @@ def train(one: Trainee, examples: Sequence[TokenExample]) -> float:
     return total
 
 
-def batches(line: Line, examples: Sequence[TokenExample]) -> list[Any]:
-    """One padded batch of all sequences, or packed micro-batches."""
-    return pack(examples, BUDGET, line.shared) if line.packed else [pad(examples)]
+def batches(one: Trainee, examples: Sequence[TokenExample]) -> list[Any]:
+    """One padded batch of all sequences, or packed micro-batches, for the fused head with their columns."""
+    if not one.line.packed:
+        return [pad(examples)]
+    packed, world = pack(examples, BUDGET, one.line.shared), World(0, 1, CPU)
+    if not one.line.fused:
+        return packed
+    return prepare(one.models, packed, one.objective, measure_work(packed, world, 0), world, Stopwatch(CPU), {})
 
 
 def loss_of(one: Trainee, batch: Any, scale: float) -> Tensor:
     """``scale`` times the sum of a batch's losses."""
     if one.line.fused:
-        reference = score_reference(one.models, batch, one.objective, CPU, Stopwatch(CPU))
-        return run_head(one.models, replace(batch, ref_logps=reference), one.objective, scale)[0]
+        return run_head(one.models, batch, one.objective)[0]
     sums = packed_sums if one.line.packed else padded_sums
     with torch.no_grad():
         reference = sums(one, one.reference, batch)

@@ -1,7 +1,8 @@
-"""What every benchmark needs: the machine's description, appended records, quantiles, errors, tables."""
+"""What every benchmark needs: options, the machine's description, appended records, quantiles, errors, tables."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,54 @@ PACKAGES = (
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 MIB = 2**20
 STATUS = Path("/proc/self/status")
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, the GPU if there is one."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=found, help=f"where to measure (default {found})")
+
+
+def add_records(parser: argparse.ArgumentParser) -> None:
+    """``--record`` and ``--results``."""
+    parser.add_argument("--record", action="store_true", help="append the figures to the results")
+    add_results(parser)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """``--results``."""
+    help = "where results are kept (default bench/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=help)
+
+
+def positive(text: str) -> int:
+    """A count."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def whole(text: str) -> int:
+    """A count that may be none."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU where there is none.
+
+    Raises:
+        ValueError: a GPU is asked for where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def version(package: str) -> str | None:
@@ -79,6 +128,43 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def peak_mib(device: str = "cpu") -> float:
+    """Peak memory of this process so far: allocated on a GPU, resident on a CPU.
+
+    Linux's own count (VmHWM, in KiB) begins with the program; getrusage's would begin with what the parent had in use.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
+    return status_bytes("VmHWM") / MIB
+
+
+def status_bytes(name: str) -> int:
+    """A figure of this process as Linux counts it, "VmHWM" or "VmRSS", in bytes.
+
+    Raises:
+        OSError: this is not Linux.
+    """
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def synchronize(device: str) -> None:
+    """Wait for everything that was queued on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def shared_data(name: str) -> Path | None:
+    """``data/<name>`` in the shared folder (``FASTALIGN_SHARED``, else beside the checkout), or None when absent."""
+    path = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared")) / "data" / name
+    return path if path.exists() else None
+
+
+# --- records and tables ----------------------------------------------------------------------------------------------
+
+
 def record(name: str, rows: Iterable[dict[str, Any]], where: dict[str, Any], results: Path | None = None) -> Path:
     """Append ``rows`` to ``<results>/<name>.json``, one JSON object per line, each with the environment ``where``."""
     path = (results or RESULTS) / f"{name}.json"
@@ -113,32 +199,6 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     scale = truth.double().abs().max().clamp_min(1e-300 if truth.dim() else 1.0)
     difference = (value - truth.double()).abs_().max() / scale
     return difference.item() if torch.isfinite(difference) else float("inf")
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process so far.
-
-    Linux's own count (VmHWM, in KiB) begins with the program; getrusage's would begin with what the parent had in use.
-    """
-    if not STATUS.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
-    return status_bytes("VmHWM") / MIB
-
-
-def status_bytes(name: str) -> int:
-    """A figure of this process as Linux counts it, "VmHWM" or "VmRSS", in bytes.
-
-    Raises:
-        OSError: this is not Linux.
-    """
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-def shared_data(name: str) -> Path | None:
-    """``data/<name>`` in the shared folder (``FASTALIGN_SHARED``, else beside the checkout), or None when absent."""
-    path = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared")) / "data" / name
-    return path if path.exists() else None
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:

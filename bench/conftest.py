@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import common, tables
+from bench import common, measure, ops
 from bench.cases import cases
 from bench.field import Setting
 
@@ -26,6 +26,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", cases(Setting(metafunc.config.getoption("--device"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name.startswith("test_op["):
+            item.add_marker(pytest.mark.benchmark(timer=measure.clock))
+
+
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(request.config.getoption("--threads"))
@@ -33,10 +39,10 @@ def threads(request: pytest.FixtureRequest) -> None:
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
     device = config.getoption("--device")
-    if tables.COLLECTED:
+    if ops.COLLECTED:
         where = common.environment(device)
-        for rows in tables.by_case(tables.COLLECTED).values():
-            tables.print_case(rows)
-        tables.print_summary(tables.COLLECTED, where)
+        for rows in ops.by_case(ops.COLLECTED):
+            ops.print_case(rows)
+        ops.print_summary(ops.COLLECTED, where)
         if config.getoption("--record"):
-            print("recorded in", tables.record_ops(tables.COLLECTED, device, where))
+            print("recorded in", ops.record(ops.COLLECTED, device, where))

@@ -20,7 +20,7 @@ Loss = Callable[[Inputs], Tensor]
 OURS = "fastalign"
 ROOF = "roof: "
 """How the names of candidates begin that do less than the task: bounds, not rivals."""
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOY = {"N": 12, "V": 61, "D": 16, "P": 2, "L": 5, "B": 4, "H": 2, "d": 8}
 """The largest sizes of a toy case."""
 

@@ -8,18 +8,19 @@ candidate whose error is over the budget, or that raises, gets no number.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench import timing
-from bench.common import quantiles, relative_error
+from bench.common import quantiles, relative_error, synchronize
 from bench.field import OURS, ROOF, Field, Inputs, Outputs, Run
 
 LEAST_ROUNDS = 5
@@ -39,6 +40,7 @@ class Case:
         targets: the least ratio ``candidate time / our time`` wanted.
         roof: the candidate that bounds the task from below.
         least: the part of the roof's work that the task cannot avoid.
+        calls: how many calls, each on inputs of its own, make one sample: for what is too short to be timed alone.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Case:
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
     roof: str | None = None
     least: float = 1.0
+    calls: int = 1
 
     @property
     def candidates(self) -> dict[str, Run]:
@@ -113,9 +116,9 @@ class Contest:
         self._truth: Outputs | None = None
         self._generator = torch.Generator(case.device).manual_seed(seed)
         self._order = random.Random(seed)
-        self._time = timing.timer(case.device)
+        self._time = timer(case.device)
         self._turns = self._sequence()
-        self._fresh: Inputs = {}
+        self._fresh: list[Inputs] = []
         self._deadline = 0.0
 
     def _sequence(self) -> Iterator[str]:
@@ -135,10 +138,10 @@ class Contest:
         self.inputs = self.case.make(self._generator)
         for name, run in self.case.candidates.items():
             fresh = _copy(self.inputs)
-            timing.synchronize(self.case.device)
+            synchronize(self.case.device)
             start = time.perf_counter()
             with recorded_plans() as plans:
-                self._guarded(name, lambda run=run, fresh=fresh: (run(fresh), timing.synchronize(self.case.device)))
+                self._guarded(name, lambda run=run, fresh=fresh: (run(fresh), synchronize(self.case.device)))
             self.first[name] = time.perf_counter() - start
             self.plans[name] = tuple(dict.fromkeys(map(str, plans)))
         self._deadline = time.monotonic() + self.seconds
@@ -155,18 +158,18 @@ class Contest:
 
     def sample(self, name: str) -> None:
         """Time one run of ``name`` on the inputs that `prepare` copied; in the last round check it."""
-        fresh, self._fresh = self._fresh, {}
+        fresh, self._fresh = self._fresh, []
         timed = self._guarded(name, lambda: self._time(self.case.candidates[name], fresh))
         if timed is None:
             return
         outputs, seconds = timed
-        self.samples[name].append(seconds)
+        self.samples[name].append(seconds / self.case.calls)
         if self._truth is not None:
             self.errors[name] = {key: relative_error(y, self._truth[key]) for key, y in outputs.items()}
 
     def prepare(self, name: str) -> None:
         """Copy the round's inputs for ``name``, outside the timed region."""
-        self._fresh = _copy(self.inputs)
+        self._fresh = [_copy(self.inputs) for _ in range(self.case.calls)]
 
     def until(self, target: str) -> bool:
         """Run the candidates whose turn comes before ``target``'s, and prepare its inputs; False after the last."""
@@ -212,22 +215,21 @@ def _budget(baseline: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     return {"*": least} | {key: max(2 * value, least) for key, value in finite.items()}
 
 
-class recorded_plans:
-    """While it lasts, what the linear ops plan goes into a list."""
-
-    def __enter__(self) -> list[Any]:
-        from importlib import import_module
-
-        self.modules = [import_module(f"fastalign.ops.{name}") for name in ("linear_logps", "_linear_divergence")]
-        self.originals = [module.make_plan for module in self.modules]
-        plans: list[Any] = []
-        for module, make in zip(self.modules, self.originals, strict=True):
-            module.make_plan = lambda *args, make=make, **options: plans.append(make(*args, **options)) or plans[-1]
-        return plans
-
-    def __exit__(self, *_: object) -> None:
-        for module, make in zip(self.modules, self.originals, strict=True):
-            module.make_plan = make
+@contextmanager
+def recorded_plans() -> Iterator[list[Any]]:
+    """A list of what the linear ops plan meanwhile, as their log says it."""
+    plans: list[Any] = []
+    log, listener = logging.getLogger("fastalign.plan"), logging.Handler()
+    listener.emit = lambda record: plans.extend(record.args or ())
+    before, log.propagate = log.level, False
+    log.setLevel(logging.DEBUG)
+    log.addHandler(listener)
+    try:
+        yield plans
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(before)
+        log.propagate = True
 
 
 def run(case: Case, rounds: int, seconds: float = float("inf"), seed: int = 0) -> dict[str, Figure]:
@@ -237,6 +239,61 @@ def run(case: Case, rounds: int, seconds: float = float("inf"), seed: int = 0) -
     while contest.until(OURS):
         contest.sample(OURS)
     return contest.figures()
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+Timer = Callable[[Run, "list[Inputs]"], "tuple[Outputs, float]"]
+"""Calls a candidate on each of the inputs: the last outputs, and the seconds of all calls."""
+
+HEAD_START = 1_000_000
+"""Cycles that a GPU spins before the timed region, half a millisecond, in which the host queues the first kernels."""
+FLUSHES = 4
+"""The flushed buffer in units of the level-two cache."""
+
+
+def clock() -> float:
+    """CPU time of the process on one thread, which other processes hardly disturb; wall time on several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def cpu_timer() -> Timer:
+    """Times a run by `clock`."""
+
+    def run(candidate: Run, inputs: list[Inputs]) -> tuple[Outputs, float]:
+        start = clock()
+        outputs = [candidate(x) for x in inputs]
+        return outputs[-1], clock() - start
+
+    return run
+
+
+def cuda_timer() -> Timer:
+    """Times a run by device events.
+
+    The cache is overwritten and all streams are synchronised first. Then the device spins for `HEAD_START` cycles, so
+    that a run is not charged for the host's way to its first kernel; a run that waits for the device pays for that.
+    """
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    flush = torch.empty(FLUSHES * cache, dtype=torch.uint8, device="cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(candidate: Run, inputs: list[Inputs]) -> tuple[Outputs, float]:
+        flush.zero_()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        outputs = [candidate(x) for x in inputs]
+        stop.record()
+        torch.cuda.synchronize()
+        return outputs[-1], start.elapsed_time(stop) / 1e3
+
+    return run
+
+
+def timer(device: str) -> Timer:
+    """The device's."""
+    return cuda_timer() if device == "cuda" else cpu_timer()
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -281,8 +338,8 @@ def profiled(case: Case) -> torch.profiler.profile:
     inputs = case.make(torch.Generator(case.device).manual_seed(0))
     case.candidates[OURS](_copy(inputs))
     fresh = _copy(inputs)
-    timing.synchronize(case.device)
+    synchronize(case.device)
     with torch.profiler.profile() as profiler:
         case.candidates[OURS](fresh)
-        timing.synchronize(case.device)
+        synchronize(case.device)
     return profiler

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import cases, common, run
+from bench import cases, common
 from bench.common import MIB
 from bench.field import OURS, Inputs, Loss, Setting
 from bench.measure import Case, recorded_plans
@@ -40,14 +40,13 @@ LIMIT = 300
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     new = parser.add_argument
-    run.device_argument(parser)
+    common.add_device(parser)
     new("--only", metavar="PATTERN", help="cases whose name holds this (default: one or two of each family)")
     new("--who", metavar="NAMES", default="", help="candidates whose name holds one of these, separated by commas")
     new("--mode", choices=list(MODES), action="append", help="measure these modes only")
-    new("--threads", type=run.positive, help="CPU threads (default: torch's)")
+    new("--threads", type=common.positive, help="CPU threads (default: torch's)")
     new("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    new("--record", action="store_true", help="append the figures to the results")
-    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
+    common.add_records(parser)
     new(
         "--enforce",
         action="store_true",
@@ -59,8 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure the cases, print and record them; the exit code."""
-    setting = run.setting_of(options)
-    setting = Setting(setting.device, setting.compiled, options.toy)
+    common.check_device(options.device)
+    setting = Setting(options.device, options.compile, options.toy)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     builders = cases.cases(setting)
     if options.child:

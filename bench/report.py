@@ -6,13 +6,18 @@ import argparse
 import html
 import importlib.util
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench import common, tables
+from bench import common, ops
 
-Rows = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+Rows = list[Row]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #22262b }
@@ -28,9 +33,8 @@ NO_PLOTS = "<p>No plots: matplotlib is not installed (pip install fastalign[repo
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    new = parser.add_argument
-    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
-    new("--out", type=Path, help="where the report goes (default: report/ in the results)")
+    common.add_results(parser)
+    parser.add_argument("--out", type=Path, help="where the report goes (default: report/ in the results)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -75,9 +79,7 @@ def key(row: dict[str, Any], kind: str) -> str:
     """What a row is compared within."""
     known = ", precomputed reference" if row.get("precomputed") else ""
     beside = f", beside {row['neighbours']} busy processes" if row.get("neighbours") else ""
-    return (
-        f"{row['task']}{known}{beside}, {row['dtype']}, {row['parameters']}" if kind == "train" else tables.title(row)
-    )
+    return f"{row['task']}{known}{beside}, {row['dtype']}, {row['parameters']}" if kind == "train" else ops.title(row)
 
 
 def grouped(rows: Rows, kind: str) -> list[Rows]:
@@ -104,6 +106,11 @@ def document(sections: list[tuple[str, Rows]], out: Path) -> str:
     )
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is here."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 class Drawer:
     """Saves figures beside the page and returns them for it."""
 
@@ -111,15 +118,13 @@ class Drawer:
         self.out, self.stem = out, stem
 
     def __call__(self, name: str, *arguments: Any) -> str:
-        """The plot of that name in `bench.plots`, as an svg element."""
-        if importlib.util.find_spec("matplotlib") is None:
+        """What ``<name>_plot`` draws, as an svg element."""
+        if not can_plot():
             return NO_PLOTS
         import matplotlib
 
-        from bench import plots
-
-        with matplotlib.rc_context(plots.STYLE):
-            figure, buffer = getattr(plots, name)(*arguments), io.StringIO()
+        with matplotlib.rc_context(PLOTS):
+            figure, buffer = globals()[f"{name}_plot"](*arguments), io.StringIO()
             figure.savefig(self.out / f"{self.stem}-{name}.png", dpi=130)
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         svg = buffer.getvalue()
@@ -145,7 +150,7 @@ def heading(text: str, rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
     return (
         f"<h2>{html.escape(text)}: {html.escape(last['device'])}</h2>"
-        f"<p class=note>{html.escape(tables.machine(last))}<br>{html.escape(versions)}; load {last['load']:.1f}</p>"
+        f"<p class=note>{html.escape(ops.machine(last))}<br>{html.escape(versions)}; load {last['load']:.1f}</p>"
     )
 
 
@@ -163,28 +168,16 @@ def losses(groups: list[Rows]) -> str:
     """The cases in which a peer is faster."""
     lines = []
     for group in groups:
-        ours, best = tables.our_row(group), tables.best_peer(group)
+        ours, best = ops.our_row(group), ops.best_peer(group)
         if ours and best and best["p50_ms"] < ours["p50_ms"]:
             times = f"{ours['p50_ms']:.2f}", best["who"], f"{best['p50_ms']:.2f}"
-            lines.append(("lost", (tables.title(ours), *times, f"{best['p50_ms'] / ours['p50_ms']:.2f}")))
+            lines.append(("lost", (ops.title(ours), *times, f"{best['p50_ms'] / ours['p50_ms']:.2f}")))
     if not lines:
         return "<p>No case of this run is lost.</p>"
     return "<h3>Where a peer is faster</h3>" + table(("case", "fastalign ms", "peer", "ms", "ratio"), lines)
 
 
-OPS_COLUMNS = (
-    "who",
-    "median ms",
-    "p20",
-    "p80",
-    "/ eager",
-    "/ fastalign",
-    "of bound",
-    "target",
-    "max error",
-    "first ms",
-    "n",
-)
+OPS_COLUMNS = (*ops.COLUMNS, "n")
 
 
 def case_details(rows: Rows) -> str:
@@ -192,22 +185,22 @@ def case_details(rows: Rows) -> str:
     timed = [row for row in rows if not row.get("failure")]
     absent = "; ".join(f"{row['who']}: {row['failure']}" for row in rows if row.get("failure"))
     note = f"<p class=note>No number: {html.escape(absent)}</p>" if absent else ""
-    plans = {plan for row in timed if row["who"] == tables.OURS for plan in row.get("plans", ())}
+    plans = {plan for row in timed if row["who"] == ops.OURS for plan in row.get("plans", ())}
     note += "".join(f"<p class=note>Plan: {html.escape(plan)}</p>" for plan in plans)
     stamp = f"commit {rows[0]['commit']}, {rows[0]['time'][:16]}"
     body = table(OPS_COLUMNS, ((kind_of(row["who"]), ops_cells(row)) for row in timed))
-    summary = f"{html.escape(tables.title(rows[0]))} <span class=note>{stamp}</span>"
+    summary = f"{html.escape(ops.title(rows[0]))} <span class=note>{stamp}</span>"
     return f"<details><summary>{summary}</summary>{body}{note}</details>"
 
 
 def kind_of(who: str) -> str:
     """The class of a candidate's row."""
-    return "ours" if who == tables.OURS else "roof" if who.startswith(tables.ROOF) else ""
+    return "ours" if who == ops.OURS else "roof" if who.startswith(ops.ROOF) else ""
 
 
 def ops_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A candidate's cells; older records lack some."""
-    return (*tables.cells({"of_roof": None, "first_ms": 0.0, **row}), str(row["rounds"]))
+    return (*ops.cells({"of_roof": None, "first_ms": 0.0, **row}), str(row["rounds"]))
 
 
 def memory_section(rows: Rows, draw: Drawer) -> str:
@@ -225,7 +218,7 @@ def memory_details(rows: Rows) -> str:
     names = ("peak_mib", "reserved_mib", "outputs_mib", "predicted_mib")
     lines = ((kind_of(row["who"]), (row["who"], row["mode"], *(number(row[name]) for name in names))) for row in timed)
     body = table(("who", "mode", "peak MiB", "reserved", "gradients", "planned"), lines)
-    return f"<details><summary>{html.escape(tables.title(rows[0]))}</summary>{body}</details>"
+    return f"<details><summary>{html.escape(ops.title(rows[0]))}</summary>{body}</details>"
 
 
 def train_section(rows: Rows, draw: Drawer) -> str:
@@ -248,3 +241,160 @@ def train_table(rows: Rows) -> str:
         for row in rows
     )  # fmt: skip
     return table(columns, lines)
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+BLUE, ORANGE, GREY, LIGHT, INK = "#2563a8", "#d9772b", "#8a8f98", "#c9ced6", "#22262b"
+CURVES = (
+    {"color": BLUE, "linewidth": 7, "alpha": 0.4},
+    {"color": ORANGE, "linewidth": 2.4},
+    {"color": INK, "linewidth": 1.6, "linestyle": (0, (1, 3))},
+)
+"""How curves are drawn, in order: those that agree lie on top of each other, and all are to be seen."""
+SIDE_COLOURS = {"fastalign": BLUE, "trl": ORANGE, "trl-fair": INK}
+PLOTS = {
+    **{"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": LIGHT, "svg.hashsalt": "fastalign"},
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 14},
+}
+"""matplotlib's settings."""
+ROW = 0.30
+"""Inches per bar."""
+WIDEST = 130
+"""Where the axis of percentages ends: what fits a cache, or is dominated by calls, may pass its bound by far."""
+
+
+def label(row: Row) -> str:
+    """A case's name and size, short enough for an axis."""
+    short = {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])
+    return f"{row['case']}, {row['shape']}, {short}"
+
+
+def _canvas(rows: int, title: str, xlabel: str) -> tuple[Figure, Axes]:
+    """Room for so many horizontal bars, the first at the top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.3 + ROW * max(rows, 2)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def speed_plot(groups: list[Rows], where: str) -> Figure:
+    """How many times faster than the best peer, case by case, on a logarithmic scale; losing cases in orange."""
+    pairs = [(ours, best) for rows in groups if (ours := ops.our_row(rows)) and (best := ops.best_peer(rows))]
+    figure, axes = _canvas(
+        len(pairs), "Speed beside the best peer of each case", f"times as fast as the best peer\n{where}"
+    )
+    for y, (ours, best) in enumerate(pairs):
+        ratio = best["p50_ms"] / ours["p50_ms"]
+        axes.barh(y, ratio - 1, left=1, height=0.62, color=BLUE if ratio >= 1 else ORANGE)
+        text, side = f" {ratio:.2f}x  {best['who']} ", "left" if ratio >= 1 else "right"
+        axes.text(ratio, y, text, va="center", ha=side, fontsize=8.5)
+    axes.set_yticks(range(len(pairs)), [label(ours) for ours, _ in pairs], fontsize=8.5)
+    _logarithmic(axes, [best["p50_ms"] / ours["p50_ms"] for ours, best in pairs])
+    axes.axvline(1, color=INK, linewidth=1)
+    return figure
+
+
+def _logarithmic(axes: Axes, ratios: Sequence[float]) -> None:
+    """A scale with room for the labels on both sides, and plain numbers as ticks."""
+    low, high = min([1.0, *ratios]), max([1.0, *ratios])
+    low, high = low / (3.5 if low < 1 else 1.15), high * max(3.0, (high / low) ** 0.35)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def roofs_plot(groups: list[Rows], where: str) -> Figure:
+    """The share of the hardware's bound that fastalign and the best peer reach, measured in the same run."""
+    cases = [(ours, ops.best_peer(rows)) for rows in groups if (ours := ops.our_row(rows)) and ours.get("of_roof")]
+    xlabel = f"% of the speed of bare matrix products, or of copying the least bytes\n{where}"
+    figure, axes = _canvas(len(cases), "How much of the bound is reached", xlabel)
+    for y, (ours, best) in enumerate(cases):
+        share, rival = 100 * ours["of_roof"], 100 * ((best or {}).get("of_roof") or 0)
+        axes.barh(y, min(share, WIDEST), height=0.62, color=BLUE)
+        if rival:
+            axes.plot(min(rival, WIDEST), y, "o", color=ORANGE, markersize=7, markeredgecolor="white")
+        axes.text(min(max(share, rival + 1.5), WIDEST) + 1.5, y, f"{share:.0f} %", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(cases)), [label(ours) for ours, _ in cases], fontsize=8.5)
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.set_xlim(0, WIDEST + 12)
+    axes.plot([], [], "s", color=BLUE, markersize=9, label="fastalign")
+    axes.plot([], [], "o", color=ORANGE, markersize=7, label="best peer")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def memory_plot(groups: list[Rows], where: str) -> Figure:
+    """Peak memory of forward and backward over the inputs, every candidate of every case."""
+    lines: list[dict[str, Any] | str] = []
+    for rows in groups:
+        full = [row for row in rows if row["mode"] == "full" and not row.get("failure")]
+        lines += [label(rows[0]), *sorted(full, key=lambda row: row["peak_mib"])] if full else []
+    figure, axes = _canvas(
+        len(lines),
+        "Peak memory of forward and backward",
+        f"MiB over the inputs; the line is the planner's figure\n{where}",
+    )
+    bars = [(y, row) for y, row in enumerate(lines) if isinstance(row, dict)]
+    widest = max([1.0, *(row["peak_mib"] for _, row in bars)])
+    for y, row in bars:
+        peak, planned = row["peak_mib"], row.get("predicted_mib") or 0
+        axes.barh(y, peak, height=0.68, color=BLUE if row["who"].startswith(ops.OURS) else LIGHT)
+        if planned:
+            axes.plot([planned] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+        after = planned if 0 <= planned - peak < 0.06 * widest else peak  # the line would cross the number
+        axes.text(after, y, f" {peak:,.0f}", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(lines)), [row["who"] if isinstance(row, dict) else row for row in lines], fontsize=8.5)
+    for tick, row in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("normal" if isinstance(row, dict) else "bold")
+    axes.set_xlim(0, 1.12 * widest)
+    return figure
+
+
+def training_plot(rows: Rows, where: str) -> Figure:
+    """Loss curves of every side over each other, and their speeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[2, 1])
+    for index, row in enumerate(rows):
+        steps = range(1, len(row["losses"]) + 1)
+        curves.plot(steps, row["losses"], label=name(row), **CURVES[min(index, 2)])
+    curves.set(
+        title=f"{rows[0]['task'].upper()} loss, same rows in the same order", xlabel=f"step\n{where}", ylabel="loss"
+    )
+    curves.legend(frameon=False, fontsize=9)
+    bars.barh(
+        [name(row) for row in rows],
+        [row["examples_per_second"] for row in rows],
+        color=[colour(r) for r in rows],
+        height=0.6,
+    )
+    for y, row in enumerate(rows):
+        bars.text(row["examples_per_second"], y, f" {row['examples_per_second']:.2f}", va="center")
+    bars.set(title="Speed", xlabel=f"{rows[0].get('unit', 'examples')} per second")
+    bars.set_xlim(0, 1.2 * max(row["examples_per_second"] for row in rows))
+    bars.invert_yaxis()
+    bars.spines["left"].set_visible(False)
+    bars.tick_params(axis="y", length=0)
+    return figure
+
+
+def colour(row: Row) -> str:
+    """A side's."""
+    return SIDE_COLOURS.get(row["side"], GREY)
+
+
+def name(row: Row) -> str:
+    """A side's."""
+    return {"trl": "TRL as installed", "trl-fair": "TRL, rows selected"}.get(row["side"], row["side"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
+from bench.turns import StepLog
+from bench.workload import Workload
 from fastalign.config import ModelConfig, OptimConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
@@ -25,16 +27,14 @@ from fastalign.ops import linear_loss
 from fastalign.parallel.clip import clip_gradients
 from fastalign.types import PackedBatch, TokenStats
 
-if TYPE_CHECKING:
-    from bench.workload import StepLog, Workload
-
 GROUP = 8
 """Answers to one prompt."""
 
 
-def prepare(work: Workload, pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare(work: Workload) -> None:
     """Write one group per pair: its prompt, with the answers of eight pairs; advantages and old log-probs beside."""
-    draw, groups = random.Random(work.seed), []
+    pairs = [json.loads(line) for line in work.data.read_text().splitlines()]
+    tokenizer, draw, groups = AutoTokenizer.from_pretrained(work.model), random.Random(work.seed), []
     for i, pair in enumerate(pairs):
         answers = [pairs[(i + k) % len(pairs)]["chosen"] for k in range(GROUP)]
         prompt = tokenizer(pair["prompt"]).input_ids

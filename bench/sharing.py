@@ -13,14 +13,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench import common, run
+from bench import common
 from fastalign.config import ModelConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
@@ -70,12 +69,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new = parser.add_argument
     new("--model", choices=list(MODELS), default="9m", help="parameters of the Llama (default 9m)")
     new("--only", metavar="TEXT", default="", help="cases whose name holds this, such as G=8 or 512:128")
-    new("--rounds", type=run.positive, default=7, help="timed steps of each case, shared and unshared (default 7)")
+    new("--rounds", type=common.positive, default=7, help="timed steps of each case, shared and unshared (default 7)")
     new("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
-    new("--threads", type=run.positive, default=2, help="CPU threads (default 2)")
+    new("--threads", type=common.positive, default=2, help="CPU threads (default 2)")
     new("--profile", action="store_true", help="print where the time of the last step of each kind goes")
-    new("--record", action="store_true", help="append the figures to the results")
-    new("--results", type=Path, default=common.RESULTS, help="where results are kept (default bench/results)")
+    common.add_records(parser)
 
 
 def make_policy(model: str, longest: int) -> Policy:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     LlamaConfig,
@@ -22,15 +20,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bench import common, rollouts
-from bench.timing import synchronize
+from bench import common
 from fastalign.data import builtin
-from fastalign.data.loader import Rows, TokenExample
+from fastalign.data.loader import epoch_order
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 Row = dict[str, Any]
+
+
+SIZES = {
+    "9m": {"hidden_size": 256, "layers": 6, "vocab_size": 8192},
+    "0.5b": {"hidden_size": 896, "layers": 24, "vocab_size": 151936},
+}
+"""Llamas of about that many parameters."""
 
 
 def as_is(pair: Row) -> Row:
@@ -141,46 +145,6 @@ class Workload:
         return Workload(**json.loads(Path(file).read_text()))
 
 
-@dataclass
-class StepLog:
-    """What a side reports: both clocks at the end of every step, and the losses.
-
-    Attributes:
-        wall, cpu: ``steps + 1`` readings in seconds, the first before the first step.
-        losses: one per step.
-        tokens, scored, flops: what a step computed, where the side tells.
-        ready_mib, peak_mib: peak memory before the first step, and until the end of the last.
-        profiler: started after ``profile_after`` steps, when there is one.
-    """
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    flops: list[float] = field(default_factory=list)
-    ready_mib: float = 0.0
-    peak_mib: float = 0.0
-    device: str = "cpu"
-    profiler: torch.profiler.profile | None = None
-    profile_after: int = 0
-
-    def tick(self) -> None:
-        """Read both clocks, once the device is done."""
-        synchronize(self.device)
-        self.peak_mib = peak_mib(self.device)
-        self.ready_mib = self.ready_mib or self.peak_mib
-        if self.profiler is not None and len(self.wall) == self.profile_after:
-            self.profiler.start()
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-
-
-def peak_mib(device: str) -> float:
-    """Peak memory so far: allocated on a GPU, resident on a CPU."""
-    return torch.cuda.max_memory_allocated() / common.MIB if device == "cuda" else common.peak_mib()
-
-
 def split_turns(row: dict[str, str]) -> dict[str, str] | None:
     """An hh-rlhf row as prompt, chosen, rejected: the prompt ends with the last assistant turn; None if not shared."""
     cut = row["chosen"].rfind("\n\nAssistant:") + len("\n\nAssistant:")
@@ -244,32 +208,6 @@ def _choose(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, wor
     return list(islice(filter(fits, pairs), work.steps * work.examples))
 
 
-ONE_TOKEN = (np.zeros(1, np.int64), np.zeros(1, bool))
-
-
-class _Recorder:
-    """A dataset that remembers which examples it is asked for."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.visited = length, []
-
-    def __len__(self) -> int:
-        return self.length
-
-    def fetch(self, indices: list[int]) -> list[TokenExample]:
-        self.visited += indices
-        return [TokenExample((ONE_TOKEN,), i) for i in indices]
-
-
-def visiting_order(length: int, work: Workload) -> list[int]:
-    """The order in which fastalign visits ``length`` examples in the run's steps."""
-    recorder = _Recorder(length)
-    rows = Rows(recorder, work.examples, seed=work.seed)
-    for _ in range(work.steps):
-        rows.next()
-    return recorder.visited
-
-
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -287,7 +225,5 @@ def prepare(work: Workload, pairs: list[dict[str, str]] | None = None) -> dict[s
     chosen = _choose(pairs, tokenizer, work)
     rows = [TASKS[work.task].row(pair) for pair in chosen]
     _write(work.data, rows)
-    _write(work.ordered, [rows[i] for i in visiting_order(len(rows), work)])
-    if work.task == "grpo-update":
-        rollouts.prepare(work, chosen, tokenizer)
+    _write(work.ordered, [rows[i] for i in epoch_order(len(rows), work.seed, epoch=0)])
     return {"data": name, "examples_seen": len(chosen), "parameters": model.num_parameters()}

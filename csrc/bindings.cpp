@@ -5,17 +5,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.h"
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
-#include "divergence.h"
-#include "layers.h"
 #include "out_of_memory.h"
-#include "policy_loss.h"
 #include "product.h"
 #include "scan.h"
 #include "short_waits.h"
-#include "token_logps.h"
 
 namespace py = pybind11;
 using namespace fastalign;
@@ -24,128 +19,10 @@ using namespace fastalign;
 void bind_cuda(py::module_& m);  // in cuda/bindings.cpp
 #endif
 
-namespace fastalign {
-#if defined(FASTALIGN_AVX512)
-namespace avx512 {
-void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, Walk walk, int threads);
-void policy_loss(const PolicyLoss& op, int threads);
-void attention(const Attention& op, bool backward, int threads);
-void rms_norm(const RmsNorm& op, bool backward, int threads);
-void silu_mul(const SiluMul& op, bool backward, int threads);
-void rotate(const Rotation& op, bool adjoint, int threads);
-}
-#endif
-#if defined(FASTALIGN_AVX2)
-namespace avx2 {
-void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, Walk walk, int threads);
-void policy_loss(const PolicyLoss& op, int threads);
-void attention(const Attention& op, bool backward, int threads);
-void rms_norm(const RmsNorm& op, bool backward, int threads);
-void silu_mul(const SiluMul& op, bool backward, int threads);
-void rotate(const Rotation& op, bool adjoint, int threads);
-}
-#endif
-namespace scalar {
-void token_logps(const TokenLogps& op, bool backward, int threads);
-void divergence(const Divergence& op, Walk walk, int threads);
-void policy_loss(const PolicyLoss& op, int threads);
-void attention(const Attention& op, bool backward, int threads);
-void rms_norm(const RmsNorm& op, bool backward, int threads);
-void silu_mul(const SiluMul& op, bool backward, int threads);
-void rotate(const Rotation& op, bool adjoint, int threads);
-}
-}  // namespace fastalign
-
 namespace {
 
 // Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/backends/cpp/__init__.py.
 constexpr int kAbi = 2;
-
-void token_logps(const TokenLogps& op, bool backward, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::token_logps(op, backward, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::token_logps(op, backward, threads);
-#endif
-    default: return scalar::token_logps(op, backward, threads);
-  }
-}
-
-void policy_loss(const PolicyLoss& op, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::policy_loss(op, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::policy_loss(op, threads);
-#endif
-    default: return scalar::policy_loss(op, threads);
-  }
-}
-
-void attention(const Attention& op, bool backward, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::attention(op, backward, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::attention(op, backward, threads);
-#endif
-    default: return scalar::attention(op, backward, threads);
-  }
-}
-
-void rms_norm(const RmsNorm& op, bool backward, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::rms_norm(op, backward, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::rms_norm(op, backward, threads);
-#endif
-    default: return scalar::rms_norm(op, backward, threads);
-  }
-}
-
-void silu_mul(const SiluMul& op, bool backward, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::silu_mul(op, backward, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::silu_mul(op, backward, threads);
-#endif
-    default: return scalar::silu_mul(op, backward, threads);
-  }
-}
-
-void rotate(const Rotation& op, bool adjoint, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::rotate(op, adjoint, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::rotate(op, adjoint, threads);
-#endif
-    default: return scalar::rotate(op, adjoint, threads);
-  }
-}
-
-void divergence(const Divergence& op, Walk walk, int threads) {
-  switch (cpu_level()) {
-#if defined(FASTALIGN_AVX512)
-    case Level::avx512: return avx512::divergence(op, walk, threads);
-#endif
-#if defined(FASTALIGN_AVX2)
-    case Level::avx2: return avx2::divergence(op, walk, threads);
-#endif
-    default: return scalar::divergence(op, walk, threads);
-  }
-}
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -155,14 +32,34 @@ void advise_fresh_gradient(const TokenLogps& op) {
     advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
 }
 
-void backward(const TokenLogps& op, int threads) {
-  advise_fresh_gradient(op);
-  token_logps(op, true, threads);
+// A dtype that is computed in fp32; any other would be read as one of them.
+Dtype computed_in_fp32(int dtype) {
+  if (dtype != static_cast<int>(Dtype::float32) && dtype != static_cast<int>(Dtype::bfloat16) &&
+      dtype != static_cast<int>(Dtype::float16))
+    throw std::invalid_argument("expected fp32, bf16 or fp16 (dtype 0, 1 or 2), got dtype " + std::to_string(dtype));
+  return static_cast<Dtype>(dtype);
+}
+
+// Logits that the CPU's kernels read: what is described may also be for CUDA, which has fp64.
+void check(const TokenLogps& op) { computed_in_fp32(static_cast<int>(op.dtype)); }
+
+void run_token_logps(const TokenLogps& op, bool backward, int threads) {
+  check(op);
+  if (backward) advise_fresh_gradient(op);
+  kernels().token_logps(op, backward, threads);
 }
 
 void run_policy_loss(const PolicyLoss& op, int threads) {
+  check(op.rows);
   advise_fresh_gradient(op.rows);
-  policy_loss(op, threads);
+  kernels().policy_loss(op, threads);
+}
+
+void run_divergence(const Divergence& op, Walk walk, int threads) {
+  check(op.policy);
+  check(op.reference);
+  if (walk == Walk::backward) advise_fresh_gradient(op.policy);
+  kernels().divergence(op, walk, threads);
 }
 
 using Address = uintptr_t;  // 0: not given
@@ -197,14 +94,6 @@ Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& refer
   return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value), apart};
 }
 
-// A dtype that is computed in fp32; any other would be read as one of them.
-Dtype computed_in_fp32(int dtype) {
-  if (dtype != static_cast<int>(Dtype::float32) && dtype != static_cast<int>(Dtype::bfloat16) &&
-      dtype != static_cast<int>(Dtype::float16))
-    throw std::invalid_argument("expected fp32, bf16 or fp16 (dtype 0, 1 or 2), got dtype " + std::to_string(dtype));
-  return static_cast<Dtype>(dtype);
-}
-
 using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
 
 Heads heads(const HeadsArgument& x) {
@@ -219,7 +108,7 @@ void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsAr
                pointer<float>(grad_k), pointer<float>(grad_v), std::get<0>(shape), std::get<1>(shape),
                std::get<2>(shape), static_cast<float>(scale), pointer<AttentionCall>(calls), num_calls,
                pointer<Span>(spans), pointer<int64_t>(trees), num_trees};
-  attention(op, grad_k != 0, threads);
+  kernels().attention(op, grad_k != 0, threads);
 }
 
 using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
@@ -231,21 +120,21 @@ Rows rows_of(const RowsArgument& x) {
 void run_rms_norm(const RowsArgument& x, const RowsArgument& y, const RowsArgument& weight, Address inverse,
                   const RowsArgument& grad_y, const RowsArgument& grad_x, Address grad_weight, int64_t rows,
                   int64_t columns, double eps, int threads) {
-  rms_norm({rows_of(x), rows_of(y), rows_of(weight), pointer<float>(inverse), rows_of(grad_y), rows_of(grad_x),
-            pointer<float>(grad_weight), rows, columns, eps}, grad_weight != 0, threads);
+  kernels().rms_norm({rows_of(x), rows_of(y), rows_of(weight), pointer<float>(inverse), rows_of(grad_y),
+                      rows_of(grad_x), pointer<float>(grad_weight), rows, columns, eps}, grad_weight != 0, threads);
 }
 
 void run_silu_mul(const RowsArgument& gate, const RowsArgument& up, const RowsArgument& y, const RowsArgument& grad_y,
                   const RowsArgument& grad_gate, const RowsArgument& grad_up, int64_t rows, int64_t columns,
                   int threads) {
-  silu_mul({rows_of(gate), rows_of(up), rows_of(y), rows_of(grad_y), rows_of(grad_gate), rows_of(grad_up), rows,
-            columns}, std::get<0>(grad_y) != 0, threads);
+  kernels().silu_mul({rows_of(gate), rows_of(up), rows_of(y), rows_of(grad_y), rows_of(grad_gate), rows_of(grad_up),
+                      rows, columns}, std::get<0>(grad_y) != 0, threads);
 }
 
 void run_rotate(const HeadsArgument& x, const HeadsArgument& y, const RowsArgument& cos, const RowsArgument& sin,
                 const std::tuple<int64_t, int64_t, int64_t>& shape, bool adjoint, int threads) {
-  rotate({heads(x), heads(y), rows_of(cos), rows_of(sin), std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)},
-         adjoint, threads);
+  kernels().rotate({heads(x), heads(y), rows_of(cos), rows_of(sin), std::get<0>(shape), std::get<1>(shape),
+                    std::get<2>(shape)}, adjoint, threads);
 }
 
 void translate(std::exception_ptr raised) {
@@ -274,9 +163,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
            py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("top1") = 0,
            py::arg("g") = 0, py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
-      .def("forward", [](const TokenLogps& op, int threads) { token_logps(op, false, threads); },
+      .def("forward", [](const TokenLogps& op, int threads) { run_token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward", &backward, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("backward", [](const TokenLogps& op, int threads) { run_token_logps(op, true, threads); },
+           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("address", [](const TokenLogps& op) { return reinterpret_cast<Address>(&op); });
   m.def(
       "segment_scan",
@@ -340,15 +230,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Divergence>(m, "Divergence", "The arguments of divergence; kind 0..2: forward_kl, reverse_kl, jsd.")
       .def(py::init(&describe_divergence), py::kw_only(), py::arg("policy"), py::arg("reference"), py::arg("kind"),
            py::arg("mix"), py::arg("value") = 0, py::arg("stats"), py::arg("grad_value") = 0, py::arg("apart") = false)
-      .def("forward", [](const Divergence& op, int threads) { divergence(op, Walk::forward, threads); },
+      .def("forward", [](const Divergence& op, int threads) { run_divergence(op, Walk::forward, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("mixture", [](const Divergence& op, int threads) { divergence(op, Walk::mixture, threads); },
+      .def("mixture", [](const Divergence& op, int threads) { run_divergence(op, Walk::mixture, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("backward",
-           [](const Divergence& op, int threads) {
-             advise_fresh_gradient(op.policy);
-             divergence(op, Walk::backward, threads);
-           },
+      .def("backward", [](const Divergence& op, int threads) { run_divergence(op, Walk::backward, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #if defined(_OPENMP)
   py::class_<ShortWaits>(m, "ShortWaits", "While one exists, threads that wait for one another soon sleep.")

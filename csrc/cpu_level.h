@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 namespace fastalign {
 
 enum class Level { scalar, avx2, avx512 };
@@ -43,6 +45,18 @@ inline Level& cpu_level() {
     return wanted && *wanted ? level_named(wanted) : best_level();
   }();
   return level;
+}
+
+inline const Kernels& kernels() {
+  switch (cpu_level()) {
+#if defined(FASTALIGN_AVX512)
+    case Level::avx512: return avx512::kernels;
+#endif
+#if defined(FASTALIGN_AVX2)
+    case Level::avx2: return avx2::kernels;
+#endif
+    default: return scalar::kernels;
+  }
 }
 
 }  // namespace fastalign

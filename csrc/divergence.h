@@ -22,7 +22,7 @@ enum class Stat : int { max, logsum, reference_max, reference_logsum, pull };
 // the statistics of all columns it makes the sums of pi ln(pi / M) and of p ln(p / M), which it leaves in value [2, rows].
 enum class Walk : int { forward, mixture, backward };
 
-// value, stats and grad_value point to double when either stream is float64, else to float.
+// value, stats and grad_value point to float.
 // `apart`, of a forward KL walk: value is [2, rows], the sum over the columns that the second distribution does not ban and
 // the largest ln of the first's probability among those that it bans: what a slab of the vocabulary knows.
 // The streams' logps and the policy's entropy are written where there is room for them; the policy's coefficients add to the
@@ -37,7 +37,6 @@ struct Divergence {
 
   int64_t rows() const { return policy.rows; }
   int64_t vocabulary() const { return policy.vocabulary; }
-  bool wide() const { return policy.dtype == Dtype::float64 || reference.dtype == Dtype::float64; }
   bool masked(int64_t row) const { return policy.label(row) == kIgnored; }
   bool invalid(int64_t row) const {
     int64_t label = policy.label(row);

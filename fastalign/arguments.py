@@ -7,14 +7,13 @@ are the help. An unknown key is answered with the nearest accepted one.
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastalign import words, written
-from fastalign.config import Config, as_yaml
+from fastalign.config import Config, as_yaml, flatten
 from fastalign.engine.methods import METHODS, choose, one_or_list
 from fastalign.words import describe_type, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
@@ -66,16 +65,11 @@ Losses = Mapping[str, "Loss"]
 def parse_config(method: str, argv: list[str]) -> Config:
     """Build a run's configuration; later files win over earlier ones, flags over files.
 
-    Args:
-        method: a key of ``METHODS``.
-        argv: the arguments after the method.
-
     Raises:
         UsageError: an unknown key, a value of the wrong type, an unreadable file.
         SystemExit: the help or the settings were asked for, and are printed.
     """
-    paths, rest = split_config(argv)
-    flags, others = split_flags(rest)
+    paths, flags, others = split_config(argv)
     files = [(path, read_yaml(path)) for path in paths]
     for path, tree in files:
         check_method(path, tree, method)
@@ -87,7 +81,7 @@ def parse_config(method: str, argv: list[str]) -> Config:
         take_file(settings, path, tree, schema)
     check_keys((flag.key for flag in flags), schema, method, losses)
     if {"-h", "--help"} & set(others):
-        build_parser(method, losses).print_help()
+        print(help_text(method, losses), end="")
         raise SystemExit(0)
     if strange := [word for word in others if word != "--print_config"]:
         raise UsageError(f"unrecognized arguments: {' '.join(strange)}")
@@ -96,7 +90,7 @@ def parse_config(method: str, argv: list[str]) -> Config:
             take_flag(settings, flag, schema)
         elif flag.text != method:
             raise UsageError(f"--method: the method is the word behind fastalign, here {method}; leave the flag out")
-    settings["loss"]["name"] = one_or_list(losses)
+    settings["loss"]["name"] = one_or_list(losses)  # not as a file or a flag spells it
     if others:
         print(as_yaml({"method": method, **settings}), end="")
         raise SystemExit(0)
@@ -109,7 +103,8 @@ def defaults(losses: Losses) -> dict[str, dict[str, Any]]:
     """All settings by section, as they are when nothing is given."""
     from fastalign.losses.mixture import settings  # brings torch
 
-    return {**{name: vars(cls()) for name, cls in sections().items()}, "loss": {"name": None, **settings(losses)}}
+    loss = {"name": one_or_list(losses), **settings(losses)}
+    return {**{name: vars(cls()) for name, cls in sections().items()}, "loss": loss}
 
 
 def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
@@ -120,7 +115,7 @@ def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, An
         if parts:
             raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{parts[0]}: ...}}}}")
         if key in seen:
-            raise UsageError(f"{key} stands more than once in {path}; keep one")
+            raise UsageError(f"{key} is given more than once in {path}; keep one")
         seen.add(key)
         settings[section][name] = read_value(key, value, schema[key], f" in {path}")
 
@@ -134,15 +129,13 @@ def given_in(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield section, values
 
 
-def split_config(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The paths after ``--config``, and all other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[])
-    try:
-        known, flags = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from error
-    return known.config, flags
+def split_config(argv: list[str]) -> tuple[list[str], list[Flag], list[str]]:
+    """The paths after ``--config``, the other flags, and the words that belong to none."""
+    flags, others = split_flags(argv)
+    paths = [flag.text for flag in flags if flag.key == "config"]
+    if None in paths:
+        raise UsageError("--config: expected one argument")
+    return list(map(str, paths)), [flag for flag in flags if flag.key != "config"], others
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -232,15 +225,6 @@ def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> N
             raise UsageError(f"{section} in {path}: expected a mapping such as `{section}: {{{key}: ...}}`, got {got}")
 
 
-def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a nested mapping down to its leaves, each with its value."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses: Losses, place: str = "") -> None:
     """Refuse the first key that neither is in the schema nor lies inside a setting that is a mapping."""
     for key in keys:
@@ -251,7 +235,7 @@ def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses:
             raise UsageError(f"{key}{place}: {no_sum(method, next(iter(losses)))}")
         if section != "loss":
             raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}")
-        own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or close_to(key, [k]))]
+        own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or words.nearest(key, [k], cutoff=0.8))]
         hint = nearest(key, [*own, *(k for k in schema if k.endswith(f".{name}"))])
         raise UsageError(f"unknown key {key!r}{place}{hint} (the loss is {'+'.join(losses)!r})")
 
@@ -276,58 +260,36 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     return f": did you mean {same[0]!r}?" if same else words.nearest(name, accepted)
 
 
-def close_to(name: str, accepted: Iterable[str], cutoff: float = 0.8) -> list[str]:
-    """The accepted name that is spelled most like one."""
-    return difflib.get_close_matches(name, list(accepted), n=1, cutoff=cutoff)
-
-
-def build_parser(method: str, losses: Losses) -> Any:
-    """The parser whose help is the docstrings of a method's settings and losses; `take_flag` reads the flags."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    accepted = ", ".join(METHODS[method].losses)
-    parser = jsonargparse.ArgumentParser(
+def help_text(method: str, losses: Losses) -> str:
+    """What ``--help`` prints: every setting with its docstring, what it accepts and its default."""
+    parser = argparse.ArgumentParser(
         prog=f"fastalign {method}",
         usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
-        description=METHODS[method].help.capitalize() + ".",
-        formatter_class=plain_help(schema_of(losses)),
+        description=f"{METHODS[method].help.capitalize()}.",
     )
-    parser.add_argument(
-        "--config", default=argparse.SUPPRESS, help="YAML file of the settings below; flags win over it."
-    )
-    printing = "Print all settings as YAML and exit."
-    parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=printing)
-    for section, cls in sections().items():
-        parser.add_class_arguments(cls, section)
-    one = f"One of {accepted}; or your own, file.py:function. Each has its own settings. A list is a weighted sum."
-    parser.add_argument("--loss.name", type=list[str] | str, default=one_or_list(losses), help=one)
-    if len(losses) > 1:
-        weights = "One weight per loss; default: 1 each."
-        parser.add_argument("--loss.loss_weights", type=list[float] | None, default=None, help=weights)
-    seen: set[str | int] = set()
-    for loss in losses.values():
-        parser.add_function_arguments(loss.fn, "loss", as_group=not seen, skip=seen | set(positionals(loss.fn)))
-        seen |= set(inspect.signature(loss.fn).parameters)
-    for action in parser._actions:  # no public way to leave out --model FILE, --data FILE, ...
-        if action.dest in {"loss", *sections()}:
-            action.help = argparse.SUPPRESS
-    return parser
+    parser.add_argument("--config", help="YAML file of the settings below; flags win over it.")
+    parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
+    schema, texts = schema_of(losses), docstrings(method, losses)
+    for section, settings in defaults(losses).items():
+        group = parser.add_argument_group((texts[section] or section).rstrip("."))
+        for name, default in settings.items():
+            key = f"{section}.{name}"
+            written_default = default if isinstance(default, str) else in_yaml(default)
+            text = f"{texts.get(key, '')} (type: {describe_type(schema[key], key)}, default: {written_default})"
+            group.add_argument(f"--{key}", metavar=name.upper(), help=text.replace("%", "%%"))
+    return parser.format_help()
 
 
-def plain_help(schema: dict[str, str]) -> type:
-    """The formatter of ``--help`` that says in plain words what each setting accepts."""
-    import jsonargparse
+def docstrings(method: str, losses: Losses) -> dict[str, str | None]:
+    """What the docstrings of the dataclasses and the losses say of every section and setting."""
+    from docstring_parser import parse, parse_from_object
 
-    class PlainHelp(jsonargparse.DefaultHelpFormatter):
-        def _get_type_str(self, action: argparse.Action) -> str | None:
-            if action.dest in schema:
-                return describe_type(schema[action.dest], action.dest)
-            return super()._get_type_str(action)
-
-    return PlainHelp
-
-
-def positionals(loss: Callable[..., Any]) -> Iterator[str | int]:
-    """Names of the loss's data arguments, which are not settings."""
-    return (p.name for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY)
+    documents = {name: parse_from_object(cls) for name, cls in sections().items()}
+    texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
+    for loss in reversed([*losses.values()]):  # of a setting of several losses, the first one's counts
+        texts |= {f"loss.{p.arg_name}": p.description for p in parse(loss.fn.__doc__ or "").params}
+    names = f"One of {', '.join(METHODS[method].losses)}; or your own, file.py:function."
+    texts["loss.name"] = f"{names} Each has its own settings. A list is a weighted sum."
+    texts["loss.loss_weights"] = "One weight per loss; default: 1 each."
+    texts["loss"] = (next(iter(losses.values())).fn.__doc__ or "").partition("\n")[0]
+    return {**{name: document.short_description for name, document in documents.items()}, **texts}

@@ -26,7 +26,7 @@ from fastalign.engine.methods import METHODS, families
 LAST_WORDS = "FASTALIGN_LAST_WORDS"
 """Names the file in which rank 0 leaves to ``fastalign torchrun`` what an interrupted run says."""
 SECONDS_TO_BE_STOPPED = 10
-"""How long a rank whose peer is gone waits for torchrun to notice and to stop the others."""
+"""How long a rank whose peer is gone waits for torchrun to notice and stop the others."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def fail(message: str, code: int) -> int:
         traceback.print_exc()
     line = f"fastalign: error: {' '.join(message.split())}"
     if not is_rank_0():
-        # The same error on every rank is told once: during this nap rank 0's exit makes torchrun stop the others.
+        # Print an error of all ranks once: while this one sleeps, rank 0's exit makes torchrun stop the others.
         with quiet_end():
             time.sleep(10)
     write_error_file(line)
@@ -76,7 +76,7 @@ def write_error_file(line: str) -> None:
     """Leave the line where torchrun looks for the reason of a failure: its report then ends with it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with contextlib.suppress(OSError):  # the line itself is told anyway
+        with contextlib.suppress(OSError):  # the line itself is printed anyway
             Path(path).write_text(json.dumps(reason), encoding="utf-8")
 
 
@@ -93,11 +93,11 @@ def after_lost_peers() -> Iterator[None]:
 
 
 def leave(message: str, code: int) -> int:
-    """The end of an interrupted run, told by rank 0: the others let it go first, for torchrun kills who is left."""
+    """End an interrupted run: rank 0 reports it and exits first, as torchrun kills whoever is left."""
     if not is_rank_0():
         time.sleep(3)
         return code
-    if path := os.environ.get(LAST_WORDS):  # the launcher tells of it, and of the rank that was the reason
+    if path := os.environ.get(LAST_WORDS):  # the launcher prints it, with the rank that caused it
         with contextlib.suppress(OSError):
             Path(path).write_text(message, encoding="utf-8")
             return code
@@ -258,11 +258,11 @@ def torchrun(argv: list[str]) -> int:
         code, reason = run_ranks(options)
         del os.environ[LAST_WORDS]
         said = [reason, words.read_text(encoding="utf-8") if words.exists() else ""]
-    return fail("; ".join(filter(None, said)), code) if any(said) else code  # what failed by itself has told why
+    return fail("; ".join(filter(None, said)), code) if any(said) else code  # a rank that failed by itself has said why
 
 
 def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
-    """Start the ranks and wait for them: the exit code, and the reason of a failure that no rank could tell."""
+    """Start the ranks and wait for them: the exit code, and the reason of a failure that no rank could report."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

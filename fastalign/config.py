@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ class ReferenceConfig:
     """Parameter dtype; default: that of `model.dtype`."""
     cache: str = "auto"
     """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
-    of tokenised data, where that means less work."""
+    of tokenised data, where that means less work. A reference is known there by the bytes of its files, or by the
+    config and the seed of its random weights."""
 
     def __post_init__(self) -> None:
         expand_homes(self, "path", "cache")
@@ -181,8 +183,8 @@ class RunConfig:
     steps: int | None = None
     """Optimizer steps; default: `epochs`."""
     epochs: float = 1.0
-    """Passes over the data when `steps` is not given: each reads every example once, and the last step of the run is
-    shorter when `batch.size` does not divide them; a fraction reads so many of the examples, rounded up."""
+    """Passes over the data when `steps` is not given. Each reads every example once, and its last step is shorter when
+    `batch.size` does not divide them; a fraction reads so many of the examples, rounded up."""
     seed: int = 0
     """Seed of initial weights and data order."""
     log_every: int = 1
@@ -198,7 +200,7 @@ class RunConfig:
     keep: int = 2
     """Whole checkpoints kept."""
     resume: bool | str = False
-    """true: from the newest whole checkpoint in `output_dir` (afresh if it has none); or a checkpoint's path."""
+    """true: from the newest whole checkpoint in `output_dir` (a new run if it has none); or a checkpoint's path."""
     overwrite_later: bool = False
     """With `resume` at a checkpoint that has later ones: move these, and their lines of metrics.jsonl, to
     `superseded-N/` in `output_dir`, and go on; otherwise that is refused."""
@@ -226,8 +228,17 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a nested mapping down to its leaves, each with its value; an empty mapping is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 class Dumper(yaml.SafeDumper):
-    """YAML in which a text that begins like a number stands in quotes: PyYAML takes 1e5 and 0o17 for no numbers."""
+    """YAML that quotes a text which begins like a number: PyYAML does not read 1e5 and 0o17 as numbers."""
 
 
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\.?\d"), None)

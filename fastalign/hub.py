@@ -105,12 +105,12 @@ _LEVELS = {"datasets": logging.CRITICAL, "huggingface_hub": logging.ERROR}
 def why_not(name: str, kind: str, error: BaseException, remedy: str = "give a local directory") -> str:
     """Why a model, tokenizer or dataset of the hub could not be loaded, and what to do."""
     place = f"no file or directory {name!r} here" if kind == "dataset" else f"no directory {name!r} here"
-    lacking = f"the hub's local cache has no such {kind}"
+    missing = f"the hub's local cache has no such {kind}"
     if is_offline():
-        return f"{place}, {lacking}, and HF_HUB_OFFLINE=1 keeps from asking the hub: unset it, or {remedy}"
+        return f"{place}, {missing}, and HF_HUB_OFFLINE=1 forbids asking the hub: unset it, or {remedy}"
     if (reason := silent()) is not None:
         silence = f"the hub does not answer ({reason}; HF_HUB_OFFLINE=1 does not ask it)"
-        return f"{place}, {silence} and {lacking}: check the name and the network, or {remedy}"
+        return f"{place}, {silence} and {missing}: check the name and the network, or {remedy}"
     causes = [*_causes(error)]
     said = first_line(causes[-1])
     kinds = {type(cause) for cause in causes}

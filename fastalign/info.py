@@ -13,7 +13,7 @@ import torch
 from fastalign import __version__
 from fastalign.ops import dispatch
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors")
 OPTIONAL = ("flash-attn", "peft", "vllm", "tensorboard", "wandb", "trackio", "trl", "liger-kernel")
 
 
@@ -25,12 +25,13 @@ def collect() -> dict[str, Any]:
         cores, threads and the native extension's level or why it is absent; ``cuda``: version or None; ``devices``: a
         string each; ``ops``: op -> ``chosen`` (device type -> backend), ``backends`` (backend -> "usable" or why not).
     """
+    native = dispatch.reasons("token_logps")["cpp"]  # its instruction set, or why there is none
     return {
         "fastalign": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed(name) for name in (*PACKAGES, *OPTIONAL)},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": extension()},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": native},
         "cuda": torch.version.cuda,
         "devices": devices(),
         "ops": {**{op: describe(op) for op in dispatch.OPS}, "packed_attention": describe_attention()},
@@ -43,11 +44,6 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def extension() -> str:
-    """The instruction set of the native kernels, or why there are none."""
-    return dispatch.reasons("token_logps")["cpp"]
 
 
 def devices() -> list[str]:
@@ -85,13 +81,13 @@ def render(facts: dict[str, Any], as_json: bool = False) -> str:
     cpu = facts["cpu"]
     lines += [f"cpu   {cpu['cores']} cores, {cpu['threads']} threads; native extension {cpu['extension']}"]
     lines += [f"cuda  {device}" for device in facts["devices"] or ["no device"]]
-    for ops, state in alike(facts["ops"]):
+    for ops, state in grouped(facts["ops"]):
         chosen = ", ".join(f"{backend} on {kind}" for kind, backend in state["chosen"].items())
         lines += ["", f"{ops}: {chosen}", *(f"  {backend:8}{why}" for backend, why in state["backends"].items())]
     return "\n".join(lines)
 
 
-def alike(ops: dict[str, Any]) -> list[tuple[str, Any]]:
+def grouped(ops: dict[str, Any]) -> list[tuple[str, Any]]:
     """Ops of the same state under one heading."""
     states = [state for i, state in enumerate(ops.values()) if state not in list(ops.values())[:i]]
     return [(", ".join(op for op, other in ops.items() if other == state), state) for state in states]

@@ -6,8 +6,9 @@ S segments, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,85 @@ class Segments:
         return len(self.parents)
 
 
+Axis = Literal["token", "sequence"]
+"""What a column has a number for: each of the N scored tokens, or each of the B sequences."""
+
+
+TOKEN: dict[str, Axis] = {"axis": "token"}
+SEQUENCE: dict[str, Axis] = {"axis": "sequence"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a loss reads of a batch besides the policy's own outputs: one number per scored token or per sequence.
+
+    A column is None while it is not known. What belongs to a pair or a prompt stands at each of its sequences.
+
+    Attributes:
+        weights: ``[N]`` factor of each token's loss: the reduction, with the counts of the whole step inside; for
+            losses with a number per token.
+        ref_logps: ``[N]`` fp32 log-probs under the reference.
+        step_labels: ``[N]`` fp32, 1 for a right reasoning step and 0 for a wrong one.
+        example_weights: ``[B]`` factor of the loss of the sequence's pair or prompt, or of its own; for other losses.
+        scores: ``[B]`` fp32, what the data say of each sequence: a pair's margin, a label, a candidate's score.
+        baseline: ``[B]`` fp64, what unpaired losses measure log-ratios or rewards from.
+        mean_lengths: ``[B]`` fp64 scored tokens per chosen completion of the step, the divisor that makes an imitation
+            term a mean over tokens.
+        rank_margins: ``[B]`` the reference's margin of the rank that the sequence's pair has in the step.
+        rank_ratios: ``[B]`` the log-ratio of the same rank in the step on the other side of the pairs.
+    """
+
+    weights: Tensor | None = field(default=None, metadata=TOKEN)
+    ref_logps: Tensor | None = field(default=None, metadata=TOKEN)
+    step_labels: Tensor | None = field(default=None, metadata=TOKEN)
+    example_weights: Tensor | None = field(default=None, metadata=SEQUENCE)
+    scores: Tensor | None = field(default=None, metadata=SEQUENCE)
+    baseline: Tensor | None = field(default=None, metadata=SEQUENCE)
+    mean_lengths: Tensor | None = field(default=None, metadata=SEQUENCE)
+    rank_margins: Tensor | None = field(default=None, metadata=SEQUENCE)
+    rank_ratios: Tensor | None = field(default=None, metadata=SEQUENCE)
+
+    def known(self) -> dict[str, Tensor]:
+        """The columns that are not None, by name."""
+        return {name: value for name in AXES if (value := getattr(self, name)) is not None}
+
+    def read(self, name: str, loss: str) -> Tensor:
+        """A column that a loss cannot do without.
+
+        Raises:
+            ValueError: it is None.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{loss} reads the column {name} of the batch, which was not filled: see Columns")
+        return value
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Columns:
+        """The same with each column changed, such as moved to a device."""
+        return Columns(**{name: change(value) for name, value in self.known().items()})
+
+    def pick(self, index: Mapping[Axis, Any]) -> Columns:
+        """The entries of each axis at an index; columns of an axis without one are None."""
+        kept = {name: value for name, value in self.known().items() if AXES[name] in index}
+        return Columns(**{name: value[index[AXES[name]]] for name, value in kept.items()})
+
+    def at(self, stats: TokenStats) -> Columns:
+        """The entries of the rows, and where a chunk has them of the sequences, that the statistics are of."""
+        sequences: dict[Axis, Tensor] = {} if stats.sequences is None else {"sequence": stats.sequences}
+        return self.pick({"token": stats.rows, **sequences})
+
+    @staticmethod
+    def join(parts: Sequence[Columns]) -> Columns:
+        """The columns of parts one after the other, as far as every part knows them."""
+        known = [part.known() for part in parts]
+        common = [name for name in AXES if known and all(name in one for one in known)]
+        return Columns(**{name: torch.cat([one[name] for one in known]) for name in common})
+
+
+AXES: dict[str, Axis] = {f.name: f.metadata["axis"] for f in fields(Columns)}
+"""The axis of each column."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """A forest of token segments without padding: each segment is a prompt or a response.
@@ -50,12 +130,11 @@ class PackedBatch:
         example_ids: dataset position of each example in the batch, in order; names the batch in error messages.
         logical_tokens: tokens before sharing, the prompt counted once per response.
         cu_groups: ``[G+1]`` int32, offsets of the examples in the B sequences; stays on the host.
-        scores: ``[B]`` fp32, what the data say of each sequence: a pair's margin, a label, a candidate's score; for
-            process rewards ``[N]`` labels of the steps; empty where they say nothing.
-        mismatched: the same prompts with completions of other examples, one sequence each, for losses that compare.
-        both: each sequence and behind it the mismatched one of its prompt, which a reference scores in one pass; None
-            where its log-probs are known.
-        ref_logps: ``[N]`` fp32 log-probs under the reference, when known.
+        columns: all else that a loss reads.
+        ends: ``[B]`` int32, the segment in which each sequence ends; stays on the host; None where it was not laid out
+            by `fastalign.data.pack`.
+        companion: each sequence and behind it one with the same prompt and the completion of another example, for
+            losses that compare with these.
     """
 
     input_ids: Tensor
@@ -68,10 +147,9 @@ class PackedBatch:
     example_ids: tuple[int, ...]
     logical_tokens: int
     cu_groups: Tensor
-    scores: Tensor
-    mismatched: PackedBatch | None = None
-    both: PackedBatch | None = None
-    ref_logps: Tensor | None = None
+    columns: Columns = field(default_factory=Columns)
+    ends: Tensor | None = None
+    companion: PackedBatch | None = None
 
     @property
     def segments(self) -> Segments:
@@ -118,20 +196,21 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``, layouts excepted."""
-        return self._moved(
-            lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
-        )
+        return self._moved(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in host memory that a GPU copies from while it computes."""
-        return self._moved(lambda part: part.pin_memory())
+        return self._moved(Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor | PackedBatch], Tensor | PackedBatch]) -> PackedBatch:
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with what a device reads moved; layouts stay on the host."""
-        every = {f.name: getattr(self, f.name) for f in fields(self)}
-        layouts = ("cu_segments", "parents", "cu_seqlens", "cu_groups")
-        moved = {n: move(x) for n, x in every.items() if n not in layouts and isinstance(x, Tensor | PackedBatch)}
-        return replace(self, **moved)
+        tensors = {name: move(getattr(self, name)) for name in ("input_ids", "position_ids", "rows", "labels")}
+        companion = None if self.companion is None else self.companion._moved(move)
+        return replace(self, **tensors, columns=self.columns.map(move), companion=companion)
+
+    def fill(self, **columns: Tensor | None) -> PackedBatch:
+        """The same batch with these columns."""
+        return replace(self, columns=replace(self.columns, **columns))
 
 
 def attended(length: int, before: int = 0) -> int:
@@ -203,11 +282,8 @@ class PairLogps:
             beyond the length of the pair's shorter completion; for losses that weigh it otherwise.
         chosen_kls, rejected_kls: KL(reference || policy) over the vocabulary, summed over completion tokens; for losses
             that read it.
-        mean_chosen_length: scored tokens per chosen completion over the whole optimizer step, the divisor that makes
-            an imitation term a mean over tokens; None when these pairs are the whole step.
-        step: the pairs of the whole optimizer step over all ranks, detached, for losses that compare pairs with each
-            other; None when these pairs are all of them.
-        places: ``[P]`` int64 positions of these pairs in ``step``.
+        columns: all else that losses read, of the 2P sequences; None when these pairs are the whole optimizer step:
+            what depends on the step is then made of them.
     """
 
     chosen: Tensor
@@ -222,9 +298,7 @@ class PairLogps:
     ref_rejected_tails: Tensor | None = None
     chosen_kls: Tensor | None = None
     rejected_kls: Tensor | None = None
-    mean_chosen_length: float | Tensor | None = None
-    step: PairLogps | None = None
-    places: Tensor | None = None
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
@@ -234,11 +308,13 @@ class LabelledLogps:
     Attributes:
         logps, ref_logps: under the policy and under the reference.
         desirable: ``[B]`` bool, the completion is good.
+        baseline: ``[B]`` or ``[]``, what the loss measures from.
     """
 
     logps: Tensor
     ref_logps: Tensor
     desirable: Tensor
+    baseline: Tensor
 
 
 @dataclass(frozen=True)
@@ -256,16 +332,3 @@ class RankedLogps:
     lengths: Tensor
     rewards: Tensor
     cu_groups: Tensor
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """A micro-batch's share of the loss and the sums behind its metrics.
-
-    Attributes:
-        loss: ``[]``, already divided by the global count; connected to the graph.
-        metrics: detached sums by name; the engine adds them over micro-batches and ranks, then divides.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]

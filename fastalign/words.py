@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,6 +74,11 @@ def kind_of(value: Any) -> str:
     name = type(value).__name__
     inner = sorted({PLURALS.get(type(item).__name__, type(item).__name__) for item in value}) if name == "list" else []
     return KINDS.get(name, f"a {name}") + (f" of {' and '.join(inner)}" if inner else "")
+
+
+def shown(value: Any) -> str:
+    """A short value itself, otherwise its type: texts of the data stay out of messages."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)
 
 
 def members(node: ast.expr) -> list[ast.expr]:

@@ -43,7 +43,7 @@ class Flag(NamedTuple):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose words without quotes stay words; a key that is written twice is an error."""
+    """YAML whose words without quotes stay words; a key that is given twice is an error."""
 
     yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
 
@@ -52,7 +52,7 @@ class Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and "merge" not in key.tag]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{min(twice)!r} stands more than once; keep one", node.start_mark
+                None, None, f"{min(twice)!r} is given more than once; keep one", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -66,11 +66,7 @@ Loader.add_constructor("tag:yaml.org,2002:str", _word)
 
 
 def load(source: Any) -> Any:
-    """What a YAML file or a flag's text holds; words without quotes are left as `Plain`.
-
-    Raises:
-        ValueError: no valid YAML, or something in it that no setting takes, such as a list that holds itself.
-    """
+    """What a YAML file or a flag's text holds; words without quotes are left as `Plain`."""
     try:
         tree = yaml.load(source, Loader)
         free(tree)
@@ -82,14 +78,7 @@ def load(source: Any) -> Any:
 
 
 def read(value: Any, annotation: str) -> Any:
-    """A value as its setting takes it.
-
-    Args:
-        value: from `Loader`.
-        annotation: the setting's type as the code spells it.
-
-    Raises:
-        ValueError: the setting does not take it.
+    """A value from `Loader` as its setting takes it, whose type is given as the code spells it.
 
     Example:
         >>> read(Plain("off"), "str"), read(Plain("off"), "bool | None"), read(Plain("1e-6"), "float")
@@ -189,11 +178,7 @@ def as_number(text: str) -> int | float | None:
 
 
 def read_value(key: str, value: Any, annotation: str, place: str = "") -> Any:
-    """A value as the setting takes it.
-
-    Raises:
-        UsageError: the setting does not take it; ``place`` tells where a null stands.
-    """
+    """A value as the setting takes it."""
     try:
         return read(value, annotation)
     except (ValueError, OverflowError) as error:

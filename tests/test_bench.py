@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib.util
 import json
 import math
@@ -10,6 +12,8 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import common, measure, memory, peers, report, roof, run, sides, tables, train, workload
+from bench import common, gpu, measure, memory, ops, peers, report, sides, train, turns, workload
 from bench.__main__ import main as bench
 from bench.cases import cases
 from bench.field import Field, Setting
@@ -45,7 +49,7 @@ def test_every_candidate_is_timed_and_right(name):
     assert all((figure.error is None) == who.startswith("roof: ") for who, figure in figures.items() if figure.samples)
 
 
-@pytest.mark.parametrize("name", [name for name in cases(TOY) if "bf16" in name])
+@pytest.mark.parametrize("name", [name for name in cases(TOY) if "bf16" in name or "fp16" in name])
 def test_ours_is_right_in_16_bits(name):
     assert measure.run(cases(TOY)[name](), rounds=1)[measure.OURS].failure is None
 
@@ -115,7 +119,7 @@ def test_our_own_failure_is_not_hidden(monkeypatch, capsys):
     case.candidates[measure.OURS] = broken
     with pytest.raises(IndexError):
         measure.run(case, rounds=1)
-    monkeypatch.setattr(run.cases, "cases", lambda setting: {"double": lambda: case})
+    monkeypatch.setattr(ops.cases, "cases", lambda setting: {"double": lambda: case})
     assert bench(["ops", "--device", "cpu", "--rounds", "1", "--no-compile"]) == 1
     assert "FAILED: double: IndexError: row 3" in capsys.readouterr().out
 
@@ -124,7 +128,7 @@ def test_missed_targets_count_when_enforced(monkeypatch, capsys):
     slow = {"slow": lambda x: time.sleep(0.02) or {"y": x["x"] * 2}}
     for wanted, code in ((1.5, 0), (1e6, 1)):
         case = toy_case({"slow": wanted}, **slow)
-        monkeypatch.setattr(run.cases, "cases", lambda setting, case=case: {"double": lambda: case})
+        monkeypatch.setattr(ops.cases, "cases", lambda setting, case=case: {"double": lambda: case})
         torch.set_num_threads(2)  # one thread is timed in CPU time, and sleeping costs none
         assert bench(["ops", "--device", "cpu", "--rounds", "3", "--enforce", "--threads", "2"]) == code
         assert ("target missed: double: slow" in capsys.readouterr().out) == bool(code)
@@ -176,6 +180,18 @@ def test_an_absent_peer_is_left_out_with_its_reason(monkeypatch):
     assert "trl 1.2.0 is installed, 1.16.x" in peers.missing("trl")
 
 
+def test_no_module_imports_in_a_circle():
+    graph = {}
+    for path in (ROOT / "bench").rglob("*.py"):
+        found = graph[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("bench"):
+                found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    packages = {"bench", "bench.cases"}  # a package imports its modules, and they others of it
+    modules = {name: wanted & graph.keys() - packages for name, wanted in graph.items() if name not in packages}
+    assert len(modules) > 15 and list(graphlib.TopologicalSorter(modules).static_order())
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +233,7 @@ def results(tmp_path) -> Path:
     what = {"case": "double", "shape": "9", "dtype": "float32", "mode": "full"}
     peak = {"peak_mib": 3.0, "reserved_mib": 3.0, "outputs_mib": 1.0, "predicted_mib": 2.9}
     common.record("memory-cpu", [{**what, **peak, "who": "fastalign"}], where, tmp_path)
-    run = {"wall": [0, 1, 2, 3, 4], "cpu": [0, 1, 2, 3, 4], "losses": [0.7, 0.6], "peak_mib": 5, "ready_mib": 2}
+    run = {"wall": [1] * 4, "cpu": [1] * 4, "queued": [0] * 4, "losses": [0.7, 0.6], "peak_mib": 5, "ready_mib": 2}
     side = train.summarise([run], Workload("", steps=4, warmup=2))
     facts = {"task": "dpo", "dtype": "float32", "parameters": 9, "examples": 8}
     common.record("train-dpo", [{**facts, **side, "side": name} for name in ("fastalign", "trl")], where, tmp_path)
@@ -244,7 +260,7 @@ def test_a_lost_case_is_shown(results):
     times = {measure.OURS: 2.0, "peer": 1.0, "roof: copy": 0.5, "fastalign, in place": 0.4}
     what = {"case": "c", "shape": "s", "dtype": "d", "errors": {"y": 0.0}}
     rows = [{**what, "who": who, "p50_ms": ms} for who, ms in times.items()]
-    assert tables.best_peer(rows)["who"] == "peer"
+    assert ops.best_peer(rows)["who"] == "peer"
     assert "<td>peer<td>1.00<td>0.50" in report.losses([rows])
     assert "No case of this run is lost" in report.losses([rows[:1] + rows[2:]])
 
@@ -294,8 +310,29 @@ def test_a_package_without_bench_says_what_to_do(monkeypatch, tmp_path, capsys):
     assert error.count("\n") == 1 and "no bench/ beside the package" in error and "clone it" in error
 
 
-def test_the_gpu_script_is_valid_and_keeps_to_its_time():
-    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"]).returncode == 0
+def test_the_gpu_call_keeps_to_its_time_whatever_its_parts_do(tmp_path, monkeypatch, capsys):
+    words = ("-c print('DEVICE')", "-c import,nothing", "-c while(1):pass", "-c pass")
+    monkeypatch.setattr(gpu, "prepare", lambda call, wheels: None)
+    monkeypatch.setattr(gpu, "PARTS", [gpu.Part("bench", 5 if "while" in x else 60, x) for x in words])
+    monkeypatch.setattr(gpu.subprocess, "run", short(gpu.subprocess.run))
+    assert bench(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    told = (tmp_path / "summary.txt").read_text()
+    assert told == "".join(f"{line}\n" for line in capsys.readouterr().out.splitlines())
+    lines = [line.split("] ")[1] for line in told.splitlines()]
+    assert [line.split(" in ")[0].split(" after ")[0] for line in lines[:4]] == [
+        "exit 0",
+        "exit 1",
+        "STOPPED",
+        "exit 0",
+    ]
+    assert "cpu" in (tmp_path / "bench.log").read_text() and lines[-1] == "done"
+    assert bench(["gpu", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0"]) == 1
+    assert "no time left: -c pass" in capsys.readouterr().out
+
+
+def short(run):
+    """`subprocess.run` with limits of a tenth, so that nobody waits for them."""
+    return lambda *args, timeout, **options: run(*args, timeout=timeout / 10, **options)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -316,12 +353,12 @@ def toy_work(directory: Path, task: str, **more) -> Workload:
         str(directory), task=task, steps=4, warmup=1, examples=3, max_length=24, vocab_size=300, hidden_size=64,
         layers=1, threads=torch.get_num_threads(), lr=1e-2, **more,
     )  # fmt: skip
-    assert workload.prepare(toy, toy_pairs(40))["examples_seen"] == 12
+    assert sides.prepare(toy, toy_pairs(40))["examples_seen"] == 12
     return toy
 
 
 def run_side(name: str, work: Workload) -> dict:
-    sides.run(name, work, profile=False)
+    sides.run(name, work)
     return json.loads((work.path / f"{name}.json").read_text())
 
 
@@ -334,7 +371,7 @@ def run_side(name: str, work: Workload) -> dict:
 def test_both_sides_train_alike(task, known, alike, tmp_path):
     work = toy_work(tmp_path, task, precomputed=known)
     ours = run_side("fastalign", work)
-    assert len(ours["wall"]) == work.steps + 1 == len(ours["tokens"]) + 1 and min(ours["flops"]) > 0
+    assert len(ours["wall"]) == work.steps == len(ours["tokens"]) and min(ours["flops"]) > 0
     if task == "dpo":
         assert ours["losses"][0] == pytest.approx(math.log(2), abs=1e-7)
     if reason := peers.missing("trl"):
@@ -346,10 +383,83 @@ def test_both_sides_train_alike(task, known, alike, tmp_path):
 
 def test_the_roof_is_measured_at_the_models_shapes(tmp_path):
     work = Workload(str(tmp_path), hidden_size=64, layers=1, vocab_size=300, threads=1)
-    assert (300, 64, 1) in roof.shapes(work)
-    sides.run("roof", work, profile=False)
+    assert (300, 64, 1) in sides.product_shapes(work)
+    sides.run("roof", work)
     rates = json.loads((tmp_path / "roof.json").read_text())
     assert rates["torch.mm"] > 0 and all(rate < 1e5 for rate in rates.values())
+
+
+STEPS = """
+import os, sys, time
+name, log, fail, done = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[5])
+for step in range(5):
+    os.write(done, b".")
+    assert sys.stdin.buffer.read(1)
+    if step == fail:
+        sys.exit("out of memory")
+    with open(log, "a", buffering=1) as file:
+        file.write(f"{name} begins {step}\\n")
+        time.sleep(0.01)
+        file.write(f"{name} ends {step}\\n")
+"""
+
+
+def start_steps(name: str, directory: Path, fail: int = -1) -> turns.Side:
+    command = [sys.executable, "-c", STEPS, name, str(directory / "steps"), str(fail)]
+    return turns.Side(name, command, directory / f"{name}.log", {})
+
+
+def test_sides_take_turns_step_by_step(tmp_path):
+    turns.take_turns([partial(start_steps, name, tmp_path) for name in "ab"], steps=4)
+    lines = [line.split() for line in (tmp_path / "steps").read_text().splitlines()]
+    for begun, ended in zip(lines[0::2], lines[1::2], strict=True):
+        assert (begun[0], begun[2]) == (ended[0], ended[2]) and begun[1] == "begins", "two worked at a time"
+    steps = [[int(line[2]) for line in lines[0::2][i : i + 2]] for i in range(0, 10, 2)]
+    assert steps == [[step] * 2 for step in range(5)], "what comes after the last step counts as the fifth here"
+
+
+def test_a_side_can_take_its_steps_in_a_row(tmp_path):
+    turns.take_turns([partial(start_steps, name, tmp_path) for name in "ab"], steps=4, in_a_row=True)
+    names = [line.split()[0] for line in (tmp_path / "steps").read_text().splitlines()]
+    assert "".join(names[:16]) == "a" * 8 + "b" * 8
+
+
+def test_the_ratio_leaves_out_what_a_side_waited_for_a_core(capsys):
+    work = Workload("", steps=3, warmup=0, threads=2)
+    same = {"losses": [0.7], "peak_mib": 5, "ready_mib": 2}
+    quick = {"wall": [1.0, 2.0, 5.0], "queued": [0.0, 1.0, 4.0], "cpu": [2.0, 2.0, 2.0]}
+    slow = {"wall": [2.0, 2.5, 3.0], "queued": [0.0, 0.5, 9.0], "cpu": [4.0, 4.0, 4.0]}  # in line by several threads
+    ours, theirs = (train.summarise([{**run, **same}], work) for run in (quick, slow))
+    assert ours["own_seconds"] == [1.0] * 3 and theirs["own_seconds"] == [2.0] * 3
+    assert train.times_as_fast(ours, theirs, work) == 2.0
+    assert train.times_as_fast(ours, theirs, replace(work, neighbours=1)) == 1.25
+    assert train.in_line(ours) == pytest.approx(5 / 8)
+    train.print_disturbed({"fastalign": ours, "again": {**ours, "own_seconds": ours["step_seconds"]}})
+    assert capsys.readouterr().out.startswith("fastalign stood in line for a core 62% of the time")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_a_side_goes_ahead_of_others_where_that_is_allowed(tmp_path):
+    try:  # what this process may, its children may
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except OSError as refused:
+        pytest.skip(str(refused))
+    look = "import os, sys, time; time.sleep(0.3); sys.exit(os.sched_getscheduler(0) != os.SCHED_RR)"
+    turns.Side("a", [sys.executable, "-c", look], tmp_path / "log", {}, ahead=True).end()
+
+
+def test_a_side_that_fails_ends_the_others(tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)b failed.*out of memory"):
+        turns.take_turns([partial(start_steps, "a", tmp_path), partial(start_steps, "b", tmp_path, 2)], steps=4)
+
+
+def test_a_step_lasts_from_one_turn_to_the_next(monkeypatch):
+    log = turns.StepLog(turns=0)
+    monkeypatch.setattr(turns, "wait_for_turn", lambda done: time.sleep(0.2))
+    log.tick()
+    log.tick()
+    assert len(log.wall) == len(log.cpu) == len(log.queued) == 1 and log.wall[0] < 0.1
 
 
 def test_neighbours_are_busy_while_a_side_runs_and_gone_after():
@@ -362,14 +472,14 @@ def test_neighbours_are_busy_while_a_side_runs_and_gone_after():
 
 def test_the_summary_counts_timed_steps_only():
     work = Workload("", steps=4, warmup=2, examples=8)
-    run = {"wall": [0, 9, 18, 19, 21], "cpu": [0, 9, 18, 20, 24], "losses": [0.7] * 4, "peak_mib": 5, "ready_mib": 2}
+    run = {"wall": [9, 9, 1, 2], "cpu": [9, 9, 2, 4], "queued": [0] * 4, "losses": [0.7], "peak_mib": 5, "ready_mib": 2}
     row = train.summarise([run], work)
     assert row["examples_per_second"] == pytest.approx(16 / 3)
     assert row["cpu_seconds_per_step"] == pytest.approx(3)
 
 
 def test_turns_are_cut_at_the_last_answer():
-    turns = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    row = {"chosen": f"{turns} d", "rejected": f"{turns} e"}
-    assert workload.split_turns(row) == {"prompt": turns, "chosen": " d", "rejected": " e"}
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": f"{prompt} d", "rejected": f"{prompt} e"}
+    assert workload.split_turns(row) == {"prompt": prompt, "chosen": " d", "rejected": " e"}
     assert workload.split_turns({**row, "rejected": "\n\nHuman: x\n\nAssistant: e"}) is None

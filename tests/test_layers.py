@@ -20,7 +20,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 TIERS = [
     {"_C", "fastalign_kernels"},
-    {"config", "types", "words", "hub"},
+    {"config", "types", "words", "hub", "disk"},
     {"ops"},
     {"losses", "data", "models"},
     {"parallel"},

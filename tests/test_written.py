@@ -111,7 +111,7 @@ def test_quotes_make_a_text_of_any_word(tmp_path):
 @pytest.mark.parametrize("text", ["optim: {lr: 1, lr: 2}", "optim: {lr: 1}\nrun: {}\noptim: {eps: 1}"])
 def test_a_key_that_stands_twice_is_refused(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(UsageError, match=r"is not valid YAML: '(lr|optim)' stands more than once; keep one"):
+    with pytest.raises(UsageError, match=r"is not valid YAML: '(lr|optim)' is given more than once; keep one"):
         parse_config("sft", ["--config", str(tmp_path / "run.yaml")])
 
 
@@ -313,7 +313,7 @@ def test_a_file_given_once_more_wins_over_those_between(tmp_path):
 
 def test_a_setting_that_stands_in_its_section_and_alone_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("optim.lr: 1\noptim: {lr: 2}")
-    with pytest.raises(UsageError, match=r"^optim\.lr stands more than once in .*; keep one$"):
+    with pytest.raises(UsageError, match=r"^optim\.lr is given more than once in .*; keep one$"):
         parse_config("sft", ["--config", str(tmp_path / "run.yaml")])
     (tmp_path / "run.yaml").write_text("optim.lr: 2")
     assert parse_config("sft", ["--config", str(tmp_path / "run.yaml")]).optim.lr == 2

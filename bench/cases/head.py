@@ -1,4 +1,4 @@
-"""The LM head: ``linear_loss`` and ``linear_logps`` from hidden states, beside every head that can be had.
+"""The LM head: cross-entropy by ``linear_loss`` from hidden states, beside every head that can be had.
 
 One GEMM over the head costs 2NVD. The least for a loss with all gradients is three of them.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from bench import peers
 from bench.field import (
     BF16,
+    FP16,
     FP32,
     OURS,
     ROOF,
@@ -163,6 +164,7 @@ def cross_entropy(
     masked: float = 0.0,
     softcap: float | None = None,
     model: str = "",
+    calls: int = 1,
     targets: dict[str, float] | None = None,
 ) -> Case:
     """Mean cross-entropy with the gradients of hidden states and, unless ``frozen``, weight.
@@ -196,6 +198,7 @@ def cross_entropy(
         targets=targets or {},
         roof=BARE,
         least=(2 / 3 if frozen else 1.0) * (1 - masked),
+        calls=calls,
     )
 
 
@@ -219,120 +222,151 @@ def every_row(x: Inputs) -> Outputs:
     return {"loss of all rows": trained(every, x)["loss"]}
 
 
-# --- log-probs -------------------------------------------------------------------------------------------------------
+# --- an adapter (LoRA) on a frozen head: `lora=` beside merging it into the weight -----------------------------------
+
+SCALE = 2.0
+ADAPTER = ("hidden", "a", "b")
 
 
-def eager_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits in full."""
-    logits = F.linear(hidden, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+def adapter_inputs(generator: torch.Generator, *, n: int, d: int, v: int, rank: int, dtype: torch.dtype) -> Inputs:
+    """A frozen head and an adapter some way into training."""
+    x = inputs(generator, n=n, d=d, v=v, dtype=dtype, frozen=True)
+    x["a"] = draw(generator, rank, d, scale=d**-0.5, dtype=dtype).requires_grad_()
+    x["b"] = draw(generator, v, rank, scale=0.2, dtype=dtype).requires_grad_()
+    return x
 
 
-def our_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
-    from fastalign.ops import linear_logps
-
-    logps = linear_logps(hidden, weight, labels, num_scored=len(labels), **options)
-    assert isinstance(logps, Tensor)
-    return logps
+def merged(x: Inputs) -> Tensor:
+    """The weight with the adapter in it: ``[V, D]``, trained through the adapter."""
+    return x["weight"] + SCALE * (x["b"] @ x["a"])
 
 
-def log_probs(
-    setting: Setting, *, n: int, d: int, v: int, dtype: torch.dtype, grad: bool, targets: dict[str, float] | None = None
+def eager_adapter(x: Inputs) -> Tensor:
+    """Two more products onto logits in full."""
+    extra = SCALE * F.linear(F.linear(x["hidden"], x["a"]), x["b"])
+    logits = F.linear(x["hidden"], x["weight"]) + extra
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), x["labels"])
+
+
+def eager_merged(x: Inputs) -> Tensor:
+    """One product with the merged weight."""
+    return linear_cross_entropy(x["hidden"], merged(x), x["labels"])
+
+
+def our_adapter(x: Inputs, *, scored: int) -> Tensor:
+    return ours(x, scored=scored, lora=(x["a"], x["b"], SCALE))
+
+
+def our_merged(x: Inputs, *, scored: int) -> Tensor:
+    return ours({**x, "weight": merged(x)}, scored=scored)
+
+
+def trl_merged(x: Inputs) -> Tensor:
+    """TRL's head takes no adapter: the weight is merged first."""
+    return -peers.trl_head(x["hidden"], merged(x), x["labels"]).mean()
+
+
+def bare_head(x: Inputs, *, scored: int) -> Outputs:
+    """The frozen head without its adapter."""
+    found = trained(partial(ours, scored=scored), x)
+    return {"loss of the bare head": found["loss"]}
+
+
+def adapter_truth(x: Inputs) -> Outputs:
+    """Float64, with the loss of the bare head."""
+    wide = in64(x)
+    return {**trained(eager_adapter, wide, ADAPTER), "loss of the bare head": eager(wide).detach()}
+
+
+def adapter(
+    setting: Setting,
+    *,
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype,
+    rank: int = 16,
+    targets: dict[str, float] | None = None,
 ) -> Case:
-    """Log-probs; with ``grad`` all gradients. The upstream only comes in backward, so logits are made twice."""
+    """Mean cross-entropy with the gradients of hidden states and adapter."""
     size = setting.sizes(N=n, D=d, V=v)
     n, d, v = size["N"], size["D"], size["V"]
     field = Field(setting)
-    roof = ROOF + ("four GEMMs" if grad else "one GEMM")
-    field.runs[roof] = gemms(4 if grad else 1)
-
-    def enter(name: str, head: Callable[[Tensor, Tensor, Tensor], Tensor], **needs) -> None:
-        if grad:
-            loss = lambda x: (head(x["hidden"], x["weight"], x["labels"]) * x["upstream"]).mean()  # noqa: E731
-            field.add_loss(name, loss, **needs)
-        else:
-            field.add(name, partial(no_grad, head), **needs)
-
-    enter("eager", eager_logps)
-    enter(OURS, our_logps)
-    enter("torch.compile", torch.compile(eager_logps, dynamic=False), compiled=True)
-    enter("TRL fused head", peers.trl_head, package="trl")
-    enter(token_head_name(setting), peers.liger_token_head, package="liger_kernel")
-    enter("verl's chunked head", peers.verl_head, package="verl")
+    field.runs[BARE] = gemms(3)
+    field.add_loss("eager", eager_adapter, ADAPTER)
+    field.add_loss("eager, merged weight", eager_merged, ADAPTER)
+    field.add_loss(OURS, partial(our_adapter, scored=n), ADAPTER)
+    field.add_loss("fastalign, merged weight", partial(our_merged, scored=n), ADAPTER)
+    field.add("fastalign, no adapter", partial(bare_head, scored=n))
+    field.add_loss("TRL fused head, merged weight", trl_merged, ADAPTER, package="trl")
     return Case(
-        "linear_logps" + (" forward + backward" if grad else " forward"),
-        f"N{n} D{d} V{v}",
+        "linear_loss cross-entropy, adapter on a frozen head",
+        f"N{n} D{d} V{v} rank {rank}",
         dtype,
-        partial(inputs, n=n, d=d, v=v, dtype=dtype),
-        lambda x: field.runs["eager"](in64(x)),
+        partial(adapter_inputs, n=n, d=d, v=v, rank=rank, dtype=dtype),
+        adapter_truth,
         field,
         targets=targets or {},
-        roof=roof,
-        least=0.75 if grad else 1.0,
+        roof=BARE,
+        least=2 / 3,
     )
-
-
-def no_grad(head: Callable[[Tensor, Tensor, Tensor], Tensor], x: Inputs) -> Outputs:
-    """Log-probs alone, as a reference pass makes them."""
-    with torch.no_grad():
-        return {"logps": head(x["hidden"], x["weight"], x["labels"])}
 
 
 # --- the list --------------------------------------------------------------------------------------------------------
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
-    """The one-pass head, frozen and masked; composable log-probs; named models; sizes where plain torch wins."""
-    return (gpu_cases if setting.gpu else cpu_cases)(
-        partial(partial, cross_entropy, setting), partial(partial, log_probs, setting)
-    )
+    """The one-pass head, frozen, masked, with an adapter; named models; sizes where plain torch wins."""
+    kinds = (cross_entropy, adapter)
+    return (gpu_cases if setting.gpu else cpu_cases)(*(partial(partial, kind, setting) for kind in kinds))
 
 
-def cpu_cases(head, logps) -> dict[str, Callable[[], Case]]:
+def cpu_cases(head, adapted) -> dict[str, Callable[[], Case]]:
     base = {"n": 1024, "d": 512, "v": 32000}
     wanted = {BARE: 1 / 1.20, "TRL fused head": 1.8}
     half, skip = {"fastalign, trainable head": 1 / 0.75}, {"fastalign, every row": 1 / 0.45}
     return {
         "linear_loss-fp32": head(**base, dtype=FP32, targets=wanted),
         "linear_loss-bf16": head(**base, dtype=BF16, targets=wanted),
+        "linear_loss-fp16": head(**base, dtype=FP16),
         "linear_loss-frozen-fp32": head(**base, dtype=FP32, frozen=True, targets=half),
         "linear_loss-frozen-bf16": head(**base, dtype=BF16, frozen=True, targets=half),
+        "linear_loss-frozen-fp16": head(**base, dtype=FP16, frozen=True),
         "linear_loss-masked-fp32": head(**base, dtype=FP32, masked=0.6, targets=skip),
         "linear_loss-masked-bf16": head(**base, dtype=BF16, masked=0.6, targets=skip),
+        "linear_loss-masked-fp16": head(**base, dtype=FP16, masked=0.6),
+        "linear_loss-adapter-fp32": adapted(**base, dtype=FP32),
         "linear_loss-qwen3": head(n=128, d=1024, v=151936, dtype=BF16, model="Qwen3-0.6B"),
         "linear_loss-small-vocabulary": head(n=256, d=512, v=512, dtype=FP32),
         "linear_loss-few-rows": head(n=4, d=512, v=32000, dtype=FP32),
-        "linear_loss-cost-of-a-call": head(n=64, d=64, v=256, dtype=FP32),
-        "linear_logps-cost-of-a-call": logps(n=64, d=64, v=256, dtype=FP32, grad=True),
-        "linear_logps-forward-fp32": logps(**base, dtype=FP32, grad=False),
-        "linear_logps-backward-fp32": logps(**base, dtype=FP32, grad=True),
+        "linear_loss-fixed-cost": head(n=64, d=64, v=256, dtype=FP32, calls=20, targets={"eager": 1 / 3}),
     }
 
 
-def gpu_cases(head, logps) -> dict[str, Callable[[], Case]]:
+def gpu_cases(head, adapted) -> dict[str, Callable[[], Case]]:
     triton = {"TRL fused head": 3.0, "Liger fused linear CE": 3.0}
     one = {BARE: 1 / 1.12, **triton, "Liger SM90 per-token op": 1.2, "quack linear CE": 0.95}
     one |= {"cut-cross-entropy": 1.2, "cut-cross-entropy, exact": 1.7}
-    two, again = {BARE: 1 / 0.72, **triton}, {ROOF + "four GEMMs": 1 / 1.10}
-    once = {ROOF + "one GEMM": 1 / 1.08}
+    two, skip, cheap = (
+        {BARE: 1 / 0.72, **triton},
+        {"fastalign, every row": 1 / 0.45},
+        {"fastalign, no adapter": 1 / 1.05},
+    )
+    big = {"n": 8192, "d": 4096, "dtype": BF16}
     found: dict[str, Callable[[], Case]] = {}
     for v, model in ((131072, ""), (151936, "Qwen3-8B")):
-        base, tag = {"n": 8192, "d": 4096, "v": v, "dtype": BF16}, model.lower() or str(v)
+        tag = model.lower() or str(v)
         found |= {
-            f"linear_loss-{tag}": head(**base, targets=one, model=model),
-            f"linear_loss-frozen-{tag}": head(**base, frozen=True, targets=two, model=model),
-            f"linear_logps-forward-{tag}": logps(**base, grad=False, targets=once),
-            f"linear_logps-backward-{tag}": logps(**base, grad=True, targets=again),
+            f"linear_loss-{tag}": head(**big, v=v, targets=one, model=model),
+            f"linear_loss-frozen-{tag}": head(**big, v=v, frozen=True, targets=two, model=model),
         }
+    llama = {"n": 4096, "d": 4096, "v": 128256, "dtype": BF16, "model": "Llama-3-8B"}
     return {
         **found,
-        "linear_loss-masked-131072": head(
-            n=8192, d=4096, v=131072, dtype=BF16, masked=0.6, targets={"fastalign, every row": 1 / 0.45}
-        ),
-        "linear_loss-llama3": head(
-            n=4096, d=4096, v=128256, dtype=BF16, model="Llama-3-8B", targets={"quack linear CE": 0.95}
-        ),
+        "linear_loss-fp16-131072": head(n=8192, d=4096, v=131072, dtype=FP16, targets={BARE: 1 / 1.12}),
+        "linear_loss-masked-131072": head(**big, v=131072, masked=0.6, targets=skip),
+        "linear_loss-adapter-131072": adapted(**big, v=131072, targets=cheap),
+        "linear_loss-llama3": head(**llama, targets={"quack linear CE": 0.95}),
         "linear_loss-gemma2": head(n=8192, d=2304, v=256000, dtype=BF16, softcap=30.0, model="Gemma-2-2B"),
         "linear_loss-small-vocabulary": head(n=4096, d=1024, v=512, dtype=BF16),
         "linear_loss-few-rows": head(n=16, d=4096, v=151936, dtype=BF16, model="Qwen3-8B"),

@@ -151,6 +151,7 @@ def token_logps(
     inplace: bool = False,
     softcap: float | None = None,
     model: str = "",
+    calls: int = 1,
     targets: dict[str, float] | None = None,
 ) -> Case:
     """Log-probs of the labels, with ``entropy`` also the entropy, with ``grad`` also the gradient of the logits.
@@ -177,6 +178,7 @@ def token_logps(
         targets=targets or {},
         roof=COPY,
         least=1.5 if grad else 0.5,  # sweeps over the logits, in copies: a copy reads and writes
+        calls=calls,
     )
 
 
@@ -219,4 +221,5 @@ def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
         ),
         "token_logps-backward-small-vocabulary": make(n=4096, v=64, dtype=FP32, grad=True),
         "token_logps-forward-one-row": make(n=1, v=512, dtype=FP32, grad=False),
+        "token_logps-fixed-cost": make(n=64, v=256, dtype=FP32, grad=True, calls=20, targets={"eager": 1 / 3}),
     }

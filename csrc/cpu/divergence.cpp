@@ -3,8 +3,6 @@
 
 namespace fastalign::LEVEL {
 
-// The same in double, for gradient checks; and the gradient.
-void divergence_float64(const Divergence& op, Walk walk, int threads);
 void divergence_gradient(const Divergence& op, int threads);
 
 namespace {
@@ -275,7 +273,6 @@ void mixture_sums(const Divergence& op, int threads) {
 }  // namespace
 
 void divergence(const Divergence& op, Walk walk, int threads) {
-  if (op.wide()) return divergence_float64(op, walk, threads);
   if (walk == Walk::backward) return divergence_gradient(op, threads);
   if (walk == Walk::mixture) return mixture_sums(op, threads);
   if (op.kind != Kind::jsd) return fold_rows<true>(op, threads);

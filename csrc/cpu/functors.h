@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "policy_loss.h"
 
@@ -59,14 +60,13 @@ inline Value kl(const PolicyLoss& op, double y) {
   return {change - clamped, inside ? -change : 0, false, false};
 }
 
-// A view of the table and the inputs in the type of the statistics.
-template <class F>
+// A view of the table and the inputs.
 struct Policy {
   const PolicyLoss& op;
 
-  F& at(Column column, int64_t row) const { return static_cast<F*>(op.table)[column * op.rows.rows + row]; }
+  float& at(Column column, int64_t row) const { return static_cast<float*>(op.table)[column * op.rows.rows + row]; }
   static double get(const void* values, int64_t row, double otherwise) {
-    return values ? double(static_cast<const F*>(values)[row]) : otherwise;
+    return values ? double(static_cast<const float*>(values)[row]) : otherwise;
   }
   Token token(int64_t row) const {
     double logps = at(kLogps, row), advantage = get(op.advantages, row, 1);
@@ -86,9 +86,9 @@ struct Policy {
     double loss = -w * (t.advantage * v.value), g = -w * (t.advantage * v.slope);
     if (op.kl_coef != 0) loss += w * op.kl_coef * k.value, g += w * op.kl_coef * k.slope;
     double bonus = op.entropy_coef != 0 ? w * op.entropy_coef : 0;
-    if (bonus != 0) loss -= bonus * at(kEntropy, row), at(kAlpha, row) = F(bonus * at(kEntropy, row));
-    at(kLoss, row) = F(loss), at(kG, row) = F(g), at(kBeta, row) = F(bonus);
-    at(kRatio, row) = F(t.ratio), at(kKl, row) = F(k.value), at(kClipLow, row) = v.low, at(kClipHigh, row) = v.high;
+    if (bonus != 0) loss -= bonus * at(kEntropy, row), at(kAlpha, row) = float(bonus * at(kEntropy, row));
+    at(kLoss, row) = float(loss), at(kG, row) = float(g), at(kBeta, row) = float(bonus);
+    at(kRatio, row) = float(t.ratio), at(kKl, row) = float(k.value), at(kClipLow, row) = v.low, at(kClipHigh, row) = v.high;
   }
 };
 

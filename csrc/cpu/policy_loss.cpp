@@ -4,6 +4,7 @@
 
 #include "cpu/functors.h"
 #include "cpu/rows.h"
+#include "cpu/typed.h"
 
 namespace fastalign::LEVEL {
 namespace {
@@ -70,7 +71,7 @@ struct Row {
     Scratch<Partial> partials = scratch<Partial>("policy_loss", slabs);
     for (int64_t k = 0; k < slabs; ++k) partials[k] = read[k].partial;
     finish_row<T, form>(rows, row, partials.get());
-    Policy<float>{op}.finish(row);
+    Policy{op}.finish(row);
   }
 
   void write(int64_t slab, const Slab& read) const {
@@ -142,27 +143,16 @@ void run_form(const PolicyLoss& op, int threads) {
 }
 
 template <class T>
-void run_dtype(const PolicyLoss& op, int threads) {
+void run_dtype(const PolicyLoss& op, int threads, T*) {
   if (op.rows.softcap != 0) return run_form<T, Form::capped>(op, threads);
   bool plain = !op.rows.temperatures && op.rows.temperature == 1 && op.rows.logit_scale == 1;
   (plain ? run_form<T, Form::plain> : run_form<T, Form::scaled>)(op, threads);
 }
 
-void run_float64(const PolicyLoss& op, int threads) {
-  token_logps_float64(op.rows, false, threads);
-  for (int64_t row = 0; row < op.rows.rows; ++row) Policy<double>{op}.finish(row);
-  if (op.rows.grad.data) token_logps_float64(op.rows, true, threads);
-}
-
 }  // namespace
 
 void policy_loss(const PolicyLoss& op, int threads) {
-  switch (op.rows.dtype) {
-    case Dtype::float32: return run_dtype<float>(op, threads);
-    case Dtype::bfloat16: return run_dtype<bfloat16>(op, threads);
-    case Dtype::float16: return run_dtype<float16>(op, threads);
-    case Dtype::float64: return run_float64(op, threads);
-  }
+  with_type(op.rows.dtype, [&](auto* type) { run_dtype(op, threads, type); });
 }
 
 }  // namespace fastalign::LEVEL

@@ -9,10 +9,6 @@
 #include "token_logps.h"
 
 namespace fastalign::LEVEL {
-
-// The same in double, for gradient checks.
-void token_logps_float64(const TokenLogps& op, bool backward, int threads);
-
 namespace {
 
 constexpr int kGroup = 8;         // vectors folded together

@@ -2,6 +2,7 @@
 #include "token_logps.h"
 
 #include "cpu/rows.h"
+#include "cpu/typed.h"
 
 namespace fastalign::LEVEL {
 namespace {
@@ -39,7 +40,7 @@ void run_form(const TokenLogps& op, bool backward, int threads) {
 }
 
 template <class T>
-void run_dtype(const TokenLogps& op, bool backward, int threads) {
+void run_dtype(const TokenLogps& op, bool backward, int threads, T*) {
   if (op.softcap != 0) return run_form<T, Form::capped>(op, backward, threads);
   bool plain = !op.temperatures && op.temperature == 1 && op.logit_scale == 1;
   (plain ? run_form<T, Form::plain> : run_form<T, Form::scaled>)(op, backward, threads);
@@ -48,12 +49,7 @@ void run_dtype(const TokenLogps& op, bool backward, int threads) {
 }  // namespace
 
 void token_logps(const TokenLogps& op, bool backward, int threads) {
-  switch (op.dtype) {
-    case Dtype::float32: return run_dtype<float>(op, backward, threads);
-    case Dtype::bfloat16: return run_dtype<bfloat16>(op, backward, threads);
-    case Dtype::float16: return run_dtype<float16>(op, backward, threads);
-    case Dtype::float64: return token_logps_float64(op, backward, threads);
-  }
+  with_type(op.dtype, [&](auto* type) { run_dtype(op, backward, threads, type); });
 }
 
 }  // namespace fastalign::LEVEL

@@ -48,6 +48,7 @@ TEST_SHARE = 10  # one module in so many is held out
 MIN_WORDS = 3  # shorter docstrings say nothing
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "_bundled"}
 _CANDIDATES = 16  # docstrings of other objects among which the one nearest in length becomes the rejected side
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _OWN = 0.5  # of the steps, the share that stays
 _SENTENCE_END = re.compile(r"(?<=[.!?:])(\s+)")
 
@@ -62,18 +63,14 @@ class Docstring:
 
 
 def load(name: str, split: str = "train", seed: int = 0) -> Dataset:
-    """The rows of ``builtin:NAME``.
-
-    Raises:
-        ValueError: an unknown name or split.
-    """
+    """The rows of ``builtin:NAME``."""
     if split not in SPLITS:
         raise ValueError(f"data.split: 'builtin:{name}' has the splits train and test, got {split!r}")
     return SOURCES[known(name)](split, seed)
 
 
 def known(name: str, setting: str = "data.path") -> str:
-    """The name, when there is a built-in dataset of this name."""
+    """Return the name of a built-in dataset, or refuse it."""
     if name not in SOURCES:
         names = ", ".join(f"builtin:{n}" for n in SOURCES)
         raise ValueError(f"{setting}: expected one of {names}, got 'builtin:{name}'")
@@ -89,9 +86,7 @@ def docstring_pairs(split: str = "train", seed: int = 0) -> Dataset:
     ``probability``: how sure a reader is of the true one (`CONFIDENCE`); ``completions`` and their ``scores``: the
     docstring (1), truncated where possible (0.5) and another's (0).
 
-    Args:
-        split: ``train``, or ``test``: the modules held out.
-        seed: of the rejected sides; the split does not depend on it.
+    The split does not depend on the seed.
     """
     documents = [d for d in corpus() if is_held_out(d.module) == (split == "test")]
     return Dataset.from_list([_pair(d, documents, random.Random(f"{seed}:{d.heading}")) for d in documents])
@@ -102,11 +97,9 @@ def docstring_steps(split: str = "train", seed: int = 0) -> Dataset:
 
     Columns: ``prompt`` (heading and a line break), ``completions`` (the sentences, of which each was exchanged by the
     toss of a coin for one of another docstring) and ``labels`` (true for its own).
-
-    Args:
-        split, seed: as in `docstring_pairs`.
     """
-    documents = [(d, _sentences(d.text)) for d in corpus() if is_held_out(d.module) == (split == "test")]
+    chosen = [d for d in corpus() if is_held_out(d.module) == (split == "test")]
+    documents = [(d, [text for text in _SENTENCE_END.split(d.text)[::2] if text.strip()]) for d in chosen]
     pool = [sentence for _, own in documents for sentence in own]
     long = [(d, own, random.Random(f"{seed}:{d.heading}")) for d, own in documents if len(own) > 1]
     return Dataset.from_list([_steps(d, own, pool, draw) for d, own, draw in long])
@@ -177,7 +170,9 @@ def _train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def _distinct() -> Iterator[Docstring]:
     """The corpus without repeated texts (the first by module name stays) and without the very short."""
     seen: set[str] = set()
-    for document in [*_standard_library(), *_topics()]:
+    help_pages = sorted(topics.topics.items())
+    pages = [Docstring(f"{name}.topic", f"topic {name}", inspect.cleandoc(text).strip()) for name, text in help_pages]
+    for document in [*_standard_library(), *pages]:
         if document.text not in seen and len(document.text.split()) >= MIN_WORDS:
             seen.add(document.text)
             yield document
@@ -192,28 +187,17 @@ def _standard_library() -> Iterator[Docstring]:
             yield from _documented(ast.parse(file.read_bytes()), module)
 
 
-def _topics() -> Iterator[Docstring]:
-    for name, text in sorted(topics.topics.items()):
-        yield Docstring(f"{name}.topic", f"topic {name}", inspect.cleandoc(text).strip())
-
-
 def _documented(tree: ast.Module, module: str) -> Iterator[Docstring]:
     """The module and the classes and functions in it, in source order, that have a docstring."""
     pending: list[tuple[ast.AST, str]] = [(tree, module)]
     while pending:
         node, name = pending.pop()
-        if text := _docstring(node):
+        if isinstance(node, _DOCUMENTED) and (text := (ast.get_docstring(node) or "").strip()):
             yield Docstring(module, _heading(node, name), text)
         for child in reversed(list(ast.iter_child_nodes(node))):
             if isinstance(child, ast.stmt):
                 own = getattr(child, "name", None)
                 pending.append((child, f"{name}.{own}" if own else name))
-
-
-def _docstring(node: ast.AST) -> str:
-    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return ""
-    return (ast.get_docstring(node) or "").strip()
 
 
 def _heading(node: ast.AST, name: str) -> str:
@@ -228,6 +212,8 @@ def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) 
     worse = {"other": _other(document, documents, draw), "shuffled": _shuffled(document.text, draw)}
     worse["truncated"] = _truncated(document.text, draw)
     kind = draw.choice([name for name, text in worse.items() if text])
+    ranked = {1.0: document.text, 0.5: worse["truncated"], 0.0: worse["other"]}
+    ranked = {score: text for score, text in ranked.items() if text}
     prompt = f"{document.heading}\n"
     return {
         "prompt": prompt,
@@ -237,14 +223,9 @@ def _pair(document: Docstring, documents: list[Docstring], draw: random.Random) 
         "kind": kind,
         "probability": CONFIDENCE[kind],
         "text": prompt + document.text,
-        **_ranked(document.text, worse["truncated"], worse["other"]),
+        "completions": list(ranked.values()),
+        "scores": list(ranked),
     }
-
-
-def _ranked(text: str, truncated: str, other: str) -> dict[str, Any]:
-    candidates = {1.0: text, 0.5: truncated, 0.0: other}
-    kept = {score: candidate for score, candidate in candidates.items() if candidate}
-    return {"completions": list(kept.values()), "scores": list(kept)}
 
 
 def _steps(document: Docstring, sentences: list[str], pool: list[str], draw: random.Random) -> dict[str, Any]:
@@ -252,10 +233,6 @@ def _steps(document: Docstring, sentences: list[str], pool: list[str], draw: ran
     steps = [sentence if draw.random() < _OWN else draw.choice(pool) for sentence in sentences]
     labels = [step in sentences for step in steps]
     return {"prompt": f"{document.heading}\n", "completions": steps, "labels": labels}
-
-
-def _sentences(text: str) -> list[str]:
-    return [sentence for sentence in _SENTENCE_END.split(text)[::2] if sentence.strip()]
 
 
 def _other(document: Docstring, documents: list[Docstring], draw: random.Random) -> str:

@@ -21,7 +21,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.disk import writing
+from fastalign.disk import writing
 
 
 class Unwritable(ValueError):
@@ -42,9 +42,6 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
     """The directory ``name`` of the cache, made by ``make(directory)`` when it is not there.
 
     Atomic and safe for concurrent processes: the directory appears whole or not at all.
-
-    Raises:
-        Unwritable: the cache cannot be written.
     """
     path = root(cache_dir) / name
     if path.is_dir():
@@ -58,7 +55,7 @@ def entry(cache_dir: str | None, name: str, make: Callable[[Path], object]) -> P
         raise Unwritable(f"{message}: set data.cache_dir or FASTALIGN_CACHE to a writable directory") from error
     try:
         if not path.is_dir():
-            remedy = "set data.cache_dir or FASTALIGN_CACHE to a directory with room for it"
+            remedy = "set data.cache_dir or FASTALIGN_CACHE to a directory with enough space"
             with writing("the cache", path.parent, remedy=remedy):
                 _make_whole(path, make)
     finally:
@@ -110,6 +107,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def code_version() -> str:
     """A hash of the code that turns rows into tokens, its libraries' versions included."""
-    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "preference", "prompts")
+    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "prompts")
     sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in names]
     return key(sources, transformers.__version__, tokenizers.__version__)

@@ -1,4 +1,4 @@
-"""Rendering: from the normal form of a row to texts whose tokens can be told apart into given and scored.
+"""Rendering: from the normal form of a row to texts whose tokens can be split into given and scored ones.
 
 A conversation is rendered up to each turn that is learnt from (with the generation prompt), through it, and whole;
 where the token sequences part, the turn begins. Text is never cut before it is tokenised: a merge may cross the
@@ -73,11 +73,7 @@ class Steps:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a Jinja chat template file.
-
-    Raises:
-        ValueError: no such file, or not UTF-8.
-    """
+    """The text of a Jinja chat template file."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -91,17 +87,7 @@ def read_template(path: str | None) -> str | None:
 def render(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, judged: bool = False
 ) -> list[Rendered | Marked | Steps]:
-    """One rendering per completion.
-
-    Args:
-        example: a row in normal form.
-        tokenizer: gives the chat template and its variables; used for conversations only.
-        template: replaces the tokenizer's template.
-        judged: completions are judged as a whole, not learnt turn by turn: everything after the prompt is scored.
-
-    Raises:
-        ValueError: a conversation and no template, or one that the template refuses.
-    """
+    """One rendering per completion; ``judged`` ones are scored as a whole after the prompt, not turn by turn."""
     if isinstance(example.completions[0], str):
         prompt = str(example.prompt or "")
         return [Rendered(f"{prompt}{text}", ((prompt, None),), standard=True) for text in example.completions]
@@ -113,11 +99,7 @@ def render(
 def render_steps(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None, separator: str
 ) -> list[Rendered | Marked | Steps]:
-    """One rendering of all steps; a prompt that is a conversation is written with its generation prompt.
-
-    Raises:
-        ValueError: as `render`.
-    """
+    """One rendering of all steps; a prompt that is a conversation is written with its generation prompt."""
     steps = tuple(map(str, example.completions))
     if isinstance(example.prompt, str):
         return [Steps((example.prompt, True), steps, separator)]
@@ -155,11 +137,7 @@ class Chat:
         return bool(self.tokenizer.is_fast) and "endgeneration" in text
 
     def before(self, turns: Turns) -> str:
-        """What stands before the assistant's next turn; of the first turn what the template writes in front of it.
-
-        Raises:
-            ValueError: where a first turn begins cannot be told.
-        """
+        """The text before the assistant's next turn; before the first turn, what the template writes in front of it."""
         if turns:
             return self.text(turns, True)
         texts = [self.text([{"role": "assistant", "content": content}]) for content in ("0", "1")]
@@ -174,11 +152,7 @@ class Chat:
         return str(self._apply(turns, tokenize=False, add_generation_prompt=generation_prompt)) if turns else ""
 
     def marked(self, turns: Turns, learnt: Sequence[int]) -> Marked:
-        """The conversation in tokens, scored where the template marks one of the turns ``learnt``.
-
-        Raises:
-            ValueError: others are marked too, and which mark is whose cannot be told.
-        """
+        """The conversation in tokens, scored where the template marks one of the turns ``learnt``."""
         marked = self._marks(turns)
         speaking = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if list(learnt) == speaking:
@@ -186,7 +160,9 @@ class Chat:
         counts = [self._count(turns[: i + 1]) - self._count(turns[:i]) for i in speaking]
         begins = np.diff(marked.scored, prepend=0) == 1
         if sum(counts) != begins.sum() or min(counts) < 1:
-            message = "which generation markers of the chat template belong to which assistant turn cannot be told"
+            message = (
+                "which generation markers of the chat template belong to which assistant turn cannot be determined"
+            )
             raise ValueError(f"{message}: expected {{% generation %}} around each, in every conversation")
         owners = np.repeat(speaking, counts)[np.cumsum(begins) - 1]  # of each token that is marked
         return Marked(marked.input_ids, np.isin(owners, learnt) & np.array(marked.scored, dtype=bool))

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from fastalign.data import formats, preference, prompts
+from fastalign.data import formats, prompts
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ _PAIR_JUDGEMENTS = {"reward": "margin", "reward:soft_label": "probability"}
 def layout(rows: Dataset, form: str) -> tuple[bool, bool]:
     """How strings are to be read: as whole hh-rlhf dialogues, and as beginning with their prompt.
 
-    Dialogues are told by the completions of the first rows. Completions begin with their prompt where those of more
-    than half the first rows do: an answer may repeat a short question by chance.
+    Dialogues are recognised by the completions of the first rows. Completions begin with their prompt where more than
+    half of the first rows' do: an answer may repeat a short question by chance.
     """
     columns = rows.select_columns([name for name in _TEXTS[form] if name in rows.column_names])
     begin: Any = columns.select(range(min(_FIRST_ROWS, len(rows))))
@@ -45,13 +45,13 @@ def layout(rows: Dataset, form: str) -> tuple[bool, bool]:
         return False, False
     read = [_strings(row, form) for row in first]
     raw = form != "stepwise" and all(
-        sides and all(map(preference.is_raw_dialogue, sides)) for _, sides in read[:_RAW_ROWS]
+        sides and all(map(prompts.is_raw_dialogue, sides)) for _, sides in read[:_RAW_ROWS]
     )
     return raw, not raw and _are_repeated([(prompt, sides) for prompt, sides in read if prompt and sides])
 
 
 def report_null(rows: Dataset, form: str, method: str, counts: Mapping[str, int]) -> None:
-    """Tells of rows whose answers are null, as where files of two shapes are read together, and what such a row has."""
+    """Warn of rows whose answers are null, as when files of two shapes are read together, with what such a row has."""
     if not (number := counts.get("dropped_null_completion", 0)):
         return
     answers = formats.answers(rows.column_names, form, method)
@@ -62,7 +62,7 @@ def report_null(rows: Dataset, form: str, method: str, counts: Mapping[str, int]
 
 
 def _report_written_out(rows: Dataset, form: str) -> None:
-    """Tells of conversations that a file, a .csv for one, holds as text."""
+    """Warn of conversations that a file, such as a .csv, holds as text."""
     first = [rows[i] for i in range(min(_RAW_ROWS, len(rows)))]
     for name in (name for name in _TEXTS[form] if name in rows.column_names):
         if all(isinstance(row[name], str) and _WRITTEN_OUT.match(row[name]) for row in first):

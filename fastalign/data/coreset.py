@@ -82,7 +82,8 @@ def distances(x: Tensor, centres: Tensor) -> Tensor:
 
 def k_means(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Centres ``[k, D]``, which are not scaled back to length 1, and the cluster of each example ``[S]``."""
-    centres = x[farthest_first(x, k)]
+    farthest = nearest(-distances(x, x.mean(0, keepdim=True)).squeeze(1))  # from the mean
+    centres = x[grow(x, farthest, k)]
     for _ in range(MAX_ITERATIONS):
         clusters = nearest(distances(x, centres))
         counts = torch.bincount(clusters, minlength=k)[:, None]
@@ -92,11 +93,6 @@ def k_means(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             break
         centres = moved
     return centres, nearest(distances(x, centres))
-
-
-def farthest_first(x: Tensor, k: int) -> Tensor:
-    """``[k]`` positions: the example farthest from the mean, then always the one farthest from those chosen."""
-    return grow(x, nearest(-distances(x, x.mean(0, keepdim=True)).squeeze(1)), k)
 
 
 def pick(x: Tensor, members: Tensor, centre: Tensor, number: int) -> Tensor:

@@ -42,7 +42,7 @@ FEATURES = Features(
 
 _NOT_TRAINED = "all their assistant turns have weight 0, train false or training false"
 
-_LINE_SECONDS = 10.0  # between lines that tell how far it is
+_LINE_SECONDS = 10.0  # between lines of progress
 _BATCH_ROWS = 1000  # enough to keep a fast tokenizer's threads busy, little enough for memory
 
 
@@ -62,10 +62,7 @@ def encode_dataset(
 
     Args:
         rows: from `sources.load_rows`.
-        tokenizer: with an EOS token, and a chat template when the data holds conversations.
-        data: format, lengths, template and cache directory.
-        method: "sft", "distill" or "kto" (one sequence per example), "dpo", "reward" or "reward:soft_label" (chosen,
-            then rejected), "rrhf" or "reward:k_wise" (the candidates) or "reward:process" (an answer in steps).
+        method: a key of `formats.ROWS`.
         named: columns that another dataset has, whose unread ones were logged.
 
     Returns:
@@ -90,7 +87,8 @@ def encode_dataset(
     columns.report_unread(plain, form, method, named)
     columns.report_null(plain, form, method, counts)
     _report(counts, data.max_length)
-    return TokenDataset(Dataset.from_file(str(path)), counts, key, formats.ROWS[method].own_rows)
+    reading = formats.ROWS[method]
+    return TokenDataset(Dataset.from_file(str(path)), counts, key, reading.own_rows, reading.says)
 
 
 class Encoder:
@@ -114,7 +112,7 @@ class Encoder:
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self.total = 0
-        self.told = time.monotonic()
+        self.reported = time.monotonic()
 
     def run(self, rows: Dataset, file: str, fingerprint: str) -> dict[str, int]:
         """Writes the encoded rows to an arrow file and returns the counts."""
@@ -149,13 +147,13 @@ class Encoder:
             kind = columns["kind"][position] if "kind" in columns else None
             for sequences, scores in _at_row(places[position], lambda known=known: self.examples(*known, lookup)):
                 _append(out, sequences, scores, index, None if kind is None else str(kind))
-        self.tell(indices[-1] + 1)
+        self.report_progress(indices[-1] + 1)
         return out
 
-    def tell(self, done: int) -> None:
-        """A line now and then where there is no bar."""
-        if datasets.are_progress_bars_disabled() and time.monotonic() - self.told > _LINE_SECONDS:
-            self.told = time.monotonic()
+    def report_progress(self, done: int) -> None:
+        """Log a line now and then where there is no bar."""
+        if datasets.are_progress_bars_disabled() and time.monotonic() - self.reported > _LINE_SECONDS:
+            self.reported = time.monotonic()
             logger.info("tokenising: %d of %d rows", done, self.total)
 
     def render(self, row: dict[str, Any]) -> tuple[Texts, Scores] | None:
@@ -194,7 +192,7 @@ class Encoder:
         return replace(example, completions=completions, scores=scores)
 
     def examples(self, texts: Texts, scores: Scores, lookup: Lookup) -> list[tuple[list[Tokens], Scores]]:
-        """The examples of a row: none when it is dropped, one per completion where each stands by itself."""
+        """The examples of a row: none when it is dropped, one per completion where each is its own example."""
         sequences = [self.tokens(text, lookup) for text in texts]
         if self.reading.unit == "row":
             return [] if (fitted := self.fit(sequences)) is None else [self.judged(self.compared(fitted), scores)]
@@ -290,11 +288,7 @@ class Encoder:
 
 
 def step_tokens(rendered: chat.Steps, lookup: Lookup) -> Tokens:
-    """An answer in steps, with the last token of each scored.
-
-    Raises:
-        ValueError: a step without tokens.
-    """
+    """An answer in steps, with the last token of each scored."""
     separator = lookup[rendered.separator, False]
     pieces = [lookup[rendered.prompt], *(lookup[step, False] + separator for step in rendered.steps)]
     if not all(pieces[1:]):
@@ -307,10 +301,7 @@ def step_tokens(rendered: chat.Steps, lookup: Lookup) -> Tokens:
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special ids that the tokenizer puts before and after a text by itself, e.g. ([BOS], []).
 
-    Told by a text with and without them: where BOS and EOS are one token, its place alone says which it is.
-
-    Raises:
-        ValueError: no text of the vocabulary comes back between the added ids.
+    Found by tokenising a text with and without them: if BOS and EOS are one token, only its place tells them apart.
     """
     special = set(tokenizer.all_special_ids)
     for probe in ("a", *tokenizer.get_vocab()):
@@ -343,9 +334,6 @@ def turn_length(before: list[int], through: list[int], rest: list[int]) -> int:
     ``through`` renders the conversation up to and including the turn, ``before`` up to it. Within a longer conversation
     a template may leave out the front of a turn (an old reasoning block), and the turn's last token may merge with what
     follows: the longest ending or beginning of the turn with which ``rest`` begins counts.
-
-    Raises:
-        ValueError: the turn does not come back in the whole conversation.
     """
     turn = through[common_prefix(before, through) :]
     ending = next((len(turn) - i for i in range(len(turn)) if turn[i:] == rest[: len(turn) - i]), 0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
+from torch import Tensor
+
+from fastalign.types import Columns
 
 Sequence = tuple[np.ndarray, np.ndarray]
 """One tokenised sequence: ``input_ids [n]`` integers and ``scored [n]`` bool, true where a token is a target."""
@@ -22,19 +26,22 @@ class TokenExample:
         sequences: ``(input_ids [n], scored [n])`` of each sequence.
         example_id: position of the row in the dataset it came from; names it in error messages.
         kind: a label carried from the data (column ``kind``) to report metrics apart.
-        scores: fp32, what the data say of each sequence (see `PackedBatch.scores`), or of each scored token.
         own_rows: a scored token's own hidden state is read, as scalar heads do, not the one that predicts it.
         mismatched: the same prompt with the completion of another example, for losses that compare with it.
-        ref_logps: fp32 log-probs of the scored tokens of all sequences under the reference, when known.
+        columns: what the data say of the sequences or scored tokens, and log-probs under the reference when known.
     """
 
     sequences: tuple[Sequence, ...]
     example_id: int
     kind: str | None = None
-    scores: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     own_rows: bool = False
     mismatched: TokenExample | None = None
-    ref_logps: np.ndarray | None = None
+    columns: Columns = field(default_factory=Columns)
+
+    def fill(self, **columns: Tensor | np.ndarray) -> TokenExample:
+        """The same example with these columns, in fp32."""
+        filled = {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
+        return replace(self, columns=replace(self.columns, **filled))
 
 
 class Examples(Protocol):
@@ -60,13 +67,16 @@ class TokenDataset:
         counts: what happened on the way: ``kept``, ``truncated`` and the reasons for which rows were dropped.
         fingerprint: hash of rows, tokenizer and options.
         own_rows: see `TokenExample`.
+        says: the column of the batch that ``scores`` are.
     """
 
-    def __init__(self, table: Dataset, counts: dict[str, int], fingerprint: str, own_rows: bool = False) -> None:
+    def __init__(
+        self, table: Dataset, counts: dict[str, int], fingerprint: str, own_rows: bool = False, says: str = "scores"
+    ) -> None:
         self.table = table.with_format("numpy")
         self.counts = counts
         self.fingerprint = fingerprint
-        self.own_rows = own_rows
+        self.own_rows, self.says = own_rows, says
 
     def __len__(self) -> int:
         return len(self.table)
@@ -98,16 +108,11 @@ class TokenDataset:
         """The examples at ``indices``, in that order, read at once."""
         batch = self.table[indices]
         columns = [batch[name] for name in ("input_ids", "scored", "lengths", "example_id", "kind", "scores")]
-        return [
-            TokenExample(
-                _split(ids, scored, lengths),
-                int(example_id),
-                kind or None,
-                np.asarray(scores, dtype=np.float32),
-                self.own_rows,
-            )
-            for ids, scored, lengths, example_id, kind, scores in zip(*columns, strict=True)
-        ]
+        examples = []
+        for ids, scored, lengths, example_id, kind, scores in zip(*columns, strict=True):
+            example = TokenExample(_split(ids, scored, lengths), int(example_id), kind or None, self.own_rows)
+            examples.append(example.fill(**{self.says: scores}) if len(scores) else example)
+        return examples
 
 
 def _split(ids: np.ndarray, scored: np.ndarray, lengths: np.ndarray) -> tuple[Sequence, ...]:

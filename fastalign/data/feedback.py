@@ -5,13 +5,12 @@ Every function raises a ValueError that names the column, what was expected and 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastalign.words import kind_of
+from fastalign.words import shown
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ GOOD, BAD = 1.0, 0.0
 
 
 def check_columns(columns: Iterable[str], method: str) -> None:
-    """Refuses preferences without the column that a soft-label reward model reads; tells of one that is not read."""
+    """Refuses preferences without the column that a soft-label reward model reads; warns of one that is not read."""
     stated = "probability" in set(columns)
     if method == "reward:soft_label" and not stated:
         raise ValueError(
@@ -31,23 +30,18 @@ def check_columns(columns: Iterable[str], method: str) -> None:
         logger.info("column 'probability' is not read: loss.name=soft_label learns from it")
 
 
-def of_pair(row: dict[str, Any], method: str) -> tuple[float, ...]:
-    """The scores of chosen and rejected for this method; a reward model's are (margin, 0) or (p, 1 - p)."""
-    return _PAIR_SCORES[method](row) if method in _PAIR_SCORES else ()
-
-
 def label(value: Any, name: str = "label") -> float:
     """`GOOD` or `BAD` from a bool, or from 1 and 0."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return float(value)
-    raise ValueError(f"column {name!r}: expected true or false, or 1 or 0, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected true or false, or 1 or 0, got {shown(value)}")
 
 
 def number(value: Any, name: str) -> float:
     """A finite number; a bool counts as 1 or 0."""
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
-    raise ValueError(f"column {name!r}: expected a finite number, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected a finite number, got {shown(value)}")
 
 
 def listed(row: dict[str, Any], name: str) -> list[Any]:
@@ -55,7 +49,7 @@ def listed(row: dict[str, Any], name: str) -> list[Any]:
     value = row.get(name)
     if value is None or isinstance(value, list):
         return value or []
-    raise ValueError(f"column {name!r}: expected a list, got {_spell(value)}")
+    raise ValueError(f"column {name!r}: expected a list, got {shown(value)}")
 
 
 def matched(row: dict[str, Any], texts: str, judgements: str) -> tuple[list[Any], list[Any]]:
@@ -66,10 +60,6 @@ def matched(row: dict[str, Any], texts: str, judgements: str) -> tuple[list[Any]
     return first, second
 
 
-def _margin(row: dict[str, Any]) -> tuple[float, ...]:
-    return (number(row["margin"], "margin"), 0.0) if "margin" in row else ()
-
-
 def _probability(row: dict[str, Any]) -> tuple[float, ...]:
     chosen = number(row["probability"], "probability")
     if not 0 <= chosen <= 1:
@@ -77,14 +67,10 @@ def _probability(row: dict[str, Any]) -> tuple[float, ...]:
     return chosen, 1 - chosen
 
 
-_PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
-    "reward": _margin,
+PAIR_SCORES: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
+    "reward": lambda row: (number(row["margin"], "margin"), 0.0) if "margin" in row else (),
     "reward:soft_label": _probability,
     "kto": lambda row: (GOOD, BAD),
     "rrhf": lambda row: (GOOD, BAD),
 }
-
-
-def _spell(value: Any) -> str:
-    """A short value itself, otherwise its type: texts of the data stay out of messages."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)
+"""The scores of chosen and rejected, by method; a reward model's are (margin, 0) or (p, 1 - p)."""

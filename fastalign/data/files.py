@@ -27,7 +27,7 @@ from fastalign.data.anyjson import AnyJson
 from fastalign.words import kind_of
 
 PLACE = "__place__"
-"""The column that says where a row stands, as errors name it: ``a.jsonl, line 6``."""
+"""The column that says where a row is, as errors name it: ``a.jsonl, line 6``."""
 
 
 def refuse_place(names: Iterable[str], owner: str) -> None:
@@ -41,6 +41,9 @@ Located = tuple[str, Path]
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """The rows of a file, each with its place in it: ``line 6``."""
 
+Line = tuple[int, str]
+"""A line's number and its text."""
+
 BATCH = 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LEAST = {"json": "at least one JSON object", "csv": "a line of column names and at least one more"}
@@ -49,14 +52,7 @@ _LEAST = {"json": "at least one JSON object", "csv": "a line of column names and
 def read(files: Sequence[Located], kind: str, cache_dir: str | None = None, separator: str = ",") -> Dataset:
     """The rows of files one after the other, with their `PLACE`; on disk by content, so that memory stays small.
 
-    Args:
-        files: each with its name for errors; ``.gz`` is known by its content.
-        kind: "json" (a line per object, or one array of objects) or "csv".
-        cache_dir: see `cache.root`.
-        separator: of the cells of a CSV file.
-
-    Raises:
-        ValueError: what cannot be read, with file and line.
+    The kind is "json" (a line per object, or one array of objects) or "csv"; ``.gz`` is known by its content.
     """
     if kind == "csv":
         csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
@@ -105,11 +101,8 @@ def _all_rows(files: Sequence[Located], kind: str, separator: str) -> Iterator[t
             for place, row in _csv_rows(name, path, separator) if kind == "csv" else _json_rows(name, path):
                 yield f"{name}, {place}", row
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"cannot read {name!r}: {error}: expected a whole {_suffix(name)} file") from error
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix[1:] or "text"
+            kind = Path(name).suffix[1:] or "text"
+            raise ValueError(f"cannot read {name!r}: {error}: expected a whole {kind} file") from error
 
 
 def digest(name: str, path: Path) -> str:
@@ -153,26 +146,19 @@ def _json_rows(name: str, path: Path) -> Rows:
         yield from _array_rows(name, _text(first, None, rest))
         return
     second = next(filled, None)
-    if _is_document(name) and (second is None or not _is_whole(first[1])):
+    may_be_one_value = ".jsonl" not in Path(name).suffixes
+    if may_be_one_value and (second is None or not _is_whole(first[1])):
         yield from _table_rows(name, _text(first, second, rest))
         return
     for number, line in itertools.chain([first], filter(None, [second]), filled):
         yield f"line {number}", _object(name, number, line)
 
 
-Line = tuple[int, str]
-
-
 def _text(first: Line, second: Line | None, rest: Iterable[Line]) -> str:
-    """The whole text, with its lines where they stand."""
+    """The whole text, with its lines at their line numbers."""
     head = [first, *filter(None, [second])]
     parts = ["\n" * (number - before - 1) + line for before, (number, line) in zip([0, first[0]], head, strict=False)]
     return "".join([*parts, *(line for _, line in rest)])
-
-
-def _is_document(name: str) -> bool:
-    """Whether a file may be one JSON value rather than one per line."""
-    return ".jsonl" not in Path(name).suffixes
 
 
 def _is_whole(line: str) -> bool:
@@ -194,7 +180,7 @@ def _object(name: str, number: int, line: str) -> dict[str, Any]:
         if isinstance(value, dict) and (got := _half_pair(line, value)) is None:
             return value
         got = got if isinstance(value, dict) else kind_of(value)
-    raise ValueError(f"{name}, line {number}: expected one JSON object, got {got}: mend or remove the line")
+    raise ValueError(f"{name}, line {number}: expected one JSON object, got {got}: fix or remove the line")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -207,7 +193,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name}, which JSON has not")
+    raise ValueError(f"{name}, which is not JSON")
 
 
 _STRICT: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_number}
@@ -253,7 +239,7 @@ def _array_rows(name: str, text: str) -> Rows:
 
 
 def _bad_array(name: str, line: int, got: str) -> ValueError:
-    return ValueError(f"{name}, line {line}: expected a JSON array of objects, got {got}: mend the line")
+    return ValueError(f"{name}, line {line}: expected a JSON array of objects, got {got}: fix the line")
 
 
 def _table_rows(name: str, text: str) -> Rows:
@@ -273,7 +259,7 @@ def _document(name: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         line, got = getattr(error, "lineno", 1), getattr(error, "msg", str(error))
         message = f"{name}, line {line}: expected one JSON object, got malformed JSON ({got})"
-        raise ValueError(f"{message}: mend or remove the line") from error
+        raise ValueError(f"{message}: fix or remove the line") from error
     got = _half_pair(text, value) if isinstance(value, dict) else kind_of(value)
     if got is not None:
         raise ValueError(f"{name}: expected one JSON object, got {got}")
@@ -300,14 +286,14 @@ def _csv_rows(name: str, path: Path, separator: str) -> Rows:
                 yield f"line {start}", dict(zip(columns, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
-        remedy = "save the file with \\n at the ends of lines" if "new-line" in str(error) else "mend its quotes"
+        remedy = "save the file with \\n at the ends of lines" if "new-line" in str(error) else "fix its quotes"
         raise ValueError(f"{name}, line {start}: not a CSV row ({error}): {remedy}") from error
 
 
 def _columns(name: str, header: list[str]) -> list[str]:
     columns = [column or f"Unnamed: {position}" for position, column in enumerate(header)]
     if twice := {column for column in columns if columns.count(column) > 1}:
-        raise ValueError(f"{name}, line 1: the column {min(twice)!r} stands twice: rename one")
+        raise ValueError(f"{name}, line 1: the column {min(twice)!r} appears twice: rename one")
     return columns
 
 

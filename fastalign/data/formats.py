@@ -9,7 +9,7 @@
 | `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of turns  |
 | `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone |
 
-A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn stands for a list of it. A string
+A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn is read as a list of it. A string
 prompt beside conversations is a user's turn, a string completion beside a prompt of turns an assistant's. Where the
 completions repeat the prompt it is read once, see `prompts`. `messages` or `conversations` beside `chosen` and
 `rejected` that are answers alone are their prompt.
@@ -54,6 +54,7 @@ class Reading:
         least: candidates without which a row teaches nothing.
         imitates: of a preference only the chosen side counts.
         own_rows: the last token of a sequence is scored, or of a step, by its own hidden state.
+        says: the column of a batch that the rows' judgements fill.
     """
 
     formats: tuple[str, ...]
@@ -61,6 +62,7 @@ class Reading:
     least: int = 1
     imitates: bool = False
     own_rows: bool = False
+    says: str = "scores"
 
 
 ROWS = {
@@ -70,7 +72,7 @@ ROWS = {
     "reward": Reading(("preference",), own_rows=True),
     "reward:soft_label": Reading(("preference",), own_rows=True),
     "reward:k_wise": Reading(("ranked",), unit="candidate", least=2, own_rows=True),
-    "reward:process": Reading(("stepwise",), own_rows=True),
+    "reward:process": Reading(("stepwise",), own_rows=True, says="step_labels"),
     "kto": Reading(("unpaired", "preference"), unit="completion"),
     "rrhf": Reading(("ranked", "preference"), unit="candidate"),
 }
@@ -103,16 +105,7 @@ class Example:
 
 
 def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
-    """The format of a dataset with these columns, for this method.
-
-    Args:
-        columns: the dataset's column names.
-        method: a key of `ROWS`.
-        wanted: `auto`, or the format that the user asked for.
-
-    Raises:
-        ValueError: columns of images, an unknown method or format, or no accepted format in the columns.
-    """
+    """The format of a dataset with these columns, for this method."""
     present = set(columns)
     if images := present & {"image", "images"}:
         raise ValueError(f"column {min(images)!r}: images are not supported, remove the column to train on text alone")
@@ -141,15 +134,8 @@ def normalise(
 ) -> Example | None:
     """The row's normal form; None when raw dialogues do not share their prompt.
 
-    Args:
-        row: one row of a dataset of format ``form``.
-        form: what `recognise` answered.
-        method: decides which completions of a preference count, and what its scores are.
-        raw_dialogue: whether the completions are whole hh-rlhf dialogues, see `preference.is_raw_dialogue`.
-        repeated: whether most completions are strings that begin with their prompt.
-
-    Raises:
-        ValueError: a value of the wrong type, lists that do not fit together, or answers without their question.
+    The completions of a ``raw_dialogue`` are whole hh-rlhf dialogues, ``repeated`` ones begin with their prompt: see
+    `columns.layout`.
     """
     if form == "text":
         whole = _whole(row)
@@ -230,7 +216,8 @@ def _check_asked(row: dict[str, Any], prompt: Text, sides: Sequence[Text]) -> No
     """Refuse a pair whose question is in a column that is not read: its answers would be trained without it."""
     left = {name: row[name] for name in CONTEXT if row.get(name)}
     if isinstance(prompt, str) and prompt.strip():
-        left = {name: text for name, text in left.items() if name in _QUESTIONS and not _is_in(text, prompt)}
+        asked = {name: text for name, text in left.items() if name in _QUESTIONS and isinstance(text, str)}
+        left = {name: text for name, text in asked.items() if text.strip() not in prompt}
     elif prompts.is_asked(prompt, sides):
         return
     if left:
@@ -239,14 +226,10 @@ def _check_asked(row: dict[str, Any], prompt: Text, sides: Sequence[Text]) -> No
         raise ValueError(f"{message} {', '.join(map(repr, left))}: {remedy}")
 
 
-def _is_in(text: Any, prompt: str) -> bool:
-    return not isinstance(text, str) or text.strip() in prompt
-
-
 def _scores(row: dict[str, Any], form: str, method: str) -> tuple[float, ...]:
     """What the row says of each completion."""
     if form == "preference":
-        return feedback.of_pair(row, method)
+        return feedback.PAIR_SCORES[method](row) if method in feedback.PAIR_SCORES else ()
     if form == "ranked":
         return tuple(feedback.number(score, "scores") for score in feedback.matched(row, "completions", "scores")[1])
     return (feedback.label(row.get("label")),) if form == "unpaired" else ()

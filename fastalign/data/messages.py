@@ -6,11 +6,10 @@ parts. A turn with ``weight: 0``, ``train: false`` or ``training: false`` is rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
-from fastalign.words import kind_of
+from fastalign.words import kind_of, shown
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -38,23 +37,16 @@ _UNTRAINED = {"train": False}  # how a turn that is not learnt from is kept
 
 
 def read(value: Any, name: str) -> Text:
-    """A column's string, or its conversation; one message is a conversation, null is an empty string.
-
-    Raises:
-        ValueError: neither, or a turn of another shape.
-    """
+    """A column's string, or its conversation; one message is a conversation, null is an empty string."""
     if value is None:
         return ""
     return value if isinstance(value, str) else read_turns([value] if isinstance(value, dict) else value, name)
 
 
 def read_turns(value: Any, name: str, expected: str = "a string or a list of {role, content}") -> Turns:
-    """A column's conversation.
-
-    Raises:
-        ValueError: not a list of turns, or a turn of another shape.
-    """
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and _is_turn(turn) for turn in value):
+    """A column's conversation."""
+    turns = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and (turn.get("role") or {"from", "value"} & turn.keys()) for turn in turns):
         remedy = "" if isinstance(value, list | str) else ": put it in quotes, or map another column with data.columns"
         raise ValueError(f"column {name!r}: expected {expected}, got {kind_of(value)}{remedy}")
     turns = [_read_turn(strip_none(turn if turn.get("role") else _from_sharegpt(turn, name)), name) for turn in value]
@@ -97,11 +89,7 @@ def is_empty(text: Text) -> bool:
 
 
 def why_nothing(completion: Text) -> str | None:
-    """Why a completion is dropped, as the counts name it; None when there is something to learn from.
-
-    Raises:
-        ValueError: a conversation without an assistant turn.
-    """
+    """Why a completion is dropped, as the counts name it; None when there is something to learn from."""
     if is_empty(completion):
         return "empty_completion"
     if isinstance(completion, str):
@@ -117,10 +105,6 @@ def strip_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: strip_none(item) for key, item in value.items() if item is not None}
     return [strip_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_turn(turn: dict[str, Any]) -> bool:
-    return bool(turn.get("role")) or bool({"from", "value"} & set(turn))
 
 
 def _read_turn(turn: dict[str, Any], name: str) -> Message:
@@ -167,9 +151,8 @@ def _part(part: dict[str, Any], name: str) -> str:
 def _flag(value: Any, key: str, name: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
-    said = json.dumps(value) if isinstance(value, bool | int | float) else kind_of(value)
     raise ValueError(
-        f"{name!r} has a turn with {key} {said}: expected true or false, or 1 or 0: a turn is learnt or not"
+        f"{name!r} has a turn with {key} {shown(value)}: expected true or false, or 1 or 0: a turn is learnt or not"
     )
 
 

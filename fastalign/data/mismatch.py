@@ -34,7 +34,7 @@ class MismatchedDataset(TokenDataset):
     """
 
     def __init__(self, dataset: TokenDataset, max_length: int) -> None:
-        super().__init__(dataset.table, dataset.counts, dataset.fingerprint, dataset.own_rows)
+        super().__init__(dataset.table, dataset.counts, dataset.fingerprint)
         self.max_length = max_length
         self.partners = choose_partners(self._column("example_id").to_numpy())
 

@@ -9,14 +9,13 @@ reads the scored token's own row instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from fastalign.data.examples import TokenExample
 from fastalign.data.forest import LEAST_SHARED, Node, grow
-from fastalign.types import ForwardCost, PackedBatch, attended
+from fastalign.types import AXES, Columns, ForwardCost, PackedBatch, attended
 
 Forest = tuple[list[Node], list[int]]
 """The segments of an example and the one in which each of its sequences ends."""
@@ -186,35 +185,23 @@ def build_batch(
     forests = forests or [group_forest(example, share_prefix, least) for example in examples]
     for example, (nodes, ends) in zip(examples, forests, strict=True):
         _add_group(forest, example, nodes, ends)
-    others = [e.mismatched for e in examples if e.mismatched is not None]
-    reference = _reference(examples)
-    pairs = [_with_mismatched(e) for e in examples if e.mismatched is not None and reference is None]
-    return forest.batch(
-        tuple(e.example_id for e in examples),
-        scores=_concatenate([e.scores for e in examples], np.float32),
-        mismatched=build_batch(others, share_prefix, least) if others else None,
-        both=build_batch(pairs, share_prefix, least) if pairs else None,
-        ref_logps=reference,
-    )
+    compared = [_with_mismatched(e, e.mismatched) for e in examples if e.mismatched is not None]
+    companion = build_batch(compared, share_prefix, least) if compared else None
+    columns = Columns.join([e.columns for e in examples])
+    return forest.batch(tuple(e.example_id for e in examples), columns, companion)
 
 
 def empty_batch() -> PackedBatch:
-    """One token that nobody scores: keeps a rank without work in step with the others."""
+    """One token that nobody scores, with every column known: keeps a rank without work in step with the others."""
     forest = _Forest()
     forest.add_segment(np.zeros(1, dtype=np.int64), start=0, parent=-1)
-    return forest.batch((), _concatenate([], np.float32))
+    return forest.batch((), Columns(**dict.fromkeys(AXES, torch.zeros(0))))
 
 
-def _with_mismatched(example: TokenExample) -> TokenExample:
+def _with_mismatched(example: TokenExample, other: TokenExample) -> TokenExample:
     """An example's sequence and the mismatched one as a group: they share their prompt."""
-    assert example.mismatched is not None
-    return TokenExample((*example.sequences, *example.mismatched.sequences), example.example_id)
-
-
-def _reference(examples: Sequence[TokenExample]) -> torch.Tensor | None:
-    """The reference's log-probs, when they are known of every example."""
-    known = [e.ref_logps for e in examples if e.ref_logps is not None]
-    return _concatenate(known, np.float32) if known and len(known) == len(examples) else None
+    columns = Columns.join([example.columns, other.columns])
+    return TokenExample((*example.sequences, *other.sequences), example.example_id, columns=columns)
 
 
 def _add_group(forest: _Forest, example: TokenExample, nodes: Sequence[Node], ends: Sequence[int]) -> None:
@@ -228,6 +215,7 @@ def _add_group(forest: _Forest, example: TokenExample, nodes: Sequence[Node], en
         ids, scored = np.asarray(ids), np.asarray(scored, dtype=bool)
         targets = np.flatnonzero(scored) if example.own_rows else np.flatnonzero(scored[1:]) + 1
         forest.add_targets(chains[end][targets if example.own_rows else targets - 1], ids[targets], len(ids))
+        forest.ends.append(base + end)
     forest.cu_groups.append(len(forest.cu_seqlens) - 1)
 
 
@@ -240,7 +228,7 @@ class _Forest:
         self.cu_segments, self.parents, self.cu_groups = [0], [], [0]
         self.rows: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
-        self.cu_seqlens, self.logical_tokens = [0], 0
+        self.cu_seqlens, self.ends, self.logical_tokens = [0], [], 0
 
     def add_segment(self, ids: np.ndarray, start: int, parent: int) -> int:
         """Appends a segment whose positions begin at ``start``; returns its first row."""
@@ -258,8 +246,10 @@ class _Forest:
         self.cu_seqlens.append(self.cu_seqlens[-1] + len(labels))
         self.logical_tokens += length
 
-    def batch(self, example_ids: tuple[int, ...], scores: torch.Tensor, **more: Any) -> PackedBatch:
-        """The packed batch; ``more`` are its optional fields."""
+    def batch(
+        self, example_ids: tuple[int, ...], columns: Columns, companion: PackedBatch | None = None
+    ) -> PackedBatch:
+        """The packed batch."""
         return PackedBatch(
             input_ids=_concatenate(self.input_ids, np.int64),
             position_ids=_concatenate(self.position_ids, np.int64),
@@ -271,8 +261,9 @@ class _Forest:
             cu_groups=torch.tensor(self.cu_groups, dtype=torch.int32),
             example_ids=example_ids,
             logical_tokens=self.logical_tokens,
-            scores=scores,
-            **more,
+            columns=columns,
+            ends=torch.tensor(self.ends, dtype=torch.int32),
+            companion=companion,
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a row's prompt ends and its completions begin: the prompt stands once before each, however both are written.
+"""Where a row's prompt ends and its completions begin: the prompt comes once before each, however both are written.
 
 A completion may be the answer alone, or the whole with the prompt in front. A string beside conversations is a turn: a
 prompt the user's, a completion the assistant's.
@@ -7,11 +7,13 @@ prompt the user's, a completion the assistant's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fastalign.data import preference
 from fastalign.data.messages import SPEECH, Message, Text, Turns
 
 _SYSTEM = ("system", "developer")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Turn markers of the raw hh-rlhf dialogues."""
 
 
 def place(
@@ -20,16 +22,10 @@ def place(
     """The prompt and the completions, of one kind, with the prompt in none of the completions.
 
     Without a prompt it is what all completions begin with: the common messages or, where it is None, the common
-    characters up to a word boundary. A string beside conversations that repeat it stands for all common messages.
+    characters up to a word boundary. A string beside conversations that repeat it means all their common messages.
 
-    Args:
-        prompt: what the row says it is; None when it says nothing.
-        sides: the completions; an empty one is of any kind.
-        names: the column of each, for messages.
-        repeated: strings begin with their prompt, as `repeats` finds in most rows.
-
-    Raises:
-        ValueError: strings among conversations, a prompt that contradicts a completion.
+    The ``sides`` are the completions, an empty one of any kind; ``names`` the column of each, for errors. ``repeated``
+    strings begin with their prompt, as `repeats` finds in most rows.
     """
     if len({type(side) for side in sides if side}) > 1:
         each = "both be" if len(set(names)) == 2 else "all be"
@@ -43,12 +39,8 @@ def place(
 def place_raw_dialogues(
     prompt: Text | None, sides: Sequence[str], names: Sequence[str]
 ) -> tuple[str, tuple[str, ...]] | None:
-    """Raw hh-rlhf dialogues as prompt and answers, see `preference.split_raw_dialogue`.
-
-    Raises:
-        ValueError: a prompt beside them that is not in them.
-    """
-    split = preference.split_raw_dialogue(*sides)
+    """Raw hh-rlhf dialogues as prompt and answers, see `split_raw_dialogue`."""
+    split = split_raw_dialogue(*sides)
     if split is None:
         return None
     if prompt and not _says(split[0], _turns(prompt, "user")):
@@ -91,7 +83,7 @@ def _place_texts(
     prompt: str | None, sides: Sequence[str], names: Sequence[str], repeated: bool
 ) -> tuple[str, tuple[str, ...]]:
     if prompt is None:
-        start = preference.common_characters(*sides)
+        start = common_characters(*sides)
         return sides[0][:start], tuple(side[start:] for side in sides)
     if not repeated or not prompt.strip():
         return prompt, tuple(sides)
@@ -162,7 +154,7 @@ def _find(prompt: Turns, side: Turns) -> int | None:
 
 
 def _apart(prompt: Turns, side: Turns, name: str) -> tuple[Turns, Turns]:
-    """What stands before a completion, and the completion: with the prompt, its last turns or none of it in front."""
+    """What comes before a completion, and the completion: with the prompt, its last turns or none of it in front."""
     if (end := _end(prompt, side)) is not None:
         return side[:end], side[end:]
     asked = (n for n in range(len(prompt) - 1, 0, -1) if prompt[-n]["role"] != "assistant")
@@ -207,3 +199,38 @@ def _turns(text: Text, role: str) -> Turns:
     if isinstance(text, list):
         return text
     return [{"role": role, "content": text}] if text.strip() else []
+
+
+# Raw dialogues, and what texts begin with
+
+
+def is_raw_dialogue(text: Any) -> bool:
+    """Whether a string is a whole dialogue in hh-rlhf's raw form."""
+    return isinstance(text, str) and text.lstrip().startswith(HUMAN.lstrip()) and ASSISTANT in text
+
+
+def split_raw_dialogue(chosen: str, *others: str) -> tuple[str, ...] | None:
+    """Raw hh-rlhf dialogues as (prompt, answers): the prompt ends with the last ``\\n\\nAssistant:`` of ``chosen``.
+
+    The answers may begin alike, so their own common words stay out of the prompt.
+
+    Returns:
+        The prompt and the answers, or None when another dialogue does not begin with this prompt.
+
+    Example:
+        >>> split_raw_dialogue("\\n\\nHuman: Two?\\n\\nAssistant: Yes.", "\\n\\nHuman: Two?\\n\\nAssistant: No.")
+        ('\\n\\nHuman: Two?\\n\\nAssistant:', ' Yes.', ' No.')
+    """
+    end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
+    if ASSISTANT not in chosen or not all(other.startswith(chosen[:end]) for other in others):
+        return None
+    return chosen[:end], *(side[end:] for side in (chosen, *others))
+
+
+def common_characters(first: str, second: str) -> int:
+    """Length of the common beginning, back to where a word begins: a half word must not count as prompt."""
+    limit = min(len(first), len(second))
+    length = next((i for i in range(limit) if first[i] != second[i]), limit)
+    while length and not first[length - 1].isspace():
+        length -= 1
+    return length

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -27,8 +26,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from fastalign.data.disk import writing
 from fastalign.data.examples import Examples, TokenExample
+from fastalign.disk import replace_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +144,11 @@ class RefCache:
         with writing(
             "the reference cache", self.directory, len(data), "set reference.cache to a writable directory, or to off"
         ):
-            return _write_whole(self.directory / f"{_hash(data)}-{uuid.uuid4().hex}.safetensors", data)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _reap(self.directory)
+            path = self.directory / f"{_hash(data)}-{uuid.uuid4().hex}.safetensors"
+            replace_file(path, data, flushed=True)
+            return path
 
     def _find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` positions in the table, and whether the key is really there."""
@@ -171,7 +174,7 @@ class Referenced:
         return self.dataset.lengths()
 
     def fetch(self, indices: list[int]) -> list[TokenExample]:
-        """The examples at ``indices`` with ``ref_logps``, their ``mismatched`` ones too."""
+        """The examples at ``indices`` with the column ``ref_logps``, their ``mismatched`` ones too."""
         examples = self.dataset.fetch(indices)
         every = parts(examples)
         found = iter(self.cache.read([example_key(example) for example in every]))
@@ -179,9 +182,8 @@ class Referenced:
 
 
 def _attach(example: TokenExample, found: Iterable[np.ndarray]) -> TokenExample:
-    logps, other = next(iter(found)), example.mismatched
-    mismatched = None if other is None else replace(other, ref_logps=next(iter(found)))
-    return replace(example, ref_logps=logps, mismatched=mismatched)
+    known, other = example.fill(ref_logps=next(iter(found))), example.mismatched
+    return known if other is None else replace(known, mismatched=other.fill(ref_logps=next(iter(found))))
 
 
 def _slice(file: safe_open, start: int, stop: int) -> np.ndarray:
@@ -208,26 +210,6 @@ def _open(path: Path) -> tuple[np.ndarray, np.ndarray, int] | None:
 
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _write_whole(final: Path, data: bytes) -> Path:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _reap(final.parent)
-    temporary = final.with_suffix(".tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    entry = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)
-    return final
 
 
 def _reap(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Datasets of the hub and directories of files, which `datasets` treats alike; and what all sources have in common."""
+"""Datasets of the hub and directories of files, which `datasets` treats the same; and what all sources share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fastalign import hub
 from fastalign.data import cache, files, tables
-from fastalign.data.disk import FULL, errno_of, reason
+from fastalign.disk import FULL, errno_of, reason, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 ARCHIVES = (".bz2", ".lz4", ".tar", ".xz", ".zip", ".zst", ".7z")
 """What is unpacked before it is read; ``.gz`` is read as it is."""
 
-TELLING = (".md", ".py", ".rst", ".yaml", ".yml")
+DESCRIBING = (".md", ".py", ".rst", ".yaml", ".yml")
 NAMES = ("LICENSE", "LICENCE", "README", "DATASET_INFOS")
-"""What tells of the data beside it, by suffix and by name."""
+"""Files that describe the data beside them, by suffix and by name."""
 
 UNREADABLE = (DatasetsError, ValueError, OSError, EOFError, zlib.error, StopIteration)  # the last: no rows
 
@@ -79,7 +79,7 @@ def open_repository(
         raise ValueError(_not_found(place, section, name, revision, error).replace(place, path)) from error
     if name is not None and name not in (names := [*builder.builder_configs] or ["default"]):
         raise ValueError(f"{section}name: {path!r} has the configurations {names}, got {name!r}")
-    _tell_of_unread(builder, path, section)
+    _warn_of_unread(builder, path, section)
     splits = [str(split) for split in builder.config.data_files or builder.info.splits or {}]
     if (kind := _kind(builder)) is None:
         return Source(path, section, splits, partial(_prepared, builder, path, section))
@@ -114,7 +114,7 @@ def _file_source(
     return Source(path, section, splits, naming(section, read), texts=kind == "csv")
 
 
-def _tell_of_unread(builder: Any, path: str, section: str) -> None:
+def _warn_of_unread(builder: Any, path: str, section: str) -> None:
     """Says which files of a directory are not read: those of no split, and those of another kind than the first."""
     if not Path(path).is_dir() or len(builder.builder_configs) > 1:
         return
@@ -125,10 +125,10 @@ def _tell_of_unread(builder: Any, path: str, section: str) -> None:
 
 
 def _data_files(directory: Path) -> list[Path]:
-    """What may hold rows: all files but hidden ones and what tells of the data."""
+    """What may hold rows: all files but hidden ones and those that describe the data."""
     inside = ((file, file.relative_to(directory).parts) for file in directory.rglob("*") if file.is_file())
     shown = [file for file, parts in inside if not any(part[0] in "._" for part in parts)]
-    return sorted(file for file in shown if file.suffix.lower() not in TELLING and file.stem.upper() not in NAMES)
+    return sorted(file for file in shown if file.suffix.lower() not in DESCRIBING and file.stem.upper() not in NAMES)
 
 
 def _builder(path: str, name: str | None, revision: str | None) -> Any:
@@ -187,7 +187,7 @@ def _downloaded(builder: Any, path: str, record: Path) -> dict[str, Any]:
     parts = {split: _extracted(manager, urls, places[split]) for split, urls in splits.items()}
     found = {"kind": kind, "separator": separator, "splits": parts}
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(found))
+    replace_file(record, json.dumps(found).encode())
     return found
 
 

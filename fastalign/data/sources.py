@@ -79,12 +79,12 @@ def load_train_eval(data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset |
         evaluated = take(held_out, split, data.columns)
         same = (source.path, data.name) == (held_out.path, data.eval_name or data.name)
         if same and {*_names(split)} & {*_names(data.split)}:
-            _tell_of_seen(rows, evaluated, split)
+            _warn_of_seen(rows, evaluated, split)
         return rows, evaluated
     return split_rows(rows, data.eval_fraction, seed) if data.eval_fraction else (rows, None)
 
 
-def _tell_of_seen(rows: Dataset, evaluated: Dataset, split: str) -> None:
+def _warn_of_seen(rows: Dataset, evaluated: Dataset, split: str) -> None:
     """Says how many rows are evaluated on and trained on."""
     if seen := len({*rows[files.PLACE]} & {*evaluated[files.PLACE]}):
         what = "data.eval_split: %d of the %d rows of %s are trained on too: the evaluation says little of new rows"
@@ -120,11 +120,7 @@ def _held_out(source: Source, data: DataConfig) -> Source:
 
 
 def eval_split(held_out: Source, source: Source, data: DataConfig) -> str:
-    """The split to evaluate on: `data.eval_split`, else the one there is for that.
-
-    Raises:
-        ValueError: none or several would do.
-    """
+    """The split to evaluate on: `data.eval_split`, else the one there is for that."""
     if data.eval_split is not None:
         return data.eval_split
     meant = [split for split in held_out.splits if split in HELD_OUT]
@@ -185,11 +181,7 @@ def _placed(source: Source, split: str) -> Dataset:
 
 
 def split_rows(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Rows for training and a random share held out, each in the original order; the same for the same seed.
-
-    Raises:
-        ValueError: the fraction is not inside (0, 1), or leaves a side empty.
-    """
+    """Rows for training and a random share held out, each in the original order; the same for the same seed."""
     held_out = max(1, round(fraction * len(rows)))
     if not 0 < fraction < 1 or held_out >= len(rows):
         message = f"got {fraction} of {len(rows)} rows"
@@ -218,9 +210,9 @@ def open_source(
         return _file(place, section, cache_dir)
     if place.is_dir():
         _refuse(section, path, "is a directory", revision=revision)
-        return (
-            _saved(place, section, name) if _is_saved(place) else open_repository(str(place), section, name, cache_dir)
-        )
+        if any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            return _saved(place, section, name)
+        return open_repository(str(place), section, name, cache_dir)
     if suffix(path) in SUFFIXES or hub.looks_local(path):
         raise ValueError(f"{section}path: no file or directory at {path!r}: {HELP}")
     return open_repository(path, section, name, cache_dir, revision)
@@ -244,10 +236,6 @@ def _file(place: Path, section: str, cache_dir: str | None) -> Source:
     reader = tables.read if kind in tables.KINDS else files.read
     read = naming(section, lambda _: reader(located, kind, cache_dir))
     return Source(str(place), section, ["train"], read, texts=kind == "csv")
-
-
-def _is_saved(place: Path) -> bool:
-    return any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _saved(place: Path, section: str, name: str | None) -> Source:

@@ -5,32 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import pyarrow as pa
 from datasets import Dataset
-
-
-class Encoder(Protocol):
-    """What turns batches of rows into columns and counts what happens to them."""
-
-    counts: Counter[str]
-
-    def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """The columns of a batch of rows."""
-        ...
 
 
 @dataclass
 class Counted:
     """An encoder in a process of its own, which leaves its counts so far in a file."""
 
-    encoder: Encoder
+    encoder: Any
     folder: str
 
     def __call__(self, columns: dict[str, list[Any]], indices: list[int], rank: int) -> dict[str, list[Any]]:
@@ -40,15 +29,10 @@ class Counted:
         return out
 
 
-def encode(rows: Dataset, encoder: Encoder, file: str, processes: int, options: dict[str, Any]) -> int:
+def encode(rows: Dataset, encoder: Any, file: str, processes: int, options: dict[str, Any]) -> int:
     """Encodes a stretch of the rows in each process, all into ``file``; returns the number of encoded rows.
 
-    Args:
-        rows: at least as many as there are processes.
-        encoder: its counts become those of all processes.
-        file: the arrow file.
-        processes: how many.
-        options: of `Dataset.map`.
+    The encoder's counts become those of all processes; ``options`` are those of `Dataset.map`.
     """
     folder = Path(f"{file}.parts")
     folder.mkdir()

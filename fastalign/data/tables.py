@@ -25,6 +25,7 @@ KINDS = ("parquet", "arrow")
 
 _NUMBERS = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)}
 _TEXTS = {"string", "large_string"}
+_LISTS = (list, ListOf, LargeList)
 
 
 class _Differ(Exception):
@@ -35,9 +36,6 @@ def read(files: Sequence[Located], kind: str, cache_dir: str | None = None) -> D
     """The rows of files one after the other, with their `PLACE`; on disk by content, so that memory stays small.
 
     A column or field that a file lacks is null there; integers beside fractions become fractions where that is exact.
-
-    Raises:
-        ValueError: what cannot be read, with file, column and row.
     """
     names = [(name, digest(name, path)) for name, path in files]
     key = cache.key(names, kind, cache.key(Path(__file__).read_bytes()))
@@ -63,15 +61,14 @@ def _opened(name: str, path: Path, kind: str) -> Iterator[tuple[pa.Schema, Itera
     """The schema of a file, and its rows in batches."""
     try:
         with pa.OSFile(str(path)) as file:
-            yield _parquet(file) if kind == "parquet" else _arrow(file)
+            if kind == "arrow":
+                yield _arrow(file)
+            else:
+                opened = pq.ParquetFile(file)
+                yield opened.schema_arrow, opened.iter_batches(BATCH)
     except (pa.ArrowException, OSError) as error:
         expected = f"expected a whole {kind} file"
         raise ValueError(f"cannot read {name!r}: {hub.first_line(error)}: {expected}") from error
-
-
-def _parquet(file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    opened = pq.ParquetFile(file)
-    return opened.schema_arrow, opened.iter_batches(BATCH)
 
 
 def _arrow(file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -91,19 +88,15 @@ def _tables(files: Sequence[Located], kind: str, features: Features) -> Iterator
         row = 0
         with _opened(name, path, kind) as (_, batches):
             for batch in batches:
-                table = _cast(_decoded(batch), features, name, row)
+                table = pa.Table.from_batches([batch])
+                table = _cast(table.cast(_plain(table.schema)), features, name, row)
                 places = pa.array([f"{name}, row {row + number}" for number in range(len(table))], pa.string())
                 yield table.append_column(PLACE, places)
                 row += len(table)
 
 
-def _decoded(batch: pa.RecordBatch) -> pa.Table:
-    """The values of a batch; the categories of pandas are texts, or what else they name."""
-    table = pa.Table.from_batches([batch])
-    return table.cast(_plain(table.schema)) if _plain(table.schema) != table.schema else table
-
-
 def _plain(schema: pa.Schema) -> pa.Schema:
+    """The types of the values: the categories of pandas are texts, or what else they name."""
     for number, column in enumerate(schema):
         if pa.types.is_dictionary(column.type):
             schema = schema.set(number, column.with_type(column.type.value_type))
@@ -111,7 +104,7 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 
 def _cast(table: pa.Table, features: Features, name: str, row: int) -> pa.Table:
-    """The rows in the types of all files; what is no text or is lost in that is refused where it stands."""
+    """The rows in the types of all files; other text than UTF-8, and a value that would be lost, are refused."""
     for column in table.column_names:
         at = f"{name}, row %d: column {column!r}"
         values, feature = table[column].combine_chunks(), features[column]
@@ -140,11 +133,7 @@ def _fails(values: Any, check: Callable[[Any], object]) -> str | None:
 
 
 def _features(files: Sequence[Located], kind: str) -> Features:
-    """The columns of all files.
-
-    Raises:
-        ValueError: a column whose types differ, with its files.
-    """
+    """The columns of all files."""
     known: dict[str, Any] = {}
     since: dict[str, str] = {}
     for name, path in files:
@@ -166,7 +155,7 @@ def _features(files: Sequence[Located], kind: str) -> Features:
 def _columns(name: str, schema: pa.Schema) -> Features:
     for column in schema.names:
         if schema.names.count(column) > 1:
-            raise ValueError(f"{name}: the column {column!r} stands twice: rename one")
+            raise ValueError(f"{name}: the column {column!r} appears twice: rename one")
     try:
         return Features.from_arrow_schema(schema)
     except (ValueError, NotImplementedError) as error:
@@ -183,7 +172,7 @@ def _merge(one: Any, other: Any, at: str) -> Any:
         both = {**other, **one}
         names = [*one, *(name for name in other if name not in one)]
         return {k: _merge(one.get(k, both[k]), other.get(k, both[k]), f"{at}.{k}") for k in names}
-    if _is_list(one) and _is_list(other):
+    if isinstance(one, _LISTS) and isinstance(other, _LISTS):
         inner = _merge(_items(one), _items(other), at)
         if LargeList in (type(one), type(other)):
             return LargeList(inner)
@@ -197,10 +186,6 @@ def _merge(one: Any, other: Any, at: str) -> Any:
     raise _Differ(at, one, other)
 
 
-def _is_list(feature: Any) -> bool:
-    return isinstance(feature, list | ListOf | LargeList)
-
-
 def _items(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) else feature.feature
 
@@ -208,4 +193,4 @@ def _items(feature: Any) -> Any:
 def _said(feature: Any) -> str:
     if isinstance(feature, dict):
         return "objects"
-    return "lists" if _is_list(feature) else str(getattr(feature, "dtype", type(feature).__name__))
+    return "lists" if isinstance(feature, _LISTS) else str(getattr(feature, "dtype", type(feature).__name__))

@@ -17,14 +17,7 @@ LATE_SECONDS = 2.0
 def require_same(world: World, mine: object, difference: str, remedy: str) -> None:
     """Refuse, on every rank, when one rank has another value than rank 0.
 
-    Args:
-        world: the ranks, all of which call this.
-        mine: this rank's value.
-        difference: what the rank did differently, as in "rank 1 on HOST `read other rows` than rank 0 on HOST".
-        remedy: what to do about it.
-
-    Raises:
-        ValueError: naming the first such rank.
+    All ranks call this. The ``difference`` is a part of the sentence "rank 1 on HOST `read other rows` than rank 0".
     """
     every = world.gather_objects((mine, socket.gethostname()))
     first, host = every[0]
@@ -36,12 +29,7 @@ def require_same(world: World, mine: object, difference: str, remedy: str) -> No
 def not_shared(directory: Path, world: World) -> str | None:
     """Which rank sees another directory under this name, or None when all see what rank 0 writes there.
 
-    Args:
-        directory: one that rank 0 can write.
-        world: the ranks, all of which call this.
-
-    Raises:
-        RunError: rank 0 cannot write there.
+    All ranks call this, and rank 0 can write there.
     """
     mark = directory / world.gather_objects(f".probe-{uuid.uuid4().hex}")[0]
     with as_one(world):

@@ -9,23 +9,23 @@ So ``eval_loss`` is what training would report of these examples if the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 
 from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, epoch_order, evaluation_steps
 from fastalign.engine.forward import Models, run_head
-from fastalign.engine.methods import Objective, StepFacts, make_objective
+from fastalign.engine.loading import Start
+from fastalign.engine.methods import Objective, make_objective
 from fastalign.engine.output.metrics import means
 from fastalign.engine.output.progress import stage
-from fastalign.engine.prepare import Carried, look_ahead, score_reference
+from fastalign.engine.prepare import Carried, first_carried, prepare
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import load_data, load_models, require_same_rows
 from fastalign.engine.timing import Stopwatch
-from fastalign.engine.update import add_sums
+from fastalign.engine.update import add_sums, measure_work
 from fastalign.models.costs import forward_cost
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import reshard
@@ -60,16 +60,15 @@ def evaluate(
         ``loss`` and the method's metrics, each the sum over the dataset divided by its count.
     """
     total = torch.zeros(len(objective.metric_names), 2, dtype=torch.float64, device=world.device)
-    watch, carried, done = Stopwatch(torch.device("cpu")), replace(carried or Carried()), 0
+    watch, carried, done = Stopwatch(torch.device("cpu")), dict(carried or first_carried()), 0
     try:
         with stage("evaluating", len(dataset), shown=world.is_main) as tell:
             for batches in steps_of(dataset, objective, batch, world, forward_cost(models.policy)):
                 between()
-                per_unit = imitated_per_unit(batches, objective, world)
-                known = look_ahead(models, batches, objective, per_unit, world, watch, carried)
-                sums = []
-                for micro, facts in known:
-                    sums.append(evaluate_batch(models, micro.to(world.device), objective, facts, world))
+                work, sums = measure_work(batches, world, 0), []
+                for micro in prepare(models, batches, objective, work, world, watch, carried):
+                    with models.precision(world.device):
+                        sums.append(run_head(models, micro, objective)[1])
                     done += micro.num_examples * world.data.size  # the other ranks have about as many
                     tell(min(done, len(dataset)))
                 total += add_sums(sums, objective.metric_names, world.device)
@@ -87,25 +86,6 @@ def steps_of(
         return evaluation_steps(dataset, *ours, cost=cost)
     order = epoch_order(len(dataset), ORDER_SEED, epoch=0)
     return evaluation_steps(dataset, *ours, size=batch.size, cost=cost, order=order)
-
-
-def imitated_per_unit(batches: Sequence[PackedBatch], objective: Objective, world: World) -> float | None:
-    """Imitated tokens per unit of a step, over all ranks; None if the loss imitates nothing."""
-    if not objective.imitates:
-        return None
-    mine = [sum(objective.imitated(b) for b in batches), sum(objective.count(b) for b in batches)]
-    tokens, units = world.data.gather(mine).sum(0).tolist()
-    return max(tokens, 1) / max(units, 1)
-
-
-def evaluate_batch(
-    models: Models, batch: PackedBatch, objective: Objective, facts: StepFacts, world: World
-) -> dict[str, torch.Tensor]:
-    """``[2]`` (sum, count) of each metric of one micro-batch."""
-    watch = Stopwatch(torch.device("cpu"))
-    batch = replace(batch, ref_logps=score_reference(models, batch, objective, world.device, watch))
-    with models.precision(world.device):
-        return run_head(models, batch, objective, 1.0, facts)[1]
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -129,5 +109,5 @@ def evaluate_model(config: Config) -> dict[str, float]:
         require_same_rows(ranks, dataset, held_out)
         examples = held_out or dataset
         demands = [Demand(examples, range(len(examples)), len(examples))]
-        models, (data,), config = load_models(config, objective, tokenizer, demands, ranks)
-        return evaluate(models, data, objective, config.batch, ranks)
+        loaded = load_models(Start(config, objective, tokenizer, demands, ranks))
+        return evaluate(loaded.models, loaded.data[0], objective, loaded.batch, ranks)

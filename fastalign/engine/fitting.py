@@ -1,4 +1,4 @@
-"""Whether rows fit the method and the batch; what does not fit is told with the setting that names the rows."""
+"""Whether rows fit the method and the batch; errors name the setting that the rows came from."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastalign.config import ModelConfig
-from fastalign.engine.methods import NO_FACTS, Objective, StepFacts
+from fastalign.engine.methods import Objective
+from fastalign.models.head import scores
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_divergence, linear_logps, linear_loss
@@ -22,13 +23,23 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The policy, the frozen reference if the loss needs one, and whether they compute under bf16 autocast."""
+    """The models of a run by role, and whether they compute under bf16 autocast.
+
+    Attributes:
+        policy: what is trained.
+        reference: frozen, what the policy is compared with; None for losses that compare with none, and where its
+            log-probs came with the data.
+        critic: trained beside the policy; None without one, and where the policy has a value head.
+        rewards: frozen, score completions.
+    """
 
     policy: Policy
     reference: Policy | WithoutAdapter | None
     autocast: bool
     reference_digest: str | None = None
     """A hash of the weights that the reference has on the disk; None without one, or one that a seed made."""
+    critic: Policy | None = None
+    rewards: tuple[Policy, ...] = ()
 
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The context in which both run forward."""
@@ -40,13 +51,11 @@ def wants_autocast(model: ModelConfig, device: torch.device) -> bool:
     return device.type == "cuda" if model.autocast is None else model.autocast
 
 
-def run_head(
-    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts = NO_FACTS
-) -> tuple[Tensor, Metrics]:
+def run_head(models: Models, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     """A batch's share of the loss, and ``[2]`` (sum, count) of each metric; none when no row is scored."""
     if objective.head == "distributions":
-        return run_distributions(models, batch, objective, scale, facts)
-    loss_fn = objective.loss_fn(batch, scale, facts)
+        return run_distributions(models, batch, objective)
+    loss_fn = objective.loss_fn(batch)
     if objective.head == "scores":
         return models.policy(batch, lambda *tensors, **options: loss_fn(scores(*tensors, **options)))
 
@@ -65,26 +74,25 @@ def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
 
 
-def scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``[N]`` outputs of a scalar head, in fp32 whatever computes the backbone."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        shift = None if bias is None else bias.to(wide)
-        return torch.nn.functional.linear(hidden.to(wide), weight.to(wide), shift)[:, 0]
+def run_distributions(models: Models, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:
+    """Losses that compare whole distributions: the policy's forward runs inside the reference's.
 
+    The divergence reads both heads' weights at once, row by row, and keeps no distribution. FSDP has a model's head
+    gathered only while that model's forward runs, so one forward must enclose the other:
 
-def run_distributions(
-    models: Models, batch: PackedBatch, objective: Objective, scale: float, facts: StepFacts
-) -> tuple[Tensor, Metrics]:
-    """Losses that compare whole distributions: the policy runs inside the reference's head, both weights at hand."""
+        reference.forward       no gradient         head gathered, its hidden states known
+          `- policy.forward     with gradient       head gathered, its hidden states known
+               `- both_heads                        the divergence of both: the loss
+
+    The reference is outside, as it has no backward whose graph would have to leave the policy's forward through it.
+    """
     assert models.reference is not None
     trains = torch.is_grad_enabled()
 
     def beside(ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, **ref_options: Any) -> tuple[Tensor, Metrics]:
         reference = (ref_hidden, ref_weight, ref_options)
         with torch.set_grad_enabled(trains):
-            both = partial(both_heads, batch=batch, objective=objective, scale=scale, facts=facts, reference=reference)
-            return models.policy(batch, both)
+            return models.policy(batch, partial(both_heads, batch=batch, objective=objective, reference=reference))
 
     with torch.no_grad():
         return models.reference(batch, beside)
@@ -97,12 +105,10 @@ def both_heads(
     *,
     batch: PackedBatch,
     objective: Objective,
-    scale: float,
-    facts: StepFacts,
     reference: tuple[Tensor, Tensor, dict[str, Any]],
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
-    """The divergence between both models and their log-probs, then the losses."""
+    """The divergence between both models and their log-probs, in one sweep over both logits, then the losses."""
     ref_hidden, ref_weight, ref_options = reference
     theirs = {f"ref_{name}": value for name, value in ref_options.items()}
     divergence = partial(linear_divergence, hidden, weight, ref_hidden, ref_weight, labels=labels, **options, **theirs)
@@ -111,13 +117,11 @@ def both_heads(
         with torch.no_grad():
             logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
     else:
-        losses = divergence(kind="forward_kl")
-        logps, entropy = linear_logps(hidden, weight, labels, entropy=True, **options)
-        with torch.no_grad():
-            batch = replace(batch, ref_logps=linear_logps(ref_hidden, ref_weight, labels, **ref_options))
+        losses, logps, ref_logps, entropy = divergence(kind="forward_kl", tokens=True)
+        batch = batch.fill(ref_logps=ref_logps)
     rows = torch.arange(len(labels), device=labels.device)
     stats = TokenStats(logps, rows, entropy.detach(), divergence=losses)
-    return objective.loss_fn(batch, scale, facts)(with_sequences(stats, batch))
+    return objective.loss_fn(batch)(with_sequences(stats, batch))
 
 
 def with_sequences(stats: TokenStats, batch: PackedBatch) -> TokenStats:

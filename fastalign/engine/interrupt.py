@@ -73,7 +73,7 @@ class Requests:
             self.number = number
             if self.at_once:
                 raise Interrupted(number, self.text)
-            # To ranks torchrun sends a SIGTERM also when another has died: what it was, the end of the run tells.
+            # To ranks torchrun sends a SIGTERM also when another has died: the end of the run says which it was.
             if number != signal.SIGTERM or os.environ.get("WORLD_SIZE", "1") == "1":
                 tell(f"{signal.Signals(number).name}: saving after this step, then stopping (once more: at once)")
 
@@ -101,7 +101,7 @@ _current: Requests | None = None
 
 @contextmanager
 def leaving(rest: str) -> Iterator[None]:
-    """What a stop inside the block leaves, told in place of the run's ``rest``."""
+    """What a stop inside the block leaves: reported instead of the run's ``rest``."""
     requests = _current or Requests()
     before, requests.rest = requests.rest, rest
     try:

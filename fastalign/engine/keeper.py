@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,31 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
+@dataclass
 class Keeper:
     """Saves a run and ends it where all ranks are at the same step.
 
-    Args:
-        config: of the run.
+    Attributes:
         world: the ranks; the clock of the main one counts.
         signals: what this process was sent.
         metrics: whose lines go to the disk before the checkpoint that follows them.
-        save: writes a checkpoint of a step, with the record of that step if its evaluation is still to come, and leaves
-            so many, None for all.
+        write: writes a checkpoint of a step, with the record of that step if its evaluation is still to come, and
+            leaves so many, None for all.
         done, total: steps behind the run, and all of them.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        signals: Requests,
-        metrics: MetricsLog,
-        save: Callable[[int, Record | None, int | None], None],
-        done: int,
-        total: int,
-    ) -> None:
-        self.config, self.world, self.signals, self.metrics, self._save = config, world, signals, metrics, save
-        self.done, self.total, self.since, self.is_due = done, total, time.monotonic(), False
-        self.saved = done if done and not flaw(self.path(done), **RUN_STATE) else 0
-        self.command = resume_command(config)
+    config: Config
+    world: World
+    signals: Requests
+    metrics: MetricsLog
+    write: Callable[[int, Record | None, int | None], None]
+    done: int
+    total: int
+
+    def __post_init__(self) -> None:
+        self.since, self.is_due = time.monotonic(), False
+        self.saved = self.done if self.done and not flaw(self.path(self.done), **RUN_STATE) else 0
+        self.command = resume_command(self.config)
 
     def path(self, step: int) -> Path:
         """The checkpoint of a step."""
@@ -105,8 +104,8 @@ class Keeper:
         if step != self.saved:
             with as_one(self.world):
                 self.metrics.sync()
-            idle = self.metrics.alarms.idle_since is not None  # an older checkpoint may be the last good one
-            self._save(step, record, None if idle else self.config.run.keep)
+            stuck = self.metrics.alarms.zero_since is not None  # an older checkpoint may be the last good one
+            self.write(step, record, None if stuck else self.config.run.keep)
             self.saved, self.since = step, time.monotonic()
         self.tell_where(step)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,33 +19,12 @@ if TYPE_CHECKING:
 
     from fastalign.engine.readings import LossFn
     from fastalign.losses.traits import Family, Loss
-    from fastalign.losses.unpaired import Baseline
-    from fastalign.types import PackedBatch, PairLogps
+    from fastalign.types import PackedBatch
 
 Align = Literal["token", "sequence", "pair", "group"]
 """What a chunk of the head may not split."""
 Head = Literal["logps", "scores", "distributions"]
 """What is made of hidden states: log-probs of labels, outputs of a scalar head, or two whole distributions."""
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """What a loss may know of the whole optimizer step, over all ranks, before its first coefficient.
-
-    Attributes:
-        imitated_per_unit: tokens of the imitation term per unit of the loss; None: of these units alone.
-        pairs: the log-probs of all pairs, for losses that are coupled over the step.
-        first_pair: position of the batch's first pair in them.
-        baseline: what unpaired losses measure log-ratios from.
-    """
-
-    imitated_per_unit: float | None = None
-    pairs: PairLogps | None = None
-    first_pair: int = 0
-    baseline: Baseline | None = None
-
-
-NO_FACTS = StepFacts()
 
 
 @dataclass(frozen=True)
@@ -77,8 +56,8 @@ class Method:
         return self.family.losses
 
     @cached_property
-    def build(self) -> Callable[[Objective, PackedBatch, float, StepFacts], LossFn]:
-        """``(objective, batch, scale, facts) -> LossFn``; ``scale`` multiplies the sum of losses."""
+    def build(self) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+        """From an objective, a batch and what the head made of it to a share of the loss, and metrics."""
         return getattr(import_module("fastalign.engine.readings"), f"{self.stem}_loss")
 
 
@@ -137,32 +116,25 @@ class Objective:
         return self.has("reference")
 
     @property
-    def imitates(self) -> bool:
-        """Whether a loss has an imitation term."""
-        return self.has("imitates")
-
-    @property
     def reads_mismatched(self) -> bool:
         """Whether a loss reads prompts with completions of other examples."""
         return self.has("mismatched")
 
     @property
-    def is_step_coupled(self) -> bool:
-        """Whether a loss needs the log-probs of the whole step first."""
-        return self.has("step_coupled") or self.has("baseline")
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are filled for the losses before a step, in order."""
+        members = self.members.values()
+        return (*["ref_logps"] * self.needs_reference, *(name for loss in members for name in loss.columns))
 
     @property
     def depends_on_step(self) -> bool:
         """Whether the loss of an example depends on which others are in its optimizer step."""
-        return self.is_step_coupled or self.imitates
+        return self.has("columns")
 
-    def count(self, batch: PackedBatch) -> int:
-        """How many units of a batch the loss is a mean over: scored tokens or examples."""
-        return batch.num_scored if all(x.per_token for x in self.members.values()) else batch.num_examples
-
-    def imitated(self, batch: PackedBatch) -> int:
-        """How many tokens of a batch an imitation term is a mean over: those of the chosen completions."""
-        return int(batch.cu_seqlens.diff()[0::2].sum()) if self.imitates else 0
+    @property
+    def reduction(self) -> str:
+        """What makes one number of the losses: a name of `fastalign.losses.reduce`."""
+        return "token-mean" if all(loss.per_token for loss in self.members.values()) else "example-mean"
 
     def losses(self, *data: Any) -> Tensor:
         """The loss function, or the weighted sum of several, on its data with options bound."""
@@ -170,9 +142,9 @@ class Objective:
 
         return weighted_sum(self.members, self.options, *data)
 
-    def loss_fn(self, batch: PackedBatch, scale: float, facts: StepFacts = NO_FACTS) -> LossFn:
-        """The function of a batch's head outputs that is differentiated; ``scale`` multiplies the sum of losses."""
-        return self.method.build(self, batch, scale, facts)
+    def loss_fn(self, batch: PackedBatch) -> LossFn:
+        """The function of a batch's head outputs that is differentiated."""
+        return partial(self.method.build, self, batch)
 
 
 def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:

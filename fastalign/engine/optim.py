@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fastalign.config import OptimConfig
 from fastalign.models.precision import HALF
-from fastalign.parallel.clip import local
+from fastalign.parallel.clip import clip_gradients, local
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,14 @@ class AdamW(torch.optim.AdamW):
     def start_masters(self) -> None:
         """Make the masters equal to the weights."""
         copy_all(self.masters, self.masters.values())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A module that trains, plain or sharded, and the optimizer of its weights."""
+
+    module: nn.Module
+    optimizer: AdamW
 
 
 def copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
@@ -142,7 +151,23 @@ def warmup_steps(total: int, config: OptimConfig) -> int:
     return math.ceil(config.warmup * total) if config.warmup < 1 else round(config.warmup)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One learning rate for every group."""
+def take_step(trained: Trained, lr: float, clip_norm: float, finite: Tensor) -> Tensor:
+    """Clip the gradients and update the weights, unless something is not finite; nothing is read from the device.
+
+    Args:
+        trained: with its gradients, which are forgotten afterwards.
+        lr: of this update.
+        clip_norm: see `clip_gradients`.
+        finite: ``[]`` bool, whether the loss is.
+
+    Returns:
+        ``[]`` fp64 norm of the gradients before clipping.
+    """
+    optimizer = trained.optimizer
+    norm = clip_gradients(trained.module.parameters(), clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.found_inf = 1 - (finite & norm.isfinite()).float()  # 1 skips the update
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

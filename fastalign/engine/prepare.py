@@ -1,159 +1,198 @@
-"""What some losses must know of the whole optimizer step before any of it has a coefficient: a first pass over it."""
+"""Before the first backward of a step: fill the columns that its loss reads, over all micro-batches and ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastalign.engine.forward import Models
-from fastalign.engine.methods import Objective, StepFacts
+from fastalign.engine.methods import Objective
 from fastalign.engine.reference.frozen import reference_logps
 from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import Work
 from fastalign.losses.pairs import pair_logps
-from fastalign.losses.reduce import segment_sum
-from fastalign.losses.unpaired import Baseline, make_baseline
-from fastalign.parallel.mesh import World
-from fastalign.types import PackedBatch, PairLogps
+from fastalign.losses.preference_wide import rank_margins, rank_ratios
+from fastalign.losses.reduce import Totals, segment_sum, weight_columns
+from fastalign.losses.unpaired import make_baseline
+from fastalign.models.groups import pick_sequences, tokens_of
+from fastalign.parallel.mesh import Axis, World
+from fastalign.types import Columns, PackedBatch
 
-Known = list[tuple[PackedBatch, StepFacts]]
 
-
-@dataclass
-class Carried:
-    """What a method takes from one step to the next.
-
-    Attributes:
-        baseline: what unpaired losses measured from in the last step.
-    """
-
-    baseline: Baseline = field(default_factory=make_baseline)
+class Stateful(Protocol):
+    """What a method takes from one step to the next, and a checkpoint keeps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return {"baseline": self.baseline.state_dict()}
+        """Plain numbers."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go back to a checkpoint."""
-        self.baseline = make_baseline(**state["baseline"], device=device)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to them."""
+        ...
 
 
-def look_ahead(
+Carried = dict[str, Stateful]
+"""What a method carries, by name."""
+Batches = list[PackedBatch]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the columns of a step are made from: the arguments of `prepare`."""
+
+    models: Models
+    objective: Objective
+    work: Work
+    world: World
+    watch: Stopwatch
+    carried: Carried
+
+
+def prepare(
     models: Models,
     batches: Sequence[PackedBatch],
     objective: Objective,
-    imitated_per_unit: float | None,
+    work: Work,
     world: World,
     watch: Stopwatch,
     carried: Carried,
-) -> Known:
-    """What each micro-batch's loss may know of the step; a step-coupled loss costs a forward pass of all of them.
+) -> Batches:
+    """This rank's micro-batches of a step on its device, with every column that the loss reads.
 
-    That pass cuts the head into the chunks of the training pass, so that both see the same bits, and keeps the
-    reference's log-probs with the batches.
+    All ranks call it, with equally many micro-batches. A loss that compares the examples of a step costs a forward pass
+    of all of them, whose head is cut into the chunks of the training pass: both see the same bits.
+
+    Args:
+        models: the policy as it is before the step, and the reference.
+        batches: from the packer, on the host.
+        objective: whose losses name the columns.
+        work: of the whole step.
+        world: the ranks.
+        watch: where the time is booked.
+        carried: what earlier steps left; brought up to date.
     """
-    if not objective.is_step_coupled:
-        return [(batch, StepFacts(imitated_per_unit)) for batch in batches]
-    batches = [batch.to(world.device) for batch in batches]
-    if objective.method.align == "pair":
-        return all_pairs(models, batches, objective, imitated_per_unit, world, watch)
-    return with_baseline(models, batches, objective, world, watch, carried)
+    step = Step(models, objective, work, world, watch, carried)
+    with watch("data"):
+        prepared = [weigh(step, batch.to(world.device)) for batch in batches]
+    for fill in dict.fromkeys(FILL[name] for name in objective.columns):  # one may fill several columns
+        prepared = fill(step, prepared)
+    return prepared
 
 
-def all_pairs(
-    models: Models,
-    batches: Sequence[PackedBatch],
-    objective: Objective,
-    imitated_per_unit: float | None,
-    world: World,
-    watch: Stopwatch,
-) -> Known:
-    """The log-probs of the step's pairs, over all ranks."""
-    scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in batches]
-    logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
-    mine = [pair_logps(x, b.cu_seqlens.to(x.device), b.ref_logps) for x, b in zip(logps, scored, strict=True)]
-    pairs, first = gather_pairs(mine, world)
-    places = accumulate((len(pair.chosen) for pair in mine), initial=first)
-    return [(b, StepFacts(imitated_per_unit, pairs, place)) for b, place in zip(scored, places, strict=False)]
+def weigh(step: Step, batch: PackedBatch) -> PackedBatch:
+    """The reduction as weights; times the number of ranks, which undoes the average that gradient reduction takes."""
+    work, size = step.work, step.world.data.size
+    totals = Totals(*(max(count, 1) / size for count in (work.scored, work.sequences, work.examples)))
+    offsets = batch.cu_seqlens.to(step.world.device)
+    return batch.fill(**weight_columns(step.objective.reduction, offsets, totals, batch.num_scored))
 
 
-def with_baseline(
-    models: Models,
-    batches: Sequence[PackedBatch],
-    objective: Objective,
-    world: World,
-    watch: Stopwatch,
-    carried: Carried,
-) -> Known:
-    """The baseline of an unpaired loss: from the mismatched completions, or from the step's own."""
-    both, baseline_of = objective.reads_mismatched, next(iter(objective.members.values())).baseline
-    assert baseline_of is not None
-    pairs = [score_both(models, b, objective, world, watch) if both else (b, b) for b in batches]
-    batches, scored = (list(side) for side in zip(*pairs, strict=True))
-    scored = [replace(b, ref_logps=score_reference(models, b, objective, world.device, watch)) for b in scored]
-    logps = [score_policy(models, batch, objective, world, watch) for batch in scored]
-    sums = [sequence_sums(one, batch) for one, batch in zip(logps, scored, strict=True)]
+def fill_mean_lengths(step: Step, batches: Batches) -> Batches:
+    """``mean_lengths``, from the counts of the step."""
+    mean = max(step.work.imitated, 1) / max(step.work.examples, 1)
+    options = {"dtype": torch.float64, "device": step.world.device}
+    return [batch.fill(mean_lengths=torch.full((batch.num_sequences,), mean, **options)) for batch in batches]
+
+
+def fill_reference(step: Step, batches: Batches) -> Batches:
+    """``ref_logps``; none where the reference's whole distributions are computed beside the policy's.
+
+    Where the loss reads companions, one pass scores these and the batch's own sequences behind their common prompts.
+    """
+    if step.objective.head == "distributions":
+        return batches
+    if not step.objective.reads_mismatched:
+        return [with_reference(step, batch) for batch in batches]
+    filled = []
+    for batch in batches:
+        companion = with_reference(step, batch.companion or batch)  # a rank without work makes the same passes
+        ours = slice(None) if batch.companion is None else tokens_of(companion, slice(0, None, 2))
+        own = companion.columns.pick({"token": ours})
+        filled.append(replace(batch.fill(ref_logps=own.ref_logps), companion=companion))
+    return filled
+
+
+def with_reference(step: Step, batch: PackedBatch) -> PackedBatch:
+    """The batch with log-probs under the reference: computed now if that is in memory, else they came with the data."""
+    if step.models.reference is None:
+        assert batch.columns.ref_logps is not None, "a batch without reference log-probs, and no reference"
+        return batch
+    return batch.fill(ref_logps=score(step, step.models.reference, batch, "reference"))
+
+
+def score(step: Step, model: Any, batch: PackedBatch, booked: str) -> Tensor:
+    """``[N]`` log-probs under a model, without gradient."""
+    with step.watch(booked), step.models.precision(step.world.device):
+        return reference_logps(model, batch, step.objective)
+
+
+def sequence_logps(step: Step, batches: Batches) -> tuple[Tensor, Tensor]:
+    """``[B]`` log-probs of the sequences of all micro-batches, under the policy as it is and under the reference."""
+    sums = []
+    for batch in batches:
+        batch = with_reference(step, batch) if step.objective.head == "distributions" else batch
+        logps = score(step, step.models.policy, batch, "forward")
+        offsets, known = batch.cu_seqlens.to(logps.device), batch.columns.read("ref_logps", "the step")
+        sums.append((segment_sum(logps, offsets), segment_sum(known.to(logps.dtype), offsets)))
     policy, reference = (torch.cat(part) for part in zip(*sums, strict=True))
-    carried.baseline = baseline_of(
-        carried.baseline, policy, reference, beta=objective.options.get("beta", 1.0), process_group=world.data.group
-    )
-    return [(batch, StepFacts(baseline=carried.baseline)) for batch in (batches if both else scored)]
+    return policy, reference
 
 
-def score_both(
-    models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch
-) -> tuple[PackedBatch, PackedBatch]:
-    """A batch and its mismatched completions with the reference's log-probs, prompts computed once for both."""
-    if batch.mismatched is None:  # of a rank without work: one pass, as the others make
-        batch = replace(batch, ref_logps=score_reference(models, batch, objective, world.device, watch))
-        return batch, batch
-    if batch.both is None:
-        return batch, batch.mismatched
-    logps = score_reference(models, batch.both, objective, world.device, watch)
-    assert logps is not None
-    lengths = batch.both.cu_seqlens.diff().long()
-    own = (torch.arange(len(lengths)) % 2 == 0).repeat_interleave(lengths)  # counted on the host: no wait for a device
-    mine, theirs = (logps[rows.nonzero()[:, 0].to(logps.device)] for rows in (own, ~own))
-    return replace(batch, ref_logps=mine), replace(batch.mismatched, ref_logps=theirs)
+def fill_ranks(step: Step, batches: Batches) -> Batches:
+    """``rank_margins`` and ``rank_ratios``: among the pairs of all ranks."""
+    policy, reference = sequence_logps(step, batches)
+    everyone, first = gather_rows(torch.stack([policy, reference], dim=1), step.world.data)
+    everyone = everyone.to(policy.device, policy.dtype)
+    one_each = torch.arange(len(everyone) + 1, device=policy.device)  # sums as sequences of one token
+    pair = pair_logps(everyone[:, 0], one_each, everyone[:, 1])
+    columns = Columns(rank_margins=rank_margins(pair), rank_ratios=rank_ratios(pair))
+    ends = pairwise(accumulate((batch.num_sequences for batch in batches), initial=first))
+    ours = [columns.pick({"sequence": slice(start, stop)}) for start, stop in ends]
+    return [batch.fill(**part.known()) for batch, part in zip(batches, ours, strict=True)]
 
 
-def sequence_sums(logps: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """``[B]`` sequence log-probs of policy and reference."""
-    assert batch.ref_logps is not None
-    offsets = batch.cu_seqlens.to(logps.device)
-    return segment_sum(logps, offsets), segment_sum(batch.ref_logps.to(logps.dtype), offsets)
+def fill_baseline(step: Step, batches: Batches) -> Batches:
+    """``baseline``: from the mismatched completions where the loss reads these, or from the step's own."""
+    objective, scored = step.objective, batches
+    if objective.reads_mismatched:
+        theirs = slice(1, None, 2)
+        scored = [pick_sequences(b.companion, theirs) if b.companion and b.example_ids else b for b in batches]
+    policy, reference = sequence_logps(step, scored)
+    before, (loss, *_) = step.carried["baseline"], objective.members.values()
+    assert loss.baseline is not None
+    options = {"beta": objective.options.get("beta", 1.0), "process_group": step.world.data.group}
+    baseline = loss.baseline(before, policy, reference, **options)
+    step.carried["baseline"] = baseline
+    return [batch.fill(baseline=baseline.mean.expand(batch.num_sequences)) for batch in batches]
 
 
-def score_policy(models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch) -> Tensor:
-    """``[N]`` log-probs under the policy, without gradient."""
-    with watch("forward"), models.precision(world.device):
-        return reference_logps(models.policy, batch, objective)
+def gather_rows(table: Tensor, ranks: Axis) -> tuple[Tensor, int]:
+    """``[n, k]`` fp64 rows of every rank on the host, in the order of ranks, and the position of this rank's first."""
+    rows, width = table.shape
+    counts = ranks.gather([rows])[:, 0].long().tolist()
+    padded = torch.nn.functional.pad(table.double().cpu(), (0, 0, 0, max(counts) - rows))
+    everyone = ranks.gather(padded.flatten().tolist()).view(ranks.size, -1, width)
+    parts = [rank[:count] for rank, count in zip(everyone, counts, strict=True)]
+    return torch.cat(parts), sum(counts[: ranks.rank])
 
 
-def score_reference(
-    models: Models, batch: PackedBatch, objective: Objective, device: torch.device, watch: Stopwatch
-) -> Tensor | None:
-    """``[N]`` reference log-probs: those that came with the batch, or computed now; None for losses without any."""
-    if batch.ref_logps is not None or not objective.needs_reference or objective.head == "distributions":
-        return batch.ref_logps
-    if models.reference is None:
-        assert batch.num_scored == 0, "a batch without reference log-probs, and no reference to compute them"
-        return torch.zeros(0, device=device)
-    with watch("reference"), models.precision(device):
-        return reference_logps(models.reference, batch, objective)
+FILL: dict[str, Callable[[Step, Batches], Batches]] = {
+    "ref_logps": fill_reference,
+    "mean_lengths": fill_mean_lengths,
+    "rank_margins": fill_ranks,
+    "rank_ratios": fill_ranks,
+    "baseline": fill_baseline,
+}
+"""What fills each column that a loss may name."""
+CARRIED: dict[str, Callable[[], Stateful]] = {"baseline": make_baseline}
+"""What the columns of a step take over from the step before; a checkpoint holds all of it, whatever the method."""
 
 
-def gather_pairs(mine: Sequence[PairLogps], world: World) -> tuple[PairLogps, int]:
-    """The pairs of all micro-batches and ranks, in the order of ranks, and the position of this rank's first."""
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
-    table = torch.cat([torch.stack([getattr(pair, name).double() for name in names], 1) for pair in mine]).cpu()
-    counts = world.data.gather([len(table)])[:, 0].long().tolist()
-    padded = torch.nn.functional.pad(table, (0, 0, 0, max(counts) - len(table)))
-    everyone = world.data.gather(padded.flatten().tolist()).view(world.data.size, -1, len(names))
-    rows = torch.cat([rank[:count] for rank, count in zip(everyone, counts, strict=True)])
-    columns = rows.to(mine[0].chosen.device, mine[0].chosen.dtype).unbind(1)
-    return PairLogps(**dict(zip(names, columns, strict=True))), sum(counts[: world.data.rank])
+def first_carried() -> Carried:
+    """What is carried before the first step."""
+    return {name: make() for name, make in CARRIED.items()}

@@ -9,47 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.engine.methods import Objective, StepFacts
+from fastalign.engine.methods import Objective
 from fastalign.losses import preference, ranking, reward, supervised, unpaired
 from fastalign.losses.pairs import pair_logps
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
-from fastalign.types import LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
+from fastalign.losses.reduce import lengths, segment_sum, sum_and_count, weighted
+from fastalign.types import Columns, LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Any], tuple[Tensor, Metrics]]
 """From what the head made to a share of the loss, and ``[2]`` (sum, count) per metric."""
 
 
-def supervised_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Token losses: ``scale * sum_t l_t``."""
-
-    def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
-        losses = objective.losses(stats.logps)
-        return losses.sum() * scale, supervised.metrics(stats, losses)
-
-    return loss_fn
+def share_of(objective: Objective, columns: Columns, losses: Tensor, first: Any = slice(None)) -> Tensor:
+    """A share of the step's loss: weighted by token, or by example as its ``first`` sequence says."""
+    name = "weights" if objective.reduction == "token-mean" else "example_weights"
+    return weighted(losses, columns.read(name, objective.names[0])[first])
 
 
-def preference_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Pair losses: ``scale * sum_p l_p``; the reference's log-probs are looked up by row."""
-    check_beta(objective)
-    tails, members = objective.has("tails"), list(objective.members.values())
-    known = {"tails": tails, "mean_chosen_length": facts.imitated_per_unit}
+def supervised_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Token losses."""
+    losses = objective.losses(stats.logps)
+    return share_of(objective, batch.columns.at(stats), losses), supervised.metrics(stats, losses)
 
-    def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
-        assert stats.cu_seqlens is not None and stats.sequences is not None
-        reference = None if batch.ref_logps is None else batch.ref_logps[stats.rows]
-        pair = pair_logps(stats.logps, stats.cu_seqlens, reference, **known)
-        if facts.pairs is not None:
-            pair = replace(pair, step=facts.pairs, places=facts.first_pair + stats.sequences[0::2] // 2)
-        if stats.divergence is not None:
-            kls = segment_sum(stats.divergence, stats.cu_seqlens)
-            pair = replace(pair, chosen_kls=kls[0::2], rejected_kls=kls[1::2])
-        losses = objective.losses(pair)
-        metrics = preference.metrics(pair, losses, members, objective.options)
-        return losses.sum() * scale, {**metrics, **pair_metrics(pair), **supervised.token_metrics(stats)}
 
-    return loss_fn
+def preference_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Pair losses."""
+    assert stats.cu_seqlens is not None
+    columns = batch.columns.at(stats)
+    reference = columns.read("ref_logps", objective.names[0]) if objective.needs_reference else None
+    pair = pair_logps(stats.logps, stats.cu_seqlens, reference, tails=objective.has("tails"), columns=columns)
+    if stats.divergence is not None:
+        kls = segment_sum(stats.divergence, stats.cu_seqlens)
+        pair = replace(pair, chosen_kls=kls[0::2], rejected_kls=kls[1::2])
+    losses = objective.losses(pair)
+    metrics = preference.metrics(pair, losses, list(objective.members.values()), objective.options)
+    loss = share_of(objective, columns, losses, slice(0, None, 2))
+    return loss, {**metrics, **pair_metrics(pair), **supervised.token_metrics(stats)}
 
 
 def pair_metrics(pair: PairLogps) -> Metrics:
@@ -60,46 +55,35 @@ def pair_metrics(pair: PairLogps) -> Metrics:
     }
 
 
-def unpaired_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Losses of labelled completions: ``scale * sum_i l_i``, measured from the step's baseline."""
-    check_beta(objective)
-    loss, *others = objective.members.values()
+def unpaired_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Losses of labelled completions."""
+    (name, *others), (loss, *_) = objective.names, objective.members.values()
     if others:
         raise ValueError(f"kto takes one loss, each has a baseline of its own; got {', '.join(objective.names)}")
-    beta = objective.options.get("beta", 1.0)
-    baseline = facts.baseline or unpaired.make_baseline(device=batch.scores.device)
-
-    def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
-        assert stats.cu_seqlens is not None
-        logps = segment_sum(stats.logps, stats.cu_seqlens)
-        reference = torch.zeros_like(stats.logps) if batch.ref_logps is None else batch.ref_logps[stats.rows]
-        ref_logps = segment_sum(reference.to(logps.dtype), stats.cu_seqlens)
-        labelled = LabelledLogps(logps, ref_logps, batch.scores[stats.sequences] > 0)
-        losses = objective.losses(labelled, baseline)
-        metrics = unpaired.metrics(labelled, losses, baseline, beta=beta, loss=loss)
-        return losses.sum() * scale, {**metrics, **supervised.token_metrics(stats)}
-
-    return loss_fn
+    assert stats.cu_seqlens is not None
+    columns, logps = batch.columns.at(stats), segment_sum(stats.logps, stats.cu_seqlens)
+    ref_logps = segment_sum(columns.read("ref_logps", name).to(logps.dtype), stats.cu_seqlens)
+    desirable, baseline = columns.read("scores", name) > 0, columns.read("baseline", name)
+    labelled = LabelledLogps(logps, ref_logps, desirable, baseline)
+    losses = objective.losses(labelled)
+    metrics = unpaired.metrics(labelled, losses, beta=objective.options.get("beta", 1.0), loss=loss)
+    return share_of(objective, columns, losses), {**metrics, **supervised.token_metrics(stats)}
 
 
-def ranking_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Losses of ranked candidates: ``scale * sum_g l_g`` over prompts."""
-
-    def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
-        assert stats.cu_seqlens is not None and stats.sequences is not None
-        ranked = RankedLogps(
-            logps=segment_sum(stats.logps, stats.cu_seqlens),
-            lengths=lengths(stats.cu_seqlens),
-            rewards=batch.scores[stats.sequences],
-            cu_groups=groups_of(stats.sequences, batch.cu_groups),
-        )
-        losses = objective.losses(ranked)
-        return losses.sum() * scale, {
-            **ranking.metrics(ranked, losses, **objective.options),
-            **supervised.token_metrics(stats),
-        }
-
-    return loss_fn
+def ranking_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Losses of ranked candidates, one per prompt."""
+    assert stats.cu_seqlens is not None and stats.sequences is not None
+    columns = batch.columns.at(stats)
+    ranked = RankedLogps(
+        logps=segment_sum(stats.logps, stats.cu_seqlens),
+        lengths=lengths(stats.cu_seqlens),
+        rewards=columns.read("scores", objective.names[0]),
+        cu_groups=groups_of(stats.sequences, batch.cu_groups),
+    )
+    losses = objective.losses(ranked)
+    metrics = ranking.metrics(ranked, losses, **objective.options)
+    loss = share_of(objective, columns, losses, ranked.cu_groups[:-1])
+    return loss, {**metrics, **supervised.token_metrics(stats)}
 
 
 def groups_of(sequences: Tensor, cu_groups: Tensor) -> Tensor:
@@ -111,33 +95,21 @@ def groups_of(sequences: Tensor, cu_groups: Tensor) -> Tensor:
     return offsets[inside] - sequences[0]
 
 
-def reward_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Losses of a scalar head's outputs: ``scale`` times their sum over pairs, prompts or steps."""
+def reward_loss(objective: Objective, batch: PackedBatch, outputs: Tensor) -> tuple[Tensor, Metrics]:
+    """Losses of a scalar head's outputs, one per pair, prompt or step."""
     loss, *others = objective.members.values()
     if others:
         raise ValueError(f"reward takes one loss, each reads other data; got {', '.join(objective.names)}")
-    read = loss.read or reward.read_pairs
-
-    def loss_fn(outputs: Tensor) -> tuple[Tensor, Metrics]:
-        arguments, metrics = read(outputs, batch.scores.to(outputs.dtype), batch.cu_groups.to(outputs.device))
-        losses = objective.losses(*arguments)
-        return losses.sum() * scale, metrics(losses)
-
-    return loss_fn
+    cu_groups = batch.cu_groups.to(outputs.device, torch.int64)
+    arguments, metrics = (loss.read or reward.read_pairs)(outputs, batch.columns, cu_groups)
+    losses = objective.losses(*arguments)
+    first = slice(None) if loss.per_token else cu_groups[:-1]
+    return share_of(objective, batch.columns, losses, first), metrics(losses)
 
 
-def distillation_loss(objective: Objective, batch: PackedBatch, scale: float, facts: StepFacts) -> LossFn:
-    """Divergences from a teacher, which the head computed as the loss asked: ``scale * sum_t l_t``."""
-
-    def loss_fn(stats: TokenStats) -> tuple[Tensor, Metrics]:
-        assert stats.divergence is not None
-        metrics = {"loss": sum_and_count(stats.divergence), "nll": sum_and_count(-stats.logps)}
-        return stats.divergence.sum() * scale, {**metrics, **supervised.token_metrics(stats)}
-
-    return loss_fn
-
-
-def check_beta(objective: Objective) -> None:
-    """Refuse a temperature of the reward that turns the preference round."""
-    if not objective.options.get("beta", 1) > 0:
-        raise ValueError(f"loss.beta must be above 0, got {objective.options['beta']}")
+def distillation_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Divergences from a teacher, which the head computed as the loss asked."""
+    losses = stats.divergence
+    assert losses is not None
+    metrics = {"loss": sum_and_count(losses), "nll": sum_and_count(-stats.logps)}
+    return share_of(objective, batch.columns.at(stats), losses), {**metrics, **supervised.token_metrics(stats)}

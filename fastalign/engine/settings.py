@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,15 +20,28 @@ from fastalign.models.load import DTYPES, check_named, check_place
 from fastalign.ops import dispatch
 from fastalign.words import describe_type
 
-LEAST = (
-    ("run", ("steps", "keep", "log_every"), 1),
-    ("run", ("save_every", "save_minutes", "eval_every"), 0),
-    ("batch", ("size", "tokens", "max_group_tokens"), 1),
-    ("optim", ("lr", "warmup", "clip_norm", "weight_decay"), 0),
-)
-"""The smallest value of settings that have one."""
 MOST_MINUTES = 1_000_000
 """A wait of two years; torch counts it in milliseconds, and cannot count for ever."""
+NO_DIRECTORY = ("", "null", "true", "false", "on", "yes", "no")
+"""Words for `reference.cache` that are meant otherwise than as the name of a directory."""
+
+
+def at_least(least: int, *keys: str) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    """The rule that settings have a smallest value."""
+    return {key: (lambda value: value >= least, f"must be at least {least}") for key in keys}
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **at_least(1, "run.steps", "run.keep", "run.log_every", "batch.size", "batch.tokens", "batch.max_group_tokens"),
+    **at_least(0, "run.save_every", "run.save_minutes", "run.eval_every"),
+    **at_least(0, "optim.lr", "optim.warmup", "optim.clip_norm", "optim.weight_decay"),
+    "parallel.timeout_minutes": (lambda m: 0 < m < MOST_MINUTES, f"must be above 0 and below {MOST_MINUTES:,}"),
+    "optim.eps": (lambda value: value > 0, "must be above 0"),
+    "optim.betas": (lambda betas: all(0 <= value < 1 for value in betas), "must be in [0, 1)"),
+    "run.seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32"),
+    "reference.cache": (lambda word: word.lower() not in NO_DIRECTORY, "must be auto, off or a directory"),
+}
+"""What values of settings must hold, None excepted, and how errors say it. NaN holds nothing."""
 BUDGET, WIDE_BUDGET = 4096, 1536
 """Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
 HALF = "half precision (model.dtype bfloat16 or model.autocast true)"
@@ -37,8 +51,6 @@ ATTENTION_NEEDS = {
     "flash": f"a CUDA GPU, {HALF} and the flash-attn package (pip install 'fastalign[flash]')",
 }
 """What the backends of attention need, for those who ask for one."""
-NO_DIRECTORY = ("", "null", "true", "false", "on", "yes", "no")
-"""Words for `reference.cache` that are meant otherwise than as the name of a directory."""
 KERNELS = 32
 """Matrix products of different shapes whose oneDNN kernels are kept: more than a micro-batch has, about 1 MiB each."""
 
@@ -46,25 +58,14 @@ KERNELS = 32
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot be meant, before any work."""
     check_types(config)
-    for section, names, least in LEAST:
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value is not None and not value >= least:  # not < either: that lets NaN pass
-                raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
-    run, optim = config.run, config.optim
-    if not 0 < config.parallel.timeout_minutes < MOST_MINUTES:
-        minutes = config.parallel.timeout_minutes
-        raise ValueError(f"parallel.timeout_minutes must be above 0 and below {MOST_MINUTES:,}, got {minutes}")
-    if not optim.eps > 0:
-        raise ValueError(f"optim.eps must be above 0, got {optim.eps}")
-    if not all(0 <= value < 1 for value in optim.betas):
-        raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
-    if not 0 <= run.seed < 2**32:
-        raise ValueError(f"run.seed must be at least 0 and below 2**32, got {run.seed}")
+    for key, (holds, text) in RULES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{key} {text}, got {value!r}")
+    run = config.run
     if run.steps is None and not 0 < run.epochs < math.inf:
         raise ValueError(f"run.epochs must be above 0 and finite when run.steps is not given, got {run.epochs}")
-    if config.reference.cache.lower() in NO_DIRECTORY:
-        raise ValueError(f"reference.cache must be auto, off or a directory, got {config.reference.cache!r}")
     if not run.output_dir.strip():
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
     check_trackers(run.trackers)
@@ -95,7 +96,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def settle(config: Config, device: torch.device) -> Config:
-    """The settings with those filled in that were left to the device; nothing is computed before."""
+    """Return the config with device-dependent defaults filled in. Call before any compute."""
     check_attention(config.model, device)
     bound_kernels()
     if config.batch.tokens is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,33 +15,23 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
+from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
 from fastalign.data.loader import Examples, TokenDataset, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
-from fastalign.data.pack import pack
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.agree import require_same
 from fastalign.engine.fitting import check_columns, check_groups, held_out_source
-from fastalign.engine.forward import Models, wants_autocast
-from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.forward import Models
+from fastalign.engine.loading import Start, load, verified
+from fastalign.engine.methods import make_objective
 from fastalign.engine.output.alarms import check_choices
-from fastalign.engine.reference.cache import Demand
-from fastalign.engine.reference.frozen import frozen_copy, with_reference
-from fastalign.models import lora
-from fastalign.models.head import head_of
-from fastalign.models.load import (
-    check_model,
-    load_policy,
-    load_tokenizer,
-    separate_padding,
-)
+from fastalign.engine.reference.cache import Filling
+from fastalign.engine.reference.frozen import reference_section, settle_reference
+from fastalign.models.load import check_model, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
-from fastalign.models.support import trained_positions
-from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import World
-from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +64,10 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a policy, and a reference of its own, that cannot run, before anything is tokenised."""
     objective = make_objective(config.method, config.loss)
     check_model(config.model, tokenizer, scalar_head=objective.method.scalar_head)
+    if config.reference.path is None and objective.needs_reference and objective.method.teacher:
+        raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
     if config.reference.path is not None and objective.needs_reference:
-        check_model(described_reference(config), setting="reference.path")
+        check_model(reference_section(config), setting="reference.path")
 
 
 def require_same_rows(ranks: World, *datasets: TokenDataset | None) -> None:
@@ -114,165 +105,43 @@ def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return builtin.train_tokenizer()
 
 
-def load_models(
-    config: Config,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerBase,
-    demands: Sequence[Demand],
-    ranks: World,
-    room: Callable[[Policy], None] = lambda policy: None,
-) -> tuple[Models, list[Examples], Config]:
-    """Policy and reference, checked against their plain forwards and sharded; the data, and the settings that are left.
+@dataclass(frozen=True)
+class Loaded:
+    """What a run computes with.
 
-    The data bring the reference's log-probs when these are kept; no reference is in memory then. The check may take
-    prefix sharing from the settings. ``room`` is given the policy before anything is computed.
-
-    Raises:
-        ValueError: a model that cannot be used, or a method without its teacher.
+    Attributes:
+        models: policy and reference, sharded and checked against their plain forwards.
+        data: the examples that will be read; with the reference's log-probs when these are kept, and no reference is
+            in memory then.
+        batch: the batch section, without prefix sharing where a model does not compute it exactly.
+        filling: the cache that the log-probs are in.
     """
-    policy, source, config = load_weights(config, objective, tokenizer, demands, ranks)
-    room(policy)
-    models, data = with_reference(config, objective, policy, source, demands, ranks)
-    if source is not None and models.reference is None:
-        del source
-        gc.collect()  # a sharded model is in cycles: its memory would be held until the collector comes by
-    return models, data, config
+
+    models: Models
+    data: Sequence[Examples]
+    batch: BatchConfig
+    filling: Filling | None
 
 
-def load_weights(
-    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, demands: Sequence[Demand], ranks: World
-) -> tuple[Policy, Policy | None, Config]:
-    """The policy and what its loss compares it with, checked, not yet sharded; and the settings that are left.
-
-    Both read the same batches: prefixes are shared if both compute them exactly, on every rank.
-    """
-    autocast, scalar = wants_autocast(config.model, ranks.device), objective.method.scalar_head
-    policy = load_policy(config.model, tokenizer=tokenizer, seed=config.run.seed, scalar_head=scalar)
-    require_same(ranks, lora.sample(policy.named_parameters()), *other_weights("model.path"))
-    if scalar:
-        separate_padding(policy, tokenizer)
-    asked, config = config.batch, checked(config, policy.train(), autocast, demands, ranks)
-    source = load_reference(config, objective, policy, tokenizer)
-    if objective.head == "distributions":
-        refuse_heads(objective, policy, source)
-    if source is not None and source is not policy:
-        require_same(ranks, lora.sample(source.named_parameters()), *other_weights("reference.path"))
-        name = "the teacher" if objective.method.teacher else "the reference"
-        before, config = config.batch, checked(config, source, autocast, demands, ranks, name)
-        if config.batch != before:  # what the policy was checked on is not what it will read
-            verified(config, Models(policy, None, autocast), demands[0], ranks)
-    for demand in demands if config.batch != asked else ():
-        check_groups(cast(TokenDataset, demand.dataset), config.batch, f"the {demand.name}")
-    return policy, source, config
-
-
-def other_weights(setting: str) -> tuple[str, str]:
-    """What `require_same` says of a rank that loaded another model than the main one, and what to do."""
-    return f"loaded other weights from {setting}", f"give every rank the same {setting}"
-
-
-def checked(
-    config: Config, policy: Policy, autocast: bool, demands: Sequence[Demand], ranks: World, name: str = "the model"
-) -> Config:
-    """The settings that are left for a model, moved to its device, that takes all sequences and packs exactly."""
-    check_lengths(policy, demands, config.data.max_length, name)
-    models = Models(policy.to(ranks.device), None, autocast)
-    config = replace(config, batch=verified(config, models, demands[0], ranks, name))
-    check_lengths(policy, demands, config.data.max_length, name, warn=False)  # a forward pass shows every window
-    return config
-
-
-def check_lengths(
-    policy: Policy, demands: Sequence[Demand], max_length: int, name: str = "the model", *, warn: bool = True
-) -> None:
-    """Refuse sequences longer than a model computes exactly; warn of those beyond the positions it was made for.
+def load_models(start: Start, room: Callable[[Policy], None] = lambda policy: None) -> Loaded:
+    """Policy and reference, loaded and verified.
 
     Args:
-        policy: on any device.
-        demands: what will be read.
-        max_length: no sequence is longer.
-        name: what messages call the model.
-        warn: whether to.
+        start: settings, data and ranks; all ranks call this.
+        room: is given the policy before anything is computed with a reference.
+
+    Raises:
+        ValueError: a model that cannot be used.
     """
-    limit, why = policy.max_length or (max_length, "")
-    positions = (trained_positions(policy.config) if warn else None) or max_length
-    if min(limit, positions) >= max_length:
-        return
-    for demand in demands:
-        lengths = demand.dataset.lengths()[np.asarray(demand.indices)]
-        longest = lengths.max(initial=0)
-        told = "{} of {} {} are longer than {} (the longest has {} tokens): set data.max_length to {}"
-        if longest > limit:
-            text = f"{limit} tokens, {why.replace('the model', name)}"
-            text = told.format((lengths > limit).sum(), len(lengths), demand.name, text, longest, limit)
-            raise ValueError(f"{text}, which cuts completions there, or with data.truncation drop leaves these out")
-        if longest > positions:
-            text = f"the {positions} positions that {name} was made for"
-            text = told.format((lengths > positions).sum(), len(lengths), demand.name, text, longest, positions)
-            log.warning("%s unless it is meant so", text)
-
-
-def refuse_heads(objective: Objective, *models: Any) -> None:
-    """Refuse two heads whose distributions cannot be compared, and adapters, which their divergence leaves out."""
-    heads = [head_of(model.head) for model in models]
-    if any(head.lora is not None for head in heads):
-        raise ValueError(
-            f"loss {objective.name} serves no adapter on a head: leave it out of model.lora.target_modules"
-        )
-    ours, theirs = (len(head.weight) for head in heads)
-    if ours != theirs:
-        raise ValueError(
-            f"loss {objective.name} compares distributions over one vocabulary, and the head of the model has {ours} "
-            f"rows, that of reference.path {theirs}: choose two models with heads of one size"
-        )
-
-
-def load_reference(
-    config: Config, objective: Objective, policy: Policy, tokenizer: PreTrainedTokenizerBase
-) -> Policy | None:
-    """The model that the loss reads: another, frozen, or the policy itself as it starts; None when it reads none."""
-    path = config.reference.path
-    if not objective.needs_reference:
-        if path is not None:
-            log.warning("reference.path is not read: loss %s compares with no reference", objective.name)
-        return None
-    if path is None and objective.method.teacher:
-        raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
-    if path is None:
-        return policy
-    described = described_reference(config)
-    if objective.method.teacher:  # new rows would teach that a new token is an average one
-        described = replace(described, resize_embeddings=False)
-    return frozen_copy(load_policy(described, tokenizer=tokenizer, setting="reference.path"))
-
-
-def described_reference(config: Config) -> ModelConfig:
-    """The model section of the model that ``reference.path`` names."""
-    dtype = config.reference.dtype or config.model.dtype
-    plain: dict[str, Any] = {"config": None, "tokenizer": None, "lora": None, "gradient_checkpointing": False}
-    return replace(config.model, path=config.reference.path, dtype=dtype, **plain)
-
-
-def verified(config: Config, models: Models, demand: Demand, ranks: World, name: str = "the model") -> BatchConfig:
-    """The batch section, once a packed batch agrees with the plain forward; without sharing if only that agrees.
-
-    All ranks go on alike: one whose batch disagrees takes sharing from all.
-    """
-    on_mismatch = config.model.on_mismatch if config.batch.share_prefix else "raise"
-    with models.precision(ranks.device):
-        first = first_batch(demand, config.batch).to(ranks.device)
-        if all(ranks.gather_objects(verify_packed(models.policy, first, on_mismatch, name))):
-            return config.batch
-        unshared = replace(config.batch, share_prefix=False)
-        verify_packed(models.policy, first_batch(demand, unshared).to(ranks.device), name=name)
-        return unshared
-
-
-def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
-    """A packed batch of the first examples, the one that shares deepest; the source's position is left alone.
-
-    Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one.
-    """
-    batches = pack(demand.dataset.fetch(list(demand.indices[: batch.size])), batch.budget, batch.share_prefix)
-    every = [*batches, *(packed.both for packed in batches if packed.both is not None)]
-    return max(every, key=lambda packed: packed.depth)
+    config, scalar = start.config, start.objective.method.scalar_head
+    policy = load(start, config.model, scalar_head=scalar).train()
+    if scalar:
+        separate_padding(policy, start.tokenizer)
+    shares = verified(start, policy, config.batch.share_prefix)
+    room(policy)
+    reference = settle_reference(start, policy, shares)
+    batch = start.batch(reference.share_prefix)
+    for demand in start.demands if batch != config.batch else ():
+        check_groups(cast(TokenDataset, demand.dataset), batch, f"the {demand.name}")
+    models = Models(policy, reference.model, start.autocast, reference.digest)
+    return Loaded(models, reference.data, batch, reference.filling)

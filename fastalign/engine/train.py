@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import Config
-from fastalign.data.disk import writing
+from fastalign.config import BatchConfig, Config
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import (
     Examples,
@@ -33,38 +31,38 @@ from fastalign.data.pack import share
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
-from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled, resume_command
+from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
+from fastalign.engine.loading import Start
 from fastalign.engine.methods import Objective, make_objective
-from fastalign.engine.optim import AdamW, learning_rate, make_optimizer, set_learning_rate
+from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
 from fastalign.engine.output.accounting import Accounting, account
-from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint, tied_names
+from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
 from fastalign.engine.output.checkpoints import RUN_STATE, read_state
 from fastalign.engine.output.console import open_sinks
+from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
-from fastalign.engine.output.report import write_report
-from fastalign.engine.output.rundir import claim, held, is_own, make_room, prepare
-from fastalign.engine.prepare import Carried
+from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
+from fastalign.engine.prepare import Carried, first_carried, prepare
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
 from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
-from fastalign.models.load import load_base, save_pretrained
 from fastalign.models.policy import Policy
-from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> str:
+def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
     """Run a whole training job and leave its directory: config, metrics, checkpoints, model, report.
 
     Args:
         config: every setting; see `fastalign.config`.
+        on_step: called with the number of steps done: before the first step, and after each.
 
     Returns:
         what a user must know of the end of the run; empty when all went well.
@@ -88,10 +86,10 @@ def train(config: Config) -> str:
             seed_everything(config.run)
             job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
             done = resume(job, checkpoint) if checkpoint else 0
-            if prepare(config, done, ranks, checkpoint) == done:  # the first change on the disk
+            if open_rundir(config, done, ranks, checkpoint) == done:  # the first change on the disk
                 job.owed.clear()  # the line is there
             show_overview(job, done)
-            note = run(job, done)
+            note = run(job, done, on_step or (lambda step: None))
             weights = whole_weights(job.models.policy) if ranks.size > 1 else None
         if ranks.is_main:  # the others are done: nobody waits for what the disk takes
             export(job, weights)
@@ -108,15 +106,19 @@ class Job:
     world: World
     tokenizer: PreTrainedTokenizerBase
     models: Models
-    optimizer: AdamW
+    trained: dict[str, Trained]
     dataset: TokenDataset
+    batch: BatchConfig
+    """The batch section, without prefix sharing where a model does not compute it exactly."""
     source: Source
     held_out: Examples | None
     total: int
     accounting: Accounting
     held_out_counts: dict[str, int] | None = None
-    carried: Carried = field(default_factory=Carried)
+    carried: Carried = field(default_factory=first_carried)
     signals: Requests = field(default_factory=Requests)
+    updates: int = 1
+    """Optimizer updates of a step: several where a step's examples cost more than an update."""
     owed: list[Record] = field(default_factory=list)
     """The record of the step that is resumed from, where its evaluation is still to come."""
 
@@ -142,14 +144,22 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     def room(policy: Policy) -> None:
         make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
 
-    models, (data, *rest), config = load_models(config, objective, tokenizer, demands, ranks, room)
-    accounting = account(models.policy, config.batch.budget, ranks.size, ranks.device, models.autocast)
-    source = Rows(data, config.batch.size, config.run.seed, rows)
+    loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
+    models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
+    accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
+    source = Rows(data, batch.size, config.run.seed, rows)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
-    optimizer = make_optimizer(models.policy, config.optim, tell=ranks.is_main)
-    made = (tokenizer, models, optimizer, dataset, source, held_out, total, accounting, counts)
+    trained = what_trains(models, config, ranks)
+    made = (tokenizer, models, trained, dataset, batch, source, held_out, total, accounting, counts)
     return Job(config, objective, ranks, *made)
+
+
+def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Trained]:
+    """The modules that train with their optimizers, by role."""
+    modules = {"policy": models.policy, "critic": models.critic}
+    present = {role: module for role, module in modules.items() if module is not None}
+    return {role: Trained(m, make_optimizer(m, config.optim, tell=ranks.is_main)) for role, m in present.items()}
 
 
 def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
@@ -192,7 +202,7 @@ def what_is_read(
     return demands
 
 
-def run(job: Job, done: int) -> str:
+def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
     with open_metrics(job, done) as metrics, closing(Feed(job.source, partial(pack_share, job))) as feed:
@@ -200,6 +210,7 @@ def run(job: Job, done: int) -> str:
         with keeper.listening():
             for record in job.owed:
                 evaluate_step(job, keeper, done, record)
+            on_step(done)
             for step in range(done + 1, job.total + 1):
                 result = iteration(job, keeper, feed, step)
                 saves = is_due(step, every.save_every, job.total)
@@ -214,6 +225,7 @@ def run(job: Job, done: int) -> str:
                         keeper.save(step)
                 if job.world.device.type == "cpu" or is_due(step, every.log_every, job.total):
                     metrics.flush()
+                on_step(step)
             keeper.look(job.total)
         return metrics.alarms.note
 
@@ -231,22 +243,31 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
 
 
 def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
-    """One step from its examples to the optimizer's update; nothing is read back from the device."""
+    """One step: its examples, the updates made of them, one line of metrics; nothing is read back from the device."""
     batches, work, watch = draw(job, keeper, feed, step)
-    losses, sums, grad_norm = update(job, batches, work, step, watch)
+    lr = learning_rate(step, job.total, job.config.optim)
+    batches = prepare(job.models, batches, job.objective, work, job.world, watch, job.carried)
+    updates = [update(job, part, lr, watch) for part in minibatches(batches, job.updates)]
     job.source.after(job.models.policy, step)
     watch.stop()
     known = {
         "step": step,
         "epoch": feed.position["drawn"] / len(job.dataset),
-        "lr": job.optimizer.param_groups[0]["lr"],
+        "lr": lr,
+        **job.accounting.describe(work),
     }
-    return StepResult({**known, **job.accounting.describe(work)}, sums, grad_norm, culprits(losses, batches), watch)
+    sums, norms = (torch.stack([getattr(one, name) for one in updates]) for name in ("sums", "grad_norm"))
+    return StepResult(known, sums.sum(0), norms.mean(), [loss for one in updates for loss in one.losses], watch)
+
+
+def minibatches(batches: list[PackedBatch], number: int) -> list[list[PackedBatch]]:
+    """The micro-batches of each update: as many updates as asked for and there are micro-batches, alike in size."""
+    return [batches[first::number] for first in range(min(number, len(batches)))]
 
 
 def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
     """A step's examples as this rank's micro-batches, pinned where a GPU will read them."""
-    batch, ranks = job.config.batch, job.world.data
+    batch, ranks = job.batch, job.world.data
     mine = share(examples, batch.budget, batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward)
     return [one.pin_memory() for one in mine] if job.world.device.type == "cuda" else mine
 
@@ -257,40 +278,38 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBa
         watch = Stopwatch(job.world.device)
         with watch("data"):
             batches, memory = feed.peek(), peak_memory(job.world.device)
-            work = measure_work(batches, job.objective, job.world, memory, keeper.asked(step - 1))
+            work = measure_work(batches, job.world, memory, keeper.asked(step - 1))
         if not work.asked:
             feed.take()
             return batches, work, watch
         keeper.obey(work.asked, step - 1)  # what is saved has not had this step
 
 
-def update(
-    job: Job, batches: list[PackedBatch], work: Work, step: int, watch: Stopwatch
-) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
-    """One optimizer update: the sums of each micro-batch and over all ranks, and the gradient's norm."""
-    world, optimizer = job.world, job.optimizer
-    losses = accumulate_gradients(job.models, batches, job.objective, work, world, watch, job.carried)
+@dataclass(frozen=True)
+class Update:
+    """An optimizer update: the sums of metrics over all ranks, the policy's gradient norm, this rank's losses."""
+
+    sums: Tensor
+    grad_norm: Tensor
+    losses: list[tuple[Tensor | None, tuple[int, ...]]]
+
+
+def update(job: Job, batches: list[PackedBatch], lr: float, watch: Stopwatch) -> Update:
+    """One update of all that trains, from the gradients of some of a step's micro-batches."""
+    world, names = job.world, job.objective.metric_names
+    metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
     with watch("optimizer"):
-        sums = world.data.sum(add_sums(losses, job.objective.metric_names, world.device))
-        loss = sums[job.objective.metric_names.index("loss")]
-        grad_norm = clip_gradients(job.models.policy.parameters(), job.config.optim.clip_norm)
-        set_learning_rate(optimizer, learning_rate(step, job.total, job.config.optim))
-        optimizer.found_inf = 1 - (loss.isfinite().all() & grad_norm.isfinite()).float()  # 1 skips the update
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, sums, grad_norm
-
-
-def culprits(sums: list[dict[str, Tensor]], batches: list[PackedBatch]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """This rank's loss and examples of each micro-batch."""
-    losses = [metrics["loss"] if metrics else None for metrics in sums]
-    return list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+        sums = world.data.sum(add_sums(metrics, names, world.device))
+        finite = sums[names.index("loss")].isfinite().all()
+        norms = {role: take_step(one, lr, job.config.optim.clip_norm, finite) for role, one in job.trained.items()}
+    losses = [one["loss"] if one else None for one in metrics]
+    return Update(sums, norms["policy"], list(zip(losses, (batch.example_ids for batch in batches), strict=True)))
 
 
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     """Write a step's line with its ``eval_`` metrics; a run that is stopped meanwhile leaves them to its resume."""
     assert job.held_out is not None
-    ours = job.models, job.held_out, job.objective, job.config.batch, job.world, job.carried
+    ours = job.models, job.held_out, job.objective, job.batch, job.world, job.carried
     try:
         metrics = evaluate(*ours, between=partial(keeper.look, step))
     except Interrupted as stop:
@@ -301,11 +320,11 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
 
 def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
-    carried, config = job.carried.state_dict(), asdict(job.config)
+    carried, config = {name: part.state_dict() for name, part in job.carried.items()}, asdict(job.config)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, job.models.policy, job.optimizer, state, job.world, keep)
+    save_checkpoint(directory, step, job.trained, state, job.world, keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
@@ -327,60 +346,16 @@ def resume(job: Job, checkpoint: Path) -> int:
             f"{checkpoint} was trained against another reference: {setting} has other weights now; restore those of "
             "then, or start again in another run.output_dir"
         )
-    job.carried.load_state_dict(state["carried"], job.world.device)
-    state = load_checkpoint(checkpoint, job.models.policy, job.optimizer, job.world)
+    for name, part in job.carried.items():
+        part.load_state_dict(state["carried"][name])
+    state = load_checkpoint(checkpoint, job.trained, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size
-        log.warning("resume: %d rank(s) before, %d now: numbers agree to rounding only", was, now)
+        log.warning("resume: %d rank(s) before, %d now: %s", was, now, ROUNDED)
     if state.get("owed") and is_own(checkpoint, job.directory):
         job.owed.append(state["owed"])
     return state["step"]
-
-
-def export(job: Job, weights: dict[str, Tensor] | None) -> None:
-    """``model/``: a Hugging Face directory of the final weights, or of the adapter; on the main rank, alone."""
-    policy, model, directory = job.models.policy, job.config.model, job.directory
-    job.signals.where = "in the export"
-    log.info("writing %s and report.html", directory / "model")
-    base = None if policy.adapted is None or model.config is None else make_base_again(job)
-    written = [x for x in (policy, base) if x is not None]
-    need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
-    then = f"export again with: {resume_command(job.config)}"
-    with writing("the model", directory / "model", need, then=then):
-        save_pretrained(policy, job.tokenizer, directory / "model", weights, base)
-
-
-def report(job: Job) -> None:
-    """Write the report of a run that has all else: a failure is only told."""
-    later = f"the run is complete: write it later with: fastalign report {shlex.quote(str(job.directory))}"
-    job.signals.where, job.signals.rest = "in the report", later
-    try:
-        write_report(job.directory)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("no report (%s); %s", reason, later)
-
-
-def make_base_again(job: Job) -> PreTrainedModel:
-    """The base of an adapter that no directory holds: from its config and seed, with the special tokens of now."""
-    config, policy = job.config, job.models.policy
-    scalar = policy.has_scalar_head
-    base = load_base(config.model, seed=config.run.seed, tokenizer=job.tokenizer, scalar_head=scalar)
-    base.config.pad_token_id = policy.config.pad_token_id
-    return base
-
-
-def whole_weights(policy: Policy) -> dict[str, Tensor]:
-    """Full tensors of a sharded policy, tied ones once, on the host of the main rank; all ranks must call it.
-
-    Of a policy with an adapter, only what trains.
-    """
-    adapted = policy.adapted is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
-    state = get_model_state_dict(policy, options=options)
-    tied = tied_names(policy)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in tied}
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastalign.engine.forward import Models, run_head
 from fastalign.engine.methods import Objective
-from fastalign.engine.prepare import Carried, look_ahead, score_reference
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import synchronise_gradients
@@ -22,8 +21,7 @@ class Work:
     """What a step computes, over all ranks; known before it starts.
 
     Attributes:
-        units: what the loss is a mean over: scored tokens or examples.
-        imitated: tokens that an imitation term is a mean over.
+        imitated: scored tokens of the first sequence of each example, such as the chosen ones of pairs.
         examples, sequences, tokens: as the data has them, a shared prompt counted once per sequence.
         scored: rows of the head.
         computed, attended: tokens that the backbone computes, and pairs of a query and a key.
@@ -33,7 +31,6 @@ class Work:
         asked: the most that signals or the clock ask of a rank; see `interrupt.ORDER`.
     """
 
-    units: int
     imitated: int
     examples: int
     sequences: int
@@ -47,14 +44,11 @@ class Work:
     asked: int = 0
 
 
-def measure_work(
-    batches: Sequence[PackedBatch], objective: Objective, world: World, memory: int, asked: int = 0
-) -> Work:
+def measure_work(batches: Sequence[PackedBatch], world: World, memory: int, asked: int = 0) -> Work:
     """Count a step over all ranks and micro-batches, in one exchange on the host, which carries requests as well."""
     mine = [
         [
-            objective.count(b),
-            objective.imitated(b),
+            int(b.cu_seqlens.diff()[b.cu_groups[:-1].long()].sum()),
             b.num_examples,
             b.num_sequences,
             b.logical_tokens,
@@ -73,28 +67,19 @@ def accumulate_gradients(
     models: Models,
     batches: Sequence[PackedBatch],
     objective: Objective,
-    work: Work,
     world: World,
     watch: Stopwatch,
-    carried: Carried,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward of every micro-batch; gradients of the global mean are left in the parameters.
-
-    Each micro-batch adds ``world.data.size * (sum of its losses) / (units of the whole step)``; the factor undoes the
-    average that gradient reduction takes over ranks.
+    """Forward and backward of every micro-batch from `prepare`; gradients of the whole step are left in the parameters.
 
     Returns:
         per micro-batch, this rank's ``[2]`` fp64 (sum, count) of each metric.
     """
-    scale, per_unit = world.data.size / max(work.units, 1), max(work.imitated, 1) / max(work.units, 1)
     sums = []
-    for i, (batch, facts) in enumerate(look_ahead(models, batches, objective, per_unit, world, watch, carried)):
+    for i, batch in enumerate(batches):
         synchronise_gradients(models.policy, i == len(batches) - 1)
-        with watch("data"):
-            batch = batch.to(world.device)
-        batch = replace(batch, ref_logps=score_reference(models, batch, objective, world.device, watch))
         with watch("forward"), models.precision(world.device):
-            loss, metrics = run_head(models, batch, objective, scale, facts)
+            loss, metrics = run_head(models, batch, objective)
         with watch("backward"):
             loss.backward()
         sums.append(metrics)

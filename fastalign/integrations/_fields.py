@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastalign.models.head import Head
 from fastalign.ops.head.head import Wanted
-from fastalign.ops.head.options import Options, make_call
+from fastalign.ops.head.options import make_call
 from fastalign.ops.linear_logps import linear_logps, row_stats
 
 SOFTCAP_ELEMENTS = 1 << 24
-"""Logits that exist at once where a softcap stands between projection and mean."""
+"""Logits that exist at once where a softcap is applied between projection and mean."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def head_fields(
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
     options = {"bias": head.bias, "num_scored": len(labels), **scaling.options(scaling.temperature)}
-    call, trainable = make_call("linear_logps", hidden, weight, labels, Options(**options), {})
+    call, trainable = make_call("linear_logps", hidden, weight, labels, options, {})
     logps, entropy, _, top1 = row_stats(call, Wanted("entropy" in wanted, lse=False), trainable)
     sum_sq = mean = None
     with torch.no_grad():

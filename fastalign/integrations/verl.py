@@ -9,13 +9,12 @@ Beside verl's own: log-probs are fp32 in both backends, the vocabulary needs no 
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastalign.integrations._patch import Patch
 from fastalign.ops import linear_logps
 
 __all__ = ["FusedLinearForPPO", "Patch", "linear_cross_entropy", "patch"]
@@ -103,31 +102,6 @@ class _Shared(torch.autograd.Function):
         return grads[0] / ctx.size, None
 
 
-class Patch:
-    """A patch in force; ``undo``, or the end of a ``with`` block, gives verl its own functions back."""
-
-    def __init__(self) -> None:
-        replaced = {
-            "experimental.torch_functional": FusedLinearForPPO,
-            "kernel.linear_cross_entropy": linear_cross_entropy,
-        }
-        found = [(import_module(f"verl.utils.{name}"), ours) for name, ours in replaced.items()]
-        self.theirs = [(module, ours.__name__, getattr(module, ours.__name__)) for module, ours in found]
-        for module, ours in found:
-            setattr(module, ours.__name__, ours)
-
-    def undo(self) -> None:
-        """Ends the patch; undoing twice does nothing."""
-        while self.theirs:
-            setattr(*self.theirs.pop())
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.undo()
-
-
 def patch() -> Patch:
     """Routes verl's fused log-probs and entropies through ``linear_logps``, in both of its backends.
 
@@ -137,7 +111,12 @@ def patch() -> Patch:
     Raises:
         ImportError: verl is not installed.
     """
-    return Patch()
+    return Patch(
+        {
+            ("verl.utils.experimental.torch_functional", "FusedLinearForPPO"): FusedLinearForPPO,
+            ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"): linear_cross_entropy,
+        }
+    )
 
 
 def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, group: Any = None) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.reduce import lengths, segment_sum
-from fastalign.types import PairLogps
+from fastalign.losses.reduce import lengths, segment_ids, segment_sum
+from fastalign.types import Columns, PairLogps
 
 
 def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def pair_logps(
     ref_logps: Tensor | None = None,
     *,
     tails: bool = False,
-    mean_chosen_length: float | Tensor | None = None,
+    columns: Columns | None = None,
 ) -> PairLogps:
     """Sum token log-probs into pairs; sequence 2p is chosen, 2p + 1 rejected.
 
@@ -55,21 +57,21 @@ def pair_logps(
         cu_seqlens: ``[2P+1]`` offsets of the sequences in them.
         ref_logps: ``[n]`` reference log-probs; None for reference-free losses.
         tails: also sum what lies beyond the shorter completion of each pair.
-        mean_chosen_length: see `PairLogps`.
+        columns: see `PairLogps`.
     """
     ref_logps = None if ref_logps is None else ref_logps.to(logps.dtype)
     sums, counts = segment_sum(logps, cu_seqlens), lengths(cu_seqlens)
     ref = torch.zeros_like(sums) if ref_logps is None else segment_sum(ref_logps, cu_seqlens)
     tail = tail_sums(logps, ref_logps, cu_seqlens) if tails else (None,) * 4
     whole = (sums[0::2], sums[1::2], ref[0::2], ref[1::2], counts[0::2], counts[1::2])
-    return PairLogps(*whole, *tail, mean_chosen_length=mean_chosen_length)
+    return PairLogps(*whole, *tail, columns=columns)
 
 
 def tail_sums(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     """Tail sums ``[P]`` of chosen, rejected and, under the reference (0 without one), of both again."""
     counts = lengths(cu_seqlens).long()
     shared = counts.view(-1, 2).amin(1).repeat_interleave(2)
-    sequence = torch.arange(len(counts), device=logps.device).repeat_interleave(counts, output_size=len(logps))
+    sequence = segment_ids(cu_seqlens, len(logps))
     place = torch.arange(len(logps), device=logps.device) - cu_seqlens[:-1].long()[sequence]
     beyond = place >= shared[sequence]
     sums = segment_sum(torch.where(beyond, logps, 0.0), cu_seqlens)
@@ -77,6 +79,12 @@ def tail_sums(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> tu
     if ref_logps is not None:
         ref = segment_sum(torch.where(beyond, ref_logps, 0.0), cu_seqlens)
     return sums[0::2], sums[1::2], ref[0::2], ref[1::2]
+
+
+def of_step(pair: PairLogps, name: str, loss: str, make: Callable[[PairLogps], Tensor]) -> Tensor:
+    """``[2P]`` the column of that name, which depends on the whole step; made of the pairs where these are the step."""
+    column = make(pair) if pair.columns is None else pair.columns.read(name, loss)
+    return column.to(pair.chosen.dtype)
 
 
 def given(loss: str, field: str, *values: Tensor | None) -> tuple[Tensor, ...]:

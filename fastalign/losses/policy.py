@@ -4,7 +4,8 @@
 ``A`` the advantage, ``sg`` stops the gradient. Log-ratios are clamped to +-20 before ``exp``, with no gradient outside.
 A clip acts beyond its bound, not on it. Reductions are in ``reduce``; ``VARIANTS`` says which algorithm pairs what.
 
-``fastalign.ops.policy_loss`` computes ``pg``, ``ppo``, ``cispo`` and ``sapo`` straight from logits.
+``fastalign.ops.policy_loss`` computes ``pg``, ``ppo``, ``cispo`` and ``sapo`` straight from logits: their values and
+clips are defined once, in ``fastalign.ops.functors``, for it and for what is here.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.reduce import lengths, repeat_segments, segment_sum, sum_and_count
 from fastalign.losses.traits import Family, Loss
+from fastalign.ops import functors
+from fastalign.ops.functors import FUNCTORS, LARGEST_LOG_RATIO, Knobs, clip, clip_bounds, ratio_of
 
-LARGEST_LOG_RATIO = 20.0
 LARGEST_MEAN_LOG_RATIO = 10.0
 """Of a sequence's mean log-ratio, from above."""
 
@@ -90,9 +92,8 @@ def cispo(
     Returns:
         ``[n]`` losses.
     """
-    ratio = token_ratio(logps, old_logps).detach()
-    low, high = 0.0 if ratio_min is None else ratio_min, math.inf if ratio_max is None else ratio_max
-    return -ratio.clamp(low, high) * advantages * logps
+    bounds = Knobs(0.0 if ratio_min is None else ratio_min, math.inf if ratio_max is None else ratio_max)
+    return _token_loss("cispo", logps, old_logps, advantages, bounds)
 
 
 def sapo(
@@ -112,9 +113,7 @@ def sapo(
     Returns:
         ``[n]`` losses.
     """
-    ratio = token_ratio(logps, old_logps)
-    tau = torch.where(advantages > 0, ratio.new_tensor(tau_pos), ratio.new_tensor(tau_neg))
-    return -advantages * 4 / tau * (tau * (ratio - 1)).sigmoid()
+    return _token_loss("sapo", logps, old_logps, advantages, Knobs(tau_pos=tau_pos, tau_neg=tau_neg))
 
 
 def gspo(
@@ -144,8 +143,8 @@ def gspo(
     counts = lengths(cu_seqlens).long()
     mean = segment_sum(logps - old_logps, cu_seqlens) / counts.clamp(min=1)
     ratio = mean.clamp(-LARGEST_LOG_RATIO, LARGEST_MEAN_LOG_RATIO).exp()
-    spread = ratio.repeat_interleave(counts, output_size=len(logps))
-    return surrogate(spread, advantages, clip_low, clip_high, None)
+    ratios = repeat_segments(ratio, cu_seqlens, len(logps))
+    return surrogate(ratios, advantages, clip_low, clip_high, None)
 
 
 def rloo(
@@ -174,27 +173,26 @@ def rloo(
     """
     counts = lengths(cu_seqlens).long()
     ratio = segment_sum(logps - old_logps, cu_seqlens).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-    spread, share = (x.repeat_interleave(counts, output_size=len(logps)) for x in (ratio, counts))
-    return surrogate(spread, advantages, clip_low, clip_high, None) / share
+    ratios, share = (repeat_segments(x, cu_seqlens, len(logps)) for x in (ratio, counts))
+    return surrogate(ratios, advantages, clip_low, clip_high, None) / share
 
 
 def token_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
     """``r``, ``[n]``."""
-    return (logps - old_logps).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    return ratio_of(logps - old_logps)
+
+
+def _token_loss(name: str, logps: Tensor, old_logps: Tensor, advantages: Tensor, knobs: Knobs) -> Tensor:
+    """``-A value``, with the value that the fused op computes too."""
+    ratio = token_ratio(logps, old_logps)
+    value, *_ = FUNCTORS[name](logps, ratio, ratio > 0, advantages, knobs)
+    return -advantages * value
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None) -> Tensor:
     """The clipped surrogate of any ratio, see `ppo`."""
-    low, high = clip_bounds(ratio, advantages, clip_low, clip_high)
-    bounded = torch.where(high, 1 + clip_high, torch.where(low, 1 - clip_low, ratio))
-    if dual_clip is not None:
-        bounded = torch.where((advantages < 0) & (ratio > dual_clip), dual_clip, bounded)
-    return -advantages * bounded
-
-
-def clip_bounds(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """``[n]`` bool: where the lower and where the upper bound of the clipped surrogate acts."""
-    return (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
+    cap = math.inf if dual_clip is None else dual_clip
+    return -advantages * clip(ratio, advantages, 1 - clip_low, 1 + clip_high, cap)[0]
 
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -210,7 +208,7 @@ def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
-    return (logps - ref_logps).square() / 2
+    return functors.k2(ref_logps - logps)[0]
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -219,8 +217,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Its expected gradient on policy is that of KL(reference || policy).
     Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024, GRPO (arXiv:2402.03300), eq. 4.
     """
-    log_ratio = (ref_logps - logps).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    return log_ratio.expm1() - log_ratio
+    return functors.k3(ref_logps - logps)[0]
 
 
 def k3_plus(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -278,7 +275,7 @@ def metrics(
 ) -> dict[str, Tensor]:
     """``[2]`` (sum, count) over tokens under TRL's names: the ratio, the KL from the sampler (k2), what is clipped."""
     ratio = token_ratio(logps, old_logps)
-    low, high = clip_bounds(ratio, advantages, clip_low, clip_high)
+    low, high = clip_bounds(ratio, advantages, 1 - clip_low, 1 + clip_high)
     values = {
         "val/ratio": ratio,
         "policy/approxkl_avg": k2(logps, old_logps),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.pairs import per_token
+from fastalign.losses.pairs import of_step, per_token
 from fastalign.types import PairLogps
 
 
@@ -29,10 +29,13 @@ def sft(pair: PairLogps) -> Tensor:
     Returns:
         ``[P]`` losses.
     """
-    length = pair.mean_chosen_length
-    if length is None:
-        length = pair.chosen_lengths.sum().clamp(min=1).to(pair.chosen.dtype) / max(len(pair.chosen_lengths), 1)
-    return -pair.chosen / length
+    return -pair.chosen / of_step(pair, "mean_lengths", "the imitation term", mean_lengths)[0::2]
+
+
+def mean_lengths(step: PairLogps) -> Tensor:
+    """``[2P]`` the column of that name, of all pairs of a step."""
+    mean = step.chosen_lengths.sum().clamp(min=1).to(step.chosen.dtype) / max(len(step.chosen_lengths), 1)
+    return mean.expand(2 * len(step.chosen_lengths))
 
 
 def slic(pair: PairLogps, *, margin: float = 1.0, lam: float = 0.1) -> Tensor:

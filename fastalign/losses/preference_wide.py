@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.losses.pairs import check_smoothing, given, log_ratios, smoothed
+from fastalign.losses.pairs import check_smoothing, given, log_ratios, of_step, smoothed
 from fastalign.types import PairLogps
 
 
@@ -45,7 +46,7 @@ def aot(pair: PairLogps, *, beta: float = 0.01, label_smoothing: float = 0.0) ->
     Source: Melnyk et al. 2024 (arXiv:2406.05882).
 
     Args:
-        pair: sequence log-probs of P pairs, and those of the whole step unless these are all.
+        pair: sequence log-probs of P pairs with the column `rank_margins`, unless these are all pairs of the step.
         beta: scale of the margins.
         label_smoothing: share of flipped labels ``e``, at least 0 and below 1.
 
@@ -53,8 +54,7 @@ def aot(pair: PairLogps, *, beta: float = 0.01, label_smoothing: float = 0.0) ->
         ``[P]`` losses.
     """
     check_smoothing("aot", label_smoothing, 0, 1)
-    step = pair if pair.step is None else pair.step
-    target = partners(step.chosen - step.rejected, step.ref_chosen - step.ref_rejected, pair.places)
+    target = of_step(pair, "rank_margins", "aot", rank_margins)[0::2]
     return smoothed(beta * (pair.chosen - pair.rejected - target), label_smoothing)
 
 
@@ -66,7 +66,7 @@ def aot_unpaired(pair: PairLogps, *, beta: float = 0.01, label_smoothing: float 
     Source: Melnyk et al. 2024 (arXiv:2406.05882).
 
     Args:
-        pair: sequence log-probs of P pairs, and those of the whole step unless these are all.
+        pair: sequence log-probs of P pairs with the column `rank_ratios`, unless these are all pairs of the step.
         beta: scale of the log-ratios.
         label_smoothing: share of flipped labels ``e``, at least 0 and below 1.
 
@@ -74,17 +74,28 @@ def aot_unpaired(pair: PairLogps, *, beta: float = 0.01, label_smoothing: float 
         ``[P]`` losses, each the value of its chosen side's rank.
     """
     check_smoothing("aot_unpaired", label_smoothing, 0, 1)
-    (chosen, rejected), step = log_ratios(pair), log_ratios(pair if pair.step is None else pair.step)
-    losses = smoothed(beta * (chosen - partners(step[0], step[1], pair.places)), label_smoothing)
-    other = smoothed(beta * (partners(step[1], step[0], pair.places) - rejected), label_smoothing)
+    (chosen, rejected), same_rank = log_ratios(pair), of_step(pair, "rank_ratios", "aot_unpaired", rank_ratios)
+    losses = smoothed(beta * (chosen - same_rank[0::2]), label_smoothing)
+    other = smoothed(beta * (same_rank[1::2] - rejected), label_smoothing)
     return losses + (other - other.detach())  # its value is counted at the chosen side
 
 
-def partners(values: Tensor, others: Tensor, places: Tensor | None) -> Tensor:
-    """For each value, at ``places`` only, the one among ``others`` of the same rank; detached, ties in order."""
+def rank_margins(step: PairLogps) -> Tensor:
+    """``[2P]`` the column of that name, of all pairs of a step: for both sides the reference's margin of their rank."""
+    margins = partners(step.chosen - step.rejected, step.ref_chosen - step.ref_rejected)
+    return margins.repeat_interleave(2)
+
+
+def rank_ratios(step: PairLogps) -> Tensor:
+    """``[2P]`` the column of that name, of all pairs of a step: for each side that of its rank on the other."""
+    chosen, rejected = log_ratios(step)
+    return torch.stack([partners(chosen, rejected), partners(rejected, chosen)], dim=1).flatten()
+
+
+def partners(values: Tensor, others: Tensor) -> Tensor:
+    """For each value the one among ``others`` of the same rank; detached, ties in order."""
     ranks = values.detach().argsort(stable=True).argsort()
-    matched = others.detach().sort().values[ranks]
-    return matched if places is None else matched[places]
+    return others.detach().sort().values[ranks]
 
 
 def tdpo1(pair: PairLogps, *, beta: float = 0.1) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.pairs import token_counts
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.reduce import lengths, segment_ids, segment_sum, sum_and_count
 from fastalign.losses.traits import Family, Loss
 from fastalign.types import RankedLogps
 
@@ -48,8 +48,7 @@ def candidate_scores(batch: RankedLogps, length_penalty: float) -> Tensor:
 
 def prompts(batch: RankedLogps) -> Tensor:
     """``[B]`` int64, the prompt of each candidate."""
-    counts = lengths(batch.cu_groups).long()
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(batch.logps))
+    return segment_ids(batch.cu_groups, len(batch.logps))
 
 
 def ordered_pairs(batch: RankedLogps) -> Tensor:

@@ -36,6 +36,16 @@ def lengths(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.diff()
 
 
+def repeat_segments(values: Tensor, cu_seqlens: Tensor, size: int | None = None) -> Tensor:
+    """``[b]`` numbers of segments as ``[n]`` numbers of their elements; with ``size``, n, no device is waited for."""
+    return values.repeat_interleave(lengths(cu_seqlens).long(), output_size=size)
+
+
+def segment_ids(cu_seqlens: Tensor, size: int) -> Tensor:
+    """``[n]`` int64, the segment of each of ``size`` elements."""
+    return repeat_segments(torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device), cu_seqlens, size)
+
+
 def token_mean(losses: Tensor, num_tokens: int | Tensor) -> Tensor:
     """``sum_t l_t / num_tokens``: every scored token weighs the same (SFT, DAPO, PPO).
 
@@ -68,21 +78,24 @@ class Totals:
     Attributes:
         tokens: scored tokens.
         sequences: sequences with at least one scored token.
+        examples: sequences, pairs or prompts, as the method counts.
         budget: the length that stands for every sequence's in ``constant``.
     """
 
-    tokens: int | Tensor = 1
-    sequences: int | Tensor = 1
-    budget: int | Tensor = 1
+    tokens: float | Tensor = 1
+    sequences: float | Tensor = 1
+    examples: float | Tensor = 1
+    budget: float | Tensor = 1
 
 
-def token_weights(reduction: str, cu_seqlens: Tensor, totals: Totals) -> Tensor:
+def token_weights(reduction: str, cu_seqlens: Tensor, totals: Totals, num_tokens: int | None = None) -> Tensor:
     """``[n]`` fp64 weight of each token's loss, so that a reduction is a weighted sum; also ``policy_loss``'s weights.
 
     Args:
         reduction: a key of ``WEIGHTS``.
         cu_seqlens: ``[b+1]`` offsets of the sequences in the n tokens.
         totals: the denominators.
+        num_tokens: n, which spares a wait for the device where the host knows it.
 
     Raises:
         ValueError: an unknown reduction.
@@ -94,7 +107,19 @@ def token_weights(reduction: str, cu_seqlens: Tensor, totals: Totals) -> Tensor:
         raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(WEIGHTS)}")
     counts = lengths(cu_seqlens).long()
     weights = WEIGHTS[reduction](counts.double(), totals)
-    return weights.repeat_interleave(counts)
+    return weights.repeat_interleave(counts, output_size=num_tokens)
+
+
+def weight_columns(reduction: str, cu_seqlens: Tensor, totals: Totals, num_tokens: int) -> dict[str, Tensor]:
+    """The column of weights that makes `weighted` the named reduction: one of tokens, or of whole examples."""
+    if reduction == "example-mean":
+        return {"example_weights": WEIGHTS[reduction](lengths(cu_seqlens).double(), totals)}
+    return {"weights": token_weights(reduction, cu_seqlens, totals, num_tokens)}
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """``sum(weights * losses)``, a batch's share of the reduction that made the weights."""
+    return (losses * weights.to(losses.dtype)).sum()
 
 
 def sum_and_count(values: Tensor, count: int | None = None) -> Tensor:
@@ -109,5 +134,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Totals], Tensor]] = {
     "seq-mean-token-sum": lambda counts, totals: torch.ones_like(counts) / totals.sequences,
     "constant": lambda counts, totals: torch.ones_like(counts) / (totals.sequences * totals.budget),
     "sum": lambda counts, totals: torch.ones_like(counts),
+    "example-mean": lambda counts, totals: torch.ones_like(counts) / totals.examples,
 }
-"""The weight of a token in a sequence of ``counts`` tokens, by the reduction's name."""
+"""The weight of a token in a sequence of ``counts`` tokens, by the reduction's name; of ``example-mean`` that of the
+loss of the sequence's example."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from fastalign.losses.reduce import lengths, segment_sum, sum_and_count
+from fastalign.losses.reduce import segment_ids, segment_sum, sum_and_count
 from fastalign.losses.traits import Family, Loss, Sums
-from fastalign.types import IGNORE_INDEX
+from fastalign.types import IGNORE_INDEX, Columns
 
 
 def reward(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, center_coef: float = 0.0) -> Tensor:
@@ -66,8 +66,7 @@ def k_wise(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
     Returns:
         ``[G]`` losses; 0 for a prompt without a pair.
     """
-    counts = lengths(cu_groups).long()
-    group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(scores))
+    group = segment_ids(cu_groups, len(scores))
     pairs = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])
     losses = torch.where(pairs, -logsigmoid(scores[:, None] - scores[None, :]), 0.0).sum(1)
     number = segment_sum(pairs.sum(1).to(losses.dtype), cu_groups).clamp(min=1)
@@ -151,32 +150,31 @@ Reading = tuple[tuple[Tensor | None, ...], Callable[[Tensor], dict[str, Tensor]]
 """The arguments of a loss, and its metrics as a function of its losses."""
 
 
-def read_pairs(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+def read_pairs(outputs: Tensor, columns: Columns, cu_groups: Tensor) -> Reading:
     """Rewards of neighbours, chosen first; the data may say by how much the chosen is better."""
     chosen, rejected = outputs[0::2], outputs[1::2]
-    margins = given[0::2] - given[1::2] if len(given) else None
+    margins = None if columns.scores is None else columns.scores[0::2] - columns.scores[1::2]
     return (chosen, rejected, margins), lambda losses: summable(chosen, rejected, losses)
 
 
-def read_probabilities(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+def read_probabilities(outputs: Tensor, columns: Columns, cu_groups: Tensor) -> Reading:
     """Rewards of neighbours; the data say how likely the first is the better."""
-    if len(given) != len(outputs):
+    if columns.scores is None:
         raise ValueError("soft_label reads a probability beside each pair: give the data a column `probability`")
     first, second = outputs[0::2], outputs[1::2]
-    return (first, second, given[0::2]), lambda losses: summable(first, second, losses)
+    return (first, second, columns.scores[0::2]), lambda losses: summable(first, second, losses)
 
 
-def read_rankings(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+def read_rankings(outputs: Tensor, columns: Columns, cu_groups: Tensor) -> Reading:
     """Rewards of each prompt's candidates, which the data score; metrics are over the pairs that they rank."""
-    group = torch.arange(len(cu_groups) - 1, device=outputs.device).repeat_interleave(
-        cu_groups.diff().long(), output_size=len(outputs)
-    )
+    given, group = columns.read("scores", "k_wise"), segment_ids(cu_groups, len(outputs))
     better, worse = ((group[:, None] == group) & (given[:, None] > given)).nonzero(as_tuple=True)
     return (outputs, -given, cu_groups), lambda losses: summable(outputs[better], outputs[worse], losses)
 
 
-def read_steps(outputs: Tensor, given: Tensor, cu_groups: Tensor) -> Reading:
+def read_steps(outputs: Tensor, columns: Columns, cu_groups: Tensor) -> Reading:
     """One output per reasoning step, which the data call right or wrong."""
+    given = columns.read("step_labels", "process")
     margins = torch.where(given > 0, outputs, -outputs)
     told = {"accuracy": sum_and_count(margins > 0), **calibration_bins(margins)}
     return (outputs, given), lambda losses: {"loss": sum_and_count(losses), **told}

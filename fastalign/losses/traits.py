@@ -25,8 +25,7 @@ class Loss:
         reference: it reads the log-probs of a reference.
         distributions: it reads the whole distributions of policy and reference.
         tails: it reads the tails of `PairLogps`.
-        imitates: it has an imitation term, a mean over the chosen tokens of the whole step.
-        step_coupled: it compares the examples of the whole step, whose log-probs must be known first.
+        columns: what it reads of the whole step: columns that are filled before the first backward, in this order.
         baseline: makes the step's baseline that the loss measures from.
         mismatched: that baseline is of prompts with completions of other examples.
         per_token: it is a mean over scored tokens, else over examples.
@@ -45,8 +44,7 @@ class Loss:
     reference: bool = True
     distributions: bool = False
     tails: bool = False
-    imitates: bool = False
-    step_coupled: bool = False
+    columns: tuple[str, ...] = ()
     baseline: Callable[..., Any] | None = None
     mismatched: bool = False
     per_token: bool = False

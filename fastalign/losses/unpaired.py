@@ -2,12 +2,13 @@
 
 ``d = logps - ref_logps`` is the log-ratio summed over the completion, ``y`` +1 for a good and -1 for a bad one, ``s``
 the logistic function. Both losses measure ``d`` from a baseline: a statistic of the whole step over all ranks, made
-before any loss by the trait ``baseline`` of the loss and held in a `Baseline`, which a checkpoint keeps.
+before any loss by the trait ``baseline`` of the loss from the one before, which a checkpoint keeps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from fastalign.losses.traits import Family, Loss, Sums
 from fastalign.types import LabelledLogps
 
 
-@dataclass(frozen=True)
+@dataclass
 class Baseline:
     """What log-ratios or rewards are measured from: a mean over ``count`` completions, fp64 ``[]``, detached.
 
@@ -36,15 +37,18 @@ class Baseline:
         """Plain numbers, for a checkpoint."""
         return {"mean": self.mean.item(), "count": self.count.item()}
 
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go back to those of ``state_dict``."""
+        self.mean, self.count = vars(make_baseline(**state)).values()
 
-def make_baseline(mean: float = 0.0, count: float = 0.0, device: torch.device | str = "cpu") -> Baseline:
+
+def make_baseline(mean: float = 0.0, count: float = 0.0) -> Baseline:
     """A baseline from plain numbers: afresh, or with those of ``Baseline.state_dict``."""
-    return Baseline(*torch.tensor([mean, count], dtype=torch.float64, device=device))
+    return Baseline(*torch.tensor([mean, count], dtype=torch.float64))
 
 
 def kto(
     batch: LabelledLogps,
-    baseline: Baseline,
     *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
@@ -56,8 +60,7 @@ def kto(
     Source: Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 7.
 
     Args:
-        batch: sequence log-probs of B completions and their labels.
-        baseline: ``z0`` of this step, from `kto_baseline`.
+        batch: sequence log-probs of B completions, their labels, and ``z0`` of this step, from `kto_baseline`.
         beta: weight of the KL penalty; larger stays closer to the reference.
         desirable_weight: ``w`` of good answers; balance the two so that their totals are in 1 to 4/3.
         undesirable_weight: ``w`` of bad answers.
@@ -65,7 +68,7 @@ def kto(
     Returns:
         ``[B]`` losses.
     """
-    log_ratio = batch.logps - batch.ref_logps - baseline.mean.to(batch.logps.dtype)
+    log_ratio = batch.logps - batch.ref_logps - batch.baseline.to(batch.logps.dtype)
     gain = torch.where(batch.desirable, log_ratio, -log_ratio)
     weight = torch.where(batch.desirable, gain.new_tensor(desirable_weight), gain.new_tensor(undesirable_weight))
     return weight * (-beta * gain).sigmoid()
@@ -86,21 +89,20 @@ def kto_baseline(
     return Baseline(mean.clamp(min=0), count)
 
 
-def bco(batch: LabelledLogps, baseline: Baseline, *, beta: float = 0.1) -> Tensor:
+def bco(batch: LabelledLogps, *, beta: float = 0.1) -> Tensor:
     """BCO: a binary classifier of good and bad answers whose logit is the implicit reward.
 
     ``l = -ln s(y (beta d - delta))``, ``delta`` the running mean of all rewards, this step's included.
     Source: Jung et al. 2024 (arXiv:2404.04656).
 
     Args:
-        batch: sequence log-probs of B completions and their labels.
-        baseline: ``delta``, from `bco_baseline`.
+        batch: sequence log-probs of B completions, their labels, and ``delta``, from `bco_baseline`.
         beta: reward per nat.
 
     Returns:
         ``[B]`` losses.
     """
-    reward = beta * (batch.logps - batch.ref_logps) - baseline.mean.to(batch.logps.dtype)
+    reward = beta * (batch.logps - batch.ref_logps) - batch.baseline.to(batch.logps.dtype)
     return -logsigmoid(torch.where(batch.desirable, reward, -reward))
 
 
@@ -128,14 +130,14 @@ def mean_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> 
     return sums[0] / sums[1].clamp(min=1), sums[1]
 
 
-def metrics(batch: LabelledLogps, losses: Tensor, baseline: Baseline, *, beta: float, loss: Loss) -> dict[str, Tensor]:
+def metrics(batch: LabelledLogps, losses: Tensor, *, beta: float, loss: Loss) -> dict[str, Tensor]:
     """``[2]`` (sum, count): ``loss``, and under TRL's names ``rewards/*`` and ``logps/*`` of either label, ``kl``.
 
     ``rewards/margins`` of TRL is the difference of the two means. A baseline of mismatched rows is told as ``kl``,
     another as ``rewards/baseline``.
     """
     rewards, good = beta * (batch.logps - batch.ref_logps), batch.desirable
-    told = baseline.mean.expand(len(losses))
+    told = batch.baseline.expand(len(losses))
     return {
         "loss": sum_and_count(losses),
         "rewards/chosen": where_sum(rewards, good),
@@ -160,8 +162,14 @@ def margin_of_means(sums: Sums) -> dict[str, float]:
 
 
 LOSSES = {
-    "kto": Loss(kto, baseline=kto_baseline, mismatched=True, nonnegative=("desirable_weight", "undesirable_weight")),
-    "bco": Loss(bco, baseline=bco_baseline),
+    "kto": Loss(
+        kto,
+        columns=("baseline",),
+        baseline=kto_baseline,
+        mismatched=True,
+        nonnegative=("desirable_weight", "undesirable_weight"),
+    ),
+    "bco": Loss(bco, columns=("baseline",), baseline=bco_baseline),
 }
 FAMILY = Family(
     "Completions called good or bad",

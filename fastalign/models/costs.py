@@ -15,9 +15,7 @@ def forward_cost(policy: Policy, trained: bool = False) -> ForwardCost:
     A token meets every weight of the backbone once, embeddings excepted, which are looked up; of a layer's experts it
     meets those that it is routed to. Norms, activations and rotations are not counted.
 
-    Args:
-        policy: before it is sharded or after.
-        trained: count only weights that are trained, and attention, whose backward has the same shape as theirs.
+    With ``trained`` only weights that are trained count, and attention, whose backward has the same shape as theirs.
     """
     config = policy.config.get_text_config()
     heads = config.num_attention_heads
@@ -39,7 +37,7 @@ def _weights(policy: Policy, trained: bool) -> list[float]:
 
 
 def _size(weight: nn.Parameter) -> int:
-    """Elements of a weight; those of a 4-bit one lie in pairs."""
+    """Elements of a weight; a 4-bit one stores two per byte."""
     packed = getattr(weight, "quant_state", None)
     return weight.numel() if packed is None else packed.shape.numel()
 

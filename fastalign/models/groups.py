@@ -1,4 +1,4 @@
-"""A group of a packed batch as the ordinary sequences it stands for, and small packed rows made of them."""
+"""A group of a packed batch as the ordinary sequences it stands for, and packed rows made of parts of a batch."""
 
 from __future__ import annotations
 
@@ -122,18 +122,66 @@ def _chain_rows(batch: PackedBatch, leaf: int) -> list[int]:
 
 def cut_out(batch: PackedBatch, group: Sequences) -> tuple[PackedBatch, Sequences]:
     """The group and a neighbour, which it must not read, alone in a packed row; only the group is scored."""
-    roots, offsets, parents = _roots(batch), batch.cu_segments.tolist(), batch.parents.tolist()
+    roots = _roots(batch)
     others = set(roots) - {roots[s] for s in group.segments}
     beside = max((root for root in others if root < group.segments[0]), default=min(others, default=-1))
     kept = [s for s, root in enumerate(roots) if s in group.segments or root == beside]
+    ids, positions, lengths, above, places = _segments(batch, kept)
+    row = _row(ids, positions, lengths, above, places[batch.rows[group.scored]], group)
+    segments = map(kept.index, group.segments)
+    return row, replace(group, segments=tuple(segments), scored=_count(group.labels))
+
+
+def pick_sequences(batch: PackedBatch, which: slice) -> PackedBatch:
+    """One sequence of each example of a batch, in a packed row with their columns; no device is waited for.
+
+    Args:
+        batch: from `fastalign.data.pack`, on any device.
+        which: among its B sequences.
+    """
+    assert batch.ends is not None
+    parents, kept, ends = batch.parents.tolist(), set(), batch.ends[which].tolist()
+    for segment in ends:
+        while segment >= 0:
+            kept.add(segment)
+            segment = parents[segment]
+    kept = sorted(kept)
+    scored = tokens_of(batch, which)
+    ids, positions, lengths, above, places = _segments(batch, kept)
+    return replace(
+        batch,
+        input_ids=ids,
+        position_ids=positions,
+        cu_segments=_offsets(lengths),
+        parents=torch.tensor(above, dtype=torch.int32),
+        rows=places[batch.rows[scored]],
+        labels=batch.labels[scored],
+        cu_seqlens=_offsets(batch.cu_seqlens.diff()[which].tolist()),
+        cu_groups=torch.arange(len(ends) + 1, dtype=torch.int32),
+        ends=torch.tensor([kept.index(end) for end in ends], dtype=torch.int32),
+        logical_tokens=len(ids),
+        columns=batch.columns.pick({"token": scored, "sequence": which}),
+        companion=None,
+    )
+
+
+def tokens_of(batch: PackedBatch, which: slice) -> Tensor:
+    """Positions in the N scored tokens of those of some sequences; counted on the host."""
+    counts = batch.cu_seqlens.diff().long()
+    mask = torch.zeros_like(counts, dtype=torch.bool)
+    mask[which] = True
+    return mask.repeat_interleave(counts).nonzero()[:, 0].to(batch.rows.device)
+
+
+def _segments(batch: PackedBatch, kept: Sequence[int]) -> tuple[Tensor, Tensor, list[int], list[int], Tensor]:
+    """Ids, positions, lengths and parents of some segments alone, and where each of the batch's T rows is there."""
+    offsets, parents, device = batch.cu_segments.tolist(), batch.parents.tolist(), batch.input_ids.device
     number = {s: i for i, s in enumerate(kept)}
-    device = batch.input_ids.device
     rows = torch.cat([torch.arange(offsets[s], offsets[s + 1]) for s in kept]).to(device)
     places = torch.zeros_like(batch.input_ids)
     places[rows] = torch.arange(len(rows), device=device)
     lengths, above = [offsets[s + 1] - offsets[s] for s in kept], [number.get(parents[s], -1) for s in kept]
-    row = _row(batch.input_ids[rows], batch.position_ids[rows], lengths, above, places[batch.rows[group.scored]], group)
-    return row, replace(group, segments=tuple(number[s] for s in group.segments), scored=_count(group.labels))
+    return batch.input_ids[rows], batch.position_ids[rows], lengths, above, places
 
 
 def separate(group: Sequences) -> tuple[PackedBatch, Sequences]:
@@ -150,11 +198,10 @@ def _row(
     ids: Tensor, positions: Tensor, lengths: Sequence[int], parents: Sequence[int], rows: Tensor, group: Sequences
 ) -> PackedBatch:
     """A packed row of segments in which the group's tokens alone are scored."""
-    none = torch.zeros(0)
     return PackedBatch(
         input_ids=ids,
         position_ids=positions,
-        cu_segments=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        cu_segments=_offsets(lengths),
         parents=torch.tensor(parents, dtype=torch.int32),
         rows=rows,
         labels=group.labels,
@@ -162,8 +209,11 @@ def _row(
         example_ids=(),
         logical_tokens=len(ids),
         cu_groups=torch.zeros(1, dtype=torch.int32),
-        scores=none,
     )
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _count(x: Tensor) -> Tensor:

@@ -52,6 +52,14 @@ def unwrapped(module: Any) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
+def scores(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
+    """``[N]`` outputs of a scalar head, in fp32 whatever computes the backbone; called as other head functions are."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shift = None if bias is None else bias.to(wide)
+        return torch.nn.functional.linear(hidden.to(wide), weight.to(wide), shift)[:, 0]
+
+
 def _adapter(module: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """A, B and scale of one active adapter."""
     known = name in getattr(module, "lora_A", ()) and getattr(module, "lora_variant", {}).get(name) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from transformers import (
 
 from fastalign import hub
 from fastalign.config import ModelConfig
+from fastalign.disk import flush
 from fastalign.models import inline, lora, outline, vocabulary
 from fastalign.models.inline import REFUSALS, SPECIAL_TOKENS, makes, one_line
 from fastalign.models.native import use_native_layers
@@ -62,15 +62,18 @@ def load_policy(
             small, or it cannot run on packed rows.
     """
     check_named(model)
-    if vocab_size is None and tokenizer is not None:
-        vocab_size = vocabulary.size(tokenizer)
     saved = lora.saved_adapter(model, scalar_head)
     known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
     base = load_base(model, saved, setting=setting, **known)
-    adapted = lora.adapt(base, model, saved, seed)
+    policy = as_policy(lora.adapt(base, model, saved, seed), base, model)
+    policy.base_digest = None if policy.adapted is None else lora.base_digest(policy.named_parameters())
+    return policy
+
+
+def as_policy(adapted: Any, base: PreTrainedModel, model: ModelConfig) -> Policy:
+    """A base below its adapter, or the base itself, as its section says to run it."""
     policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
     use_native_layers(base)
-    policy.base_digest = None if policy.adapted is None else lora.base_digest(policy)
     return policy
 
 
@@ -102,19 +105,25 @@ def load_base(
     auto = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
     size = vocabulary.size(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
     if model.path is not None:
-        path, where = _base_path(model, saved, setting)
-        base, name = _pretrained(path, model, auto, seed, where), f"{where}: {path!r}"
+        base = _pretrained(*base_path(model, saved, setting), model, auto, seed)
     else:
-        base, name = _from_scratch(model, auto, size, seed), "model.config"
+        base = _from_scratch(model, auto, size, seed)
         if tokenizer is not None:
-            _set_special_tokens(base, tokenizer)
-    if vocabulary.fit(base, size, name, resize=model.resize_embeddings) and (saved or model.lora) is not None:
-        trained = (model.lora or {}).get("modules_to_save") if saved is None else saved.modules_to_save
-        vocabulary.refuse_frozen_rows(base, name, trained or ())
+            set_special_tokens(base, tokenizer)
+    fit_rows(base, model, saved, size, setting)
     return base
 
 
-def _base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
+def fit_rows(base: PreTrainedModel, model: ModelConfig, saved: Any, size: int | None, setting: str) -> None:
+    """A row for every token, and under an adapter one that trains."""
+    path, where = ("", "") if model.path is None else base_path(model, saved, setting)
+    name = f"{where}: {path!r}" if path else "model.config"
+    if vocabulary.fit(base, size, name, resize=model.resize_embeddings) and (saved or model.lora) is not None:
+        trained = (model.lora or {}).get("modules_to_save") if saved is None else saved.modules_to_save
+        vocabulary.refuse_frozen_rows(base, name, trained or ())
+
+
+def base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
     """The directory or hub name of the weights below any adapter, and what errors call the setting that names it."""
     assert model.path is not None
     if saved is None:
@@ -122,11 +131,11 @@ def _base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
     return saved.base_model_name_or_path, f"{setting}: the base of the adapter {model.path!r}"
 
 
-def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int, setting: str) -> PreTrainedModel:
+def _pretrained(path: str, setting: str, model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
     options: dict[str, Any] = {"num_labels": 1} if (scalar := auto is AutoModelForSequenceClassification) else {}
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization)
-    with _readable("model", path, "config.json and safetensors weights", setting):
+    with readable("model", path, "config.json and safetensors weights", setting):
         both: Any = auto.from_pretrained(
             path,
             dtype=DTYPES.get(model.dtype, "auto"),
@@ -140,7 +149,7 @@ def _pretrained(path: str, model: ModelConfig, auto: Any, seed: int, setting: st
         raise ValueError(f"{setting}: {path!r} is an adapter on the hub: download it and give its directory")
     missing = set(info["missing_keys"])
     if scalar and SCALAR_HEAD in missing:
-        _new_scalar_head(loaded, seed)
+        new_scalar_head(loaded, seed)
     check_loaded(f"{setting}: {path!r}", {**info, "missing_keys": missing - ({SCALAR_HEAD} if scalar else set())})
     return loaded
 
@@ -157,7 +166,7 @@ def _quantization(options: Mapping[str, Any]) -> BitsAndBytesConfig:
     return config
 
 
-def _new_scalar_head(model: PreTrainedModel, seed: int) -> None:
+def new_scalar_head(model: PreTrainedModel, seed: int) -> None:
     """Scores of about unit size: normal weights with a deviation of ``1 / sqrt(D + 1)``."""
     if (head := getattr(model, "score", None)) is None:
         return  # refused when the policy is made
@@ -204,11 +213,11 @@ def _from_scratch(model: ModelConfig, auto: Any, vocab_size: int | None, seed: i
         torch.manual_seed(seed)
         made = auto.from_config(config, dtype=dtype)
     if scalar:
-        _new_scalar_head(made, seed)
+        new_scalar_head(made, seed)
     return made
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set after construction: an embedding made with a padding id starts that row at zero."""
     for name in SPECIAL_TOKENS:
         setattr(model.config, name, getattr(tokenizer, name))
@@ -237,7 +246,7 @@ def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = N
         if fallback is None:
             raise ValueError(f"{setting}: no built-in tokenizers are available here: {name!r}")
         return fallback(name)
-    with _readable("tokenizer", name, "tokenizer.json", setting):
+    with readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
 
@@ -257,8 +266,8 @@ def check_model(
         config, name = inline.make(model.config or {}, scalar_head, size), "model.config"
         rows = (model.config or {}).get("vocab_size")
     else:
-        path, where = _base_path(model, lora.saved_adapter(model), setting)
-        with _readable("model", path, "config.json and safetensors weights", where):
+        path, where = base_path(model, lora.saved_adapter(model), setting)
+        with readable("model", path, "config.json and safetensors weights", where):
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
     outline.check(config, name, scalar_head=scalar_head, trust_remote_code=model.trust_remote_code)
@@ -287,7 +296,7 @@ def check_place(name: str | None, setting: str) -> None:
 
 
 @contextmanager
-def _readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
+def readable(kind: str, name: str, files: str, setting: str) -> Iterator[None]:
     """Turns what transformers raises on absent and damaged files into one line that names them and the setting."""
     check_place(name, setting)
     local = Path(name).exists()
@@ -330,7 +339,11 @@ def save_pretrained(
     fresh, old = (final.with_name(f".{final.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    tensors = None if state_dict is None else {name.removeprefix("model."): x for name, x in state_dict.items()}
+    tensors = (
+        None
+        if state_dict is None
+        else {name.removeprefix("model."): x for name, x in state_dict.items() if name.startswith("model.")}
+    )
     try:
         if policy.adapted is None:
             policy.model.save_pretrained(fresh, state_dict=tensors)
@@ -338,7 +351,7 @@ def save_pretrained(
             lora.save_adapter(policy, fresh, final, tensors, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        _sync(fresh)
+        flush(fresh, inside=True)  # before the rename
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -353,13 +366,3 @@ def check_target(directory: Path, otherwise: str = "choose another directory") -
     """Refuses a place for a model's directory that a file takes."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, where the model's directory is to be: move it, or {otherwise}")
-
-
-def _sync(directory: Path) -> None:
-    """Files reach the disk before the rename does."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

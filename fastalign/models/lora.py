@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastalign.config import ModelConfig
-from fastalign.models.inline import nearest
 from fastalign.models.policy import Policy
 from fastalign.models.raised import raise_trained, rounded
 from fastalign.types import PackedBatch
+from fastalign.words import nearest
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,8 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     """Refuses keys and values outside of what is computed exactly."""
     for key in options:
         if key not in ACCEPTED:
-            raise ValueError(
-                f"unknown key {key!r} in {where}{nearest(key, ACCEPTED)}; expected one of {', '.join(ACCEPTED)}"
-            )
+            hint = nearest(key, ACCEPTED, cutoff=0.6)
+            raise ValueError(f"unknown key {key!r} in {where}{hint}; expected one of {', '.join(ACCEPTED)}")
     if options.get("lora_dropout"):
         raise ValueError(
             f"{where}.lora_dropout must be 0, got {options['lora_dropout']}: copies of a shared prompt would draw "
@@ -221,22 +221,72 @@ def one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def base_digest(policy: Policy) -> str:
-    """A hash of names, shapes and some elements of every frozen weight: tells bases apart at no cost.
+def base_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes and some elements of every frozen weight: tells bases apart at no cost."""
+    return sample((name, x) for name, x in tensors if not x.requires_grad)
 
-    Call it before the policy is sharded.
+
+def sample(tensors: Iterable[tuple[str, Tensor]], elements: Callable[[str], Tensor] | None = None) -> str:
+    """A hash of names, shapes and some elements of tensors: tells models apart at no cost.
+
+    Args:
+        tensors: by name.
+        elements: gives those that `every_so_many` takes, by name, where the tensors are not whole on this rank.
     """
-    return sample((name, x) for name, x in policy.named_parameters() if not x.requires_grad)
-
-
-def sample(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes and some elements of tensors: tells models apart at no cost."""
     digest = hashlib.blake2b(digest_size=16)
     for name, x in tensors:
-        some = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].cpu().contiguous()
+        some = elements(name) if elements else every_so_many(x.detach())
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().data)
+        digest.update(some.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def every_so_many(x: Tensor, offset: int = 0, size: int | None = None) -> Tensor:
+    """At least `SAMPLE` elements of a tensor of ``size`` elements; of ``x`` alone, its part from ``offset`` on."""
+    step = max(1, (x.numel() if size is None else size) // SAMPLE)
+    return x.flatten()[-offset % step :: step]
+
+
+# --- over a base whose weights are not there yet ---------------------------------------------------------------------
+
+
+def base_name(name: str) -> str:
+    """What a base calls a tensor that `peft` has put into a layer of its own."""
+    return re.sub(rf"\.(base_layer|original_module|modules_to_save\.{ADAPTER})\b", "", name)
+
+
+def needs_base(model: ModelConfig, saved: Any) -> str | None:
+    """Why an adapter cannot be made before the base's weights are there; None for one that can."""
+    dora = (model.lora or {}).get("use_dora") if saved is None else saved.use_dora
+    return "DoRA starts from the norms of the weights" if dora else None
+
+
+def adapt_hollow(base: PreTrainedModel, model: ModelConfig, saved: Any, seed: int) -> Any:
+    """`adapt` for a base on the meta device: the adapter has its numbers, the base and copies of its layers have none.
+
+    Meanwhile the base is on the CPU with weights that take no memory: `peft` moves an adapter to where its base is.
+    """
+    standing: dict[int, nn.Parameter] = {}
+    for owner, name, x in _places(base):
+        if x.is_meta:
+            empty = torch.zeros((), dtype=x.dtype).expand(x.shape) if x.dim() > 1 else torch.zeros_like(x, device="cpu")
+            owner[name] = standing.setdefault(id(x), nn.Parameter(empty, x.requires_grad))
+    stands = {id(x) for x in standing.values()}
+    hollow = {name for name, x in base.named_parameters(remove_duplicate=False) if id(x) in stands}
+    adapted = adapt(base, model, saved, seed)
+    names = {id(x): base_name(name) for name, x in base.named_parameters()}
+    made: dict[int, nn.Parameter] = {}
+    for owner, name, x in _places(base):
+        loaded = saved is not None and x.requires_grad  # what trains of a saved adapter has its numbers
+        if names[id(x)] in hollow and not loaded:
+            owner[name] = made.setdefault(id(x), nn.Parameter(torch.empty_like(x, device="meta"), x.requires_grad))
+    return adapted
+
+
+def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where each parameter is kept, tied ones at every place."""
+    for module in model.modules():
+        yield from ((module._parameters, name, x) for name, x in [*module._parameters.items()] if x is not None)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -293,21 +343,12 @@ def why_not_its_own_reference(policy: Policy) -> str | None:
     return None
 
 
-def identity(policy: Policy) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
-    """The tensors that make the policy the model it is now, by name, and the settings of an adapter that takes part.
-
-    With an adapter that adds nothing it is its base, by the names that this has alone.
-    """
-    every: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-    if any(not x.is_floating_point() for x in every.values()):  # the scales of quantised weights are only here
-        every |= {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
-    tensors = list(rounded(every, policy).items())
-    if policy.adapted is None:
-        return tensors, {}
-    if why_not_its_own_reference(policy) is None:
-        return [(n.replace(".base_layer", ""), x) for n, x in tensors if not ZERO_ADAPTER.search(n)], {}
+def identity(policy: Policy) -> dict[str, Any] | None:
+    """The settings of an adapter that takes part; None without one, and with one that adds nothing to its base."""
+    if why_not_its_own_reference(policy) is None or policy.adapted is None:
+        return None
     settings = {key: sorted(x) if isinstance(x, set) else x for key, x in _settings(adapter_config(policy)).items()}
-    return tensors, {"peft": [library().__version__, settings]}
+    return {"peft": library().__version__, **settings}
 
 
 def adapter_config(policy: Policy) -> Any:
@@ -323,7 +364,11 @@ def _adds_zero(layer: Any) -> bool:
         *(module[ADAPTER] for module in (layer.lora_embedding_A, layer.lora_embedding_B) if ADAPTER in module),
     ]
     bias = layer.lora_B[ADAPTER].bias if ADAPTER in layer.lora_B else None
-    return any(not factor.any() for factor in factors) and (bias is None or not bias.any())
+    return any(not _whole(factor).any() for factor in factors) and (bias is None or not _whole(bias).any())
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

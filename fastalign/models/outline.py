@@ -46,17 +46,7 @@ class Refused(ValueError):
 
 
 def check(config: Any, name: str, *, scalar_head: bool = False, trust_remote_code: bool = False) -> None:
-    """Refuse a model that cannot run on packed rows.
-
-    Args:
-        config: its Hugging Face config; left as it is.
-        name: the setting that names the model, and what it says.
-        scalar_head: whether it is to be a reward model.
-        trust_remote_code: whether the code of the checkpoint may run.
-
-    Raises:
-        ValueError: with the kind of model and the reason.
-    """
+    """Refuse a model that cannot run on packed rows, by its config; ``name`` is the setting that names it."""
     if reason := why_not(config, scalar_head, trust_remote_code):
         raise ValueError(f"{name}: a {config.model_type} model cannot run on packed rows: {reason}")
 
@@ -124,7 +114,7 @@ def look(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers tells of models that are made for good: the outline is not."""
+    """Silence transformers' logs about a model that is thrown away."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)
     try:

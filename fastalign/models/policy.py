@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face causal LM run on packed rows, its LM head left to a head function.
+"""The policy: a Hugging Face causal LM run on packed rows, its heads left to a head function.
 
 No model code is patched. Attention is registered with transformers' `AttentionInterface`; the layout of the packed row
 travels as a keyword of the backbone's forward. transformers builds no mask for an implementation that has no mask
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
-from fastalign.models.head import head_of
+from fastalign.models.head import head_of, scores
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, layout, packed_attention
 from fastalign.types import PackedBatch
@@ -33,13 +33,17 @@ KNOWN = {"s_aux": "attention sinks (s_aux)"}
 
 
 class Policy(nn.Module):
-    """A causal LM as backbone and head; the head may be a scalar one, of a reward model.
+    """A causal LM as backbone and head; the head may be a scalar one, of a reward model, or have a value head beside.
+
+    A value head makes one number of each hidden state that predicts a token: what a critic expects from there on. It
+    trains with the trunk, starts at 0, is in checkpoints and never in what is exported.
 
     Args:
         model: the HF model, a causal LM or a sequence classifier with one label, or a `peft.PeftModel` of one; its
             attention is set to ours and its dropout to zero.
         attention: backend of the packed attention, `auto` for the best one here.
         gradient_checkpointing: recompute each layer's activations in backward.
+        value_head: put a value head beside the LM head.
 
     Raises:
         ValueError: for a model that cannot be computed exactly on packed rows, with the reason.
@@ -50,7 +54,9 @@ class Policy(nn.Module):
     rounding: Any = None
     """How far rounding moves its log-probs, a `verify.Rounding`, once `verify_packed` has measured it."""
 
-    def __init__(self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False):
+    def __init__(
+        self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False, value_head: bool = False
+    ):
         super().__init__()
         adapted = None if isinstance(model, PreTrainedModel) else model
         model = model if adapted is None else adapted.get_base_model()
@@ -63,6 +69,7 @@ class Policy(nn.Module):
         self.use_attention(register_attention(attention))
         self.max_length = support.max_length(model.config)
         self.head_options = support.head_options(model)
+        self.value_head = make_value_head(head_of(self.head).weight) if value_head else None
         if gradient_checkpointing:
             word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
             enable = getattr(model, f"{word}_checkpointing_enable")
@@ -100,7 +107,7 @@ class Policy(nn.Module):
         """The HF config."""
         return self.model.config
 
-    def forward(self, batch: PackedBatch, head_fn: Callable[..., Any]) -> Any:
+    def forward(self, batch: PackedBatch, head_fn: Callable[..., Any], *, values: bool = False) -> Any:
         """Hidden states of the scored rows through a head function.
 
         Args:
@@ -108,13 +115,17 @@ class Policy(nn.Module):
             head_fn: called as `head_fn(hidden [N, D], weight [V, D], labels [N], **options)`, where options are those
                 of `bias`, `lora`, `softcap`, `logit_scale` that the model defines. It runs inside the module, where
                 FSDP has gathered the weights and autocast is on.
+            values: give it the value head's outputs too, as `values [N]`, connected to the graph.
 
         Returns:
             What `head_fn` returns.
         """
         hidden = self.hidden_states(batch)
         weight, bias, lora = head_of(self.head)
-        options = {name: x for name, x in (("bias", bias), ("lora", lora)) if x is not None}
+        options: dict[str, Any] = {name: x for name, x in (("bias", bias), ("lora", lora)) if x is not None}
+        if values:
+            assert self.value_head is not None, "values are asked for, and there is no value head"
+            options["values"] = scores(hidden, self.value_head.weight, bias=self.value_head.bias)
         return head_fn(hidden, weight, batch.labels, **options, **self.head_options)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
@@ -162,6 +173,18 @@ class Policy(nn.Module):
         window = plan.cache.get("window")
         if window is not None and (self.max_length is None or window < self.max_length[0]):
             self.max_length = (window, "the model's sliding window")
+
+
+def make_value_head(weight: Tensor) -> nn.Linear:
+    """A value head beside an LM head, at 0: no token looks better than another before the critic has learned.
+
+    It has its numbers where those of the model are still to be read.
+    """
+    device = "cpu" if weight.is_meta else weight.device
+    head = nn.Linear(weight.shape[1], 1, dtype=weight.dtype, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _caches(output: Any) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastalign.models.policy import ATTENTION, Policy, register_attention
@@ -26,10 +28,14 @@ def trained_dtype(policy: Policy, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if tf32 and dtype == torch.float32 else dtype
 
 
-def why_not_widened(policy: Policy) -> str | None:
-    """Why `widened` cannot run a policy; None when it can."""
-    if any(isinstance(p, DTensor) or p.is_meta or p.numel() == 0 for p in policy.parameters()):
+def why_not_widened(policy: Policy, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `widened` cannot run a policy in ``dtype``; None when it can."""
+    sharded = isinstance(policy, FSDPModule)
+    elsewhere = not sharded and any(isinstance(p, DTensor) for p in policy.parameters())
+    if elsewhere or any(p.is_meta or p.numel() == 0 for p in policy.parameters()):
         return "its weights are sharded or not on this device"
+    if sharded and dtype == torch.float64:  # the embedding and the head of all ranks would be in memory at 8 bytes
+        return "its weights are sharded"
     return None
 
 
@@ -42,8 +48,10 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
     """
     layers, was = transformer_blocks(policy), policy.attention
     inner = {module for layer in layers for module in layer.modules()}
-    outer = [x for module in policy.modules() if module not in inner for x in places(module, recurse=False)]
     with ExitStack() as stack:
+        if isinstance(policy, FSDPModule):
+            stack.enter_context(gathered(policy))
+        outer = [x for module in policy.modules() if module not in inner for x in places(module, recurse=False)]
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(exact_products(policy))
         stack.enter_context(unrounded(policy))
@@ -56,6 +64,25 @@ def widened(policy: Policy, dtype: torch.dtype, device: torch.device) -> Iterato
         for layer in layers:
             stack.enter_context(wide_while_it_runs(layer, dtype))
         yield
+
+
+@contextmanager
+def gathered(policy: Any) -> Iterator[None]:
+    """What a sharded policy has outside its layers, whole on every rank; its layers are, one by one, when they run.
+
+    Hidden states are not rounded meanwhile to what FSDP computes in.
+    """
+    states = [module._get_fsdp_state() for module in policy.modules() if isinstance(module, FSDPModule)]
+    was = [state._mp_policy for state in states]
+    for state in states:
+        state._mp_policy = replace(state._mp_policy, cast_forward_inputs=False)
+    policy.unshard()
+    try:
+        yield
+    finally:
+        policy.reshard()
+        for state, kept in zip(states, was, strict=True):
+            state._mp_policy = kept
 
 
 Place = tuple[dict[str, Any], str]

@@ -20,11 +20,7 @@ ACROSS = "carry state or read spans across sequence boundaries"
 
 
 def check(model: PreTrainedModel) -> None:
-    """Refuses a model whose packed forward would differ from the plain one.
-
-    Raises:
-        ValueError: with the model's class and the reason.
-    """
+    """Refuses a model whose packed forward would differ from the plain one."""
     if reason := refusal(model):
         raise ValueError(f"{type(model).__name__} cannot run on packed rows: {reason}")
 
@@ -150,4 +146,5 @@ def train_every_embedding(model: PreTrainedModel) -> None:
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers names as not to be split across devices: one per layer."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
+    kinds = {kind: {each.__name__ for each in kind.__mro__} for kind in {type(module) for module in model.modules()}}
+    return [module for module in model.modules() if names & kinds[type(module)]]  # FSDP's class is below the layer's

@@ -12,7 +12,7 @@ positions would hide in it, so the comparison is made once more in fp32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -97,6 +97,7 @@ def verify_packed(
     on_mismatch: Literal["raise", "fallback"] = "raise",
     name: str = "the model",
     advice: str | None = None,
+    together: Callable[[bool], bool] = bool,
 ) -> bool:
     """Compares one group's log-probs from the packed batch with those of the plain forward.
 
@@ -112,6 +113,7 @@ def verify_packed(
             verifies again.
         name: what messages call the policy.
         advice: what the user should do on disagreement; by default the settings that help, found by trying them.
+        together: of several ranks, whether they agree on all of them: given what this one found, on every rank alike.
 
     Returns:
         Whether they agree.
@@ -123,42 +125,56 @@ def verify_packed(
     if batch.num_scored == 0:
         return True
     with torch.no_grad():
-        found = _examine(policy, batch, unpack_group(batch, policy.has_scalar_head), name)
+        found = _examine(policy, batch, unpack_group(batch, policy.has_scalar_head), together, name)
         policy.rounding = found.rounding
         if found.agrees:
             log.info("attention verified: %s", found.text)
             return True
         if on_mismatch == "raise":
-            advice = advice or _advice(policy, batch)
+            advice = advice or _advice(policy, batch, together)
             raise ValueError(f"{found.text}: {name} is not computed exactly on packed rows; {advice}")
     log.warning("%s: going on without sharing prefixes", found.text)
     return False
 
 
-def _examine(policy: Policy, batch: PackedBatch, group: Sequences, name: str = "the model") -> Comparison:
-    """The comparison as the policy trains; where that is half precision and agrees, also the one in fp32."""
+Together = Callable[[bool], bool]
+
+
+def _examine(
+    policy: Policy, batch: PackedBatch, group: Sequences, together: Together, name: str = "the model"
+) -> Comparison:
+    """The comparison as the policy trains; where that is half precision and agrees, also the one in fp32.
+
+    Ranks that share a policy must run the same forwards: none goes on by its own verdict alone.
+    """
     device = batch.input_ids.device
     plain = _plain(policy, group)
-    if not (finite := plain.chosen.isfinite()).all():
+    if not together(bool((finite := plain.chosen.isfinite()).all())):
         raise ValueError(
             f"{name}'s own {_outputs(policy)} are not finite on {int((~finite).sum())} of {finite.numel()} tokens in a "
             "plain forward, without any packing: its weights hold NaN or infinity, or overflow in model.dtype; load "
             "another checkpoint"
         )
     there, rounding, how = _measure_rounding(policy, group, plain)
-    found = _compare(policy, batch, group, plain, rounding, how)
+    found = _compare(policy, batch, group, plain, rounding, how, together)
     narrow = any(p.dtype == torch.int8 for p in policy.parameters())  # rounds activations to integers, in any dtype
     if not found.agrees or trained_dtype(policy, device) not in HALF or there is None or narrow:
         return found
     row, few = cut_out(batch, group.sample(SAMPLE)[0])
     with widened(policy, torch.float32, device):
-        exact = _compare(policy, row, few, there, *_measure_rounding(policy, few, there)[1:])
+        exact = _compare(policy, row, few, there, *_measure_rounding(policy, few, there)[1:], together)
     text = f"{found.text}; {exact.text}" if exact.agrees else exact.text
     return Comparison(exact.agrees, found.rounding, text)
 
 
 def _compare(
-    policy: Policy, batch: PackedBatch, group: Sequences, plain: Plain, rounding: Rounding, how: str
+    policy: Policy,
+    batch: PackedBatch,
+    group: Sequences,
+    plain: Plain,
+    rounding: Rounding,
+    how: str,
+    together: Together,
 ) -> Comparison:
     """Packed against plain in the present precision."""
     read = _scores if policy.has_scalar_head else _logps
@@ -169,7 +185,7 @@ def _compare(
         f"packed and plain {_outputs(policy)} in {dtype} differ by {apart} over {packed.numel()} tokens "
         f"(allowed {rounding.allowed}: {LARGEST:.0f} and {MEAN:.0f} times the rounding of the plain ones, {how})"
     )
-    return Comparison(agrees, rounding, text)
+    return Comparison(together(agrees), rounding, text)
 
 
 def _measure_rounding(policy: Policy, group: Sequences, plain: Plain) -> tuple[Plain | None, Rounding, str]:
@@ -181,7 +197,7 @@ def _measure_rounding(policy: Policy, group: Sequences, plain: Plain) -> tuple[P
     few, kept = group.sample(SAMPLE)
     dtype = trained_dtype(policy, device)
     wider = torch.float32 if dtype in HALF else torch.float64
-    there, how, reason = None, f"measured against {_spell(wider)}", why_not_widened(policy)
+    there, how, reason = None, f"measured against {_spell(wider)}", why_not_widened(policy, wider)
     if reason is None:
         try:
             with widened(policy, wider, device):
@@ -211,29 +227,29 @@ def _spell(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _advice(policy: Policy, batch: PackedBatch) -> str:
+def _advice(policy: Policy, batch: PackedBatch, together: Together) -> str:
     """The settings that were tried, and those with which packed and plain agree."""
-    tried = dict(_remedies(policy, batch))
+    tried = dict(_remedies(policy, batch, together))
     if helpful := [setting for setting, helps in tried.items() if helps]:
         return f"it is with {' or with '.join(helpful)}: set that"
     also = f" (tried: {'; '.join(tried)})" if tried else ""
     return f"no setting helps{also}: choose another model"
 
 
-def _remedies(policy: Policy, batch: PackedBatch) -> Iterator[tuple[str, bool]]:
+def _remedies(policy: Policy, batch: PackedBatch, together: Together) -> Iterator[tuple[str, bool]]:
     """Each setting that changes anything here, and whether packed and plain agree with it."""
     device, was = batch.input_ids.device, policy.attention
     group = unpack_group(batch, policy.has_scalar_head)
     if was != (sdpa := register_attention("sdpa")):
         policy.use_attention(sdpa)
-        helps = _examine(policy, batch, group).agrees
+        helps = _examine(policy, batch, group, together).agrees
         policy.use_attention(was)
         yield "model.attention sdpa", helps
     if batch.depth > 1:
-        yield "batch.share_prefix false", _examine(policy, *separate(group)).agrees
+        yield "batch.share_prefix false", _examine(policy, *separate(group), together).agrees
     if trained_dtype(policy, device) in HALF and why_not_widened(policy) is None:
         with widened(policy, torch.float32, device):
-            helps = _examine(policy, *cut_out(batch, group)).agrees
+            helps = _examine(policy, *cut_out(batch, group), together).agrees
         yield "model.dtype float32 and model.autocast false", helps
 
 
@@ -251,7 +267,8 @@ def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, *, keep: Tensor, bia
 
 def _plain(policy: Policy, group: Sequences) -> Plain:
     """Log-probs (or scores) of the group from the model's own forward in stock attention."""
-    register_fsdp_forward_method(policy, "plain_logits")  # does nothing to a policy that is not sharded
+    if "plain_logits" not in vars(policy):
+        register_fsdp_forward_method(policy, "plain_logits")  # does nothing to a policy that is not sharded
     scalar = policy.has_scalar_head
     positions, index = group.position.unique(return_inverse=True)
     if scalar:  # cheap at every position, and few are scored

@@ -23,17 +23,7 @@ def fit(model: PreTrainedModel, vocab_size: int | None, name: str, *, resize: bo
     New rows are the mean of the old ones, in the input embedding and in the LM head with its bias, tied or not: what a
     new token adds to the normaliser of the starting model is that of an average token, and nothing is random.
 
-    Args:
-        model: changed in place, before an adapter is put around it.
-        vocab_size: number of tokens; None when they are not known.
-        name: what to call the model.
-        resize: add rows where some are missing.
-
-    Returns:
-        Whether rows were added.
-
-    Raises:
-        ValueError: when some are missing and `resize` is off, or the weights are quantised.
+    The model is changed in place, before an adapter is put around it. Returns whether rows were added.
     """
     sizes = [len(weight) for weight in _matrices(model)]
     if vocab_size is None or not sizes or min(sizes) >= vocab_size:
@@ -71,17 +61,9 @@ def add_rows(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def refuse_frozen_rows(model: PreTrainedModel, name: str, trained: Iterable[str]) -> None:
-    """Refuses new rows below an adapter that does not train them: all new tokens would stay one and the same.
+    """Refuses new rows that are not among an adapter's ``trained`` modules: all new tokens would stay the same.
 
     The adapter also has to hold them: who loads it finds them in no other file.
-
-    Args:
-        model: the base.
-        name: what to call it.
-        trained: the adapter's `modules_to_save`.
-
-    Raises:
-        ValueError: with the names to add.
     """
     trained = set(trained)
     places = [place for place, module in model.named_modules() if any(module is x for x in _modules(model))]

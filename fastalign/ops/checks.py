@@ -164,7 +164,7 @@ def check_deterministic(device: torch.device, process_group: dist.ProcessGroup |
     """
     if device.type == "cpu":
         return
-    promise = "deterministic=True cannot be kept"
+    promise = "batch_invariant=True cannot be kept"
     if device.type != "cuda":
         raise ValueError(f"{promise} on {device.type}: move the tensors to the CPU or to CUDA")
     tracing = torch.compiler.is_compiling()  # which can ask no more than this one

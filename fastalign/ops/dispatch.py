@@ -63,8 +63,10 @@ def missing(backend: str) -> str | None:
 
 
 @cache
-def choose(op: str, backend: str | None, device: str) -> str:
+def choose(op: str, backend: str | None, device: str, float64: bool = False) -> str:
     """The backend that serves ``op`` on tensors of ``device`` ("cpu", "cuda"): the one asked for, else the best.
+
+    fp64, which is for checks of gradients, has no C++ kernels over logits: torch's serve there.
 
     Raises:
         ValueError: the backend asked for is unknown, not usable here, or does not serve this device.
@@ -77,6 +79,8 @@ def choose(op: str, backend: str | None, device: str) -> str:
             f" ({why or 'it serves another device'}); available: {', '.join(usable)}"
         )
     chosen = backend or next(name for name in PREFERENCE.get(device, ("torch",)) if name in usable)
+    if chosen == "cpp" and float64 and OPS[op] != "scan":
+        return "torch"
     asked = switched_off(op, chosen if device == "cpu" else "")
     asked += ", as asked" if backend else passed_over(chosen, device)
     log.info("%s: %s (%s tensor, %s%s)", op, chosen, device, level(chosen), asked)
@@ -84,9 +88,9 @@ def choose(op: str, backend: str | None, device: str) -> str:
 
 
 @cache
-def kernels(op: str, backend: str | None, device: torch.device) -> ModuleType:
-    """The module with the kernels ``forward`` and ``backward`` of ``op``."""
-    return importlib.import_module(place(choose(op, backend, device.type), OPS[op]))
+def kernels(op: str, backend: str | None, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
+    """The module with the kernels ``forward`` and ``backward`` of ``op`` for logits of these dtypes."""
+    return importlib.import_module(place(choose(op, backend, device.type, torch.float64 in dtypes), OPS[op]))
 
 
 @cache

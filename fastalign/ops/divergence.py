@@ -105,7 +105,9 @@ class _Call(NamedTuple):
 
     @property
     def kernels(self) -> ModuleType:
-        return dispatch.kernels("divergence", self.backend, self.logits.device)
+        return dispatch.kernels(
+            "divergence", self.backend, self.logits.device, self.logits.dtype, self.ref_logits.dtype
+        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""A token's loss and coefficients from its log-prob: the torch twins of the functors of ``policy_loss``.
+"""A token's loss and coefficients from its log-prob: the one definition in Python of what ``policy_loss`` computes.
 
 With ``l`` the log-prob, ``r`` the ratio, ``A`` the advantage and ``w`` the weight of a token:
 
     loss = -w A value(l) + w kl_coef kl(l) - w entropy_coef H
     g = d loss / d l = -w A slope + w kl_coef d kl / d l          beta = w entropy_coef          alpha = beta H
 
-A functor is one function here, one in ``fastalign_kernels.functors`` and one in each of ``csrc/cpu/functors.h`` and
-``csrc/cuda/functors.h``, all of one name.
+A loss is one function here, whose value ``fastalign.losses.policy`` and the reference of the op differentiate by
+autograd; one in ``fastalign_kernels.functors`` and one in each of ``csrc/cpu/functors.h`` and ``csrc/cuda/functors.h``
+have its name. ``tests/ops/testfunctors.py`` holds all of them to it, in every regime of their clips.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def columns(table: Tensor) -> dict[str, Tensor]:
 class Knobs:
     """What the functors are given besides the token: absolute bounds of the ratio, sapo's gates, coefficients."""
 
-    ratio_low: float
-    ratio_high: float
-    ratio_cap: float
-    tau_pos: float
-    tau_neg: float
-    kl_coef: float
-    entropy_coef: float
+    ratio_low: float = 0.0
+    ratio_high: float = math.inf
+    ratio_cap: float = math.inf
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
 
 
 Value = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -56,18 +57,29 @@ def pg(logps: Tensor, ratio: Tensor, inside: Tensor, advantages: Tensor, knobs: 
 
 
 def ppo(logps: Tensor, ratio: Tensor, inside: Tensor, advantages: Tensor, knobs: Knobs) -> Value:
-    """``value = min(r, high)`` for A > 0, ``min(max(r, low), cap)`` for A < 0; a bound acts beyond it, not on it."""
-    positive, negative = advantages > 0, advantages < 0
-    low = negative & (ratio < knobs.ratio_low)
-    high = (positive & (ratio > knobs.ratio_high)) | (negative & (ratio > knobs.ratio_cap))
-    above = by_sign(advantages, knobs.ratio_high, knobs.ratio_cap)
-    value = torch.where(high, above, torch.where(low, knobs.ratio_low, ratio))
+    """``value = min(r, high)`` for A > 0, ``min(max(r, low), cap)`` for A < 0."""
+    value, low, high = clip(ratio, advantages, knobs.ratio_low, knobs.ratio_high, knobs.ratio_cap)
     return value, torch.where(low | high | ~inside, 0.0, ratio), low, high
+
+
+def clip(ratio: Tensor, advantages: Tensor, low: float, high: float, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The ratio within its bounds, and where the lower and where an upper one acts: beyond the bound, not on it.
+
+    ``low`` and ``cap`` bound it where the advantage is negative, ``high`` where it is positive.
+    """
+    is_low, is_high = clip_bounds(ratio, advantages, low, high)
+    is_high = is_high | ((advantages < 0) & (ratio > cap))
+    return torch.where(is_high, by_sign(advantages, high, cap), torch.where(is_low, low, ratio)), is_low, is_high
+
+
+def clip_bounds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """``[n]`` bool: where the lower and where the upper bound of the clipped surrogate acts."""
+    return (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
 
 
 def cispo(logps: Tensor, ratio: Tensor, inside: Tensor, advantages: Tensor, knobs: Knobs) -> Value:
     """``value = c l`` with the clipped ratio ``c`` held constant: no token loses its gradient."""
-    clipped = ratio.clamp(knobs.ratio_low, knobs.ratio_high)
+    clipped = ratio.detach().clamp(knobs.ratio_low, knobs.ratio_high)
     return clipped * logps, clipped, ratio < knobs.ratio_low, ratio > knobs.ratio_high
 
 
@@ -101,6 +113,11 @@ def k3(y: Tensor) -> tuple[Tensor, Tensor]:
 KL_ESTIMATORS = {"k2": k2, "k3": k3}
 
 
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """``exp`` of a log-ratio within +-20, outside of which it has no gradient."""
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+
+
 def fill(
     table: Tensor,
     masked: Tensor,
@@ -119,8 +136,7 @@ def fill(
     ones = torch.ones_like(logps)
     advantages = ones if advantages is None else advantages
     log_ratio = torch.where(logps.isnan(), logps, 0.0) if old_logps is None else logps - old_logps
-    ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-    inside = ~(log_ratio.abs() > LARGEST_LOG_RATIO)
+    ratio, inside = ratio_of(log_ratio), ~(log_ratio.abs() > LARGEST_LOG_RATIO)
     value, slope, low, high = FUNCTORS[loss](logps, ratio, inside, advantages, knobs)
     total, g, kl = -weights * (advantages * value), -weights * (advantages * slope), torch.zeros_like(logps)
     if ref_logps is not None:

@@ -17,10 +17,11 @@ from fastalign.ops.checks import check_device, check_linear, check_memory, split
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
 from fastalign.ops.head.dtensor import vocabulary_slices, whole
-from fastalign.ops.head.head import held_in, spread
+from fastalign.ops.head.head import Leaves, Needs, held_in, spread
 from fastalign.ops.head.options import facts, gemm_dtype
-from fastalign.ops.head.streams import Call, accumulators, forward, make_streams, plan_for, recompute
+from fastalign.ops.head.streams import Call, forward, make_streams, plan_for, recomputed_gradients
 from fastalign.ops.parallel import agree, checked_together
+from fastalign.ops.rows import Coefficients
 from fastalign.types import IGNORE_INDEX
 
 
@@ -60,29 +61,40 @@ SCHEMA = (
 @torch.library.custom_op(
     "fastalign::linear_divergence",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool gradient, bool trainable) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, bool tokens, bool gradient, bool trainable) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _op(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """value ``[N]``, stats ``[N, 5]``, and U ``[N, D]`` (``[0, D]`` when it is not needed)."""
-    *args, gradient, trainable = args
+def _op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """value ``[N]``, logps ``[N]``, the reference's and entropy ``[N, 2]``, stats ``[N, 5]``, and U ``[N, D]``.
+
+    U has no rows when it is not needed, and so have logps and what follows.
+    """
+    *args, tokens, gradient, trainable = args
     call = Call(*args)
     streams = make_streams(call)
-    plan = plan_for(streams, call.memory, "upstream" if gradient else "none", trainable)
+    plan = plan_for(streams, call.memory, "upstream" if gradient else "none", trainable or tokens)
     rows, width = len(call.hidden) if plan.mode == "frozen" else 0, call.hidden.shape[1]
     directions = call.hidden.new_zeros(rows, width, dtype=held_in(call.hidden.dtype))
-    value, stats = forward(streams, plan, directions)
     head, out = streams.policy, stats_dtype(call.hidden, call.weight, call.ref_hidden, call.ref_weight)
-    return spread(head, value, out), spread(head, stats.t(), stats.dtype).contiguous(), directions
+    new = {"dtype": streams.dtype, "device": head.hidden.device}
+    found = (torch.empty(len(head.labels), **new), torch.empty(2, len(head.labels), **new)) if tokens else None
+    value, stats = forward(streams, plan, directions, found)
+    logps, others = value.new_empty(0, dtype=out), value.new_empty(0, 2, dtype=out)
+    if found is not None:
+        logps, others = spread(head, found[0], out), spread(head, found[1].t().contiguous(), out)
+    return spread(head, value, out), logps, others, spread(head, stats.t(), stats.dtype).contiguous(), directions
 
 
 @_op.register_fake
 def _(hidden, weight, bias, ref_hidden, ref_weight, *rest):
-    call, gradient, trainable = Call(hidden, weight, bias, ref_hidden, ref_weight, *rest[:-2]), *rest[-2:]
+    call = Call(hidden, weight, bias, ref_hidden, ref_weight, *rest[:-3])
+    tokens, gradient, trainable = rest[-3:]
     wide = torch.float64 if torch.float64 in (call.dtype, call.ref_dtype) else torch.float32
     value = hidden.new_empty(hidden.shape[0], dtype=stats_dtype(hidden, weight, ref_hidden, ref_weight))
-    kept = hidden.shape[0] if gradient and not trainable else 0
+    kept = hidden.shape[0] if gradient and not trainable and not tokens else 0
     directions = hidden.new_empty(kept, hidden.shape[1], dtype=held_in(hidden.dtype))
-    return value, hidden.new_empty(hidden.shape[0], 5, dtype=wide), directions
+    seen = hidden.shape[0] if tokens else 0
+    rest = value.new_empty(seen, 2), hidden.new_empty(hidden.shape[0], 5, dtype=wide), directions
+    return value, value.new_empty(seen), *rest
 
 
 @torch.library.custom_op("fastalign::scale_rows", mutates_args=())
@@ -102,26 +114,23 @@ def _(hidden, directions, grad):
 @torch.library.custom_op(
     "fastalign::linear_divergence_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor stats, Tensor grad, bool needs_hidden, bool needs_weight, bool needs_bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, Tensor stats, Tensor grad, Tensor? grad_logps, bool needs_hidden, bool needs_weight, "
+    "bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their dtypes; ``[0]`` for those that are not needed."""
-    *args, stats, grad, needs_hidden, needs_weight, needs_bias = args
+    *args, stats, grad, g, needs_hidden, needs_weight, needs_bias = args
     call = Call(*args)
-    hidden, weight, bias, streams = call.hidden, call.weight, call.bias, make_streams(call)
+    streams = make_streams(call)
     rows, plan = streams.policy.rows, plan_for(streams, call.memory, "upstream", True)
     if rows is not None:
-        stats, grad = stats[rows], grad[rows]
-    sums = accumulators(streams, needs_hidden, needs_bias)
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-    recompute(streams, plan, stats.t().contiguous(), grad.to(stats.dtype).contiguous(), *sums, d_weight)
-    d_hidden, d_bias = sums
-    return (
-        hidden.new_empty(0) if d_hidden is None else spread(streams.policy, d_hidden, hidden.dtype),
-        weight.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
+        stats, grad, g = stats[rows], grad[rows], None if g is None else g[rows]
+    grad, row = grad.to(stats.dtype).contiguous(), None if g is None else Coefficients(g.to(stats.dtype).contiguous())
+    inputs = Leaves(call.hidden, call.weight, None, call.bias)
+    needs = Needs(needs_hidden, needs_weight, False, needs_bias)
+    made = recomputed_gradients(streams, plan, stats.t().contiguous(), grad, row, inputs, needs)
+    hidden, weight, bias = (call.hidden.new_empty(0) if x is None else x for x in (made.hidden, made.weight, made.bias))
+    return hidden, weight, bias
 
 
 @_backward_op.register_fake
@@ -135,23 +144,24 @@ def _(hidden, weight, bias, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *inputs, gradient, trainable = inputs
-    _, stats, directions = output
-    ctx.mark_non_differentiable(stats, directions)
+    *inputs, tokens, gradient, trainable = inputs
+    _, logps, others, stats, directions = output
+    ctx.mark_non_differentiable(others, stats, directions, *(() if tokens else (logps,)))
     ctx.set_materialize_grads(False)
-    ctx.frozen, ctx.options = gradient and not trainable, inputs[8:]
+    ctx.frozen, ctx.options = gradient and not trainable and not tokens, inputs[8:]
     ctx.save_for_backward(*((inputs[0], directions) if ctx.frozen else (*inputs[:8], stats)))
 
 
-def _backward(ctx, grad, *_):
-    arguments = len(Call._fields) + 2
-    if grad is None:
+def _backward(ctx, grad, grad_logps, *_):
+    arguments = len(Call._fields) + 3
+    if grad is None and grad_logps is None:
         return (None,) * arguments
     if ctx.frozen:
         return _scale_rows(*ctx.saved_tensors, grad), *(None,) * (arguments - 1)
     *tensors, stats = ctx.saved_tensors
+    grad = torch.zeros_like(grad_logps) if grad is None else grad
     needs = ctx.needs_input_grad[:3]
-    grads = _backward_op(*tensors, *ctx.options, stats, grad, *needs)
+    grads = _backward_op(*tensors, *ctx.options, stats, grad, grad_logps, *needs)
     return *(x if needed else None for x, needed in zip(grads, needs, strict=True)), *(None,) * (arguments - 3)
 
 
@@ -186,7 +196,8 @@ def linear_divergence(
     process_group: torch.distributed.ProcessGroup | None = None,
     memory: int | None = None,
     backend: str | None = None,
-) -> Tensor:
+    tokens: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Divergence per row of a policy from a reference, straight from hidden states; ``divergence`` has the formulas.
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, and the reference's likewise.
@@ -204,9 +215,12 @@ def linear_divergence(
             gradient of ``hidden`` is complete on every rank. DTensors are taken as in ``linear_logps``.
         memory: bound on the workspace in bytes: both streams' logits and temporaries, not outputs.
         backend: "torch", "cpp", "triton" or None for the best one here.
+        tokens: also return what ``linear_logps`` would of both models, from the same logits; needs ``labels``.
 
     Returns:
-        ``[N]`` in fp32 (fp64 if an input is fp64).
+        ``[N]`` in fp32 (fp64 if an input is fp64). With ``tokens`` four of them: the divergence, the label's log-prob
+        under the policy, which has a gradient too, and without one the label's under the reference and the policy's
+        entropy.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; unknown kind; mix 0 or 1; a CPU label outside ``[0, V)``.
@@ -222,6 +236,8 @@ def linear_divergence(
     with checked_together(process_group, hidden):
         _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
         check_choice(kind, mix)
+        if tokens and labels is None:
+            raise ValueError("tokens=True returns log-probs of labels: pass labels [N]")
         check_rows(hidden, "hidden", labels, temperature, softcap, ref_softcap)
         check_memory(memory)
         same = facts("linear_divergence", hidden, weight, None, process_group, memory, backend)
@@ -233,14 +249,15 @@ def linear_divergence(
     same |= {name: "None" if x is None else x.dtype for name, x in biases.items()}
     same |= {"number of columns of ref_weight (Dr)": ref_weight.shape[1], "dtype of the reference": dtypes[1]}
     same |= {"labels": "None" if labels is None else "given", "kind": kind, "mix": mix, "temperature": temperature}
-    same |= {"softcap": softcap, "ref_softcap": ref_softcap, "memory": memory, "backend": backend}
+    same |= {"softcap": softcap, "ref_softcap": ref_softcap, "memory": memory, "backend": backend, "tokens": tokens}
     same |= {"logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale}
     group, shards, trainable = agree(process_group, hidden, weight.shape[0], same, trainable, labels)
     ref = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
     scaling = (softcap, ref_softcap, float(logit_scale), float(ref_logit_scale))
     options = (labels, rows, number, kind, float(mix), *scaling, *dtypes, memory, backend, group, shards)
     gradient = enabled and (trainable or hidden.requires_grad)
-    return _op(hidden, weight, bias, *ref, *options, gradient, trainable)[0]
+    value, logps, others, *_ = _op(hidden, weight, bias, *ref, *options, tokens, gradient, trainable)
+    return (value, logps, *others.unbind(1)) if tokens else value
 
 
 def _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels) -> None:

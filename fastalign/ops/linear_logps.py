@@ -37,7 +37,7 @@ from fastalign.ops.head.head import (
     trained_columns,
     workspace,
 )
-from fastalign.ops.head.options import SCHEMA, TENSORS, Call, Options, make_call, with_options
+from fastalign.ops.head.options import SCHEMA, TENSORS, Call, make_call, with_options
 from fastalign.ops.head.plan import Plan
 from fastalign.ops.rows import Stats
 from fastalign.ops.token_logps import reference as token_reference
@@ -266,21 +266,21 @@ def linear_logps(
         entropy: also return the entropy in nats, differentiable.
         lse: also return the log-sum-exp of z, differentiable, as z-losses want it.
         options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
-            label_smoothing, process_group, memory, backend, batch_invariant, num_scored, deterministic.
+            label_smoothing, process_group, memory, backend, batch_invariant, num_scored.
 
     Returns:
         logps ``[N]`` in fp32 (fp64 if an input is fp64), or a tuple of it and what else was asked for: entropy, lse.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device; a CPU label outside ``[0, V)`` (on CUDA that row becomes NaN);
-            ``deterministic=True`` where that cannot be promised; ranks that disagree.
+            ``batch_invariant=True`` where that cannot be promised; ranks that disagree.
         RuntimeError: double backward.
 
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
     more = {"entropy": entropy, "lse": lse}
-    call, trainable = make_call("linear_logps", hidden, weight, labels, Options(**options), more)
+    call, trainable = make_call("linear_logps", hidden, weight, labels, options, more)
     logps, entropies, lses, _ = row_stats(call, Wanted(entropy, lse), trainable)
     others = tuple(x for x in (entropies, lses) if x is not None)
     return (logps, *others) if others else logps

@@ -56,7 +56,7 @@ from fastalign.ops.head.head import (
     trained_columns,
     workspace,
 )
-from fastalign.ops.head.options import TENSORS, Call, Options, make_call, trained, with_options
+from fastalign.ops.head.options import TENSORS, Call, make_call, trained, with_options
 from fastalign.ops.head.plan import Plan
 from fastalign.ops.head.units import Align, Units, make_units
 from fastalign.ops.linear_logps import row_stats
@@ -99,8 +99,8 @@ def linear_loss(
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy, lse: give ``loss_fn`` these too; their gradients flow.
         options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
-            label_smoothing, process_group, memory, backend, batch_invariant, num_scored, deterministic. An aligned call
-            needs ``num_scored=N``, the rows selected already, to spare the host's wait.
+            label_smoothing, process_group, memory, backend, batch_invariant, num_scored. An aligned call needs
+            ``num_scored=N``, the rows selected already, to spare the host's wait.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -117,7 +117,7 @@ def linear_loss(
     tensor(1.3863)
     """
     more = {"entropy": entropy, "lse": lse, "align": align, "cu_seqlens": cu_seqlens, "cu_groups": cu_groups}
-    call, trainable = make_call("linear_loss", hidden, weight, labels, Options(**options), more)
+    call, trainable = make_call("linear_loss", hidden, weight, labels, options, more)
     wanted = Wanted(entropy, lse)
     if torch.compiler.is_compiling():
         return composed(call, trainable, loss_fn, cu_seqlens, align, wanted)

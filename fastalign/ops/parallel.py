@@ -194,10 +194,11 @@ def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool, top1: bool) -> Stats:
-    """The statistics of a shard without columns."""
+    """The statistics of a shard without columns; no two share their memory, which an operator must not return."""
     zeros = torch.zeros(len(labels), dtype=dtype, device=labels.device)
     logps, maximum = zeros.masked_fill(labels >= 0, torch.nan), torch.full_like(zeros, -torch.inf)
-    return Stats(logps, zeros if entropy else None, maximum, zeros, zeros if total else None, zeros if top1 else None)
+    h, t, hits = (torch.zeros_like(zeros) if wanted else None for wanted in (entropy, total, top1))
+    return Stats(logps, h, maximum, zeros, t, hits)
 
 
 def combine(

@@ -2,7 +2,7 @@
 
     loss = sum_t w_t (-A_t value(l_t, r_t) + kl_coef kl_t - entropy_coef H_t),     l = logps,  r = exp(l - l_old)
 
-The row's coefficient is computed inside the kernel (``fastalign.ops.functors`` has its torch twins), so that the
+The row's coefficient is computed inside the kernel (``fastalign.ops.functors`` defines it), so that the
 gradient is written while the row is still in cache, for an upstream gradient of 1; backward scales it.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastalign.ops import dispatch, functors
+from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.policy_loss import tabulate, write_gradient
 from fastalign.ops.backends.torch.token_logps import row_blocks
 from fastalign.ops.checks import (
@@ -27,7 +27,7 @@ from fastalign.ops.checks import (
     stats_dtype,
 )
 from fastalign.ops.final import mark
-from fastalign.ops.functors import COLUMNS, LARGEST_LOG_RATIO, Knobs, check_loss, columns, make_knobs
+from fastalign.ops.functors import COLUMNS, FUNCTORS, KL_ESTIMATORS, Knobs, check_loss, columns, make_knobs, ratio_of
 from fastalign.ops.half import power_of_two, row_bound
 from fastalign.ops.parallel import agree, checked_together
 from fastalign.ops.rows import Coefficients
@@ -53,33 +53,18 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The specification: log-probs, then each loss as its paper writes it, differentiated by autograd."""
+    """The specification: log-probs, then the value of each functor and of the KL, differentiated by autograd."""
     rows = labels != IGNORE_INDEX
     every, entropies = token_reference(logits, labels, temperature=temperature, softcap=softcap, entropy=True)
     assert entropies is not None
     logps, entropy, weights = every[rows], entropies[rows], weights[rows].to(every.dtype)
     a = torch.ones_like(logps) if advantages is None else advantages[rows].to(logps.dtype)
-    old = logps.detach() if old_logps is None else old_logps[rows].to(logps.dtype)
-    ratio = (logps - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-    losses = _losses(loss, logps, ratio, a, knobs) - knobs.entropy_coef * entropy
+    ratio = ratio_of(logps - (logps.detach() if old_logps is None else old_logps[rows].to(logps.dtype)))
+    value, *_ = FUNCTORS[loss](logps, ratio, ratio > 0, a, knobs)
+    losses = -a * value - knobs.entropy_coef * entropy
     if ref_logps is not None and knobs.kl_coef != 0:
-        y = ref_logps[rows].to(logps.dtype) - logps
-        clamped = y.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        losses = losses + knobs.kl_coef * (y**2 / 2 if kl_estimator == "k2" else clamped.exp() - clamped - 1)
+        losses = losses + knobs.kl_coef * KL_ESTIMATORS[kl_estimator](ref_logps[rows].to(logps.dtype) - logps)[0]
     return (weights * losses).sum()
-
-
-def _losses(loss: str, logps: Tensor, ratio: Tensor, a: Tensor, knobs: Knobs) -> Tensor:
-    clipped = ratio.clamp(knobs.ratio_low, knobs.ratio_high)
-    if loss == "ppo":
-        pessimistic = torch.maximum(-a * ratio, -a * clipped)
-        return torch.where(a < 0, torch.minimum(pessimistic, -a * min(knobs.ratio_cap, 1e300)), pessimistic)
-    if loss == "cispo":
-        return -a * clipped.detach() * logps
-    if loss == "sapo":
-        tau = functors.by_sign(a, knobs.tau_pos, knobs.tau_neg)
-        return -a * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
-    return -a * logps
 
 
 # --- custom op -------------------------------------------------------------------------------------------------------
@@ -131,7 +116,7 @@ def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
     tokens, rows = call.tokens, (call.weights, call.advantages, call.old_logps, call.ref_logps)
     choice = {"loss": call.loss, "kl_estimator": call.kl_estimator, "knobs": Knobs(*call.knobs)}
     if call.group is None:
-        run = dispatch.kernels("policy_loss", call.backend, call.logits.device).run
+        run = dispatch.kernels("policy_loss", call.backend, call.logits.device, call.logits.dtype).run
         table = run(
             None if late else out,
             call.logits,

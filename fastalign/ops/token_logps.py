@@ -93,7 +93,7 @@ class Call(NamedTuple):
     @property
     def sweep(self) -> ModuleType:
         """The kernels that serve the logits."""
-        return dispatch.kernels("token_logps", self.backend, self.logits.device)
+        return dispatch.kernels("token_logps", self.backend, self.logits.device, self.logits.dtype)
 
     @property
     def scaling(self) -> dict[str, Any]:

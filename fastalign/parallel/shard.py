@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fastalign.models import lora
 from fastalign.models.precision import HALF
 from fastalign.models.support import transformer_blocks
 from fastalign.parallel.mesh import World
@@ -52,6 +56,78 @@ def check_dtypes(model: nn.Module) -> None:
             f"trainable weights in {' and '.join(trained)} cannot be sharded together: set model.dtype to float32 "
             "(model.autocast still computes in bf16)"
         )
+
+
+Read = Callable[[str, tuple[slice, ...], Tensor], Tensor]
+"""Gives part of a tensor, by its name in the model: called with the name, the part, and the tensor without its data."""
+
+
+@torch.no_grad()
+def fill(model: nn.Module, read: Read, world: World, *, every: bool = False) -> None:
+    """Put weights into a sharded model that was made on the meta device, one tensor at a time.
+
+    FSDP takes up parameters that were replaced like this when the model first runs. All ranks ask for the tensors in
+    one order.
+
+    Args:
+        model: sharded by `shard`.
+        read: gives this rank's part of each tensor, on any device.
+        world: the ranks.
+        every: whether to read the tensors as well that have data already.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # by what stood there, which stays alive meanwhile: tied ones stay one
+    for name, owner, key in _places(model):
+        x = owner[key]
+        if id(x) in made:
+            owner[key] = made[id(x)][1]
+        elif x.is_meta:
+            made[id(x)] = x, _with_data(x, read(name, region(x), x).to(world.device))
+            owner[key] = made[id(x)][1]
+        elif every:
+            made[id(x)] = x, x
+            (x.to_local() if isinstance(x, DTensor) else x).copy_(read(name, region(x), x))
+
+
+def _with_data(x: Tensor, part: Tensor) -> Tensor:
+    """A parameter or buffer like one on the meta device, with this rank's part of its data."""
+    if isinstance(x, DTensor):
+        layout: dict[str, Any] = {"shape": x.shape, "stride": x.stride()}
+        part = DTensor.from_local(part, x.device_mesh, x.placements, run_check=False, **layout)
+    return nn.Parameter(part, x.requires_grad) if isinstance(x, nn.Parameter) else part
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The name of every parameter and buffer, and where it is kept; tied ones at every place."""
+    for place, module in model.named_modules():
+        for owner in (module._parameters, module._buffers):
+            yield from ((f"{place}.{key}", owner, key) for key, x in [*owner.items()] if x is not None)
+
+
+def region(x: Tensor) -> tuple[slice, ...]:
+    """The part of a tensor that is on this rank."""
+    shape, offsets = x.shape, (0,) * x.dim()
+    if isinstance(x, DTensor):
+        shape, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
+
+
+def base_digest(model: nn.Module, world: World) -> str:
+    """`lora.base_digest` of a sharded model: every rank gives the elements that it has."""
+    frozen = [(name, x.detach()) for name, x in model.named_parameters() if not x.requires_grad]
+    ranks = world.gather_objects({name: _elements(x) for name, x in frozen})
+
+    def whole(name: str) -> Tensor:
+        parts = dict(each[name] for each in ranks)  # replicas have the same
+        return torch.cat([parts[start] for start in sorted(parts)])
+
+    return lora.sample(((name, x) for name, x in frozen), whole)
+
+
+def _elements(x: Tensor) -> tuple[int, Tensor]:
+    """Of the elements that stand for a tensor those on this rank, and its first row there."""
+    first = region(x)[0].start if x.dim() else 0
+    local, row = x.to_local() if isinstance(x, DTensor) else x, x.numel() // max(len(x), 1) if x.dim() else 1
+    return first, lora.every_so_many(local, first * row, x.numel()).cpu()
 
 
 def synchronise_gradients(model: nn.Module, on: bool) -> None:

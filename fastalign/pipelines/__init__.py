@@ -1,1 +1,1 @@
-"""Programs made of the other rooms: selecting data, labelling by AI feedback, filtering samples."""
+"""Programs made of the other packages: selecting data, labelling by AI feedback, filtering samples."""

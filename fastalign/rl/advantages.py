@@ -1,7 +1,12 @@
 """Advantages: which sampled answer or token did better than expected. Credit only; objectives are in ``losses.policy``.
 
-B answers, in groups that share a prompt; their n scored tokens are packed, with offsets ``cu_seqlens [B+1]``. Results
-are detached, statistics fp64. ``fastalign.ops.gae`` gives the advantages of PPO, ``fastalign.ops.whiten`` normalises.
+B answers, in groups that share a prompt; their n scored tokens are packed. All functions name their arguments alike:
+
+    rewards [B]      groups [B] integers, equal for answers to one prompt, in any order
+    cu_seqlens [B+1] offsets of the answers      token_rewards, kl_rewards [n]      process_group: None for one rank
+
+Results are detached, statistics fp64. ``fastalign.ops.gae`` gives the advantages of PPO, ``fastalign.ops.whiten``
+normalises.
 """
 
 from __future__ import annotations
@@ -10,14 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.losses.reduce import sum_and_count
+from fastalign.losses.reduce import repeat_segments, sum_and_count
 from fastalign.ops.scan import segment_scan
 from fastalign.ops.whiten import whiten
-
-
-def spread(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """``[B]`` numbers of answers as ``[n]`` numbers of their tokens."""
-    return values.repeat_interleave(cu_seqlens.diff().long())
 
 
 def grpo(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
@@ -27,8 +27,6 @@ def grpo(rewards: Tensor, groups: Tensor, *, ddof: int = 1, eps: float = 1e-4) -
     Source: Shao et al. 2024 (arXiv:2402.03300), section 4.1.
 
     Args:
-        rewards: ``[B]``.
-        groups: ``[B]`` integers, equal for answers to one prompt, in any order.
         ddof: 1 divides the sum of squares by G - 1 (TRL, verl), 0 by G.
         eps: added to the deviation.
 
@@ -49,12 +47,7 @@ def dr_grpo(rewards: Tensor, groups: Tensor) -> Tensor:
     ``A_i = R_i - mean_g``.
     Source: Liu et al. 2025 (arXiv:2503.20783), section 3.2.
 
-    Args:
-        rewards: ``[B]``.
-        groups: ``[B]`` integers, equal for answers to one prompt, in any order.
-
-    Returns:
-        ``[B]``.
+    Returns ``[B]``.
     """
     return centre(rewards, groups)[0].to(rewards.dtype)
 
@@ -65,12 +58,7 @@ def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
     ``A_i = R_i - mean_{j != i} R_j = (R_i - mean_g) G / (G - 1)``.
     Source: Ahmadian et al. 2024 (arXiv:2402.14740), section 2.2.
 
-    Args:
-        rewards: ``[B]``; for TRL's convention less ``kl_coef`` times the sequence's KL.
-        groups: ``[B]`` integers, equal for answers to one prompt, in any order.
-
-    Returns:
-        ``[B]``.
+    Returns ``[B]``. In TRL's convention ``kl_coef`` times the sequence's KL is subtracted from the rewards before.
     """
     centred, counts, place = centre(rewards, groups)
     return (centred * (counts / (counts - 1))[place]).to(rewards.dtype)
@@ -106,8 +94,6 @@ def grpo_process(
     Args:
         step_rewards: ``[S]``, steps of all answers.
         step_ends: ``[S]`` int64, the position of each step's last token among the n packed ones.
-        groups: ``[B]`` integers, equal for answers to one prompt.
-        cu_seqlens: ``[B+1]`` offsets of the answers.
         ddof, eps: as in `grpo`.
 
     Returns:
@@ -124,12 +110,7 @@ def batch_mean(rewards: Tensor, *, process_group: dist.ProcessGroup | None = Non
     ``A_i = R_i - mean R``.
     Source: Williams 1992.
 
-    Args:
-        rewards: ``[B]``.
-        process_group: the ranks; None: this process alone.
-
-    Returns:
-        ``[B]``.
+    Returns ``[B]``.
     """
     total = sum_and_count(rewards)
     if process_group is not None:
@@ -151,11 +132,9 @@ def reinforce_pp(
     Source: Hu et al. 2025 (arXiv:2501.03262).
 
     Args:
-        token_rewards: ``[n]``, see ``rewards.token_rewards``.
-        cu_seqlens: ``[B+1]`` offsets of the answers.
+        token_rewards: see ``rewards.token_rewards``.
         gamma: discount per token.
         eps: added to the variance.
-        process_group: the ranks; None: this process alone.
 
     Returns:
         advantages and returns, ``[n]`` each.
@@ -177,17 +156,9 @@ def reinforce_pp_baseline(
     ``A = (x - mean) / sqrt(variance + eps)`` over tokens, of ``x_it = R_i - mean_g``.
     Source: Hu et al. 2025 (arXiv:2501.03262).
 
-    Args:
-        rewards: ``[B]``.
-        groups: ``[B]`` integers, equal for answers to one prompt, in any order.
-        cu_seqlens: ``[B+1]`` offsets of the answers.
-        eps: added to the variance.
-        process_group: the ranks; None: this process alone.
-
-    Returns:
-        ``[n]``.
+    Returns ``[n]``.
     """
-    tokens = spread(dr_grpo(rewards, groups), cu_seqlens)
+    tokens = repeat_segments(dr_grpo(rewards, groups), cu_seqlens)
     return whiten(tokens, eps=eps, eps_in="variance", unbiased=True, process_group=process_group)
 
 
@@ -201,8 +172,7 @@ def remax(
 
     Args:
         rewards, greedy_rewards: ``[B]`` of the sampled and of the greedy answer to each prompt.
-        kl_rewards: ``[n]``, ``kl_coef (ref_logps - old_logps)``.
-        cu_seqlens: ``[B+1]`` offsets of the sampled answers.
+        kl_rewards: ``kl_coef (ref_logps - old_logps)``.
         gamma: discount per token.
 
     Returns:
@@ -227,8 +197,7 @@ def remax_local(
 
     Args:
         rewards, greedy_rewards: ``[B]`` of the sampled and of the greedy answer to each prompt.
-        kl_rewards: ``[n]``, ``kl_coef (ref_logps - old_logps)``.
-        cu_seqlens: ``[B+1]`` offsets of the sampled answers.
+        kl_rewards: ``kl_coef (ref_logps - old_logps)``.
         gamma: discount per token; the last token's reward already has it once.
         reward_clip: bound of the gap.
 
@@ -245,16 +214,3 @@ def add_at_ends(tokens: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``[n]`` token numbers with ``[B]`` numbers of answers added at each answer's last token; detached."""
     some = (cu_seqlens.diff() > 0).nonzero().squeeze(1)
     return tokens.detach().index_add(0, cu_seqlens[1:].long()[some] - 1, values.detach().to(tokens.dtype)[some])
-
-
-ESTIMATORS = {
-    "grpo": grpo,
-    "grpo_process": grpo_process,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "batch_mean": batch_mean,
-    "reinforce_pp": reinforce_pp,
-    "reinforce_pp_baseline": reinforce_pp_baseline,
-    "remax": remax,
-    "remax_local": remax_local,
-}

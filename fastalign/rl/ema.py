@@ -23,5 +23,5 @@ def ema_update(reference: Iterable[Tensor], policy: Iterable[Tensor], *, eta: fl
     """
     for ref, weight in zip(reference, policy, strict=True):
         if ref.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"an average in {ref.dtype} stands still: keep the reference's weights in float32")
+            raise ValueError(f"an average in {ref.dtype} does not move: keep the reference's weights in float32")
         ref.lerp_(weight.to(ref.dtype), eta)

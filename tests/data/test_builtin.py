@@ -93,14 +93,15 @@ def test_every_method_trains_on_it(
     rows = load_rows("builtin:docstrings", "test", limit=50)
     encoded = encode_dataset(rows, tokenizer, DataConfig(max_length=256), method)
     assert encoded.counts["kept"] > 45
-    assert {len(e.sequences) for e in encoded} == sequences and {len(e.scores) for e in encoded} == scores
+    assert {len(e.sequences) for e in encoded} == sequences
+    assert {len(e.columns.known().get("scores", ())) for e in encoded} == scores
     assert {e.kind for e in encoded} == {"other", "shuffled", "truncated"}
 
 
 def test_process_rewards_train_on_steps(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows("builtin:docstring-steps", "test", limit=50)
     encoded = encode_dataset(rows, tokenizer, DataConfig(max_length=256), "reward:process")
-    assert len(encoded) > 45 and all(e.scores.size == e.sequences[0][1].sum() > 0 for e in encoded)
+    assert len(encoded) > 45 and all(len(e.columns.step_labels) == e.sequences[0][1].sum() > 0 for e in encoded)
 
 
 def test_unknown_names_splits_and_sizes_are_refused() -> None:

@@ -5,10 +5,10 @@ from types import ModuleType
 
 import pytest
 
-from fastalign.data import encode, loader, mismatch, pack, preference
+from fastalign.data import encode, loader, mismatch, pack, prompts
 
 
-@pytest.mark.parametrize("module", [encode, loader, mismatch, pack, preference], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [encode, loader, mismatch, pack, prompts], ids=lambda m: m.__name__)
 def test_examples(module: ModuleType) -> None:
     results = doctest.testmod(module)
     assert results.attempted and not results.failed

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +77,7 @@ def test_a_reward_model_scores_the_last_token_of_each_side(
     pairs = run([{**PAIR, **said}], tokenizer, method)
     assert texts(tokenizer, pairs[0]) == ["<s>Two cats sat</s>", "<s>Two dogs</s>"] and places(pairs[0]) == [[0], [0]]
     assert pairs[0].own_rows and pairs.own_rows
-    assert pairs[0].scores.dtype == np.float32 and pairs[0].scores.tolist() == scores
+    assert pairs[0].columns.known().get("scores", torch.zeros(0)).tolist() == scores
     batch = build_batch([pairs[0]], share_prefix=True)
     assert batch.labels.tolist() == batch.input_ids[batch.rows].tolist() == [tokenizer.eos_token_id] * 2
 
@@ -107,18 +108,20 @@ def test_a_cut_reward_pair_is_scored_where_it_now_ends(make_tokenizer: Make) -> 
 def test_candidates_keep_their_order_and_scores(make_tokenizer: Make, row: dict) -> None:
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     ranked = run([row, row], tokenizer, "rrhf")
-    assert ranked[1].scores.tolist() == row["scores"] and not ranked[1].own_rows
+    assert ranked[1].columns.scores.tolist() == row["scores"] and not ranked[1].own_rows
     ends = [" cats sat</s>", " dogs</s>", " door</s>"] if row is RANKED else ["four.<|end|>\n", "five.<|end|>\n"]
     assert scored(tokenizer, ranked[1]) == ends, "rrhf learns from every token of a completion"
     ends = run([row, row], tokenizer, "reward:k_wise")[0]
-    assert places(ends) == [[0]] * len(row["scores"]) and ends.own_rows and ends.scores.tolist() == row["scores"]
+    assert (
+        places(ends) == [[0]] * len(row["scores"]) and ends.own_rows and ends.columns.scores.tolist() == row["scores"]
+    )
 
 
 def test_ragged_candidates_are_packed_in_groups(make_tokenizer: Make) -> None:
     fewer = {"prompt": "The", "completions": [" cat"], "scores": [1]}
     ranked = run([RANKED, fewer], make_tokenizer(), "rrhf")
     batch = build_batch(ranked.fetch([0, 1]), share_prefix=True)
-    assert batch.cu_groups.tolist() == [0, 3, 4] and batch.scores.tolist() == [0.5, 2, -1, 1]
+    assert batch.cu_groups.tolist() == [0, 3, 4] and batch.columns.scores.tolist() == [0.5, 2, -1, 1]
 
 
 def test_a_candidate_is_dropped_by_itself(make_tokenizer: Make) -> None:
@@ -132,11 +135,13 @@ def test_a_candidate_is_dropped_by_itself(make_tokenizer: Make) -> None:
     ]
     options = {"max_length": 6, "truncation": "drop"}
     ranked = run(rows, tokenizer, "rrhf", **options)
-    assert [(e.example_id, e.scores.tolist(), texts(tokenizer, e)) for e in ranked] == [(0, [-1], ["Two dogs</s>"])]
+    assert [(e.example_id, e.columns.scores.tolist(), texts(tokenizer, e)) for e in ranked] == [
+        (0, [-1], ["Two dogs</s>"])
+    ]
     lost = {"candidates_empty_completion": 6, "candidates_too_long": 2, "dropped_too_few_candidates": 3}
     assert {name: count for name, count in ranked.counts.items() if count} == {"rows": 4, **lost, "kept": 1}
     cut = run(rows, tokenizer, "rrhf", max_length=6)
-    assert cut.counts["candidates_truncated"] == 2 and [e.scores.tolist() for e in cut] == [[2, -1], [2]]
+    assert cut.counts["candidates_truncated"] == 2 and [e.columns.scores.tolist() for e in cut] == [[2, -1], [2]]
     compared = run(rows, tokenizer, "reward:k_wise", max_length=6)
     assert [e.example_id for e in compared] == [0], "one candidate has no other to be better than"
 
@@ -146,19 +151,19 @@ def test_an_unpaired_row_is_one_labelled_completion(make_tokenizer: Make, row: d
     tokenizer = make_tokenizer(chat_template=TEMPLATE)
     for label in (True, False, 1, 0, 1.0):
         labelled = run([{**row, "label": label}], tokenizer, "kto")
-        assert labelled[0].scores.tolist() == [float(label)]
+        assert labelled[0].columns.scores.tolist() == [float(label)]
         assert scored(tokenizer, labelled[0]) == [end]
 
 
 def test_a_pair_is_a_good_and_a_bad_completion(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     labelled = run([PAIR, {**PAIR, "chosen": " "}], tokenizer, "kto")
-    assert [(e.example_id, e.scores.tolist(), scored(tokenizer, e)) for e in labelled] == [
+    assert [(e.example_id, e.columns.scores.tolist(), scored(tokenizer, e)) for e in labelled] == [
         (0, [1], [" cats sat</s>"]), (0, [0], [" dogs</s>"]), (1, [0], [" dogs</s>"])
     ]  # fmt: skip
     assert labelled.counts["dropped_empty_completion"] == 1 and labelled.counts["kept"] == 3
     ranked = run([PAIR], tokenizer, "rrhf")[0]
-    assert ranked.scores.tolist() == [1, 0] and scored(tokenizer, ranked) == [" cats sat</s>", " dogs</s>"]
+    assert ranked.columns.scores.tolist() == [1, 0] and scored(tokenizer, ranked) == [" cats sat</s>", " dogs</s>"]
 
 
 @pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
@@ -167,13 +172,13 @@ def test_every_step_is_scored_at_its_separator(make_tokenizer: Make, adds: str, 
     tokenizer = make_tokenizer(adds)
     steps = run([STEPS, STEPS], tokenizer, "reward:process", step_separator=separator)
     ((ids, mask),) = steps[1].sequences
-    assert steps[1].scores.tolist() == [1, 0] and steps[1].own_rows
+    assert steps[1].columns.step_labels.tolist() == [1, 0] and steps[1].own_rows
     start = ("<s>" if "bos" in adds else "") + STEPS["prompt"]
     through = [tokenizer.decode(ids[: end + 1]) for end in np.flatnonzero(mask)]
     first, second = STEPS["completions"]
     assert through == [f"{start}{first}{separator}", f"{start}{first}{separator}{second}{separator}"]
     batch = build_batch(steps.fetch([0, 1]), share_prefix=True)
-    assert batch.scores.tolist() == [1, 0, 1, 0] and batch.num_scored == 4 and batch.num_sequences == 2
+    assert batch.columns.step_labels.tolist() == [1, 0, 1, 0] and batch.num_scored == 4 and batch.num_sequences == 2
 
 
 def test_a_prompt_of_steps_may_be_a_conversation(make_tokenizer: Make) -> None:
@@ -187,7 +192,7 @@ def test_a_step_that_is_cut_loses_its_label(make_tokenizer: Make) -> None:
     ((ids, mask),) = run([STEPS], tokenizer, "reward:process")[0].sequences
     first, last = np.flatnonzero(mask)
     cut = run([STEPS], tokenizer, "reward:process", max_length=int(last))
-    assert cut[0].scores.tolist() == [1] and cut.counts["steps_cut"] == cut.counts["truncated"] == 1
+    assert cut[0].columns.step_labels.tolist() == [1] and cut.counts["steps_cut"] == cut.counts["truncated"] == 1
     assert cut[0].sequences[0][0].tolist() == ids[: first + 1].tolist(), "what follows the last label is not computed"
     with pytest.raises(ValueError, match="dropped no step fits 1"):
         run([STEPS], tokenizer, "reward:process", max_length=int(first))
@@ -202,7 +207,7 @@ def test_empty_steps_drop_their_row(make_tokenizer: Make) -> None:
 def test_distillation_reads_what_sft_does(make_tokenizer: Make, row: dict) -> None:
     tokenizer = make_tokenizer()
     taught, tuned = (run([row], tokenizer, method)[0] for method in ("distill", "sft"))
-    assert scored(tokenizer, taught) == scored(tokenizer, tuned) and taught.scores.size == 0
+    assert scored(tokenizer, taught) == scored(tokenizer, tuned) and taught.columns.scores is None
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_method_separator_and_scores_change_the_key(make_tokenizer: Make) -> Non
 def test_columns_may_have_their_own_names(make_tokenizer: Make, write: Callable[[str, str], str]) -> None:
     file = write("votes.jsonl", '{"question": "Two", "answer": " cats", "liked": 1}\n')
     rows = sources.load_rows(file, columns={"prompt": "question", "completion": "answer", "label": "liked"})
-    assert encode_dataset(rows, make_tokenizer(), DataConfig(), "kto")[0].scores.tolist() == [1]
+    assert encode_dataset(rows, make_tokenizer(), DataConfig(), "kto")[0].columns.scores.tolist() == [1]
 
 
 def test_a_probability_that_is_not_read_is_said(make_tokenizer: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -294,9 +299,9 @@ def test_real_preferences(make_tokenizer: Make, shared_file: Callable[[str], Pat
     assert len(encoded) == encoded.counts["kept"] > 500 * each and len(encoded) + dropped == 600 * each
     for example in encoded.fetch(list(range(0, len(encoded), 7))):
         if method == "reward":
-            assert places(example) == [[0], [0]] and example.scores.size == 0
+            assert places(example) == [[0], [0]] and example.columns.scores is None
         else:
             ((ids, mask),) = example.sequences
             assert tokenizer.decode(ids[~mask]).endswith("\n\nAssistant:") and mask[np.argmax(mask) :].all()
     if method == "kto":
-        assert abs(sum(e.scores[0] for e in encoded) - len(encoded) / 2) < 20, "as many good as bad"
+        assert abs(sum(e.columns.scores[0] for e in encoded) - len(encoded) / 2) < 20, "as many good as bad"

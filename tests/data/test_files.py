@@ -213,7 +213,7 @@ def test_empty_cells_are_empty_texts(write: Write, tokenizer: PreTrainedTokenize
         ),
         ("a.jsonl", '{"a": 1, "a": 2}\n', r"a\.jsonl, line 1: .*the key 'a' twice"),
         ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl, line 1: .*the key 'b' twice"),
-        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', r"a\.jsonl, line 2: .*NaN, which JSON has not"),
+        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', r"a\.jsonl, line 2: .*NaN, which is not JSON"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json, line 2: .*Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}]\n[]', r"a\.json, line 2: .*more after its end"),
         ("a.json", '[{"a": 1}\n]]', r"a\.json, line 2: .*more after its end"),
@@ -225,7 +225,7 @@ def test_empty_cells_are_empty_texts(write: Write, tokenizer: PreTrainedTokenize
         ("a.csv", 'a,b\n"x\ny",2\n3,4,5\n', r"a\.csv, line 4: expected 2 cells, as in the first line, got 3"),
         ("a.csv", 'a,b\n1,"x" y\n', r"a\.csv, line 2: not a CSV row"),
         ("a.csv", 'a,b\n1,"x\n2,y\n', r"a\.csv, line 2: not a CSV row"),
-        ("a.csv", "a,a\n1,2\n", r"a\.csv, line 1: the column 'a' stands twice"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv, line 1: the column 'a' appears twice"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(write: Write, name: str, text: str, message: str) -> None:

@@ -17,6 +17,7 @@ from fastalign.data.encode import encode_dataset
 from fastalign.data.loader import Rows
 from fastalign.data.mismatch import MismatchedDataset, choose_partners
 from fastalign.data.pack import pack
+from fastalign.models.groups import pick_sequences
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
@@ -113,11 +114,12 @@ def test_steps_carry_them_whatever_the_batch(make_tokenizer: Make) -> None:
         source = Rows(dataset, size, seed=size)
         for _ in range(6):
             for batch in pack(source.next(), tokens, share_prefix=True):
-                assert batch.mismatched is not None and batch.mismatched.example_ids == batch.example_ids
-                ends = batch.mismatched.cu_seqlens.tolist()
+                other = pick_sequences(batch.companion, slice(1, None, 2))
+                assert other.example_ids == batch.example_ids
+                ends = other.cu_seqlens.tolist()
                 for example, start, end in zip(batch.example_ids, ends[:-1], ends[1:], strict=True):
-                    seen.setdefault(example, set()).add(tuple(batch.mismatched.labels[start:end].tolist()))
-                assert len(batch.scores) == batch.num_sequences == batch.mismatched.num_sequences
+                    seen.setdefault(example, set()).add(tuple(other.labels[start:end].tolist()))
+                assert len(batch.columns.scores) == batch.num_sequences == other.num_sequences
     assert sorted(seen) == list(range(6)) and all(len(labels) == 1 for labels in seen.values())
 
 

@@ -180,12 +180,14 @@ def test_dtypes_are_those_of_the_contract() -> None:
 def test_what_the_data_say_travels_with_the_examples() -> None:
     scores, logps = np.array([0.5, 0], dtype=np.float32), np.array([-1, -2, -3], dtype=np.float32)
     other = make([[(ord(c), i >= 2) for i, c in enumerate("abq")]])
-    first = replace(pair("abx", "abyz", prompt=2), scores=scores, ref_logps=logps, mismatched=other)
+    first = replace(pair("abx", "abyz", prompt=2).fill(scores=scores, ref_logps=logps), mismatched=other)
     batch = build_batch([first] * 2, share_prefix=True)
-    assert batch.scores.tolist() == [0.5, 0, 0.5, 0] and batch.ref_logps.tolist() == [-1, -2, -3] * 2
-    assert batch.mismatched.labels.tolist() == [ord("q")] * 2 and batch.mismatched.mismatched is None
-    assert batch.both is None, "a reference has nothing left to score"
-    assert build_batch([first, pair("c", "d", 0)], True).ref_logps is None  # known of one example alone
+    assert batch.columns.scores.tolist() == [0.5, 0, 0.5, 0] and batch.columns.ref_logps.tolist() == [-1, -2, -3] * 2
+    assert batch.companion.labels.tolist() == [ord(c) for c in "xyzq"] * 2 and batch.companion.companion is None
+    assert batch.companion.columns.ref_logps is None  # known of one side alone
+    assert build_batch([first, pair("c", "d", 0)], True).columns.ref_logps is None  # known of one example alone
+    known = replace(first, mismatched=other.fill(ref_logps=np.float32([-9])))
+    assert build_batch([known], True).companion.columns.ref_logps.tolist() == [-1, -2, -3, -9]
 
 
 def test_a_reference_reads_both_completions_behind_one_prompt() -> None:
@@ -197,9 +199,9 @@ def test_a_reference_reads_both_completions_behind_one_prompt() -> None:
         for own, other in (("abcdexy", "abcdez"), ("fghijk", "fghijlmn"))
     ]
     batch = build_batch(examples, share_prefix=True)
-    both, other = predictions(batch.both), predictions(batch.mismatched)
-    assert both[0::2] == predictions(batch) and both[1::2] == other
-    assert batch.both.num_tokens == batch.num_tokens + batch.mismatched.num_tokens - 10
+    both = predictions(batch.companion)
+    assert both[0::2] == predictions(batch) and len(both) == 2 * len(predictions(batch))
+    assert batch.companion.num_tokens == batch.num_tokens + 4, "their prompt is computed once"
 
 
 def test_an_empty_batch_computes_one_token_and_scores_none() -> None:

@@ -9,6 +9,7 @@ import forks
 import numpy as np
 import pytest
 
+from fastalign import disk
 from fastalign.data import ref_cache
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
@@ -158,7 +159,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ref_cache.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device \(.* needed, .* free\); set reference.cache"):
         RefCache(tmp_path).write(entries(0, 2))
     assert not list(tmp_path.iterdir())
@@ -179,7 +180,7 @@ def test_the_key_is_the_tokens_and_what_is_scored_of_them():
         TokenExample(one.sequences, 0, own_rows=True),
     ]
     assert len({example_key(example) for example in [one, *others]}) == 1 + len(others)
-    again = TokenExample(((chosen.astype(np.int32), scored), rejected), 9, "kind", np.ones(2, dtype=np.float32))
+    again = TokenExample(((chosen.astype(np.int32), scored), rejected), 9, "kind").fill(scores=np.ones(2))
     assert example_key(again) == example_key(one) and len(example_key(one)) == ref_cache.KEY_BYTES
 
 
@@ -204,9 +205,8 @@ def test_examples_bring_their_log_probs_into_the_batch(tmp_path):
     data = Referenced(rows, cache)
     assert len(data) == 2
     batch = build_batch(data.fetch([1, 0]), share_prefix=True)
-    assert batch.ref_logps is not None and batch.ref_logps.tolist() == [-30, -29, -28, -50, -49, -48, -47, -46]
+    assert batch.columns.ref_logps.tolist() == [-30, -29, -28, -50, -49, -48, -47, -46]
     batch = build_batch(data.fetch([1]), share_prefix=True)
-    assert batch.mismatched is not None and batch.mismatched.ref_logps is not None
-    assert batch.mismatched.ref_logps.tolist() == [-20, -19]
+    assert batch.companion.columns.ref_logps.tolist() == [-30, -29, -28, -20, -19]
     with pytest.raises(KeyError):
         Referenced(Rows([pair(prompt=9)]), cache).fetch([0])

@@ -208,7 +208,11 @@ def test_a_row_without_a_turn_to_train_is_dropped_and_said(
     assert [r.message for r in caplog.records] == [
         "1 completions have no turn to train: all their assistant turns have weight 0, train false or training false"
     ]
-    assert [(e.example_id, e.scores.tolist()) for e in run([muted, pair], "kto")] == [(0, [1]), (1, [1]), (1, [0])]
+    assert [(e.example_id, e.columns.scores.tolist()) for e in run([muted, pair], "kto")] == [
+        (0, [1]),
+        (1, [1]),
+        (1, [0]),
+    ]
     assert run([muted, pair], "rrhf").counts["candidates_no_turn_to_train"] == 1
     with pytest.raises(ValueError, match=r"dropped no turn to train 1 .*have weight 0, train false or training false$"):
         run([{"messages": [user("2+2?"), answer("four", train=False)]}], "sft")

@@ -10,10 +10,10 @@ from filelock import FileLock
 from torch import nn
 
 from fastalign.config import OptimConfig, ParallelConfig
-from fastalign.data.disk import free_bytes
 from fastalign.data.ref_cache import RefCache
+from fastalign.disk import free_bytes
 from fastalign.engine.errors import RunError, as_one
-from fastalign.engine.optim import make_optimizer
+from fastalign.engine.optim import Trained, make_optimizer
 from fastalign.engine.output.checkpoint import save_checkpoint
 from fastalign.engine.output.rundir import HOLDER, LOCK, held
 from fastalign.parallel.mesh import World, world
@@ -33,11 +33,12 @@ def in_use(directory: Path, small: Path, ranks: World) -> None:
 def checkpoint(directory: Path, small: Path, ranks: World) -> None:
     """The disk is full when the tensors come."""
     model = nn.Linear(256, 256)
+    trained = {"policy": Trained(model, make_optimizer(model, OptimConfig()))}
     if ranks.is_main:
         (small / "filler").write_bytes(b"x" * (free_bytes(small) - model.weight.nbytes - 4096))
     ranks.barrier()
     try:
-        save_checkpoint(small / "checkpoints", 1, model, make_optimizer(model, OptimConfig()), {}, ranks, keep=1)
+        save_checkpoint(small / "checkpoints", 1, trained, {}, ranks, keep=1)
     finally:
         assert not list((small / "checkpoints").glob("*"))
 

@@ -5,6 +5,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import actor_critic
 import steps
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.pack import share
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import METHODS
-from fastalign.engine.optim import AdamW, make_optimizer
+from fastalign.engine.optim import AdamW, Trained, make_optimizer, take_step
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
 from fastalign.models.load import load_policy
 from fastalign.models.policy import Policy
@@ -58,11 +59,10 @@ def masters(ranks: World) -> None:
     gradients = steps.run_step(Models(sharded, None, False), batches, "sft", "sft", ranks)[1]
     assert {g.dtype for g in gradients} == {torch.bfloat16} and all(g.isfinite().all() for g in gradients)
 
-    directory = Path(ranks.gather_objects(tempfile.mkdtemp())[0])
-    path = save_checkpoint(directory, 3, sharded, optimizers[1], {}, ranks, keep=1)
+    path = save_checkpoint(common_directory(ranks), 3, {"policy": Trained(sharded, optimizers[1])}, {}, ranks, keep=1)
     fresh = shard(steps.make_models("sft").policy.bfloat16(), ranks)
     again = make_optimizer(fresh, options)
-    load_checkpoint(path, fresh, again, ranks)
+    load_checkpoint(path, {"policy": Trained(fresh, again)}, ranks)
     for mine, want in zip(kept(fresh, again), kept(sharded, optimizers[1]), strict=True):
         assert torch.equal(mine, want)
     print("agreed on masters", file=sys.stderr)
@@ -87,6 +87,39 @@ def raised(ranks: World) -> None:
     print("agreed on a raised head", file=sys.stderr)
 
 
+def value_head(ranks: World) -> None:
+    """An actor-critic step has the gradients of one process, and a checkpoint brings the sharded value head back."""
+    alone, examples = actor_critic.make_policy(steps.VOCAB), steps.make_examples("sft", "sft")
+    sharded = shard(actor_critic.make_policy(steps.VOCAB), ranks)
+    assert isinstance(sharded.value_head.weight, DTensor)
+    mine = share(examples, 50, True, ranks.rank, ranks.size, COST)
+    total = actor_critic.total_of(examples)
+    want = actor_critic.plain(with_eager_attention(alone), examples, 1 / total)
+    got = actor_critic.accumulate(sharded, mine, ranks.size / total)
+    torch.testing.assert_close(ranks.data.sum(got) / ranks.size, want, rtol=1e-12, atol=1e-12)
+    gradients = [(whole(a.grad), b.grad) for a, b in zip(sharded.parameters(), alone.parameters(), strict=True)]
+    largest = max(b.abs().max() for _, b in gradients)
+    assert max((a - b).abs().max() for a, b in gradients) <= 1e-12 * max(largest, 1)
+
+    trained = Trained(sharded, make_optimizer(sharded, OptimConfig()))
+    take_step(trained, 0.01, 1.0, torch.tensor(True))
+    path = save_checkpoint(common_directory(ranks), 1, {"policy": trained}, {}, ranks, keep=1)
+    fresh = shard(actor_critic.make_policy(steps.VOCAB), ranks)
+    load_checkpoint(path, {"policy": Trained(fresh, make_optimizer(fresh, OptimConfig()))}, ranks)
+    for a, b in zip(fresh.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(whole(a.detach()), whole(b.detach()))
+    print("agreed on a value head", file=sys.stderr)
+
+
+def with_eager_attention(policy: Policy) -> Policy:
+    policy.model.set_attn_implementation("eager")
+    return policy
+
+
+def common_directory(ranks: World) -> Path:
+    return Path(ranks.gather_objects(tempfile.mkdtemp())[0])
+
+
 def kept(policy: Policy, optimizer: AdamW) -> list[Tensor]:
     """Masters and moments, whole, and the weights, which are the masters rounded."""
     masters = [optimizer.masters[p] for p in policy.parameters()]
@@ -103,6 +136,7 @@ def whole(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     with world(ParallelConfig()) as ranks:
         masters(ranks)
+        value_head(ranks)
         if find_spec("peft"):
             raised(ranks)
         for method in METHODS:

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch, first_fit_decreasing, group_tokens
 from fastalign.engine.forward import Models
-from fastalign.engine.methods import METHODS, make_objective
-from fastalign.engine.prepare import Carried
+from fastalign.engine.methods import METHODS, Objective, make_objective
+from fastalign.engine.prepare import Carried, first_carried, prepare
 from fastalign.engine.reference.frozen import frozen_copy
 from fastalign.engine.timing import Stopwatch
 from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
@@ -41,8 +41,8 @@ def make_example(draw: np.random.Generator, method: str, loss: str, index: int) 
         return as_rewarded(draw, example, loss)
     if method == "kto":
         other = TokenExample((sequence(prompt, tokens(draw, 1, 9)),), index)
-        return replace(example, scores=np.float32([index % 2]), mismatched=other)
-    return replace(example, scores=draw.normal(size=count).astype(np.float32)) if method == "rrhf" else example
+        return replace(example.fill(scores=[index % 2]), mismatched=other)
+    return example.fill(scores=draw.normal(size=count)) if method == "rrhf" else example
 
 
 def as_rewarded(draw: np.random.Generator, example: TokenExample, loss: str) -> TokenExample:
@@ -56,7 +56,8 @@ def as_rewarded(draw: np.random.Generator, example: TokenExample, loss: str) -> 
         "k_wise": draw.normal(size=len(scored)),
         "process": draw.integers(0, 2, sum(int(mask.sum()) for _, mask in scored)),
     }
-    return replace(example, sequences=scored, scores=np.float32(scores[loss]), own_rows=True)
+    column = "step_labels" if loss == "process" else "scores"
+    return replace(example, sequences=scored, own_rows=True).fill(**{column: scores[loss]})
 
 
 def tokens(draw: np.random.Generator, least: int, most: int) -> np.ndarray:
@@ -96,11 +97,19 @@ def run_step(
     objective = make_objective(method, {"name": loss})
     models = models if objective.needs_reference else replace(models, reference=None)
     models.policy.zero_grad()
-    work = measure_work(batches, objective, world, 0)
-    sums = accumulate_gradients(models, batches, objective, work, world, Stopwatch(world.device), Carried())
+    sums = accumulate(models, batches, objective, world, first_carried())
     totals = world.data.sum(add_sums(sums, objective.metric_names, world.device))
     gradients = [p.grad for p in models.policy.parameters() if p.grad is not None]
     return totals, [(g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for g in gradients]
+
+
+def accumulate(
+    models: Models, batches: list[PackedBatch], objective: Objective, world: World, carried: Carried
+) -> list[dict[str, Tensor]]:
+    """A step up to its gradients: the sums of each micro-batch."""
+    work, watch = measure_work(batches, world, 0), Stopwatch(world.device)
+    batches = prepare(models, batches, objective, work, world, watch, carried)
+    return accumulate_gradients(models, batches, objective, world, watch)
 
 
 def assert_same_step(got: tuple[Tensor, list[Tensor]], want: tuple[Tensor, list[Tensor]], what: str) -> None:

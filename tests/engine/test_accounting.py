@@ -7,7 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.data.pack import pack, share
-from fastalign.engine.methods import make_objective
 from fastalign.engine.output.accounting import Accounting, account, peak_flops
 from fastalign.engine.output.report import read_curves, time_table
 from fastalign.engine.setup import load_data
@@ -70,7 +69,7 @@ def test_operations_are_those_that_torch_counts(configure):
 def test_a_step_is_described(configure):
     _, dataset, _ = load_data(configure("dpo"))
     batches = pack(dataset.fetch(list(range(6))), 300, True)
-    work = measure_work(batches, make_objective("dpo", {}), World(Axis(), CPU), 7)
+    work = measure_work(batches, World(Axis(), CPU), 7)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 1, None).describe(work)
     computed = sum(b.num_tokens for b in batches)
     assert told["tokens_computed"] == computed < told["tokens"] == sum(b.logical_tokens for b in batches)
@@ -83,7 +82,7 @@ def test_a_step_is_described(configure):
 def test_a_rank_without_work_is_told_apart(configure):
     _, dataset, _ = load_data(configure("dpo"))
     idle = share(dataset.fetch([0]), 300, True, 1, 2)
-    work = measure_work(idle, make_objective("dpo", {}), World(Axis(), CPU), 0)
+    work = measure_work(idle, World(Axis(), CPU), 0)
     told = Accounting(ForwardCost(), ForwardCost(), 300, 2, None).describe(work)
     assert (told["tokens_computed"], told["padding_fraction"], told["flops_model"]) == (0, 1, 0)
 

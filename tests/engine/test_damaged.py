@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import stepped
+from test_checkpoint import roles, stepped
 
 from fastalign.engine.output import checkpoint, report, rundir
 from fastalign.engine.train import train
@@ -44,34 +44,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage, words):
     refused(tmp_path, name, damage, words)
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (cut, r"rng-0\.json is not JSON \("),
-        (lambda data: b"{}", r"rng-0\.json is damaged \(KeyError: 'torch'\); resume"),
-        (lambda data: b"[]", r"rng-0\.json is damaged \("),
-        (lambda data: json.dumps({**json.loads(data), "torch": "AA"}).encode(), r"rng-0\.json is damaged \("),
-    ],
-)
-def test_damaged_generators_of_an_older_checkpoint_are_named(tmp_path, monkeypatch, damage, words):
-    """Their sizes were not listed."""
-    written = checkpoint.written_files
-    monkeypatch.setattr(
-        checkpoint,
-        "written_files",
-        lambda *a: {name: size for name, size in written(*a).items() if not name.startswith("rng")},
-    )
-    refused(tmp_path, "rng-0.json", damage, words)
-
-
 def refused(directory, name, damage, words):
     """A checkpoint with a file damaged so is refused in one line of these words."""
-    path = checkpoint.save_checkpoint(directory, 2, *stepped(), {}, WORLD, keep=1)
+    path = checkpoint.save_checkpoint(directory, 2, roles(*stepped()), {}, WORLD, keep=1)
     file = path / name
     content = file.read_bytes()
     file.unlink() if damage is None else file.write_bytes(damage(content))
     with pytest.raises(ValueError, match=words) as raised:
-        checkpoint.load_checkpoint(path, *stepped(), WORLD)
+        checkpoint.load_checkpoint(path, roles(*stepped()), WORLD)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -106,14 +86,20 @@ DAMAGES = [
     (TENSORS, lambda data: b"x" * len(data), rf"{TENSORS} is damaged \(SafetensorError: "),
     (TENSORS, lambda data: data[:8] + b"[" + data[9:], rf"{TENSORS} is damaged \(SafetensorError: "),
     (*header(b'"data_offsets":[0,', b'"data_offsets":[8,'), rf"{TENSORS} is damaged \(SafetensorError: "),
-    (*header(b'"exp_avg.model.lm_head.weight":', b'"exp_abc.model.lm_head.weight":'), "has no exp_"),
+    (
+        *header(b'"policy.exp_avg.model.lm_head.weight":', b'"policy.exp_abc.model.lm_head.weight":'),
+        "has no policy.exp_",
+    ),
     (*header(b"saved_offsets", b"saved_offsetz"), rf"{TENSORS} is damaged \(KeyError: "),
     (*header(b'"shape":[48,32]', b'"shape":[32,48]'), r"is \(\d+, \d+\), its weight \("),
     ("rng-0.json", lambda data: b"", r"rng-0\.json has 0 bytes, \d+ were written"),
     ("rng-0.json", lambda data: b"x" * len(data), r"rng-0\.json is not JSON"),
     ("rng-0.json", lambda data: data.replace(b'"python"', b'"pythom"'), r"rng-0\.json is damaged \(KeyError: 'python'"),
-    (*state(optimizer_steps={}), "optimizer_steps has no number for model.lm_head.weight"),
-    (*state(optimizer_steps={"model.lm_head.weight": "two"}), "optimizer_steps has no number for model.lm_head.weight"),
+    (*state(optimizer_steps={}), "optimizer_steps has no number for policy.model.lm_head.weight"),
+    (
+        *state(optimizer_steps={"policy.model.lm_head.weight": "two"}),
+        "optimizer_steps has no number for policy.model.lm_head.weight",
+    ),
     (*state(optimizer_steps=None), "expected a dict 'optimizer_steps'"),
     (*state(loader=None), "expected a dict 'loader'"),
     (*state(loader={"seed": 0, "num_examples": 96}), r"expected a int 'loader\.drawn'"),

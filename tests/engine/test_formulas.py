@@ -12,8 +12,9 @@ from torch.nn.functional import logsigmoid, relu, softplus
 
 from fastalign.data.examples import TokenExample
 from fastalign.engine.methods import make_objective
-from fastalign.engine.prepare import Carried, look_ahead
+from fastalign.engine.prepare import first_carried, prepare
 from fastalign.engine.timing import Stopwatch
+from fastalign.engine.update import measure_work
 
 BETA = 0.1
 """The default of dpo, kto, bco and tdpo2."""
@@ -54,7 +55,8 @@ def outputs(model: nn.Module, examples: Sequence[TokenExample]) -> Tensor:
 
 
 def given(examples: Sequence[TokenExample]) -> Tensor:
-    return torch.tensor(np.concatenate([example.scores for example in examples])).double()
+    columns = [example.columns for example in examples]
+    return torch.cat([c.scores if c.step_labels is None else c.step_labels for c in columns]).double()
 
 
 def reward(policy, reference, examples):
@@ -100,7 +102,7 @@ def bco(policy, reference, examples):
 def rrhf(policy, reference, examples):
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
-        (sums, counts), scores = logps(policy, list(example.sequences)), example.scores
+        (sums, counts), scores = logps(policy, list(example.sequences)), example.columns.scores
         p = sums / counts
         total = total - sums[int(scores.argmax())]
         total = total + sum(relu(p[i] - p[j]) for i in range(len(p)) for j in range(len(p)) if scores[i] < scores[j])
@@ -169,11 +171,15 @@ def test_a_step_is_what_its_formula_says(method, formula):
 
 
 def test_bco_measures_from_the_mean_of_all_steps_so_far():
-    models, examples, carried = steps.make_models("kto"), steps.make_examples("kto", "bco"), Carried()
-    known = make_objective("kto", {"name": "bco"}), None, steps.ALONE, Stopwatch(steps.ALONE.device), carried
+    models, examples = steps.make_models("kto"), steps.make_examples("kto", "bco")
+    objective = make_objective("kto", {"name": "bco"})
+    carried = first_carried()
     rewards = BETA * log_ratios(plain(models.policy), plain(models.reference), all_of(examples)).detach()
     for seen, step in ((4, examples[:4]), (7, examples[4:])):
         batches = steps.packed(step, 60, True)
-        facts = {facts.baseline for _, facts in look_ahead(models, batches, *known)}
-        assert facts == {carried.baseline} and carried.baseline.count == seen
-        assert carried.baseline.mean.item() == pytest.approx(rewards[:seen].mean().item(), rel=1e-12)
+        work, watch = measure_work(batches, steps.ALONE, 0), Stopwatch(steps.ALONE.device)
+        ready = prepare(models, batches, objective, work, steps.ALONE, watch, carried)
+        filled = torch.cat([batch.columns.baseline for batch in ready])
+        assert len(filled) == len(step) and (filled == carried["baseline"].mean).all()
+        assert carried["baseline"].count == seen
+        assert filled[0].item() == pytest.approx(rewards[:seen].mean().item(), rel=1e-12)

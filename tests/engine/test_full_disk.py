@@ -10,10 +10,11 @@ import datasets
 import forks
 import pytest
 
-from fastalign.data.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.data.repository import reason_of
+from fastalign.disk import WriteError, free_bytes, write_whole, writing
 from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
+from fastalign.engine.output import export
 from fastalign.engine.output.metrics import read_metrics
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.train import train
@@ -174,7 +175,7 @@ def test_a_line_of_metrics_without_room_ends_the_run(configure, small_disk, fill
 
 def test_a_report_without_room_does_not_fail_a_finished_run(configure, small_disk, fill, monkeypatch, caplog):
     config = configure("sft", **{"run.output_dir": str(small_disk / "run")})
-    monkeypatch.setattr(engine, "write_report", before(engine.write_report, lambda: fill(0)))
+    monkeypatch.setattr(export, "write_report", before(export.write_report, lambda: fill(0)))
     train(config)
     assert re.search(r"no report \(cannot write the report .*No space left.*fastalign report ", caplog.text)
     assert (small_disk / "run" / "model").exists() and left(small_disk / "run") == []
@@ -242,5 +243,5 @@ def test_two_ranks_say_it_once_and_wait_for_nobody(small_disk, tmp_path):
 
 def test_the_remedy_fits_the_cause(tmp_path):
     (tmp_path / "file").mkdir()
-    with pytest.raises(WriteError, match=r"cannot write it .*file: Is a directory; mend that and start again$"):
+    with pytest.raises(WriteError, match=r"cannot write it .*file: Is a directory; fix that and start again$"):
         write_whole(tmp_path / "file", "text", "it", "start again")

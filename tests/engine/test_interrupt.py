@@ -15,6 +15,7 @@ from test_resume import wait_for_lines
 from fastalign.engine import evaluate as evaluation
 from fastalign.engine import train as engine
 from fastalign.engine.interrupt import Interrupted
+from fastalign.engine.output import export
 from fastalign.engine.output.report import write_report
 from fastalign.engine.reference import cache as filling
 from fastalign.engine.reference.precompute import precompute
@@ -220,11 +221,11 @@ def test_log_probs_that_were_computed_before_a_stop_are_kept(configure, stop_at)
 
 def test_an_export_that_is_stopped_is_made_by_the_resume(configure, stop_at):
     config = configure("sft")
-    text, code = stop_at(config, signal.SIGTERM, engine, "save_pretrained")
+    text, code = stop_at(config, signal.SIGTERM, export, "save_pretrained")
     assert code == 143 and text.startswith("interrupted in the export; go on with: ")
     assert [p.name for p in Path(config.run.output_dir).glob("*model*")] == []
     config.run.resume = True
-    text, code = stop_at(config, signal.SIGTERM, engine, "write_report")
+    text, code = stop_at(config, signal.SIGTERM, export, "write_report")
     assert code == 143 and (Path(config.run.output_dir) / "model" / "config.json").exists()
     assert text == (
         f"interrupted in the report; the run is complete: write it later with: fastalign report {config.run.output_dir}"

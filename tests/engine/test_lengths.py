@@ -14,9 +14,10 @@ from fastalign.data.examples import TokenDataset
 from fastalign.data.loader import visited
 from fastalign.data.pack import build_batch
 from fastalign.engine.evaluate import evaluate_model
+from fastalign.engine.loading import check_lengths
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.reference.precompute import precompute
-from fastalign.engine.setup import check_lengths, load_data
+from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.support import max_length, trained_positions

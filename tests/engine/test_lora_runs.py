@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from fastalign.config import ModelConfig, ParallelConfig
 from fastalign.engine import train as engine
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference.fingerprint import fingerprint
+from fastalign.engine.reference.fingerprint import fingerprint, origin_of
 from fastalign.engine.train import set_up, train
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
 from fastalign.models.lora import WithoutAdapter
+from fastalign.models.lora import identity as takes_part
 from fastalign.parallel.mesh import Axis, World, world
 from runs import LLAMA, assert_close, finish, fork, numbers
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_keeps_what_trains_and_goes_on_to_the_bit(tune):
     for file in (directory / "checkpoints" / f"step-{STEPS}").glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             names += tensors.keys()
-    weights = [name for name in names if name.startswith("model.")]
+    weights = [name for name in names if name.startswith("policy.weight.")]
     assert len(weights) == len(exported) == 2 * 2 + 1 and len(names) == 3 * len(weights)
 
     shutil.rmtree(directory / "checkpoints" / f"step-{STEPS}")
@@ -201,10 +202,15 @@ def test_cached_log_probs_are_those_of_the_policy_as_it_starts(tune, tmp_path, l
 
 
 def test_a_cache_knows_an_adapter_by_all_that_it_adds(materials):
-    section = ModelConfig(config=dict(LLAMA), tokenizer=str(materials / "tokenizer"))
+    section, alone = (
+        ModelConfig(config=dict(LLAMA), tokenizer=str(materials / "tokenizer")),
+        World(Axis(), torch.device("cpu")),
+    )
 
     def identity(lora):
-        return fingerprint(load_policy(replace(section, lora=lora), vocab_size=512), World(Axis(), torch.device("cpu")))
+        described = replace(section, lora=lora)
+        policy = load_policy(described, vocab_size=512)
+        return fingerprint(policy, origin_of(described, 0, alone, adapted=takes_part(policy) is not None))
 
     assert identity(LORA) == identity({**LORA, "r": 3, "lora_alpha": 1}) == identity(None)  # they add nothing
     random = {**LORA, "init_lora_weights": False}

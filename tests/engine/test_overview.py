@@ -123,7 +123,7 @@ def test_a_character_of_several_tokens_is_never_broken(tokenizer):
 
 def test_of_ranked_candidates_the_best_and_the_worst_are_shown(tokenizer):
     sequences = tuple(encoded(tokenizer, ("Q:", False), (text, True)) for text in (" so-so", " good", " bad"))
-    example = TokenExample(sequences, 0, scores=np.array([0.5, 2, -1], dtype=np.float32))
+    example = TokenExample(sequences, 0).fill(scores=[0.5, 2, -1])
     assert example_lines(example, tokenizer, "rrhf") == [
         ("example: prompt", [Part("Q:", False)]),
         ("example: best (2)", [Part(" good", True)]),
@@ -141,7 +141,7 @@ def test_sides_that_share_nothing_have_an_empty_prompt(tokenizer):
 
 
 def test_a_label_is_told_and_a_reward_models_last_tokens_are_marked(tokenizer):
-    labelled = TokenExample((encoded(tokenizer, ("Q:", False), (" no", True)),), 0, scores=np.zeros(1, np.float32))
+    labelled = TokenExample((encoded(tokenizer, ("Q:", False), (" no", True)),), 0).fill(scores=[0])
     assert [name for name, _ in example_lines(labelled, tokenizer, "kto")] == ["example (bad)"]
     sides = [encoded(tokenizer, (text, False), ("<eos>", True)) for text in ("Q: yes", "Q: no")]
     pair = TokenExample(tuple(sides), 0, own_rows=True)

@@ -182,7 +182,7 @@ def test_a_report_says_why_it_has_no_plots(monkeypatch):
 
 
 def test_a_long_run_is_drawn_with_few_points_and_all_its_spikes(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "CHUNK_BYTES", 1 << 17)  # some hundred lines
+    monkeypatch.setattr(report, "BATCH", 300)
     lines, path = 20_000, tmp_path / "metrics.jsonl"
     values = np.sin(np.arange(1, lines + 1) / 2000)
     spikes = {11: 50.0, 4_345: -40.0, 13_210: 30.0, 19_999: 20.0}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.engine import train as engine
+from fastalign.engine.output import export
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import world
 from runs import ROOT, assert_close, finish, fork, numbers, write_yaml
@@ -101,8 +102,8 @@ def test_the_model_is_written_when_nobody_waits_for_the_main_rank_any_more(confi
         told.append("the ranks have parted")
 
     for name in ("save_pretrained", "write_report"):
-        call = getattr(engine, name)
-        monkeypatch.setattr(engine, name, lambda *args, name=name, call=call: (told.append(name), call(*args))[1])
+        call = getattr(export, name)
+        monkeypatch.setattr(export, name, lambda *args, name=name, call=call: (told.append(name), call(*args))[1])
     monkeypatch.setattr(engine, "world", followed)
     train(configure("sft", **{"run.steps": 1}))
     assert told == ["the ranks have parted", "save_pretrained", "write_report"]

@@ -21,8 +21,7 @@ from fastalign.engine.output.checkpoint import rng_state
 from fastalign.engine.reference import cache as filling
 from fastalign.engine.reference import frozen as reference
 from fastalign.engine.reference.cache import Demand, Filling, cannot_share, look_up, missing_examples, open_cache
-from fastalign.engine.reference.fingerprint import computation, fingerprint
-from fastalign.engine.reference.frozen import frozen_copy
+from fastalign.engine.reference.fingerprint import computation, fingerprint, hash_files, origin_of
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.setup import load_data
 from fastalign.models.load import load_policy, save_pretrained
@@ -89,7 +88,7 @@ def test_the_first_loss_is_ln_2_to_the_bit_and_no_reference_is_in_memory(cached,
     config = cached("narrow", **{"run.steps": 2, "batch.tokens": 150})
     train.train(config)  # fills the cache in micro-batches of at most 150 tokens
     jobs = []
-    monkeypatch.setattr(train, "run", lambda job, done: jobs.append(job))
+    monkeypatch.setattr(train, "run", lambda job, *rest: jobs.append(job))
     train.train(cached("wide", **{"run.steps": 1, "batch.tokens": 4096, "optim.lr": 0.1}))
     assert jobs[0].models.reference is None
     monkeypatch.undo()
@@ -118,23 +117,43 @@ def test_only_what_changes_a_log_prob_is_a_miss(cached, caplog, materials, tmp_p
     assert tally(caplog) == (EXAMPLES, 5)
 
 
-def test_the_fingerprint_is_the_weights_and_the_architecture(tmp_path):
+def test_the_fingerprint_is_the_files_and_the_architecture(tmp_path):
+    def of(path, **options):
+        section = ModelConfig(path=str(path), **options)
+        return fingerprint(load_policy(section), origin_of(section, 0, ALONE, adapted=False))
+
     policy = load_policy(ModelConfig(config={**LLAMA, "vocab_size": 64}))
-    before = fingerprint(policy, ALONE)
-    save_pretrained(policy, None, tmp_path / "model")
-    loaded = load_policy(ModelConfig(path=str(tmp_path / "model"), attention="sdpa"))
-    assert fingerprint(loaded, ALONE) == fingerprint(frozen_copy(policy), ALONE) == before
-    found = {before, fingerprint(frozen_copy(policy).bfloat16(), ALONE)}
-    tensors = [*policy.named_parameters(), *policy.named_buffers()]
-    for _, tensor in tensors:
-        value = tensor.detach().flatten()[-1].clone()
-        tensor.data.view(-1)[-1] = torch.nextafter(value, value + 1)  # one bit of one number
-        found.add(fingerprint(policy, ALONE))
-        tensor.data.view(-1)[-1] = value
-    assert fingerprint(policy, ALONE) == before
-    assert len(found) == 2 + len(tensors)
-    policy.config.rms_norm_eps *= 2
-    assert fingerprint(policy, ALONE) not in found
+    model, copy = (save_pretrained(policy, None, tmp_path / name) for name in ("model", "copy"))
+    before = of(model)
+    assert of(copy, attention="sdpa") == before != of(model, dtype="bfloat16")
+    file, found = copy / "model.safetensors", {before}
+    data = bytearray(file.read_bytes())
+    for place in (-1, len(data) // 2):
+        data[place] ^= 1  # one bit of one number
+        file.write_bytes(data)
+        found.add(of(copy))
+    file.write_bytes((model / file.name).read_bytes())
+    assert of(copy) == before and len(found) == 3
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-4}))
+    assert of(copy) not in found
+
+
+def test_every_rank_hashes_its_share_of_the_files(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_bytes(bytes(range(100)))
+    monkeypatch.setattr("fastalign.engine.reference.fingerprint.PIECE", 30)
+    read = []
+
+    class One(World):
+        def gather_objects(self, value):
+            read.append(value)
+            return read if self.rank == 1 else [value]
+
+    hash_files(files, One(Axis(0, 2), ALONE.device))
+    both = hash_files(files, One(Axis(1, 2), ALONE.device))
+    assert [sorted(part) for part in read] == [[0, 2, 4, 6], [1, 3, 5, 7]] and both == hash_files(files, ALONE)
 
 
 def test_how_log_probs_are_computed_is_part_of_their_place():
@@ -164,7 +183,7 @@ def test_filling_draws_from_no_generator(cached, monkeypatch):
 def test_auto_fills_where_that_is_less_work(configure, monkeypatch, tmp_path):
     def opened(uses: int, where: str = "auto", directory: str = "cache") -> Filling | None:
         config.reference.cache, config.data.cache_dir = where, str(tmp_path / directory)
-        return open_cache(config, policy, [Demand(dataset, range(20), uses)], ALONE, autocast=False)
+        return open_cache(config, "space", [Demand(dataset, range(20), uses)], policy, ALONE)
 
     config = configure("dpo")
     tokenizer, dataset, _ = load_data(config)
@@ -202,7 +221,7 @@ def test_auto_counts_the_mismatched_completions_on_both_sides(configure, tmp_pat
             return [replace(x, mismatched=y) for x, y in zip(one, other, strict=True)]
 
     def opened(uses):
-        return open_cache(config, policy, [Demand(Mismatched(), range(20), uses)], ALONE, autocast=False)
+        return open_cache(config, "space", [Demand(Mismatched(), range(20), uses)], policy, ALONE)
 
     twice = opened(40)
     assert opened(20) is None and twice is not None and twice.misses == 40
@@ -280,7 +299,7 @@ def test_a_cache_of_something_else_is_refused(cached, tmp_path):
 
 def test_whole_distributions_are_never_kept(cached, monkeypatch, tmp_path):
     jobs = []
-    monkeypatch.setattr(train, "run", lambda job, done: jobs.append(job))
+    monkeypatch.setattr(train, "run", lambda job, *rest: jobs.append(job))
     train.train(cached("tdpo", **{"loss.name": "tdpo2"}))
     assert jobs[0].models.reference is not None and not (tmp_path / "logps").exists()
     with pytest.raises(ValueError, match="reads whole distributions of its reference: there are no log-probs to keep"):

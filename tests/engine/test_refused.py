@@ -70,7 +70,7 @@ def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_r
 
 def test_latest_names_the_checkpoint_that_a_run_went_back_to(configure, finished, own_rows, monkeypatch):
     expected = numbers(finished)
-    monkeypatch.setattr("fastalign.engine.train.run", lambda job, done: "")
+    monkeypatch.setattr("fastalign.engine.train.run", lambda job, *rest: "")
     back = {"data.path": str(own_rows), "run.resume": str(finished / "checkpoints" / "step-2"), **LATER}
     train(configure("sft", **SHORT, **back))
     assert (finished / "checkpoints" / "latest").read_text() == "step-2\n"

@@ -1,4 +1,4 @@
-"""What every release of transformers, datasets, jsonargparse and peft within the bounds of pyproject.toml must do.
+"""What every release of transformers, datasets and peft within the bounds of pyproject.toml must do.
 
 `make oldest` and `make newest` run this file among others.
 """

@@ -141,32 +141,29 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_afresh(configure, finis
         train(configure("sft", **{"run.steps": 4}))
 
 
-@pytest.mark.parametrize("older", [lambda files: {"files": list(files)}, lambda files: {}])
-def test_checkpoints_of_earlier_versions_go_on(configure, finished, older):
-    """They list the files without sizes, or not at all."""
-    expected = numbers(finished.run.output_dir)
-    for file in Path(finished.run.output_dir).glob("checkpoints/*/state.json"):
-        state = json.loads(file.read_text())
-        file.write_text(
-            json.dumps({**{k: v for k, v in state.items() if k != "reference"}, **older(state.pop("files"))})
-        )
-    train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))
-    assert numbers(finished.run.output_dir) == expected
+@pytest.mark.parametrize("asked", [True, "step-4"])
+def test_a_checkpoint_of_another_release_is_refused_in_one_line_with_what_to_do(configure, finished, asked):
+    directory = Path(finished.run.output_dir) / "checkpoints"
+    for file in directory.glob("*/state.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 1}))
+    before = names(directory)
+    words = (
+        rf"^{directory}/step-4 was written by another release of fastalign \(checkpoint format 1, this one reads 2\); "
+        r"finish that run with the release that wrote it, or start again in another run\.output_dir$"
+    )
+    resume = asked if asked is True else str(directory / asked)
+    with pytest.raises(ValueError, match=words):
+        train(configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": resume}))
+    assert names(directory) == before
 
 
 def test_what_is_missing_beside_a_checkpoint_is_told(configure, finished, caplog):
     directory = Path(finished.run.output_dir)
-    last = directory / "checkpoints" / "step-4"
-    state = json.loads((last / "state.json").read_text())
-    del state["files"]["rng-0.json"]  # as earlier versions left it
-    (last / "state.json").write_text(json.dumps(state))
-    (last / "rng-0.json").unlink()
     (directory / "metrics.jsonl").unlink()
     go_on = configure("sft", **{"run.steps": 4, "run.save_every": 2, "run.resume": True})
     train(go_on)
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("resume: ")]
-    assert len(told) == 2 and "step-4/rng-0.json is missing: what draws random numbers" in told[0]
-    assert told[1] == f"resume: {directory}/metrics.jsonl has no lines of steps 1 to 4: they are missing"
+    assert told == [f"resume: {directory}/metrics.jsonl has no lines of steps 1 to 4: they are missing"]
     caplog.clear()
     train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2}))
     train(configure("sft", "whole", **{"run.steps": 4, "run.save_every": 2, "run.resume": True}))

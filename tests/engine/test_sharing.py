@@ -10,11 +10,13 @@ from steps import ALONE
 from fastalign.config import ModelConfig
 from fastalign.data.pack import group_tokens
 from fastalign.engine import evaluate as evaluation
-from fastalign.engine import setup
+from fastalign.engine import loading
+from fastalign.engine.loading import Start
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference import precompute as precomputation
+from fastalign.engine.reference import frozen
 from fastalign.engine.reference.cache import Demand
-from fastalign.engine.setup import load_data, load_weights
+from fastalign.engine.reference.precompute import precompute
+from fastalign.engine.setup import load_data, load_models
 from fastalign.engine.train import pack_share, train
 from fastalign.models import policy as policy_module
 from fastalign.models.load import load_policy, save_pretrained
@@ -34,15 +36,15 @@ def faulty(monkeypatch):
     """
 
     def make(*names):
-        real, verify, seen = attention.layout, setup.verify_packed, []
+        real, verify, seen = attention.layout, loading.verify_packed, []
 
-        def with_the_fault(policy, batch, on_mismatch="raise", name="the model"):
+        def with_the_fault(policy, batch, on_mismatch="raise", name="the model", **options):
             seen.append((name, batch.depth))
             lost = (lambda s: real(Segments(s.offsets, [-1] * len(s)))) if name in names else real
             monkeypatch.setattr(policy_module, "layout", lost)
-            return verify(policy, batch, on_mismatch, name)
+            return verify(policy, batch, on_mismatch, name, **options)
 
-        monkeypatch.setattr(setup, "verify_packed", with_the_fault)
+        monkeypatch.setattr(loading, "verify_packed", with_the_fault)
         return seen
 
     return make
@@ -61,7 +63,7 @@ def run(configure, monkeypatch, tmp_path):
             config.reference.path = str(tmp_path / "other")
         jobs = []
         with monkeypatch.context() as patch:
-            patch.setattr("fastalign.engine.train.run", lambda job, done: jobs.append(job))
+            patch.setattr("fastalign.engine.train.run", lambda job, *rest: jobs.append(job))
             train(config)
         return jobs[0]
 
@@ -94,9 +96,10 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
         settings = {"reference.cache": str(tmp_path / "logps")}
     seen = faulty(*names)
     job = run(method, other, **settings)
-    assert job.config.batch.share_prefix is False  # which evaluations read, and the cache of log-probs
+    assert job.batch.share_prefix is False  # which evaluations read, and the cache of log-probs
+    assert job.config.batch.share_prefix  # what was asked for is what the run's files say
     batches = pack_share(job, job.source.next())
-    assert {depth for batch in batches for depth in (batch.depth, batch.both.depth if batch.both else 1)} == {1}
+    assert {each.depth for batch in batches for each in (batch, batch.companion) if each} == {1}
     for name in [POLICY, REFERENCE][: 1 + other]:
         assert [depth for who, depth in seen if who == name][-1] == 1, f"{name} was not verified as it runs"
 
@@ -104,7 +107,7 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
 def test_what_all_can_share_is_shared(run, faulty):
     faulty()
     job = run("dpo", True)
-    assert job.config.batch.share_prefix and max(batch.depth for batch in pack_share(job, job.source.next())) > 1
+    assert job.batch.share_prefix and max(batch.depth for batch in pack_share(job, job.source.next())) > 1
 
 
 @pytest.mark.parametrize("command", ["evaluate", "precompute"])
@@ -116,39 +119,42 @@ def test_the_other_commands_do_likewise(configure, faulty, monkeypatch, tmp_path
         monkeypatch.setattr(evaluation, "evaluate", lambda *given: taken.append(given[3]))
         evaluation.evaluate_model(config)
     else:
-        fill = precomputation.fill
-        monkeypatch.setattr(precomputation, "fill", lambda *given: taken.append(given[2]) or fill(*given))
-        precomputation.precompute(config)
+        fill = frozen.fill
+        monkeypatch.setattr(frozen, "fill", lambda *given: taken.append(given[2]) or fill(*given))
+        precompute(config)
     assert [batch.share_prefix for batch in taken] == [False]
 
 
-def weights(config, ranks=ALONE):
+def verdict(config, ranks=ALONE):
     tokenizer, dataset, _ = load_data(config)
     config = replace(config, batch=replace(config.batch, tokens=400))
     demands = [Demand(dataset, range(len(dataset)), len(dataset))]
-    return load_weights(config, make_objective(config.method, config.loss), tokenizer, demands, ranks)
+    start = Start(config, make_objective(config.method, config.loss), tokenizer, demands, ranks)
+    return load_models(start).batch.share_prefix
 
 
 def test_what_one_rank_cannot_share_is_shared_by_none(configure):
+    answers = [True, False, True, True]  # the other rank's: finite, other numbers; finite, equal without sharing
+
     class OfTwo(World):
         def gather_objects(self, value):
-            return [value, False if value is True else value]
+            return [value, answers.pop(0) if value is True else value]
 
     config = configure("dpo", **FALLBACK)
-    assert weights(config)[2].batch.share_prefix
-    assert not weights(config, OfTwo(Axis(0, 2), ALONE.device))[2].batch.share_prefix
+    assert verdict(config)
+    assert not verdict(config, OfTwo(Axis(0, 2), ALONE.device)) and not answers
 
 
 def test_a_limit_of_tokens_is_held_without_sharing_before_the_first_step(configure, faulty):
     config = configure("dpo", **FALLBACK)
     dataset = load_data(config)[1]
     config.batch.max_group_tokens = max(group_tokens(example, True) for example in dataset)
-    weights(config)  # every pair fits while its prompt is shared
+    verdict(config)  # every pair fits while its prompt is shared
     faulty(POLICY)
     with pytest.raises(
         ValueError, match=r"^the examples: example \d+ takes \d+ computed tokens, more than batch.max_group_tokens"
     ):
-        weights(config)
+        verdict(config)
 
 
 def test_nothing_is_said_to_go_on_without_sharing_where_nothing_was_shared(configure, monkeypatch, caplog):

@@ -5,19 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from steps import accumulate
 from torch import Tensor
 
 from fastalign.data.pack import pack
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import make_objective
-from fastalign.engine.prepare import Carried, gather_pairs
+from fastalign.engine.prepare import first_carried, gather_rows
 from fastalign.engine.reference.frozen import frozen_copy
 from fastalign.engine.setup import load_data
-from fastalign.engine.timing import Stopwatch
-from fastalign.engine.update import accumulate_gradients, add_sums, measure_work
+from fastalign.engine.update import add_sums, measure_work
 from fastalign.models.load import load_policy
 from fastalign.parallel.mesh import Axis, World
-from fastalign.types import PairLogps
+from fastalign.types import AXES, Columns
 
 WORLD = World(Axis(), torch.device("cpu"))
 
@@ -58,10 +58,10 @@ def drifted(config, tokenizer) -> Models:
 
 def step(models: Models, batches: list, objective) -> tuple[Tensor, dict[str, Tensor]]:
     models.policy.zero_grad()
-    work = measure_work(batches, objective, WORLD, 0)
-    sums = accumulate_gradients(models, batches, objective, work, WORLD, Stopwatch(WORLD.device), Carried())
+    sums = accumulate(models, batches, objective, WORLD, first_carried())
     total = add_sums(sums, objective.metric_names, WORLD.device)[objective.metric_names.index("loss")]
-    assert total[1] == work.units
+    unit = "num_scored" if objective.reduction == "token-mean" else "num_examples"
+    assert total[1] == sum(getattr(batch, unit) for batch in batches)
     return total[0] / total[1], {name: p.grad.clone() for name, p in models.policy.named_parameters()}
 
 
@@ -69,8 +69,8 @@ def test_work_is_counted_in_logical_and_computed_tokens(configure):
     config = configure("dpo")
     _, dataset, _ = load_data(config)
     batches = pack(dataset.fetch(list(range(6))), 300, True)
-    work = measure_work(batches, make_objective("dpo", {}), WORLD, 0)
-    assert work.units == work.examples == 6
+    work = measure_work(batches, WORLD, 0)
+    assert work.examples == 6 and work.imitated == sum(int(b.cu_seqlens.diff()[0::2].sum()) for b in batches)
     assert work.tokens == sum(b.logical_tokens for b in batches) > work.computed == sum(b.num_tokens for b in batches)
 
 
@@ -89,17 +89,15 @@ class TwoRanks(Axis):
 EXCHANGE = threading.Barrier(2), [torch.empty(0)] * 2
 
 
-def test_pairs_of_all_ranks_come_in_the_order_of_ranks():
-    def pairs(*chosen):
-        x = torch.tensor(chosen)
-        return PairLogps(x, x + 1, x + 2, x + 3, torch.arange(len(x)), torch.arange(len(x)))
-
-    shares = [[pairs(1.0, 2.0), pairs()], [pairs(3.0, 4.0), pairs(5.0)]]  # unequal shares, a rank's last batch empty
-    worlds = [World(TwoRanks(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+@pytest.mark.parametrize("axis", set(AXES.values()))
+def test_columns_of_all_ranks_come_in_the_order_of_ranks(axis):
+    names, counts = [name for name in AXES if AXES[name] == axis], (2, 3)  # unequal shares
+    shares = [Columns(**{name: torch.rand(count) for name in names}) for count in counts]
+    tables = [torch.stack(list(share.known().values()), dim=1) for share in shares]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(gather_pairs, shares, worlds))
+        results = list(pool.map(gather_rows, tables, [TwoRanks(rank, 2) for rank in (0, 1)]))
     for everyone, _ in results:
-        assert everyone.chosen.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
-        assert torch.equal(everyone.ref_rejected, everyone.chosen + 3)
-        assert everyone.chosen.dtype == torch.float32
+        for column, name in zip(everyone.unbind(1), names, strict=True):
+            want = [x for share in shares for x in getattr(share, name).tolist()]
+            assert column.tolist() == want and getattr(Columns.join(shares), name).tolist() == want
     assert [first for _, first in results] == [0, 2]

@@ -1,6 +1,8 @@
 """Whole runs in this process: they learn, they are exact, and they stop when their numbers do."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ def test_the_exported_model_is_the_trained_one(configure):
     AutoTokenizer.from_pretrained(directory / "model")
     saved = load_file(next((directory / "checkpoints" / "step-2").glob("*.safetensors")))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved[f"model.model.{name}"]), name
+        assert torch.equal(parameter, saved[f"policy.weight.model.{name}"]), name
 
 
 def test_the_first_dpo_loss_is_ln_2_to_the_last_bit(configure):
@@ -91,6 +93,21 @@ def test_a_repeated_run_is_equal_to_the_bit(configure):
     )
 
 
+@pytest.mark.parametrize("updates", [1, 2, 9])
+def test_a_step_of_several_updates_is_one_line_and_one_checkpoint(configure, monkeypatch, updates):
+    made, few = engine.set_up, {"run.steps": 2, "run.save_every": 1, "batch.tokens": 300}
+    monkeypatch.setattr(engine, "set_up", lambda *given: replace(made(*given), updates=updates))
+    config = configure("sft", **few)
+    train(config)
+    lines = records(config.run.output_dir)
+    taken = min(updates, lines[0]["num_micro_batches"]), min(updates, lines[1]["num_micro_batches"])
+    assert [line["step"] for line in lines] == [1, 2] and min(taken) >= min(updates, 2)
+    for step in (1, 2):
+        state = Path(config.run.output_dir) / "checkpoints" / f"step-{step}" / "state.json"
+        assert set(json.loads(state.read_text())["optimizer_steps"].values()) == {sum(taken[:step])}
+    assert [line["examples"] for line in lines] == [6, 6] and lines[0]["lr"] == 5e-4
+
+
 @pytest.fixture
 def poisoned(configure, materials):
     """A run whose model is NaN for a token of one example; that example, and the step it comes in."""
@@ -121,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(poisoned, 
     assert [line["step"] for line in records(directory)] == list(range(1, step))
     good = load_file(next((directory / "checkpoints" / f"step-{step - 1}").glob("*.safetensors")))
     for name, parameter in jobs[0].models.policy.named_parameters():
-        assert torch.equal(parameter.nan_to_num(), good[f"model.{name}"].nan_to_num()), name
+        assert torch.equal(parameter.nan_to_num(), good[f"policy.weight.{name}"].nan_to_num()), name
 
 
 def test_a_reference_that_no_loss_reads_is_told(configure, caplog):

@@ -119,7 +119,7 @@ def test_a_sum_of_losses_from_flags_and_files(tmp_path):
     with pytest.raises(UsageError, match=r"'dpo' is alone; name several first"):
         parse_config("dpo", ["--loss.loss_weights", "[1]"])
     objective = make_objective("dpo", expected)
-    assert objective.name == ["dpo", "sft"] and objective.needs_reference and objective.imitates
+    assert objective.name == ["dpo", "sft"] and objective.columns == ("ref_logps", "mean_lengths")
     assert not make_objective("dpo", {"name": ["cpo", "sft"]}).needs_reference
     with pytest.raises(ValueError, match=r"loss_weights: expected 2, one for each of dpo, sft; got \[1.0\]"):
         make_objective("dpo", {"name": ["dpo", "sft"], "loss_weights": [1.0]})

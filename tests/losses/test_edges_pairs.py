@@ -10,8 +10,9 @@ from torch import Tensor
 from fastalign.losses import preference
 from fastalign.losses.mixture import settings, weighted_sum
 from fastalign.losses.pairs import pair_logps
-from fastalign.losses.preference_free import log1mexp, log_odds_ratio
-from fastalign.types import PairLogps
+from fastalign.losses.preference_free import log1mexp, log_odds_ratio, mean_lengths
+from fastalign.losses.preference_wide import rank_margins, rank_ratios
+from fastalign.types import Columns, PairLogps
 
 
 def complete(pair: PairLogps) -> PairLogps:
@@ -160,7 +161,7 @@ def test_tails_are_what_lies_beyond_the_shorter_completion():
 
 @PAIR_LOSSES
 def test_chunks_add_up_to_the_step(name):
-    """The facts of the step are known beforehand: then each pair's loss and gradient depend on nothing else."""
+    """The columns of the step are known beforehand: then each pair's loss and gradient depend on nothing else."""
     new = torch.Generator().manual_seed(3)
     counts = torch.tensor([5, 2, 1, 7, 3, 3, 4, 6, 2, 5])
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -170,20 +171,30 @@ def test_chunks_add_up_to_the_step(name):
     expected = preference.LOSSES[name](whole)
     (g,) = torch.autograd.grad(expected.sum(), logps)
 
-    step = replace(whole, **{f.name: getattr(whole, f.name).detach() for f in fields(whole)[:6]})
-    facts = {"mean_chosen_length": float(counts[0::2].sum()) / 5, "step": step}
+    step = Columns(**{make.__name__: make(whole) for make in (mean_lengths, rank_margins, rank_ratios)})
     parts = []
     for first, last in ((0, 2), (2, 2), (2, 5)):
         rows = slice(cu_seqlens[2 * first], cu_seqlens[2 * last])
         offsets = cu_seqlens[2 * first : 2 * last + 1] - cu_seqlens[2 * first]
-        pair = complete(pair_logps(logps[rows], offsets, ref[rows], tails=True))
-        parts.append(preference.LOSSES[name](replace(pair, **facts, places=torch.arange(first, last))))
+        columns = step.pick({"sequence": slice(2 * first, 2 * last)})
+        pair = complete(pair_logps(logps[rows], offsets, ref[rows], tails=True, columns=columns))
+        parts.append(preference.LOSSES[name](pair))
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
     (in_parts,) = torch.autograd.grad(torch.cat(parts).sum(), logps)
     torch.testing.assert_close(in_parts, g, rtol=1e-12, atol=1e-12)
     alone = [preference.LOSSES[name](one(whole, p)) for p in range(5)]
-    coupled = preference.LOSSES[name].step_coupled or preference.LOSSES[name].imitates
+    coupled = len(preference.LOSSES[name].columns) > 0
     assert torch.allclose(torch.cat(alone), expected, rtol=1e-9) != coupled, "the sets say which losses need the step"
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("aot", "rank_margins"), ("aot_unpaired", "rank_ratios"), ("cpo", "mean_lengths")]
+)
+def test_a_column_of_the_step_that_was_not_filled_is_refused(name, column):
+    """Made of a chunk's pairs alone it would be another loss."""
+    pair = pair_logps(-torch.rand(6), torch.tensor([0, 1, 3, 5, 6]), -torch.rand(6), columns=Columns())
+    with pytest.raises(ValueError, match=f"reads the column {column} of the batch, which was not filled: see Columns$"):
+        preference.LOSSES[name](pair)
 
 
 def one(pair: PairLogps, p: int) -> PairLogps:

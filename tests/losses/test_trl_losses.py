@@ -16,7 +16,7 @@ from fastalign.losses.distillation import gkd
 from fastalign.losses.mixture import settings, weighted_sum
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.preference_free import log_odds_ratio
-from fastalign.losses.reduce import Totals, token_weights
+from fastalign.losses.reduce import Totals, repeat_segments, token_weights
 from fastalign.losses.traits import canonical
 from fastalign.ops import divergence
 from fastalign.rl import advantages
@@ -224,12 +224,12 @@ def test_kto(mismatched):
 
     baseline = unpaired.kto_baseline(unpaired.make_baseline(), kl.sum(1), ref_kl.sum(1), beta=0.3)
     assert (baseline.mean > 0) == (mismatched == 2)
-    batch = LabelledLogps(leaf.sum(1), ref.sum(1), labels.bool())
-    losses = unpaired.kto(batch, baseline, beta=0.3, desirable_weight=1.0, undesirable_weight=1.3)
+    batch = LabelledLogps(leaf.sum(1), ref.sum(1), labels.bool(), baseline.mean)
+    losses = unpaired.kto(batch, beta=0.3, desirable_weight=1.0, undesirable_weight=1.3)
     (grad,) = torch.autograd.grad(losses.mean(), leaf)
     torch.testing.assert_close(losses.mean(), theirs, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, torch.where(scored(), their_grad, grad), rtol=1e-12, atol=0)
-    told = unpaired.metrics(batch, losses, baseline, beta=0.3, loss=unpaired.LOSSES["kto"])
+    told = unpaired.metrics(batch, losses, beta=0.3, loss=unpaired.LOSSES["kto"])
     for key in ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
         mine = (told[key][0] / told[key][1]).item()
         assert mine == pytest.approx(trainer._metrics["train"][key][0], rel=1e-6), key
@@ -290,7 +290,7 @@ def test_policy_losses(name, beta):
 
     known = policy.VARIANTS[variant]
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)])
-    logps, tokens = leaf[scored()], advantages.spread(credit, cu_seqlens)
+    logps, tokens = leaf[scored()], repeat_segments(credit, cu_seqlens)
     clips = {"clip_low": low, "clip_high": high} if known.loss in ("ppo", "gspo") else {}
     options = clips | extra | ({"ratio_max": high} if name == "cispo" else {})
     sequences = (cu_seqlens,) if policy.LOSSES[known.loss].sequences else ()
@@ -323,7 +323,7 @@ def test_rloo():
     theirs = RLOOTrainer._compute_loss(trainer, None, {**inputs, "old_logps": old.sum(1), "advantages": credit})
     (their_grad,) = torch.autograd.grad(theirs, leaf)
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)])
-    spread = advantages.spread(credit, cu_seqlens)
+    spread = repeat_segments(credit, cu_seqlens)
     loss = policy.rloo(leaf[scored()], old[scored()], spread, cu_seqlens).sum() / 8
     (grad,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=0)

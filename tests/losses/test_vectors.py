@@ -22,7 +22,9 @@ if not PATH.exists():
 
 CASES = {**vector_pairs.CASES, **vector_policy.CASES, **vector_rest.CASES}
 """By name: a function of the inputs and parameters that returns at least the expected values and coefficients."""
-VECTORS = {case["name"]: case for case in json.loads(PATH.read_text())}
+NOT_HERE = {"trpo_fisher_vp", "lima_schedule"}
+"""What no method of this package computes."""
+VECTORS = {case["name"]: case for case in json.loads(PATH.read_text()) if case["name"] not in NOT_HERE}
 TOLERANCE = {torch.float64: (1e-9, 1e-15), torch.float32: (1e-5, 1e-7)}
 """Relative, and absolute: the rounding of a sum of terms of about 1 that cancel."""
 
@@ -74,7 +76,7 @@ def test_values_and_coefficients(name, dtype):
 
 
 def test_every_case_is_mapped_and_every_pair_loss_has_one():
-    assert len(VECTORS) == 119 and VECTORS.keys() <= CASES.keys()
+    assert len(VECTORS) == 117 and VECTORS.keys() <= CASES.keys()
     unused = {name for name in CASES if not name.endswith(("/hand", "/extreme", "/ragged"))} - VECTORS.keys()
     assert not unused
 

@@ -165,18 +165,19 @@ def unpaired_case(name, inputs, params):
     rows = Rows(inputs["mask"])
     logps = rows.leaf(inputs["logp"])
     sums = rows.sums(logps)
-    batch = LabelledLogps(sums, rows.sums(rows.pack(inputs["ref"])), inputs["label"].bool())
+    ref = rows.sums(rows.pack(inputs["ref"]))
     if name == "kto":
         other = Rows(inputs["kl_mask"])
         mismatched = (other.sums(other.pack(inputs[key])) for key in ("kl_logp", "kl_ref"))
         baseline = unpaired.kto_baseline(unpaired.make_baseline(), *mismatched, beta=params["beta"])
         weights = {"desirable_weight": params["w_desirable"], "undesirable_weight": params["w_undesirable"]}
-        losses = unpaired.kto(batch, baseline, beta=params["beta"], **weights)
+        batch = LabelledLogps(sums, ref, inputs["label"].bool(), baseline.mean)
+        losses = unpaired.kto(batch, beta=params["beta"], **weights)
         told = {"kl": baseline.mean}
     else:
         before = unpaired.make_baseline(params["running_mean"], params["running_count"])
-        baseline = unpaired.bco_baseline(before, sums, batch.ref_logps, beta=params["beta"])
-        losses = unpaired.bco(batch, baseline, beta=params["beta"])
+        baseline = unpaired.bco_baseline(before, sums, ref, beta=params["beta"])
+        losses = unpaired.bco(LabelledLogps(sums, ref, inputs["label"].bool(), baseline.mean), beta=params["beta"])
         told = {"delta": baseline.mean, "new_running_count": baseline.count}
     c, g = torch.autograd.grad(losses.mean(), (sums, logps))
     return {"loss": losses.mean(), "loss_per_seq": losses, "d_seq": c, "d_logp": rows.pad(g), **told}

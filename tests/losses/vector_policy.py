@@ -7,7 +7,7 @@ import torch
 from vector_rows import Rows, mean_metrics
 
 from fastalign.losses import policy
-from fastalign.losses.reduce import Totals, token_mean, token_weights
+from fastalign.losses.reduce import Totals, repeat_segments, token_mean, token_weights
 from fastalign.ops import gae, whiten
 from fastalign.rl import advantages, ema, rewards
 
@@ -59,12 +59,12 @@ def active(rows, logps, old, credit, params):
 def gspo(inputs, params):
     rows = Rows(inputs["mask"])
     logps, old = rows.leaf(inputs["logp"]), rows.pack(inputs["old"])
-    credit = advantages.spread(inputs["advantages"], rows.cu_seqlens)
+    credit = repeat_segments(inputs["advantages"], rows.cu_seqlens)
     loss = weighted(rows, policy.gspo(logps, old, credit, rows.cu_seqlens, **params), "seq-mean-token-mean")
     (g,) = torch.autograd.grad(loss, logps)
     moved = policy.gspo(logps, old, torch.ones_like(credit), rows.cu_seqlens, clip_low=1.0, clip_high=1e9)
     ratio = -moved[rows.cu_seqlens[:-1]]
-    positive = advantages.spread(torch.where(inputs["advantages"] == 0, 1.0, inputs["advantages"]), rows.cu_seqlens)
+    positive = repeat_segments(torch.where(inputs["advantages"] == 0, 1.0, inputs["advantages"]), rows.cu_seqlens)
     leaf = logps.detach().requires_grad_()
     (slope,) = torch.autograd.grad(policy.gspo(leaf, old, positive, rows.cu_seqlens, **params).sum(), leaf)
     starts = rows.cu_seqlens[:-1]
@@ -89,7 +89,7 @@ def rloo(inputs, params, clipped):
     logps, old, ref = rows.leaf(inputs["logp"]), rows.pack(inputs["old"]), rows.pack(inputs["ref"])
     charged = rewards.charge_kl(inputs["rewards"], old, ref, rows.cu_seqlens, kl_coef=params["kl_coef"])
     credit = advantages.rloo(charged, inputs["group"])
-    spread = advantages.spread(credit, rows.cu_seqlens)
+    spread = repeat_segments(credit, rows.cu_seqlens)
     clips = {key: value for key, value in params.items() if key.startswith("clip")}
     losses = policy.rloo(logps, old, spread, rows.cu_seqlens, **clips) if clipped else policy.pg(logps, old, spread)
     loss = weighted(rows, losses, policy.VARIANTS["rloo"].reduction)
@@ -100,7 +100,7 @@ def rloo(inputs, params, clipped):
 def reinforce(inputs, params):
     rows = Rows(inputs["mask"])
     logps, credit = rows.leaf(inputs["logp"]), advantages.batch_mean(inputs["rewards"])
-    losses = policy.pg(logps, logps.detach(), advantages.spread(credit, rows.cu_seqlens))
+    losses = policy.pg(logps, logps.detach(), repeat_segments(credit, rows.cu_seqlens))
     loss = weighted(rows, losses, params["reduction"])
     (g,) = torch.autograd.grad(loss, logps)
     return {"advantages": credit, "loss": loss, "d_logp": rows.pad(g)}

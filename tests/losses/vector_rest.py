@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from fastalign.data import coreset
-from fastalign.engine import lima
 from fastalign.losses import policy, supervised
 from fastalign.losses.distillation import gkd
 from fastalign.losses.reduce import token_mean
 from fastalign.ops import divergence, token_logps
-from fastalign.pipelines import best_of_n, raft, rlaif
-from fastalign.rl import pairs, trpo
+from fastalign.pipelines import best_of_n, rlaif
+from fastalign.rl import selection
 from fastalign.types import IGNORE_INDEX
 
 # --- straight from logits --------------------------------------------------------------------------------------------
@@ -59,13 +58,6 @@ def distilled(inputs, params):
 # --- selection and labels --------------------------------------------------------------------------------------------
 
 
-def lima_schedule(inputs, params):
-    layers, first, last = params["n_layers"], params["lr0"], params["lr1"]
-    dropout = [lima.residual_dropout(int(i), layers, top=params["p_max"]) for i in inputs["layer"]]
-    rates = [lima.learning_rate(x, first=first, last=last) for x in inputs["progress"].tolist()]
-    return {"residual_dropout": dropout, "lr": rates}
-
-
 def core_set(inputs, params):
     embedding = coreset.embed(inputs["hidden"], inputs["mask"])
     chosen = coreset.select(embedding, num_clusters=params["k"], budget=params["budget"])
@@ -75,8 +67,8 @@ def core_set(inputs, params):
 
 def raft_select(inputs, params):
     scores = inputs["rewards"]
-    local, kept = raft.best_of_each(scores)
-    top = raft.top_fraction(scores, params["top_fraction"])
+    local, kept = selection.best_of_each(scores)
+    top = selection.top_fraction(scores, params["top_fraction"])
     return {
         "local_best_of_k": local,
         "global_top": top,
@@ -88,7 +80,7 @@ def raft_select(inputs, params):
 
 def best_of_n_case(inputs, params):
     expected = best_of_n.expected_best(inputs["scores"], params["draws"])[0]
-    best = raft.best_of_each(inputs["scores"])[0]
+    best = selection.best_of_each(inputs["scores"])[0]
     bound = best_of_n.kl_bound(params["n"])
     return {"best": best, "kl_upper_bound": bound, "expected_best_of_2_draws_row0": expected}
 
@@ -104,7 +96,7 @@ def cai_debiased(inputs, params):
 
 
 def online_pairs(inputs, params):
-    return dict(zip(("chosen", "rejected", "keep"), pairs.best_and_worst(inputs["rewards"]), strict=True))
+    return dict(zip(("chosen", "rejected", "keep"), selection.best_and_worst(inputs["rewards"]), strict=True))
 
 
 CASES: dict[str, Any] = {
@@ -112,8 +104,6 @@ CASES: dict[str, Any] = {
     "logits_backward/five_coefficients": five_coefficients,
     "entropy_bonus": entropy_bonus,
     **{f"gkd/{kind}_tau{t}": distilled for kind in ("forward_kl", "jsd_0.5", "jsd_0.1", "reverse_kl") for t in (1, 2)},
-    "trpo_fisher_vp": lambda i, p: {"hvp": trpo.fisher_vector_product(i["logits"], i["vector"])},
-    "lima_schedule": lima_schedule,
     "coreset": core_set,
     "raft_select": raft_select,
     "best_of_n": best_of_n_case,

@@ -145,7 +145,6 @@ def make_batch(*groups, share=True):
         example_ids=tuple(range(len(groups))),
         logical_tokens=sum(len(p) + len(r) for p, r in sequences),
         cu_groups=torch.tensor([0, *accumulate(len(responses) for _, responses in groups)], dtype=torch.int32),
-        scores=torch.zeros(0),
     )
     return batch, sequences
 

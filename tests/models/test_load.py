@@ -149,7 +149,7 @@ def test_options_of_the_section_reach_the_policy():
         (ModelConfig(config={"hidden_size": 4}), {}, "needs a model_type"),
         (inline(), {"vocab_size": 70}, "70 tokens and the model only 61"),
         (ModelConfig(path="./not/there"), {}, r"model\.path: no directory at '\./not/there'"),
-        (ModelConfig(path="nobody/nothing"), {}, "HF_HUB_OFFLINE=1 keeps from asking the hub"),
+        (ModelConfig(path="nobody/nothing"), {}, "HF_HUB_OFFLINE=1 forbids asking the hub"),
     ],
 )
 def test_bad_requests_get_one_line(section, options, message, monkeypatch):

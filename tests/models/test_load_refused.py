@@ -85,7 +85,7 @@ def test_a_checkpoint_with_weights_of_another_shape_is_refused(saved):
     [
         ({"num_hidden_layer": 3}, r"unknown key 'num_hidden_layer' .* did you mean 'num_hidden_layers'\?"),
         ({"zzz": 3}, r"unknown key 'zzz' in model\.config of a llama$"),
-        ({"model_type": "lama"}, r"unknown model_type 'lama' in model\.config; did you mean 'llama'\?"),
+        ({"model_type": "lama"}, r"unknown model_type 'lama' in model\.config: did you mean 'llama'\?"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest(change, words):

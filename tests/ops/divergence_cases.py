@@ -55,7 +55,7 @@ def run(op, logits, ref_logits, g, device="cpu", **options):
 
 def kernel_case(backend, vocab, dtype):
     device = torch.device(place(backend))
-    kernels = dispatch.kernels("divergence", backend, device)
+    kernels = dispatch.kernels("divergence", backend, device, dtype)
     return kernels, [x.to(device) for x in (*make_case(vocab, dtype), LABELS.clamp(max=vocab - 1))]
 
 

@@ -106,7 +106,7 @@ def check_tokens(kind, dtype, sizes):
     """The label's log-probs under both streams and the policy's entropy come by the same exchange."""
     tensors, rows, _ = streams(torch.float32)
     pair = [(tensors[f"{w}hidden"] @ tensors[f"{w}weight"].T + tensors[f"{w}bias"]).to(dtype) for w in ("", "ref_")]
-    kernels, labels = dispatch.kernels("divergence", None, torch.device("cpu")), rows["labels"].clone()
+    kernels, labels = dispatch.kernels("divergence", None, torch.device("cpu"), dtype), rows["labels"].clone()
     options = {"kind": kind, "mix": 0.3, "softcap": 6.0, "tokens": True, "entropy": True}
     single = kernels.forward(*pair, labels, **options)
     shard = Shard(dist.group.WORLD.group_name, sizes, dist.get_rank()) if len(sizes) > 1 else None

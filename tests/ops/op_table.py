@@ -78,7 +78,9 @@ def chosen(cases, **choices):
 
     named = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     return {
-        "-".join([case, *(str(getattr(v, "__name__", v)) for v in picked.values())]): partial(maker, make, picked)
+        "-".join([case, *(str(getattr(getattr(v, "fn", v), "__name__", v)) for v in picked.values())]): partial(
+            maker, make, picked
+        )
         for case, make in cases.items()
         for picked in named
     }

@@ -10,6 +10,7 @@ import cuda_host
 import pytest
 import torch
 from filelock import FileLock
+from test_functors import assert_defined
 from ties import few_values, wide_rows
 
 from fastalign.ops.backends import cpp
@@ -306,6 +307,12 @@ def test_policy_loss_agrees_with_torch(kernels, dtype, loss, cluster):
         for name, *values in zip(COLUMNS, table, eager, oracle, strict=True):
             assert_matches(*(x[keep] for x in values), name=name, factor=4.0)
         assert_matches(out[keep], outs[0][keep], outs[1][keep], name="gradient", factor=4.0)
+
+
+@pytest.mark.parametrize("loss", ["pg", "ppo", "cispo", "sapo"])
+@pytest.mark.parametrize("kl_estimator", ["k2", "k3"])
+def test_every_functor_is_the_defined_one(kernels, loss, kl_estimator):
+    assert_defined(cuda_policy.run, "cpu", loss, kl_estimator)
 
 
 @pytest.mark.parametrize("loss", ["pg", "ppo"])

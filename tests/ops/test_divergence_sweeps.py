@@ -73,7 +73,7 @@ def test_five_coefficients_vector(backend, dtype, shared_file):
     device = torch.device(place(backend))
     given = (case["inputs"] | case["expected"]).items()
     made = {name: torch.tensor(x, device=device, dtype=torch.int64 if name == "labels" else dtype) for name, x in given}
-    kernels, tight = dispatch.kernels("divergence", backend, device), 1e-14 if dtype == torch.float64 else 4e-7
+    kernels, tight = dispatch.kernels("divergence", backend, device, dtype), 1e-14 if dtype == torch.float64 else 4e-7
     streams, total = (made["logits"], made["ref_logits"], made["labels"]), 0
     for name, kind in (("fkl", "forward_kl"), ("rkl", "reverse_kl"), ("jsd", "jsd")):
         options = {"kind": kind, "mix": case["params"]["jsd_beta"]}
@@ -99,7 +99,7 @@ UPSTREAM = {
 def with_coefficients(backend, logits, ref_logits, labels, d, given, eta, **options):
     """The gradient of ``d . value + g . smoothed logps + e . entropy + zeta . lse``, all in one sweep."""
     device = torch.device(place(backend))
-    kernels = dispatch.kernels("divergence", backend, device)
+    kernels = dispatch.kernels("divergence", backend, device, logits.dtype)
     streams = [x.to(device) for x in (logits, ref_logits, labels)]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     options = {name: x.to(device, wide) if isinstance(x, torch.Tensor) else x for name, x in options.items()}

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from hashlib import blake2b
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,25 @@ def test_an_extension_of_another_version_is_refused_in_one_line(abi, monkeypatch
         f"fastalign: error: the native extension {_C.__file__} was built for another version of fastalign: build it "
         "again with `pip install .` (beside the sources: `python setup.py build_ext --inplace`), or remove the file\n"
     )
+
+
+def shared_code(level):
+    """The functions in a level's objects of which the linker may keep any object's copy."""
+    folders = sorted(path.parent for path in Path(__file__).parents[2].glob("build/ninja-*/bindings.o"))
+    if not folders or "-fsanitize" in (folders[-1] / "build.ninja").read_text():
+        pytest.skip("no objects of a plain native build in build/: python setup.py build_ext --inplace")
+    objects = folders[-1].glob(f"*.{level}.o")
+    symbols = subprocess.run(["nm", "--defined-only", *objects], capture_output=True, text=True, check=True).stdout
+    weak = re.findall(r"^[0-9a-f]+ [WVu] (\S+)$", symbols, re.MULTILINE)
+    return [name for name in weak if not name.startswith(("_ZTI", "_ZTS", "DW.ref."))]  # which are data
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="reads objects with nm")
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_no_instruction_set_lends_its_code_to_another(level):
+    """An inline function that stands in several objects is linked once, from any of them: with AVX-512 in it, it would
+    end the process where the processor has none. Each level's own namespace keeps its functions apart."""
+    assert [name for name in shared_code(level) if f"{len(level)}{level}" not in name] == []
 
 
 SHORT_OF_MEMORY = """

@@ -1,4 +1,4 @@
-"""``deterministic=True``: the same bits in every run, or a ValueError where nobody can promise them."""
+"""``batch_invariant=True``: the same bits in every run too, or a ValueError where nobody can promise them."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def threads():
 
 def run(x, backend, memory):
     inputs = list(x.tensors.values())
-    options = {**x.options, "backend": backend, "memory": memory, "deterministic": True}
+    options = {**x.options, "backend": backend, "memory": memory, "batch_invariant": True}
     logps, entropy = linear_logps(**x.tensors, labels=x.labels, **options)
     loss, stats = linear_loss(**x.tensors, labels=x.labels, loss_fn=lambda s: (s.logps * s.entropy).sum(), **options)
     made = torch.autograd.grad(loss + (logps * entropy).sum(), inputs)
@@ -56,7 +56,7 @@ def test_our_kernels_give_the_same_bits_whatever_the_threads(threads):
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(torch.stack(linear_logps(**tensors, labels=x.labels, entropy=True, deterministic=True)))
+        results.append(torch.stack(linear_logps(**tensors, labels=x.labels, entropy=True, batch_invariant=True)))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -117,7 +117,7 @@ def test_other_devices_are_refused():
             torch.zeros(2, 3, device="meta"),
             torch.zeros(5, 3, device="meta"),
             torch.zeros(2, device="meta").long(),
-            deterministic=True,
+            batch_invariant=True,
         )
 
 

@@ -10,6 +10,7 @@ from fastalign.ops.linear_divergence import _backward_op as linear_backward
 from fastalign.ops.linear_divergence import _op as linear_op
 from fastalign.ops.linear_divergence import _scale_rows
 from fastalign.ops.linear_divergence import reference as linear_eager
+from fastalign.ops.linear_logps import reference as logps_eager
 from fastalign.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -55,6 +56,48 @@ def test_linear_matches_float64(backend, kind, dtype, setting):
         assert_matches(*results, name=name)
     masked = options["labels"] == -100
     assert not actual[0][masked].any() and not actual[1][masked].any()
+
+
+TIGHT = {"torch": 8_000_000, "cpp": 300_000}
+"""A few slabs of the vocabulary; the torch sweep's temporaries are counted."""
+
+
+def with_tokens(ours, theirs, options, **more):
+    return linear_divergence(**ours, **theirs, **options, tokens=True, **more)
+
+
+def without_tokens(ours, theirs, options, **more):
+    """The same by the definitions, in three passes."""
+    value = linear_eager(**ours, **theirs, **options, **more)
+    logps, entropy = logps_eager(**ours, **options, entropy=True)
+    ref_hidden, ref_weight, ref_bias = theirs.values()
+    reference, *_ = logps_eager(ref_hidden, ref_weight, bias=ref_bias, **{**options, "softcap": None})
+    return value, logps, reference, entropy.detach()
+
+
+@pytest.mark.parametrize("backend", dispatch.available("linear_divergence")[:2])
+@of_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("setting", ["trainable", "frozen-tight"])
+def test_tokens_come_with_the_divergence(backend, kind, dtype, setting):
+    """Log-probs under both models, entropy, and the gradient of divergence and log-prob together."""
+    ours, theirs, options, g = linear_case(dtype, frozen="frozen" in setting)
+    wide = {k: x.detach().double().requires_grad_(x.requires_grad) for k, x in ours.items()}
+    exact = {k: x.double() for k, x in theirs.items()}
+    settings = {"backend": backend, "memory": TIGHT[backend] if "tight" in setting else None}
+    results = []
+    for op, streams, more in (
+        (with_tokens, (ours, theirs), settings),
+        (without_tokens, (ours, theirs), {}),
+        (without_tokens, (wide, exact), {}),
+    ):
+        value, logps, *others = op(*streams, options, kind=kind, **more)
+        trained = [x for x in streams[0].values() if x.requires_grad]
+        score = (value * g.to(value.dtype)).sum() + (logps * g.flip(0).to(value.dtype)).sum()
+        results.append([value.detach(), logps.detach(), *others, *torch.autograd.grad(score, trained)])
+    for name, *found in zip(["value", "logps", "ref_logps", "entropy", *ours], *results, strict=False):
+        assert_matches(*found, name=name)
+    assert not any(x.requires_grad for x in results[0][2:4])
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str)
@@ -116,10 +159,12 @@ def test_linear_custom_ops(trainable):
     ref = (torch.randn(N, 3), torch.randn(35, 3), None)
     options = (LABELS, None, 0.7, "jsd", 0.3, 5.0, None, 1.0, 1.0, torch.float32, torch.float32, None, None, None, None)
     args = (hidden, weight, None, *ref, *options)
-    torch.library.opcheck(linear_op, (*args, True, trainable), test_utils=CHECKS)
-    _, stats, directions = linear_op(*args, True, trainable)
-    plain = (hidden.detach(), weight.detach(), *args[2:], stats, torch.randn(N), True, trainable, False)
-    torch.library.opcheck(linear_backward, plain, test_utils=CHECKS)
+    for tokens in (False, True):
+        torch.library.opcheck(linear_op, (*args, tokens, True, trainable), test_utils=CHECKS)
+    *_, stats, directions = linear_op(*args, False, True, trainable)
+    for g in (None, torch.randn(N)):
+        plain = (hidden.detach(), weight.detach(), *args[2:], stats, torch.randn(N), g, True, trainable, False)
+        torch.library.opcheck(linear_backward, plain, test_utils=CHECKS)
     if not trainable:
         torch.library.opcheck(_scale_rows, (hidden.detach(), directions, torch.randn(N)), test_utils=CHECKS)
 

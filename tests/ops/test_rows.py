@@ -68,7 +68,7 @@ def definition(logits, labels, four, dtype, **scaling):
 
 
 def sweep(backend, logits, labels, four, **scaling):
-    kernels = dispatch.kernels("token_logps", backend, logits.device)
+    kernels = dispatch.kernels("token_logps", backend, logits.device, logits.dtype)
     _, _, top, logsum, total, _ = kernels.forward(logits, labels, total=True, **scaling)
     out = torch.empty_like(logits)
     kernels.backward(out, logits, labels, top, logsum, four, **scaling)
@@ -109,7 +109,7 @@ def test_coefficients_alone_and_together(backend, dtype, names, scaling):
 @pytest.mark.parametrize("scaling", ["plain", "capped"])
 def test_total(backend, dtype, vocab, scaling):
     logits, labels, _ = case(vocab, dtype, place(backend))
-    kernels, options = dispatch.kernels("token_logps", backend, logits.device), SCALINGS[scaling]
+    kernels, options = dispatch.kernels("token_logps", backend, logits.device, logits.dtype), SCALINGS[scaling]
     plain = kernels.forward(logits, labels, entropy=True, **options)
     *others, total, _ = kernels.forward(logits, labels, entropy=True, total=True, **options)
     assert plain[4] is None and all(torch.equal(x, y) or x.isnan().any() for x, y in zip(plain, others, strict=False))
@@ -130,7 +130,7 @@ def test_total(backend, dtype, vocab, scaling):
 def test_what_is_zero_is_not_read_and_nan_is_not_zero(backend, dtype, names):
     logits, labels, four = case(507, dtype, place(backend))
     expected, _ = sweep(backend, logits, labels, chosen(four, GIVEN[names]))
-    kernels = dispatch.kernels("token_logps", backend, logits.device)
+    kernels = dispatch.kernels("token_logps", backend, logits.device, logits.dtype)
     _, _, top, logsum, *_ = kernels.forward(logits, labels)
     four = chosen(four, GIVEN[names])
     for x in four:
@@ -152,7 +152,7 @@ def test_in_place_in_strides_and_alone_without_a_change_of_bit(backend, names):
     logits, labels, four = case(2176, torch.float32, place(backend))
     four = chosen(four, GIVEN[names])
     expected, totals = sweep(backend, logits, labels, four, temperature=0.7)
-    kernels = dispatch.kernels("token_logps", backend, logits.device)
+    kernels = dispatch.kernels("token_logps", backend, logits.device, logits.dtype)
     _, _, top, logsum, *_ = kernels.forward(logits, labels, temperature=0.7)
     wide, tall = torch.empty(9, 2 * 2176 + 1, device=logits.device), torch.empty(2176, 9, device=logits.device)
     for view in (logits.clone(), wide[:, 1::2].copy_(logits), tall.T.copy_(logits)):
@@ -170,7 +170,7 @@ def test_a_confident_label_keeps_the_digits_of_one_minus_p(backend):
     logits = torch.zeros(1, 507, device=place(backend))
     logits[0, 11] = 22.0
     labels, one = torch.tensor([11], device=logits.device), torch.ones(1, device=logits.device)
-    kernels = dispatch.kernels("token_logps", backend, logits.device)
+    kernels = dispatch.kernels("token_logps", backend, logits.device, logits.dtype)
     for rest in (1e-2, 1e-5, 1e-9):  # 1 - exp(ln p) would have 5, 2 and no digits
         out = torch.empty_like(logits)
         kernels.backward(out, logits, labels, 22 * one, rest * one, Coefficients(one))

@@ -10,7 +10,7 @@ from ties import TIES, few_values, wide_rows
 
 from fastalign.ops import dispatch, linear_loss, policy_loss
 from fastalign.ops.head.head import Wanted
-from fastalign.ops.head.options import Options, make_call
+from fastalign.ops.head.options import make_call
 from fastalign.ops.linear_logps import row_stats
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -28,7 +28,7 @@ in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def first_choice(backend, logits, labels, **scaling):
     """What the backend's sweep says, as bool."""
-    kernels = dispatch.kernels("token_logps", backend, torch.device(place(backend)))
+    kernels = dispatch.kernels("token_logps", backend, torch.device(place(backend)), logits.dtype)
     scaling = {k: x.to(place(backend)) if isinstance(x, torch.Tensor) else x for k, x in scaling.items()}
     *_, top1 = kernels.forward(logits.to(place(backend)), labels.to(place(backend)), top1=True, **scaling)
     assert ((top1 == 0) | (top1 == 1)).all()
@@ -96,7 +96,7 @@ def of_linear_loss(x, labels, backend, **options):
 
 def of_linear_logps(x, labels, backend, **options):
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    call, trainable = make_call("linear_logps", x, eye, labels, Options(backend=backend, **options), {})
+    call, trainable = make_call("linear_logps", x, eye, labels, {"backend": backend, **options}, {})
     return row_stats(call, Wanted(False, False), trainable)[-1]
 
 

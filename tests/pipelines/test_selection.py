@@ -1,4 +1,4 @@
-"""Selecting samples: RAFT, best-of-n, AI labels, the schedule of LIMA."""
+"""Selecting samples: RAFT, best-of-n, AI labels."""
 
 import itertools
 import math
@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from fastalign.engine import lima
-from fastalign.pipelines import best_of_n, raft, rlaif
+from fastalign.pipelines import best_of_n, rlaif
+from fastalign.rl import selection
 
 
 def test_discarded_answers_are_never_selected():
     rewards = torch.tensor([[-math.inf, 0.5], [-math.inf, -math.inf], [2.0, 2.0]])
-    best, keep = raft.best_of_each(rewards)
+    best, keep = selection.best_of_each(rewards)
     assert best[keep].tolist() == [1, 0] and keep.tolist() == [True, False, True]
-    assert raft.top_fraction(rewards, 1.0).tolist() == [[2, 0], [2, 1], [0, 1]]
-    assert raft.top_fraction(rewards, 0.1).tolist() == []
+    assert selection.top_fraction(rewards, 1.0).tolist() == [[2, 0], [2, 1], [0, 1]]
+    assert selection.top_fraction(rewards, 0.1).tolist() == []
 
 
 def test_expected_best_counts_every_draw():
@@ -31,8 +31,3 @@ def test_labels_sum_to_one_over_swapped_options():
     assert rlaif.preference(a, b, clamp=(0.4, 0.6)).tolist() == pytest.approx([0.6, 0.4])
     biased = rlaif.debiased_preference((a, b), (a, b))  # option A wins in either order: a draw
     torch.testing.assert_close(biased, torch.full((2,), 0.5))
-
-
-def test_a_model_of_one_layer_has_no_dropout():
-    assert lima.residual_dropout(0, 1) == 0
-    assert lima.learning_rate(0.0) == 1e-5 and lima.learning_rate(1.0) == pytest.approx(1e-6)

@@ -1,4 +1,4 @@
-"""Trouble that finite numbers tell: steps without a gradient, a loss that explodes, pairs that prefer nothing.
+"""Trouble that finite numbers show: steps without a gradient, a loss that explodes, pairs that prefer nothing.
 
 Alarms read what metrics have read back already, the same sums on every rank, so that all ranks stop at the same step.
 """
@@ -29,47 +29,39 @@ class Alarms:
 
     def __init__(self, speaks: bool = True) -> None:
         self.speaks = speaks
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.first_loss: float | None = None
-        self.idle_since: int | None = None
+        self.zero_since: int | None = None
 
     def check(self, record: dict[str, Any]) -> None:
-        """Warn about a step, once for each kind of trouble.
-
-        Raises:
-            RunError: the gradient has been exactly 0 for ``PATIENCE`` steps in a row whose loss is not 0.
-        """
+        """Warn about a step, once for each kind of trouble."""
         step, loss = record["step"], record["loss"]
-        self.check_size(step, loss)
+        if self.first_loss is None:  # of this process
+            self.first_loss = loss
+        if loss > EXPLODED * max(1.0, abs(self.first_loss)):
+            self.warn("exploded", EXPLODING, step, loss)
         if record["grad_norm"] != 0 or loss == 0:
-            self.idle_since = None
-        elif self.idle_since is None:
-            self.idle_since = step
+            self.zero_since = None
+        elif self.zero_since is None:
+            self.zero_since = step
         if record["grad_norm"] == 0:
-            self.warn("solved" if loss == 0 else "idle", SOLVED if loss == 0 else IDLE, step, loss)
-        if self.idle_since is not None and step - self.idle_since + 1 >= PATIENCE:
-            raise RunError(STUCK.format(step=step, first=self.idle_since, number=PATIENCE, loss=loss, lr=record["lr"]))
+            self.warn("solved" if loss == 0 else "no gradient", SOLVED if loss == 0 else NO_GRADIENT, step, loss)
+        if self.zero_since is not None and step - self.zero_since + 1 >= PATIENCE:
+            raise RunError(STUCK.format(step=step, first=self.zero_since, number=PATIENCE, loss=loss, lr=record["lr"]))
 
     @property
     def note(self) -> str:
         """What the last line of a run says when its last steps had a loss but no gradient."""
-        return "" if self.idle_since is None else UNMOVED.format(first=self.idle_since)
-
-    def check_size(self, step: int, loss: float) -> None:
-        """Compare the loss with that of the first step that this process saw."""
-        if self.first_loss is None:
-            self.first_loss = loss
-        if loss > EXPLODED * max(1.0, abs(self.first_loss)):
-            self.warn("exploded", EXPLODING, step, loss)
+        return "" if self.zero_since is None else UNMOVED.format(first=self.zero_since)
 
     def warn(self, kind: str, message: str, step: int, loss: float) -> None:
         """Once for each kind."""
-        if self.speaks and kind not in self.told:
+        if self.speaks and kind not in self.warned:
             log.warning(message.format(step=step, loss=loss, first=self.first_loss, number=PATIENCE))
-        self.told.add(kind)
+        self.warned.add(kind)
 
 
-IDLE = (
+NO_GRADIENT = (
     "step {step}: grad_norm is exactly 0 while the loss is {loss:.4g}: this step teaches nothing; the weights may have "
     "blown up (lower optim.lr), or the loss is saturated; after {number} such steps in a row the run stops; until a "
     "gradient is back no older checkpoint is removed"
@@ -94,11 +86,7 @@ EXPLODING = (
 
 
 def check_choices(dataset: TokenDataset, max_length: int, name: str, *, refuse: bool) -> None:
-    """Warn of examples whose completions, chosen and rejected or all candidates, are the same tokens.
-
-    Raises:
-        ValueError: ``refuse``, and every example is one.
-    """
+    """Warn of examples whose completions, chosen and rejected or all candidates, are the same tokens."""
     counts = dataset.counts
     same, cut = counts.get("identical_completions", 0), sum(counts.get(reason, 0) for reason in CUT)
     found = f"{name}: chosen and rejected, or all candidates, are the same tokens in {same} of {len(dataset)} examples"

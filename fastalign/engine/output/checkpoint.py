@@ -26,20 +26,26 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastalign.data.disk import WriteError, reason, writing
+from fastalign.disk import WriteError, flush, reason, writing
 from fastalign.engine.errors import RunError, as_one
-from fastalign.engine.optim import AdamW
 from fastalign.engine.output.checkpoints import (
     SCHEMA,
     flaw,
-    flush_directory,
     publish,
     read_json,
     read_state,
     whole_checkpoints,
 )
 from fastalign.engine.output.generators import DAMAGED, one_line, rng_file, rng_state, set_rng_state
-from fastalign.engine.output.optim_state import has_masters, in_both, make_moments, moments, optimizer_steps
+from fastalign.engine.output.trained_state import (
+    Roles,
+    in_both,
+    make_moments,
+    optimizer_steps,
+    start_masters,
+    tensors_of,
+    weights,
+)
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
 
@@ -54,8 +60,7 @@ FILE_BYTES = (1 << 20, 1 << 30)
 def save_checkpoint(
     directory: Path,
     step: int,
-    policy: nn.Module,
-    optimizer: AdamW,
+    trained: Roles,
     state: dict[str, Any],
     world: World,
     keep: int | None,
@@ -65,16 +70,13 @@ def save_checkpoint(
     Args:
         directory: the run's ``checkpoints``.
         step: optimizer steps done.
-        policy, optimizer: plain or sharded.
+        trained: the modules that train and their optimizers, by role.
         state: JSON values to find again: data position, settings.
         world: the ranks.
         keep: whole checkpoints that stay; None: all.
-
-    Raises:
-        RunError: on every rank, when any rank could not write.
     """
     final, temporary = directory / f"step-{step}", directory / f"step-{step}.tmp"
-    tensors = {**weights(policy), **moments(policy, optimizer)}
+    tensors = tensors_of(trained)
     try:
         with as_one(world):
             if world.is_main:
@@ -86,9 +88,9 @@ def save_checkpoint(
             if world.is_main:
                 header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
                 files = written_files(temporary, tensors, world.size)
-                full = {**header, "files": files, "optimizer_steps": optimizer_steps(policy, optimizer), **state}
+                full = {**header, "files": files, "optimizer_steps": optimizer_steps(trained), **state}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
-            flush_directory(temporary)
+            flush(temporary, inside=True)
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
                 publish(temporary, final, keep)
@@ -121,11 +123,7 @@ def expected_size(policy: nn.Module, master_weights: bool) -> int:
 
 
 def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
-    """The files of tensors and generators and their bytes, as ``state.json`` lists them.
-
-    Raises:
-        OSError: they cannot be all.
-    """
+    """The files of tensors and generators and their bytes, as ``state.json`` lists them."""
     sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
     generators = [file for rank in range(ranks) if (file := rng_file(temporary, rank)).is_file()]
     text = None
@@ -138,19 +136,16 @@ def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> di
     return sizes | {file.name: file.stat().st_size for file in generators}
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: World) -> dict[str, Any]:
+def load_checkpoint(path: Path, trained: Roles, world: World) -> dict[str, Any]:
     """Restore weights, masters, Adam moments and this rank's generators in place; returns what ``state.json`` says.
 
     A checkpoint without masters has them start from its weights; those of one with masters may be left out.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or of another model, with the first difference.
     """
     state = read_state(path)
     if reason := flaw(path):
         raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
-    make_moments(policy, optimizer, state["optimizer_steps"])
-    tensors = {**weights(policy), **moments(policy, optimizer)}
+    make_moments(trained, state["optimizer_steps"])
+    tensors = tensors_of(trained)
     reader = HuggingFaceStorageReader(str(path))
     try:
         tensors, saved = in_both(tensors, saved_shapes(reader))
@@ -159,40 +154,18 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: AdamW, world: Worl
             load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     except (SafetensorError, CheckpointException) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
-    if optimizer.masters and not has_masters(tensors):
-        optimizer.start_masters()
+    start_masters(trained, tensors)
     if world.rank < state["world_size"]:  # a rank more than there were has none
         restore_generators(rng_file(path, world.rank))
     return state
 
 
 def restore_generators(file: Path) -> None:
-    """Set this process's generators from a file; without it they go on from `run.seed`, which is told."""
-    if not file.exists():
-        log.warning(
-            "resume: %s is missing: what draws random numbers, a user's own code, starts again from run.seed", file
-        )
-        return
+    """Set this process's generators from a file."""
     try:
         set_rng_state(read_json(file))
     except DAMAGED as error:
         raise ValueError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint") from error
-
-
-def weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and saved buffers by name, tied ones once; the live tensors, not copies.
-
-    What is frozen is loaded again from where it came from.
-    """
-    kept = {name for name, p in policy.named_parameters() if p.requires_grad}
-    kept |= {name for name, _ in policy.named_buffers()}
-    return {f"model.{name}": x for name, x in policy.state_dict().items() if name in kept}
-
-
-def tied_names(policy: nn.Module) -> set[str]:
-    """Second and further names of shared parameters."""
-    every = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in policy.named_parameters()}
 
 
 def saved_shapes(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
@@ -226,7 +199,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
         rank, (cause, _) = next(iter(error.failures.items()))
         with as_one(world):
             if world.is_main:
-                shutil.rmtree(path, ignore_errors=True)  # before the free space is told
+                shutil.rmtree(path, ignore_errors=True)  # before the free space is measured
         why = reason(cause, path, size_of(tensors))
         whose = f" on rank {rank}" if world.size > 1 else ""
         raise RunError(f"cannot write the checkpoint {path.with_suffix('')}{whose}: {why}") from error

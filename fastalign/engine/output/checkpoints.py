@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastalign.disk import replace_file
 from fastalign.engine.output.generators import rng_flaw
 from fastalign.engine.output.tensor_files import tensors_flaw
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the layout of a checkpoint."""
+OTHER_RELEASE = "was written by another release of fastalign"
 Layout = Mapping[str, Any]
 """Entries of a JSON object and their types; a mapping for those of an object in it."""
-STATE: Layout = {"step": int, "world_size": int, "optimizer_steps": dict}
+STATE: Layout = {"step": int, "world_size": int, "files": dict, "optimizer_steps": dict}
 """What every ``state.json`` says."""
 RUN_STATE: Layout = {
     "config": {"method": str, "model": dict, "data": dict, "optim": dict, "run": dict},
@@ -28,7 +29,7 @@ RUN_STATE: Layout = {
     "data": str,
     "carried": {"baseline": {"mean": int | float, "count": int | float}},
     "base": str | None,
-    "reference": str | None,  # earlier versions did not know it
+    "reference": str | None,
     "owed": dict | None,
 }
 """What a run adds to that of its checkpoints."""
@@ -40,9 +41,6 @@ def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
     Args:
         directory: the run's ``checkpoints``.
         parts: what their ``state.json`` must say besides `STATE`.
-
-    Raises:
-        ValueError: there are checkpoints, but none is whole.
     """
     broken: list[str] = []
     for path in reversed(checkpoints(directory)):
@@ -50,9 +48,11 @@ def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
             if broken:
                 log.warning("resume: %s: going on from %s", "; ".join(broken), path)
             return path
+        if OTHER_RELEASE in reason:
+            read_state(path)  # raises
         broken.append(f"{path.name} is not a whole checkpoint ({reason})")
     if broken:
-        remedy = "put back what is missing, or choose another run.output_dir to start afresh"
+        remedy = "put back what is missing, or choose another run.output_dir to start a new run"
         raise ValueError(f"cannot resume from {directory}: {'; '.join(broken)}; {remedy}")
     return None
 
@@ -75,7 +75,7 @@ def step_of(path: Path) -> int:
 def flaw(path: Path, **parts: Any) -> str | None:
     """Why a directory is no whole checkpoint: a part of it that is missing, was cut or cannot be read; else None.
 
-    Numbers inside of tensors are not looked at. Older checkpoints list their files without sizes, or not at all.
+    Numbers inside of tensors are not looked at.
     """
     if not (path / "state.json").is_file():
         return "state.json is missing"
@@ -88,40 +88,29 @@ def flaw(path: Path, **parts: Any) -> str | None:
 
 def files_flaw(path: Path, state: dict[str, Any]) -> str | None:
     """The first file that is not there, not of its size, or there without having been written with the others."""
-    listed = state.get("files", {})
-    if not isinstance(listed, dict | list):
-        return "state.json is damaged: expected the files that were written"
+    listed = state["files"]
     if re.fullmatch(r"step-\d+", path.name) and step_of(path) != state["step"]:
         return f"its state.json is that of step {state['step']}"
-    for name in map(str, listed):
+    for name, written in listed.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        size = (path / name).stat().st_size
-        if isinstance(listed, dict) and size != listed[name]:
-            return f"{name} has {size} bytes, {listed[name]} were written"
-    if (
-        strangers := sorted({file.name for file in path.glob("*.safetensors")} - set(map(str, listed)))
-        if listed
-        else []
-    ):
+        if (size := (path / name).stat().st_size) != written:
+            return f"{name} has {size} bytes, {written} were written"
+    if strangers := sorted({file.name for file in path.glob("*.safetensors")} - listed.keys()):
         return f"{strangers[0]} is not one of its files: move it away"
-    ranks = sum(str(name).startswith("rng-") for name in listed)
-    if state["world_size"] != (ranks or max(state["world_size"], 1)):
+    ranks = sum(name.startswith("rng-") for name in listed)
+    if state["world_size"] != ranks:
         return f"its state.json says world_size {state['world_size']}, and lists generators of {ranks} rank(s)"
     return None
 
 
 def generators_flaw(path: Path) -> str | None:
-    """The first file of a rank's generators that holds none; whether all are there, the list of files tells."""
+    """The first file of a rank's generators that holds none; the list of files says whether all are there."""
     return next((reason for file in sorted(path.glob("rng-*.json")) if (reason := rng_flaw(file))), None)
 
 
 def read_state(path: Path, **parts: Any) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, `STATE` and ``parts`` among its entries.
-
-    Raises:
-        ValueError: there is none, it cannot be read, an entry is not there, or it is of another schema.
-    """
+    """``state.json`` of a checkpoint, `STATE` and ``parts`` among its entries."""
     file = path / "state.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a whole checkpoint: it has no state.json; name a checkpoints/step-N directory")
@@ -129,7 +118,10 @@ def read_state(path: Path, **parts: Any) -> dict[str, Any]:
     if not isinstance(state, dict) or "schema" not in state:
         raise ValueError(f"{file} is damaged: expected an object with a schema; resume from another checkpoint")
     if state["schema"] != SCHEMA:
-        raise ValueError(f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+        raise ValueError(
+            f"{path} {OTHER_RELEASE} (checkpoint format {state['schema']}, this one reads {SCHEMA}); finish that run "
+            "with the release that wrote it, or start again in another run.output_dir"
+        )
     if expected := misfit(state, {**STATE, **parts}):
         raise ValueError(f"{file} is damaged: expected a {expected}; resume from another checkpoint")
     return state
@@ -191,7 +183,6 @@ def publish(temporary: Path, final: Path, keep: int | None) -> None:
         remove(final)
     temporary.rename(final)
     point_to(final)
-    flush_directory(final.parent)
     parts = {key: kind for key, kind in RUN_STATE.items() if key in read_state(final)}
     for old in whole_checkpoints(final.parent, **parts)[:-keep] if keep else []:
         remove(old)
@@ -208,9 +199,7 @@ def point_to_newest(directory: Path) -> None:
 
 def point_to(newest: Path) -> None:
     """Make ``latest`` name a checkpoint beside it."""
-    pointer = newest.with_name("latest.tmp")
-    pointer.write_text(f"{newest.name}\n", encoding="utf-8")
-    pointer.replace(newest.with_name("latest"))
+    replace_file(newest.with_name("latest"), f"{newest.name}\n".encode(), flushed=True)
 
 
 def remove(path: Path) -> None:
@@ -225,11 +214,3 @@ def remove(path: Path) -> None:
 def delete(path: Path) -> None:
     """Delete a directory, or the link to one that was moved to another disk."""
     path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-
-
-def flush_directory(path: Path) -> None:
-    """Force the files of a directory and its entries to the disk."""
-    for entry in [*path.iterdir(), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.disk import write_whole
+from fastalign.disk import write_whole
 from fastalign.engine.output.progress import Pace, training_bar
 
 log = logging.getLogger(__name__)
@@ -31,15 +31,7 @@ SHOWN = (
 def open_sinks(
     trackers: Sequence[str], directory: Path, config: dict[str, Any], total: int, done: int, log_every: int
 ) -> Iterator[list[Sink]]:
-    """The console and the trackers of a run, closed at its end.
-
-    Args:
-        trackers: names in ``TRACKERS``.
-        directory: of the run.
-        config: resolved settings, for trackers that keep them.
-        total, done: optimizer steps of the run, and those already behind it.
-        log_every: steps between lines.
-    """
+    """The console and the trackers of a run, closed at its end; of ``total`` steps ``done`` are behind it already."""
     with ExitStack() as stack:
         opened = [console(total, done, log_every), *(TRACKERS[name](directory, config, done) for name in trackers)]
         yield [stack.enter_context(sink) for sink in opened]
@@ -58,7 +50,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
     """Lines every ``log_every`` steps and after evaluations; on a terminal also a bar below them, moved by every step.
 
-    A line tells plain means over the steps since the last one (not weighted by their tokens), the current learning
+    A line shows plain means over the steps since the last one (not weighted by their tokens), the current learning
     rate, and the tokens of those steps over their time. An evaluation has a line of its own.
     """
     since: list[dict[str, Any]] = []
@@ -80,7 +72,7 @@ def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
 
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a line tells of several steps; a step in which a metric counted nothing plays no part in its mean."""
+    """What a line says of several steps; a step in which a metric counted nothing plays no part in its mean."""
     known = {name: [r[name] for r in records if is_number(r.get(name))] for name in SHOWN}
     tokens, seconds = (sum(r.get(name, 0) for r in records) for name in ("tokens", "t_step"))
     speed = tokens / seconds if seconds else records[-1]["tokens_per_second"]
@@ -143,7 +135,7 @@ def hosted(module: str, key: str) -> Callable[[Path, dict[str, Any], int], Any]:
 
 
 def read_tracked(directory: Path) -> dict[str, str]:
-    """What each tracker knows the run by; nothing, which is told, when the file cannot be read."""
+    """What each tracker knows the run by; nothing, with a warning, when the file cannot be read."""
     file = directory / TRACKED
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}

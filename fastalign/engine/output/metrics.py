@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from fastalign.data.disk import WriteError, writing
+from fastalign.disk import WriteError, writing
 from fastalign.engine.errors import RunError
 from fastalign.engine.methods import Objective
 from fastalign.engine.output.alarms import Alarms
@@ -50,42 +50,35 @@ class StepResult:
     watch: Stopwatch
 
 
+@dataclass
 class MetricsLog:
     """metrics.jsonl, console and trackers; only the main rank writes, every rank checks that the numbers are finite.
 
-    Args:
+    Attributes:
         path: metrics.jsonl; lines are appended.
         objective: names the metrics.
-        world: the ranks.
         sinks: functions of a record beside the file: console and trackers.
         peak_flops: what all devices together can do in a second, where that is known.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        objective: Objective,
-        world: World,
-        sinks: Sequence[Callable[[dict], None]],
-        peak_flops: float | None = None,
-    ) -> None:
-        self.objective, self.world, self.sinks, self.peak_flops = objective, world, sinks, peak_flops
-        self.path, self.failure = path, None
+    path: Path
+    objective: Objective
+    world: World
+    sinks: Sequence[Callable[[dict], None]]
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        self.failure: WriteError | None = None
         self.pending: list[StepResult] = []
-        self.alarms = Alarms(world.is_main)
-        self.file: TextIO | None = path.open("a", encoding="utf-8") if world.is_main else None
+        self.alarms = Alarms(self.world.is_main)
+        self.file: TextIO | None = self.path.open("a", encoding="utf-8") if self.world.is_main else None
 
     def add(self, result: StepResult) -> None:
         """Keep a step until the next flush."""
         self.pending.append(result)
 
     def flush(self) -> None:
-        """Read the kept steps back and write their lines.
-
-        Raises:
-            RunError: at the first step whose loss or gradient norm is not finite; no line is written for it. Or when
-                the gradient has been exactly 0 for some steps.
-        """
+        """Read the kept steps back and write their lines."""
         pending, self.pending = self.pending, []
         for result in pending:
             record = self.finished(result)
@@ -128,7 +121,7 @@ class MetricsLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line and tell the sinks; a line that cannot be written is the ``failure`` that `check` raises."""
+        """Append one line and call the sinks; a line that cannot be written is the ``failure`` that `check` raises."""
         if self.file is None or self.failure is not None:
             return
         with self.noted():
@@ -162,7 +155,7 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
-            with suppress(OSError):  # what could not be written has been told
+            with suppress(OSError):  # what could not be written has been reported
                 self.file.close()
 
 
@@ -170,12 +163,9 @@ def means(objective: Objective, sums: Tensor) -> dict[str, float]:
     """Metrics from their ``[m, 2]`` (sum, count), ``loss`` first; nan where nothing was counted."""
     pairs = {name: (s, n) for name, (s, n) in zip(objective.metric_names, sums.tolist(), strict=True)}
     values = {name: s / n if n else math.nan for name, (s, n) in pairs.items()}
-    told = {
-        name: value
-        for name, value in (values | dict(objective.method.family.derive(pairs))).items()
-        if value is not None
-    }
-    return {"loss": told.pop("loss"), **told}
+    values |= dict(objective.method.family.derive(pairs))
+    known = {name: value for name, value in values.items() if value is not None}
+    return {"loss": known.pop("loss"), **known}
 
 
 def tidy(record: dict[str, Any]) -> dict[str, Any]:
@@ -189,29 +179,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of a metrics.jsonl with its record, one at a time; a last line that was cut short comes with None.
-
-    Raises:
-        ValueError: another line is not JSON, or a line is not the object of a step.
-    """
-    if path.exists():
-        with path.open("rb") as file:
-            yield from parse_lines(path, file)
-
-
-def parse_lines(path: Path, lines: Iterator[bytes], first: int = 1) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """What `read_lines` gives, of the lines from number ``first`` to the end of the file."""
-    for number, line in enumerate(lines, first):
-        record = None
-        try:
-            record = json.loads(line.decode("utf-8", "replace"))
-        except json.JSONDecodeError as error:
-            if next(lines, None) is not None:
-                raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
-        else:
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
-        yield line, record
+    """Each line of a metrics.jsonl with its record, one at a time; a last line that was cut short comes with None."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            record = None
+            try:
+                record = json.loads(line.decode("utf-8", "replace"))
+            except json.JSONDecodeError as error:
+                if next(lines, None) is not None:
+                    raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it") from error
+            else:
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError(f"{path}: line {number} is not the object of a step; remove it")
+            yield line, record
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,7 @@ Line = tuple[str, list[Part]]
 
 
 def show_overview(job: Job, done: int) -> None:
-    """Print the block, on the main rank alone.
-
-    Args:
-        job: from ``set_up``.
-        done: optimizer steps that lie behind a resumed run.
-    """
+    """Print the block, on the main rank alone; ``done`` optimizer steps lie behind a resumed run."""
     if not job.world.is_main:
         return
     lines = [(name, [Part(text, False)]) for name, text in facts(job, done)]
@@ -80,7 +75,8 @@ def facts(job: Job, done: int) -> Iterator[tuple[str, str]]:
     if job.held_out_counts is not None:
         source = config.data.eval_path or f"data.eval_fraction {config.data.eval_fraction:g} of the training rows"
         yield "held out", f"{source}: {describe_counts(job.held_out_counts, config.data.max_length)}"
-    yield "steps", describe_steps(job, done)
+    resumed = f", going on after step {done:,}" if done else ""
+    yield "steps", f"{job.total:,} of {job.source.describe()}{resumed}"
     yield "writes to", config.run.output_dir
 
 
@@ -118,7 +114,7 @@ def count_elements(parameter: Tensor) -> int:
 def describe_dtype(job: Job) -> str:
     """What the weights are kept in, with or without masters, and whether forwards run under autocast."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in job.models.policy.parameters()})
-    masters = " with float32 masters" if job.optimizer.masters else ""
+    masters = " with float32 masters" if job.trained["policy"].optimizer.masters else ""
     return f"weights {' and '.join(kinds)}{masters}, autocast {'bfloat16' if job.models.autocast else 'off'}"
 
 
@@ -156,33 +152,25 @@ def spell(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
 
 
-def describe_steps(job: Job, done: int) -> str:
-    """Steps, their size, the epochs that they make, and what is left of a resumed run."""
-    text = f"{job.total:,} of {job.source.describe()}"
-    return text + (f", going on after step {done:,}" if done else "")
-
-
 # --- the example -----------------------------------------------------------------------------------------------------
 
 
 def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kind: str) -> list[Line]:
     """The first example in text: one sequence, or what several share and then each; of ranked ones best and worst.
 
-    Args:
-        example: tokens, and what is scored of them.
-        tokenizer: decodes.
-        kind: what `encode_dataset` made of the rows.
+    The rows were encoded for the method ``kind``.
     """
     sequences, names = list(example.sequences), ["chosen", "rejected"]
+    scores = [] if example.columns.scores is None else example.columns.scores.tolist()
     if len(sequences) == 1:
-        label = {0.0: " (bad)", 1.0: " (good)"}[float(example.scores[0])] if ROWS[kind].unit == "completion" else ""
+        label = {0.0: " (bad)", 1.0: " (good)"}[scores[0]] if ROWS[kind].unit == "completion" else ""
         return [(f"example{label}", decode_parts(*sequences[0], tokenizer))]
     if ROWS[kind].unit == "candidate":
-        ends = [int(np.argmax(example.scores)), int(np.argmin(example.scores))]
+        ends = [int(np.argmax(scores)), int(np.argmin(scores))]
         sequences = [sequences[i] for i in ends]
-        names = [f"{name} ({example.scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
-    alike = common_length(sequences[0][0], sequences[1][0])
-    shared = min(alike, *(int(np.argmax(scored)) for _, scored in sequences))
+        names = [f"{name} ({scores[i]:g})" for name, i in zip(("best", "worst"), ends, strict=True)]
+    common = common_length(sequences[0][0], sequences[1][0])
+    shared = min(common, *(int(np.argmax(scored)) for _, scored in sequences))
     first = "both begin" if example.own_rows else "prompt"
     ids, scored = sequences[0]
     lines = [(f"example: {first}", decode_parts(ids[:shared], scored[:shared], tokenizer))]

@@ -38,9 +38,9 @@ def is_terminal() -> bool:
 class Pace:
     """The time left at the pace since the first step that was seen: it is rarely like the others."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, begins_now: bool = False) -> None:
         self.total = total
-        self.first: tuple[float, int] | None = None
+        self.first: tuple[float, int] | None = (time.monotonic(), 0) if begins_now else None
 
     def left(self, done: int) -> str:
         """As h:mm:ss; ``?`` as long as nothing can be said."""
@@ -48,13 +48,6 @@ class Pace:
         self.first = self.first or (now, done)
         since, before = self.first
         return clock((now - since) / (done - before) * (self.total - done)) if done > before else "?"
-
-
-def started(total: int) -> Pace:
-    """A pace that begins now, with nothing done."""
-    pace = Pace(total)
-    pace.left(0)
-    return pace
 
 
 def clock(seconds: float) -> str:
@@ -140,12 +133,9 @@ def training_bar(total: int, done: int) -> Iterator[Bar]:
 
 @contextmanager
 def stage(name: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far a part of a run is; the function that comes of it is told how many of ``total`` are done by now.
+    """Show how far a part of a run is; call the function that it gives with how many of ``total`` are done.
 
-    Args:
-        name: what is done, as ``evaluating``.
-        total: how many examples there are to do.
-        shown: on the main rank alone.
+    It is ``shown`` on the main rank alone.
     """
     if not shown:
         yield lambda done: None
@@ -153,7 +143,7 @@ def stage(name: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]
         yield lines(name, total)
     else:
         with open_display(transient=True) as display:
-            pace = started(total)
+            pace = Pace(total, begins_now=True)
             task = display.add_task(name, total=total, left="?", words=[])
             try:
                 yield lambda done: display.update(task, completed=done, left=pace.left(done))
@@ -163,7 +153,7 @@ def stage(name: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]
 
 def lines(name: str, total: int) -> Callable[[int], None]:
     """A line of the log every ``LINE_SECONDS``."""
-    pace, last = started(total), [time.monotonic()]
+    pace, last = Pace(total, begins_now=True), [time.monotonic()]
 
     def tell(done: int) -> None:
         if time.monotonic() - last[0] >= LINE_SECONDS:

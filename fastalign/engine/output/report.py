@@ -5,18 +5,16 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
-from collections.abc import Iterator
-from itertools import chain, islice
+import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import json
 
 from fastalign.config import as_yaml
-from fastalign.data.disk import write_whole
-from fastalign.engine.output.metrics import parse_lines
+from fastalign.disk import write_whole
+from fastalign.engine.output.metrics import read_lines
 from fastalign.engine.output.rundir import read_settings
 from fastalign.engine.timing import PARTS
 
@@ -31,11 +29,8 @@ BUCKETS = 400
 """Stretches of steps in a plot of a long run, about one for each pixel; each shows its lowest and highest value."""
 MOST_POINTS = 2000
 """Points of a metric that are held, and drawn; beyond, each bucket keeps two."""
-CHUNK_BYTES, BATCH = 8 << 20, 4096
-"""What is read at a time, in bytes or in lines."""
-AT_ONCE = json.ReadOptions(use_threads=False, block_size=2 * CHUNK_BYTES)
-"""One block for a chunk, so that no column changes its type within it."""
-
+BATCH = 4096
+"""Lines that are in memory together."""
 NO_METRICS = {"step", "schema", "wall_time"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -104,56 +99,15 @@ def extremes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 def read_curves(path: Path) -> tuple[int, dict[str, Curve]]:
     """The last step, 0 without any, and the numeric metrics in order of appearance, from one pass over the lines."""
     last, curves = 0, {}
-    for columns in read_columns(path):
-        steps = columns["step"]
-        last = int(steps[-1])
-        for name, values in columns.items():
-            known = np.isfinite(values)
-            if name not in NO_METRICS and known.any():
-                new = steps[known], values[known]
-                curves[name].add(*new) if name in curves else curves.update({name: Curve(*new)})
+    records = (record for _, record in read_lines(path) if record is not None)
+    while some := list(islice(records, BATCH)):
+        last = some[-1]["step"]
+        for name in dict.fromkeys(name for record in some for name in record if name not in NO_METRICS):
+            found = [(r["step"], v) for r in some if isinstance(v := r.get(name), int | float) and math.isfinite(v)]
+            if found:
+                steps, values = np.array([step for step, _ in found]), np.array([v for _, v in found], np.float64)
+                curves[name].add(steps, values) if name in curves else curves.update({name: Curve(steps, values)})
     return last, curves
-
-
-def read_columns(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The numeric fields of a metrics.jsonl, some MB of lines at a time, ``step`` among them; nan where one is absent.
-
-    Arrow parses them. Lines that it cannot, as one that was cut short, are left to `parse_lines`, with those after.
-    """
-    number = 1
-    with path.open("rb") if path.exists() else io.BytesIO() as file:
-        while lines := file.readlines(CHUNK_BYTES):
-            try:
-                yield as_arrays(json.read_json(pa.BufferReader(b"".join(lines)), AT_ONCE))
-            except (pa.ArrowInvalid, KeyError):
-                rest = parse_lines(path, chain(lines, file), number)
-                records = (record for _, record in rest if record is not None)
-                while some := list(islice(records, BATCH)):
-                    yield collected(some)
-            number += len(lines)
-
-
-def as_arrays(table: pa.Table) -> dict[str, np.ndarray]:
-    """The numeric columns, floats but for the steps; KeyError when a line has no step."""
-    arrays = {
-        n: table[n].to_numpy() for n, f in zip(table.column_names, table.schema, strict=True) if is_number(f.type)
-    }
-    if arrays["step"].dtype != np.int64:
-        raise KeyError("step")
-    return {name: x if name == "step" else x.astype(np.float64) for name, x in arrays.items()}
-
-
-def is_number(kind: pa.DataType) -> bool:
-    """Whether a column holds numbers."""
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def collected(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The same of parsed records."""
-    names = dict.fromkeys(k for record in records for k, v in record.items() if isinstance(v, (int, float)))
-    rows = [[v if isinstance(v := record.get(name), (int, float)) else np.nan for record in records] for name in names]
-    kinds = [np.int64 if name == "step" else np.float64 for name in names]
-    return {name: np.array(row, kind) for name, row, kind in zip(names, rows, kinds, strict=True)}
 
 
 def page(name: str, settings: dict[str, Any], steps: int, curves: dict[str, Curve]) -> str:
@@ -171,8 +125,8 @@ def summary_table(steps: int, curves: dict[str, Curve]) -> str:
     """First, last, lowest and highest value of every numeric metric."""
     rows = [(name, (c.first, c.last, c.values.min(), c.values.max())) for name, c in curves.items()]
     cells = "".join(f"<tr><td>{html.escape(name)}" + "".join(f"<td>{v:.5g}" for v in four) for name, four in rows)
-    told = f"{steps} steps" if steps else "no step finished yet"
-    return f"<h2>Metrics ({told})</h2><table><tr><th>metric<th>first<th>last<th>lowest<th>highest{cells}</table>"
+    read = f"{steps} steps" if steps else "no step finished yet"
+    return f"<h2>Metrics ({read})</h2><table><tr><th>metric<th>first<th>last<th>lowest<th>highest{cells}</table>"
 
 
 def time_table(curves: dict[str, Curve]) -> str:

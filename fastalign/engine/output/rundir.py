@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastalign.config import Config, as_yaml
-from fastalign.data.disk import free_bytes, readable, write_whole, writing
+from fastalign.config import Config, as_yaml, flatten
+from fastalign.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
 from fastalign.engine.output.checkpoints import (
@@ -60,6 +60,7 @@ PLACES = {
 }
 """Settings that may have another value on another host: what is found there is compared."""
 
+ROUNDED = "results will match the original run only up to floating-point rounding"
 LOCK = ".lock"
 HOLDER = "running.json"
 """Host, process and start of the run that is writing into a directory; gone when it has ended."""
@@ -72,12 +73,8 @@ FOLDERS = ("checkpoints", "model")
 def held(directory: Path, world: World) -> Iterator[None]:
     """Keep a run directory for this run alone; the main rank holds it for all.
 
-    The operating system lets go of the lock when its process ends, however it ends. Whether it tells other hosts of a
-    shared disk depends on the disk: there the holder's file decides.
-
-    Raises:
-        RunError: on every rank, when another process holds it, or a rank cannot write there.
-        ValueError: ranks see different directories.
+    The operating system lets go of the lock when its process ends, however it ends. Other hosts of a shared
+    disk may not see the lock: there the holder's file decides.
     """
     with as_one(world):
         if world.is_main:  # the others make no directory where this one is not
@@ -135,13 +132,9 @@ def read_holder(file: Path) -> dict[str, Any]:
 
 
 def claim(config: Config, world: World) -> Path | None:
-    """Find out whether the run directory can be used, or refuse before any work; nothing in it is changed.
+    """Return the checkpoint to resume from, or None for a new run; refuse a directory that cannot be used.
 
-    Returns:
-        the checkpoint to resume from; None for a fresh start.
-
-    Raises:
-        ValueError: the directory holds another run, or the run to resume had other settings.
+    Nothing in it is changed.
     """
     require_same_settings(config, world)
     checkpoint = None
@@ -157,7 +150,7 @@ def claim(config: Config, world: World) -> Path | None:
 
 def require_same_settings(config: Config, world: World) -> None:
     """Refuse ranks that were started with different settings."""
-    settings = {key: value for key, value in flatten(asdict(config)) if key not in PLACES}
+    settings = {key: value for key, value in by_key(asdict(config)).items() if key not in PLACES}
     every = world.gather_objects((settings, socket.gethostname()))
     ours, host = every[0]
     for rank, (theirs, place) in enumerate(every):
@@ -217,11 +210,7 @@ def check_kinds(directory: Path) -> None:
 
 
 def find_checkpoint(config: Config, directory: Path) -> Path | None:
-    """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run.
-
-    Raises:
-        ValueError: it is not whole, or the run has later ones that would be left behind.
-    """
+    """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run."""
     if not isinstance(config.run.resume, str):
         return newest_checkpoint(directory / "checkpoints", **RUN_STATE) if config.run.resume else None
     path = Path(config.run.resume).absolute()
@@ -267,9 +256,9 @@ def refuse_model(directory: Path) -> None:
 def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Refuse to resume under settings that would make it another run, naming them."""
     # A setting that the older run did not know had its default there.
-    before, now = (dict(flatten(asdict(Config(method="")))) | dict(flatten(x)) for x in (old, new))
+    before, now = (by_key(asdict(Config(method=""))) | by_key(x) for x in (old, new))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
-    if horizon_is_free(new["optim"]):
+    if new["optim"]["schedule"] == "constant" and not 0 < new["optim"]["warmup"] < 1:
         changed -= HORIZON
     fatal = sorted(changed - LAYOUT)
     if fatal:
@@ -283,31 +272,18 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
             f"cannot resume {where} with other settings ({pairs}){hint}; restore them, or choose another run.output_dir"
         )
     for key in sorted(changed):
-        log.warning("resume: %s was %r and is %r: numbers agree to rounding only", key, before.get(key), now.get(key))
+        log.warning("resume: %s was %r and is %r: %s", key, before.get(key), now.get(key), ROUNDED)
 
 
-def horizon_is_free(optim: dict[str, Any]) -> bool:
-    """Whether the learning rate of a step is the same however many steps follow."""
-    return optim["schedule"] == "constant" and not 0 < optim["warmup"] < 1
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; tuples as lists, as JSON and YAML have them."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+def by_key(tree: dict[str, Any]) -> dict[str, Any]:
+    """The values by dotted keys; tuples as lists, as JSON and YAML have them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(tree) if v != {}}
 
 
 def make_room(config: Config, need: int, done: int, total: int, world: World) -> None:
     """Remove what interrupted writes left, and refuse a run whose next checkpoint does not fit on the disk.
 
-    Args:
-        config: ``run.save_every`` and ``run.keep`` tell how many checkpoints there will be beside each other.
-        need: bytes of one.
-        done, total: steps behind the run, and all of them.
-        world: the ranks, all of which call this.
+    A checkpoint has ``need`` bytes; ``done`` of ``total`` steps are behind the run. All ranks call this.
     """
     directory, every = Path(config.run.output_dir) / "checkpoints", config.run.save_every or total
     with as_one(world):
@@ -319,19 +295,16 @@ def make_room(config: Config, need: int, done: int, total: int, world: World) ->
             beside = min(coming, config.run.keep + 1 - min(len(checkpoints(directory)), config.run.keep))
             if free < beside * need:
                 text = "%s has room for %d more checkpoint(s) of %s (%s free) and the run will hold %d (run.keep is %d)"
-                told = directory, free // need, readable(need), readable(free), beside, config.run.keep
-                log.warning(f"{text}, one of them while it is written: it may stop for want of space", *told)
+                facts = directory, free // need, readable(need), readable(free), beside, config.run.keep
+                log.warning(f"{text}, one of them while it is written: it may stop for lack of space", *facts)
 
 
-def prepare(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
+def open_rundir(config: Config, step: int, world: World, checkpoint: Path | None = None) -> int:
     """Leave in the directory exactly what a run goes on from after ``step`` steps.
 
-    Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written: call it
-    when the checkpoint has loaded and everything else is ready, for whatever fails before must find the directory as
-    it was.
-
-    Returns:
-        the step of the last line of ``metrics.jsonl``, 0 without any; the same on every rank.
+    Later checkpoints are moved away, later lines of ``metrics.jsonl`` cut off, and ``config.yaml`` is written. Call it
+    when the checkpoint has loaded and everything else is ready: whatever fails before must find the directory as it
+    was. Returns the step of the last line of ``metrics.jsonl``, 0 without any.
     """
     directory, last = Path(config.run.output_dir), 0
     with as_one(world):
@@ -345,7 +318,7 @@ def prepare(config: Config, step: int, world: World, checkpoint: Path | None = N
 def set_aside(directory: Path, step: int) -> None:
     """Move checkpoints after a step, and copy their lines of ``metrics.jsonl``, to a new ``superseded-N/``."""
     if not any(step_of(path) > step for path in checkpoints(directory / "checkpoints")):
-        point_to_newest(directory / "checkpoints")  # a kill amid of this has left no ``latest``
+        point_to_newest(directory / "checkpoints")  # a kill during this has left no ``latest``
         return
     place = next(path for n in count(1) if not (path := directory / f"superseded-{n}").exists())
     with writing("the checkpoints that are left behind", place, then="start again"):
@@ -377,7 +350,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not YAML ({reason}); mend it, or choose another run.output_dir") from error
+        raise ValueError(f"{file} is not YAML ({reason}); fix it, or choose another run.output_dir") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds no settings; mend it, or choose another run.output_dir")
+        raise ValueError(f"{file} holds no settings; fix it, or choose another run.output_dir")
     return settings

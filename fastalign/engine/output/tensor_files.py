@@ -30,7 +30,7 @@ def tensors_flaw(path: Path, updates: Mapping[str, Any]) -> str | None:
 
     Args:
         path: the checkpoint.
-        updates: its ``optimizer_steps``: how often each weight was updated.
+        updates: its ``optimizer_steps``: how often each weight was updated, by ``ROLE.NAME``.
     """
     whole: dict[str, tuple[str, tuple[int, ...]]] = {}
     held: dict[str, int] = {}
@@ -63,16 +63,18 @@ def parts_of(file: Path) -> Iterator[Part]:
 
 def moments_flaw(whole: Mapping[str, tuple[str, tuple[int, ...]]], updates: Mapping[str, Any]) -> str | None:
     """The first weight whose number of updates, moments and values do not all say that it was updated."""
-    kept = {name.partition(".")[2] for name in whole if name.startswith("exp_avg")}
-    for name in sorted(kept | updates.keys()):
-        if not is_count(updates.get(name)):
-            return f"state.json is damaged: optimizer_steps has no number for {name}"
-        weight, *moments = (whole.get(f"{kind}.{name}") for kind in ("model", "exp_avg", "exp_avg_sq"))
-        for kind, found in (("model", weight), *zip(("exp_avg", "exp_avg_sq"), moments, strict=True)):
-            if found is None:
-                return f"{kind}.{name} is missing"
-            if weight is not None and found[1] != weight[1]:
-                return f"{kind}.{name} is {found[1]}, its weight {weight[1]}"
+    parts = [name.split(".", 2) for name in whole]  # role, kind, name
+    kept = {f"{part[0]}.{part[2]}" for part in parts if len(part) == 3 and part[1].startswith("exp_avg")}
+    for weight in sorted(kept | updates.keys()):
+        if not is_count(updates.get(weight)):
+            return f"state.json is damaged: optimizer_steps has no number for {weight}"
+        role, _, name = weight.partition(".")
+        kinds = [f"{role}.{kind}.{name}" for kind in ("weight", "exp_avg", "exp_avg_sq")]
+        for kind in kinds:
+            if kind not in whole:
+                return f"{kind} is missing"
+            if whole[kind][1] != whole[kinds[0]][1]:
+                return f"{kind} is {whole[kind][1]}, its weight {whole[kinds[0]][1]}"
     return None
 
 

@@ -24,7 +24,6 @@ from fastalign.engine.agree import not_shared
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.interrupt import Interrupted, leaving
 from fastalign.engine.output.progress import stage
-from fastalign.engine.reference.fingerprint import computation, fingerprint
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.models.verify import Distance, Rounding
@@ -97,15 +96,7 @@ class Filling:
         return self.count - self.misses
 
 
-def open_cache(
-    config: Config,
-    reference: Policy,
-    demands: Sequence[Demand],
-    world: World,
-    *,
-    autocast: bool,
-    weights: str | None = None,
-) -> Filling | None:
+def open_cache(config: Config, space: str, demands: Sequence[Demand], policy: Policy, world: World) -> Filling | None:
     """The cache that a run takes its reference log-probs from, or None when it computes them with every batch.
 
     ``auto`` compares the work: with every batch an example is scored as often as it is read, ahead of the run once, and
@@ -115,11 +106,10 @@ def open_cache(
 
     Args:
         config: ``reference.cache`` decides.
-        reference: on this rank's device, not yet sharded.
+        space: what the log-probs depend on besides tokens; the reference need not be in memory.
         demands: what will be read.
+        policy: on this rank's device, sharded.
         world: the ranks, all of which call this.
-        autocast: whether the forwards run under it.
-        weights: the reference's `hash_weights`, where that is known.
 
     Raises:
         OSError: a directory was named that cannot be written, or that not all ranks see.
@@ -127,14 +117,12 @@ def open_cache(
     asked = config.reference.cache
     if asked == "off":
         return None
-    how = {"share_prefix": config.batch.share_prefix, "temperature": TEMPERATURE, "autocast": autocast}
-    space = cache.key(fingerprint(reference, world, weights), computation(reference, world, **how))
     root = default_directory(config) if asked == "auto" else Path(asked).expanduser()
     filling = look_up(RefCache(root / space), demands, world)
     uses = sum(demand.uses * parts_each(demand) for demand in demands)
     misses = filling.misses
     wanted = asked != "auto" or misses <= WORTH * uses
-    if not wanted and not is_memory_short(reference, world, config.optim.master_weights):
+    if not wanted and not is_memory_short(policy, world, config.optim.master_weights):
         text = "reference: with every batch, %d sequences or groups, as the cache lacks %d (reference.cache is auto)"
         log.info(text, uses, misses)
         return None
@@ -191,15 +179,14 @@ def windows(indices: Sequence[int]) -> Iterator[list[int]]:
 
 
 def is_memory_short(policy: Policy, world: World, masters: bool = True) -> bool:
-    """Whether weights and what comes with those that train leave less than a quarter of a GPU."""
+    """Whether what comes with weights that train leaves less than a quarter of a GPU, beside the weights."""
     if world.device.type != "cuda":
         return False
     shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
     free, total = torch.cuda.mem_get_info(world.device)
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     trained = [p for p in policy.parameters() if p.requires_grad] or [*policy.parameters()]
     beside = sum(p.numel() * bytes_beside(p.dtype, masters) for p in trained)
-    return free + weights - (weights + beside) / shards < total / 4
+    return free - beside / shards < total / 4
 
 
 def bytes_beside(dtype: torch.dtype, masters: bool) -> int:
@@ -318,7 +305,7 @@ def check_agreement(
         RunError: it is beyond rounding: the cache holds something else.
     """
     micro = share(examples, batch.budget, batch.share_prefix, world.data.rank, world.data.size)[0].to(world.device)
-    logps, known = score(micro), micro.ref_logps
+    logps, known = score(micro), micro.columns.ref_logps
     apart, agrees = Distance(0.0, 0.0), True
     if known is not None and known.numel():
         apart, agrees = rounding.judge((logps - known).abs())

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
+from fastalign.config import ModelConfig
 from fastalign.data import cache
 from fastalign.models import lora
 from fastalign.models.policy import Policy
 from fastalign.models.raised import used_dtype
+from fastalign.models.weights import find, weight_files
 from fastalign.ops import dispatch
 from fastalign.ops.backends.torch import onednn
 from fastalign.ops.dispatch import choose
@@ -26,6 +30,8 @@ INERT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "output_attentions", "output_hidden_states"),
 }
 """Entries of a Hugging Face config on which no log-prob depends: names, ids for generation, the weights' dtype."""
+PIECE = 16 << 20
+"""Bytes of a file that are hashed at once, by one rank."""
 CODE = (
     *("fastalign.data.pack", "fastalign.data.forest"),
     *("fastalign.ops", "fastalign.models", "fastalign_kernels", "fastalign._C"),
@@ -33,34 +39,56 @@ CODE = (
 """What lays out and computes them here, by import name."""
 
 
-def fingerprint(policy: Policy, world: World, weights: str | None = None) -> str:
-    """A hash of everything that makes a policy the model it is: parameters, buffers, architecture, adapter.
+def fingerprint(policy: Policy, origin: str) -> str:
+    """A hash of everything that makes a policy the model it is: where its numbers come from, architecture, adapter.
 
     Args:
-        policy: not yet sharded.
-        world: the ranks, all of which call this.
-        weights: the policy's `hash_weights`, where that is known.
+        policy: as it starts; its weights are not read.
+        origin: from `origin_of`.
     """
-    architecture = {**policy.config.to_dict(), **lora.identity(policy)[1]}
-    described = {key: value for key, value in architecture.items() if key not in INERT}
-    return cache.key(weights or hash_weights(policy, world), json.dumps(described, sort_keys=True, default=str))
+    described = {key: value for key, value in policy.config.to_dict().items() if key not in INERT}
+    dtype, adapter = used_dtype(policy.head), lora.identity(policy)
+    return cache.key(origin, dtype, json.dumps([described, adapter], sort_keys=True, default=str))
 
 
-def hash_weights(policy: Policy, world: World) -> str:
-    """A hash of a policy's tensors, each with its name, dtype and shape; of nothing that a library's version changes.
+def origin_of(model: ModelConfig, seed: int, world: World, *, adapted: bool) -> str:
+    """A hash of where a model's numbers come from: its files, or the config and the seed that random ones are made of.
 
-    Call it before the policy is sharded, on all ranks: each reads its share of the tensors.
+    Args:
+        model: the section that names it.
+        seed: of random numbers.
+        world: the ranks, all of which call this: each reads its share of the files.
+        adapted: whether an adapter takes part.
     """
-    tensors = sorted(dict(lora.identity(policy)[0]).items())
-    mine = {name: hash_tensor(x) for i, (name, x) in enumerate(tensors) if i % world.size == world.rank}
+    saved = lora.saved_adapter(replace(model, lora=None))
+    base = model.path if saved is None else saved.base_model_name_or_path
+    random = json.dumps([model.config, seed], sort_keys=True, default=str)
+    parts: list[Any] = [hash_model(base, world) if base else random, model.quantization]
+    if adapted:
+        files = sorted(Path(str(model.path)).glob("adapter_model.*"))
+        parts.append(seed if saved is None else hash_files(files, world))
+    return cache.key(*parts)
+
+
+def hash_model(path: str, world: World) -> str:
+    """A hash of the files of a model's weights; of one of the hub without safetensors, the commit that it is from."""
+    files = weight_files(path, local=True) or sorted(Path(path).glob("*.bin"))
+    config = find(path, "config.json", local=True)
+    return hash_files(files, world) if files else cache.key(path, config and config.parent.name)
+
+
+def hash_files(files: Sequence[Path], world: World) -> str:
+    """A hash of the bytes of files in their order, whatever they are called."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, PIECE)]
+    mine = {i: hash_piece(*pieces[i]) for i in range(world.rank, len(pieces), world.size)}
     return cache.key(sorted(item for part in world.gather_objects(mine) for item in part.items()))
 
 
-def hash_tensor(x: Tensor) -> str:
-    """A hash of a tensor's dtype, shape and bytes."""
-    digest = hashlib.blake2b(f"{x.dtype} {tuple(x.shape)}".encode(), digest_size=16)
-    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def hash_piece(file: Path, at: int) -> str:
+    """A hash of `PIECE` bytes of a file."""
+    with file.open("rb") as opened:
+        opened.seek(at)
+        return hashlib.blake2b(opened.read(PIECE), digest_size=16).hexdigest()
 
 
 def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: bool, temperature: float) -> str:

@@ -6,15 +6,13 @@ import time
 from dataclasses import replace
 
 from fastalign.config import Config
-from fastalign.engine.forward import Models, wants_autocast
 from fastalign.engine.interrupt import handled
+from fastalign.engine.loading import Start
 from fastalign.engine.methods import make_objective
-from fastalign.engine.reference.cache import Demand, default_directory, fill, open_cache
-from fastalign.engine.reference.frozen import scorer
+from fastalign.engine.reference.cache import Demand, default_directory
 from fastalign.engine.settings import check_settings, settle
-from fastalign.engine.setup import load_data, load_weights, require_same_rows
+from fastalign.engine.setup import load_data, load_models, require_same_rows
 from fastalign.parallel.mesh import world
-from fastalign.parallel.shard import shard
 
 
 def precompute(config: Config) -> str:
@@ -51,13 +49,8 @@ def precompute(config: Config) -> str:
         signals.rest = "what was computed is kept: the same command goes on"
         config = settle(config, ranks.device)
         require_same_rows(ranks, *datasets)
-        _, source, config = load_weights(config, objective, tokenizer, demands, ranks)
-        assert source is not None
-        autocast = wants_autocast(config.model, ranks.device)
-        filling = open_cache(config, source, demands, ranks, autocast=autocast)
-        assert filling is not None
-        models = Models(shard(source, ranks, bf16=autocast), None, autocast)
-        fill(filling, scorer(models, objective, ranks), config.batch, ranks)
+        filling = load_models(Start(config, objective, tokenizer, demands, ranks)).filling
+    assert filling is not None  # as a directory is named, and the loss reads log-probs
     store, misses = filling.store, filling.misses
     return (
         f"{filling.count} examples, {store.num_tokens(filling.keys)} tokens: {filling.hits} hits, {misses} misses, "

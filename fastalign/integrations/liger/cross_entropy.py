@@ -156,8 +156,8 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
             accuracy = None if stats.is_top1 is None else stats.is_top1.sum() / batch.scored.sum().clamp(min=1)
         if not (self.return_z_loss or self.return_token_accuracy):
             return loss
-        told = z_loss.detach() if self.return_z_loss else None
-        return CrossEntropyOutput(loss, told, accuracy if self.return_token_accuracy else None)
+        reported = z_loss.detach() if self.return_z_loss else None
+        return CrossEntropyOutput(loss, reported, accuracy if self.return_token_accuracy else None)
 
     def _right(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
         """``[N]`` 1 where the label is the argmax of the logits."""

@@ -19,7 +19,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
     """``weight_hard_loss CE + weight_soft_loss JSD(beta)``, means over the tokens whose label is not ignored.
 
     The soft loss is at ``temperature``, the hard one at 1, as Liger's. Both heads need one vocabulary: Liger's padding
-    of a smaller student with zero logits is refused. The gradient of ``loss`` alone is defined; soft and hard are told.
+    of a smaller student with zero logits is refused. Only ``loss`` has a gradient: soft and hard are detached.
 
     Returns of a call: loss, or (loss, soft_loss, hard_loss).
 

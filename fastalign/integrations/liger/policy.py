@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastalign.integrations.liger.rows import Rows, reference_logps, refuse, scored_rows
 from fastalign.losses import policy
-from fastalign.losses.reduce import Totals, segment_sum, token_weights
+from fastalign.losses.reduce import Totals, repeat_segments, segment_sum, token_weights
 from fastalign.ops import linear_loss
 from fastalign.types import TokenStats
 
@@ -132,8 +132,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             num_scored=len(rows.labels),
         )
         tokens = max(1, len(rows.labels))
-        told = ["kl", "clipped"] if self.beta else ["clipped"]
-        return loss, tuple(stats.metrics.get(name, loss.new_zeros(())) / tokens for name in told)
+        names = ["kl", "clipped"] if self.beta else ["clipped"]
+        return loss, tuple(stats.metrics.get(name, loss.new_zeros(())) / tokens for name in names)
 
     def _weights(self, rows: Rows, num_items: Tensor | int | None) -> Tensor:
         """``[N]`` weight of each token's loss."""
@@ -161,9 +161,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if self.sequences and cu_seqlens is not None:
             counts = cu_seqlens.diff()
             mean = segment_sum(logps - old, cu_seqlens) / counts.clamp(min=1)
-            ratio = mean.exp().repeat_interleave(counts)
+            ratio = repeat_segments(mean.exp(), cu_seqlens)
         if self.clips:
-            low, high = policy.clip_bounds(ratio, advantages, **self.clips)
+            bounds = 1 - self.clips["clip_low"], 1 + self.clips["clip_high"]
+            low, high = policy.clip_bounds(ratio, advantages, *bounds)
             return low | high
         return torch.zeros_like(ratio, dtype=torch.bool) if self.cap is None else (advantages > 0) & (ratio > self.cap)
 

@@ -24,7 +24,7 @@ from fastalign.losses.pairs import pair_logps, per_token
 from fastalign.losses.preference_free import orpo_metrics, sft
 from fastalign.losses.traits import canonical, keywords
 from fastalign.ops import linear_loss
-from fastalign.types import PairLogps, TokenStats
+from fastalign.types import Columns, PairLogps, TokenStats
 
 Results = tuple[Tensor, tuple[Tensor, ...]]
 Objective = Callable[[PairLogps], Tensor]
@@ -56,6 +56,10 @@ class _PairLoss(nn.Module):
         self.compute_nll_loss = compute_nll_loss
         self.average_log_prob = average_log_prob
 
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Results:
+        """``[V, D]``, ``[2P, S, D]``, ``[2P, S]``, ``[V]``."""
+        return self.compute(lin_weight, _input, target, bias)
+
     def compute(
         self,
         lin_weight: Tensor,
@@ -74,7 +78,8 @@ class _PairLoss(nn.Module):
         alongside = self.compute_nll_loss and nll_target is None
 
         def pair_of(logps: Tensor, cu_seqlens: Tensor, ref: Tensor | None) -> tuple[PairLogps, PairLogps]:
-            pair = pair_logps(logps, cu_seqlens, ref, mean_chosen_length=mean_length)
+            columns = Columns(mean_lengths=mean_length.expand(len(cu_seqlens) - 1))
+            pair = pair_logps(logps, cu_seqlens, ref, columns=columns)
             return pair, means(pair) if self.average_log_prob else pair
 
         def loss_fn(stats: TokenStats) -> Tensor:
@@ -164,7 +169,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 
 def _bound(loss_type: str, **options: Any) -> Objective:
     """A pair loss by Liger's, TRL's or our name, with those of the options that it has."""
-    losses = {n: x for n, x in preference.LOSSES.items() if not (x.tails or x.distributions or x.step_coupled)}
+    alone = {n: x for n, x in preference.LOSSES.items() if not (x.tails or x.distributions)}
+    losses = {n: x for n, x in alone.items() if {*x.columns} <= {"mean_lengths"}}
     served = canonical(losses)
     if loss_type not in served:
         refuse("loss_type", loss_type, f"choose one of {', '.join(sorted(served))}")
@@ -195,10 +201,6 @@ class LigerFusedLinearCPOLoss(_PairLoss):
         loss = _bound("cdpo", beta=beta, label_smoothing=label_smoothing)  # against a uniform reference
         super().__init__(loss, ignore_index, beta, alpha, compute_nll_loss, average_log_prob)
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Results:
-        """``[V, D]``, ``[2P, S, D]``, ``[2P, S]``, ``[V]``."""
-        return self.compute(lin_weight, _input, target, bias)
-
 
 class LigerFusedLinearSimPOLoss(_PairLoss):
     """SimPO: ``-ln s(beta (L_w / n_w - L_x / n_x) - gamma)``, labels smoothed; ``gamma`` itself, not its share of beta.
@@ -218,17 +220,11 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
         chunk_size: int = 1,
     ):
         smoothed = _bound("cdpo", beta=beta, label_smoothing=label_smoothing)
-        loss = partial(_with_target, smoothed, gamma / beta)
+
+        def loss(pair: PairLogps) -> Tensor:  # the target of the margin, moved into the chosen side
+            return smoothed(replace(pair, chosen=pair.chosen - gamma / beta))
+
         super().__init__(loss, ignore_index, beta, alpha, compute_nll_loss, average_log_prob=True)
-
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Results:
-        """``[V, D]``, ``[2P, S, D]``, ``[2P, S]``, ``[V]``."""
-        return self.compute(lin_weight, _input, target, bias)
-
-
-def _with_target(loss: Objective, target: float, pair: PairLogps) -> Tensor:
-    """A loss of the margin with a target for it, moved into the chosen side: SimPO, in the form that smooths labels."""
-    return loss(replace(pair, chosen=pair.chosen - target))
 
 
 class LigerFusedLinearORPOLoss(_PairLoss):
@@ -249,7 +245,10 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         compiled: bool = True,
         chunk_size: int = 1,
     ):
-        super().__init__(partial(_odds, beta), ignore_index, beta, 1.0, compute_nll_loss, average_log_prob=True)
+        def odds(pair: PairLogps) -> Tensor:
+            return preference.orpo(_single(pair), beta=beta, nll_weight=0.0)
+
+        super().__init__(odds, ignore_index, beta, 1.0, compute_nll_loss, average_log_prob=True)
 
     def rest(self, pair: PairLogps) -> tuple[Tensor, ...]:
         """Rewards, then the odds."""
@@ -266,11 +265,6 @@ class LigerFusedLinearORPOLoss(_PairLoss):
     ) -> Results:
         """``[V, D]``, ``[2P, S, D]``, ``[2P, S]``, ``[V]``, and other labels ``[2P, S]`` for the imitation term."""
         return self.compute(lin_weight, _input, target, bias, nll_target=nll_target)
-
-
-def _odds(beta: float, pair: PairLogps) -> Tensor:
-    """The odds ratio's term of means."""
-    return preference.orpo(_single(pair), beta=beta, nll_weight=0.0)
 
 
 def _single(pair: PairLogps) -> PairLogps:

@@ -9,7 +9,7 @@ from fastalign.integrations._fields import Scaling, mean_logits
 from fastalign.integrations.liger.rows import reference_logps, scored_rows
 from fastalign.losses.pairs import token_counts
 from fastalign.losses.reduce import lengths, segment_sum
-from fastalign.losses.unpaired import Baseline, kto
+from fastalign.losses.unpaired import kto
 from fastalign.ops import linear_loss
 from fastalign.types import LabelledLogps, TokenStats
 
@@ -64,28 +64,27 @@ class LigerFusedLinearKTOLoss(nn.Module):
         def batch_of(logps: Tensor, cu_seqlens: Tensor, ref: Tensor | None, good: Tensor) -> LabelledLogps:
             divisor = token_counts(lengths(cu_seqlens)) if self.average_log_prob else 1
             sums = segment_sum(logps, cu_seqlens) / divisor
-            return LabelledLogps(
-                sums, torch.zeros_like(sums) if ref is None else segment_sum(ref, cu_seqlens) / divisor, good
-            )
+            ref_sums = torch.zeros_like(sums) if ref is None else segment_sum(ref, cu_seqlens) / divisor
+            return LabelledLogps(sums, ref_sums, good, baseline)
 
         def loss_fn(stats: TokenStats) -> Tensor:
             assert stats.cu_seqlens is not None and stats.sequences is not None
             part = None if ref is None else ref[stats.rows]
             batch = batch_of(stats.logps, stats.cu_seqlens, part, good[stats.sequences])
-            return kto(batch, baseline, beta=self.beta).sum() / len(target)
+            return kto(batch, beta=self.beta).sum() / len(target)
 
         options = {"cu_seqlens": rows.cu_seqlens, "align": "sequence", "bias": bias, "num_scored": len(rows.labels)}
         loss, stats = linear_loss(rows.of(_input), lin_weight, rows.labels, loss_fn, **options)
         batch = batch_of(stats.logps, rows.cu_seqlens, ref, good)
         with torch.no_grad():
             logits = mean_logits(_input.flatten(0, 1), lin_weight, bias, Scaling()) * len(lin_weight)
-        told = (batch.logps, logits.view(target.shape).sum(1), self.beta * (batch.logps - batch.ref_logps))
-        return loss, tuple(x[side].sum() for x in told for side in (good, ~good))
+        results = (batch.logps, logits.view(target.shape).sum(1), self.beta * (batch.logps - batch.ref_logps))
+        return loss, tuple(x[side].sum() for x in results for side in (good, ~good))
 
 
-def _baseline(kl: Tensor | None, device: torch.device) -> Baseline:
+def _baseline(kl: Tensor | None, device: torch.device) -> Tensor:
     """The number that log-ratios are measured from; 0 without one."""
     mean = torch.zeros((), dtype=torch.float64, device=device) if kl is None else torch.as_tensor(kl, device=device)
     if mean.numel() != 1:
         raise ValueError(f"kl must be one number for the batch, got shape {list(mean.shape)}; pass its mean")
-    return Baseline(mean.detach().double().reshape(()), torch.ones((), dtype=torch.float64, device=device))
+    return mean.detach().double().reshape(())

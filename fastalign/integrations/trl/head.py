@@ -9,39 +9,16 @@ from __future__ import annotations
 
 from importlib import import_module, metadata
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor
 
 from fastalign.integrations._fields import Scaling, head_fields
+from fastalign.integrations._patch import Patch
 from fastalign.models.head import Head
 
 SUPPORTED = "1.16"
 UTILS = "trl.trainer.utils"
 FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-_originals: dict[str, Any] = {}
-_active = 0
-
-
-class Patch:
-    """A patch in force; a context manager that undoes it, and a handle with ``undo``."""
-
-    def __init__(self) -> None:
-        self.undone = False
-        _enter()
-
-    def undo(self) -> None:
-        """Ends this patch; TRL's own functions return with the last one. Undoing twice does nothing."""
-        if not self.undone:
-            self.undone = True
-            _leave()
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
 
 
 def patch() -> Patch:
@@ -57,11 +34,17 @@ def patch() -> Patch:
         ValueError: TRL is not installed, or in a version other than 1.16.
     """
     check_version()
-    return Patch()
+    theirs = import_module(UTILS)._use_triton
+    return Patch(
+        {
+            (UTILS, "_ChunkedLogProbFunction"): SimpleNamespace(apply=fused_head),
+            (UTILS, "_use_triton"): lambda device: device.type == "cpu" or theirs(device),
+        }
+    )
 
 
 def check_version() -> None:
-    """Refuses every TRL whose insides are not known."""
+    """Refuse every version of TRL but the supported one."""
     try:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError:
@@ -88,25 +71,3 @@ def fused_head(
         raise ValueError("a head partitioned by DeepSpeed ZeRO-3 is not served: undo the patch, or use FSDP2")
     scaling = Scaling(temperature, final_logit_softcapping, logit_scale)
     return head_fields(hidden, Head(weight, bias), targets, scaling, outputs)
-
-
-def _enter() -> None:
-    global _active
-    if not _active:
-        utils = import_module(UTILS)
-        theirs = utils._use_triton
-        ours = {
-            "_ChunkedLogProbFunction": SimpleNamespace(apply=fused_head),
-            "_use_triton": lambda device: device.type == "cpu" or theirs(device),
-        }
-        _originals.update({name: getattr(utils, name) for name in ours})
-        vars(utils).update(ours)
-    _active += 1
-
-
-def _leave() -> None:
-    global _active
-    _active -= 1
-    if not _active:
-        vars(import_module(UTILS)).update(_originals)
-        _originals.clear()

@@ -33,7 +33,7 @@ def packed_trainer(name: str) -> type:
 
     Losses, metrics and gradients are TRL's. The model must be a causal LM that runs exactly on packed rows (text only,
     full or sliding attention); others are refused with the reason, and the first batch is checked against the plain
-    forward. Dropout is set to zero; the padding token's embedding learns where it stands in the text.
+    forward. Dropout is set to zero; the padding token's embedding is trained where it occurs in the text.
 
     Raises:
         ValueError: TRL is not installed, or in a version other than 1.16.

@@ -212,21 +212,45 @@ def add_weight_gradients(
 # --- second phase ----------------------------------------------------------------------------------------------------
 
 
+MakeGradient = Callable[[Tensor, slice, int, int], Tensor]
+"""``d logits`` of a block of rows and a slab of columns, from the rows' hidden states: their logits are made again."""
+
+
 def recomputed_gradients(
     head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs, *, held: bool = False
 ) -> Leaves:
-    """Second phase: logits again, slab by slab, into the gradients of the inputs, each in its input's dtype.
+    """Second phase of one stream: the gradients of ``row`` in the inputs."""
+    row, alpha = scaled(head, 0, len(head.labels), row)
+    buffer = workspace(head, plan.block, plan.slab)
+
+    def make(hidden: Tensor, rows: slice, first: int, last: int) -> Tensor:
+        logits, labels = project(head, hidden, buffer, first, last), slab_labels(head, rows, first, last)
+        return differentiate(head, rows.start, rows.stop, logits, labels, cut(stats, rows), pick(row, rows))
+
+    return slab_by_slab(head, plan, make, alpha, inputs, needs, held=held)
+
+
+def slab_by_slab(
+    head: Head,
+    plan: Plan,
+    make: MakeGradient,
+    alpha: Tensor | None,
+    inputs: Leaves,
+    needs: Needs,
+    *,
+    held: bool = False,
+) -> Leaves:
+    """What ``make`` makes, slab by slab, into the gradients of the inputs, each in its input's dtype.
 
     A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. ``held``: the
     upstream is yet to come, and what would be fp16 waits for it in fp32.
     """
-    row, alpha = scaled(head, 0, len(head.labels), row)
-    num_rows, vocab, wide = len(head.labels), head.weight.shape[0], stats.max.dtype
+    num_rows, vocab, wide = len(head.labels), head.weight.shape[0], kernel_dtype(head.options.dtype)
     new = {"dtype": wide, "device": head.hidden.device}
     d_hidden = torch.zeros(num_rows, head.width, **new) if needs.hidden else None
     d_weights = _zeros(inputs.weight, needs.weight, held), _zeros(inputs.up, needs.up, held)
     d_bias = torch.zeros(vocab, **new) if needs.bias else None
-    hidden, buffer = hidden_rows(head, 0, num_rows), workspace(head, plan.block, plan.slab)
+    hidden = hidden_rows(head, 0, num_rows)
     finish = _summed(head, d_hidden) if not vocab else nothing_left
     for first in range(0, vocab if num_rows else 0, plan.slab):
         last = min(vocab, first + plan.slab)
@@ -235,7 +259,7 @@ def recomputed_gradients(
         d_slab = None if d_bias is None else d_bias[first:last]
         for start in range(0, num_rows, plan.block):
             rows = slice(start, min(num_rows, start + plan.block))
-            dz = _slab_gradient(head, hidden[rows], buffer, rows, (first, last), stats, row)
+            dz = make(hidden[rows], rows, first, last)
             if d_hidden is not None:
                 add_back(head, dz, d_hidden[rows], alpha, first, last)
             if last == vocab and rows.stop == num_rows:
@@ -246,6 +270,13 @@ def recomputed_gradients(
                 slab.copy_(total)
     finish()
     return _dense(head, inputs, held, d_hidden, *d_weights, d_bias)
+
+
+def slab_labels(head: Head, rows: slice, first: int, last: int) -> Tensor:
+    """Labels of some rows counted from a slab's first column; those of other slabs have no target term."""
+    labels = head.labels[rows]
+    local = torch.where((labels >= first) & (labels < last), labels - first, ELSEWHERE)
+    return torch.where(labels >= head.weight.shape[0], last - first, local)  # invalid stays invalid
 
 
 def _dtype(like: Tensor, held: bool) -> torch.dtype:
@@ -277,21 +308,3 @@ def _summed(head: Head, d_hidden: Tensor | None) -> Callable[[], object]:
 def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
     """The slab of the gradient itself when it is precise enough to add into."""
     return target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
-
-
-def _slab_gradient(
-    head: Head,
-    hidden: Tensor,
-    buffer: Tensor,
-    rows: slice,
-    columns: tuple[int, int],
-    stats: Stats,
-    row: Coefficients,
-) -> Tensor:
-    """``d logits`` of a block of rows and a slab of columns; labels of other slabs have no target term."""
-    first, last = columns
-    labels = head.labels[rows]
-    local = torch.where((labels >= first) & (labels < last), labels - first, ELSEWHERE)
-    local = torch.where(labels >= head.weight.shape[0], last - first, local)  # invalid stays invalid
-    logits = project(head, hidden, buffer, first, last)
-    return differentiate(head, rows.start, rows.stop, logits, local, cut(stats, rows), pick(row, rows))

@@ -92,9 +92,12 @@ class Head(NamedTuple):
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
 
-def make_head(op: str, call: Call) -> Head:
-    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once."""
-    sweep = dispatch.kernels(op, call.backend, call.hidden.device)
+def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
+    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once.
+
+    ``dtypes``: of all the logits that the kernels read, where the call's are not the only ones.
+    """
+    sweep = dispatch.kernels(op, call.backend, call.hidden.device, *(dtypes or (call.dtype,)))
     shard, owners = None if call.group is None else make_shard(call.group, call.shards), None
     labels = kernel_labels(call.labels, call.weight.shape[0] if shard is None else shard.vocab)
     tau = call.temperature if call.temperatures is None else call.temperatures.to(kernel_dtype(call.dtype))

@@ -52,11 +52,12 @@ class Options:
             their local tensors. Gradients are placed like their inputs.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
-        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it; slower GEMMs.
+        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it, nor on the run (with equal
+            threads, on the same hardware); slower GEMMs. Refused where nobody can promise it: on CUDA outside of
+            ``torch.use_deterministic_algorithms(True)``.
         num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
             the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
             their sizes. N when the rows are selected already.
-        deterministic: refuse what could change a bit from run to run (with equal threads, on the same hardware).
     """
 
     bias: Tensor | None = None
@@ -70,9 +71,9 @@ class Options:
     backend: str | None = None
     batch_invariant: bool = False
     num_scored: int | None = None
-    deterministic: bool = False
 
 
+NAMES = frozenset(field.name for field in fields(Options))
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
@@ -131,9 +132,21 @@ SCHEMA = SCHEMA.replace("int? num_scored", "SymInt? num_scored")
 
 
 def make_call(
-    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, options: Options, more: dict[str, Any]
+    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], more: dict[str, Any]
 ) -> tuple[Call, bool]:
-    """The checked call, and whether any rank trains the head; ``more``: options of ``op``, for ranks to compare."""
+    """The checked call, and whether any rank trains the head.
+
+    Args:
+        given: the fields of ``Options`` as a caller of ``op`` gave them.
+        more: what else ``op`` was given, for ranks to compare.
+
+    Raises:
+        TypeError: ``given`` holds what is none of the fields.
+    """
+    for name in given:
+        if name not in NAMES:
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+    options = Options(**given)
     bias, tau, group = options.bias, options.temperature, options.process_group
     down, up, scale = (None, None, 1.0) if options.lora is None else unpack_lora(options.lora)
     if DTensor in [*map(type, (hidden, weight, labels, bias, tau, down, up))]:
@@ -141,12 +154,12 @@ def make_call(
         hidden, labels, tau, down = (whole(name, x) for name, x in local.items())
         slices = {"weight": weight, "lora B": up, "bias": bias}
         (weight, up, bias), group = vocabulary_slices(slices, group)  # pyright: ignore  # weight stays one
-    given, same = (hidden, weight, labels, bias, tau, down, up, options, group), {}
+    checked, same = (hidden, weight, labels, bias, tau, down, up, options, group), {}
     if group is None:
-        check(*given)
+        check(*checked)
     else:
         with checked_together(group, hidden):
-            check(*given)
+            check(*checked)
             same = facts(op, hidden, weight, down, group, options.memory, options.backend)
     dtype, shards, trainable = gemm_dtype(hidden, weight), None, requires_grad(weight, up, bias)
     number, rows = split_temperature(tau, hidden, stats_dtype(hidden, weight))
@@ -186,7 +199,7 @@ def check(
         check_memory(options.memory)
     if options.num_scored is not None:
         check_num_scored(options.num_scored, labels)
-    if options.deterministic:
+    if options.batch_invariant:
         check_deterministic(hidden.device, group)
     if down is not None and up is not None:
         check_lora(down, up, hidden, weight)

@@ -11,11 +11,14 @@ Modes (N rows, V vocabulary, D hidden; one GEMM over the head costs 2NVD):
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import Literal
+
+log = logging.getLogger("fastalign.plan")
 
 Mode = Literal["stats", "one_pass", "retained", "frozen", "slabs"]
 Chunk = tuple[int, int]
@@ -151,7 +154,9 @@ def make_plan(
         mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
     )
     workspace = scratch + max(plan.held_rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
-    return replace(plan, workspace_bytes=workspace)
+    plan = replace(plan, workspace_bytes=workspace)
+    log.debug("plan: %s", plan)
+    return plan
 
 
 cached_plan = lru_cache(maxsize=64)(make_plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +11,12 @@ from torch import Tensor
 from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
 from fastalign.ops.checks import stats_dtype
 from fastalign.ops.divergence_shards import measure
-from fastalign.ops.half import one_for_all
-from fastalign.ops.head.backward import write_rows
-from fastalign.ops.head.gemm import add_product
-from fastalign.ops.head.head import Head, hidden_rows, kernel_dtype, make_head, planned_columns, project, workspace
+from fastalign.ops.half import one_for_all, row_bound, times
+from fastalign.ops.head.backward import slab_by_slab, slab_labels, write_rows
+from fastalign.ops.head.head import Head, Leaves, Needs, hidden_rows, make_head, planned_columns, project, workspace
 from fastalign.ops.head.options import Call as LinearCall
 from fastalign.ops.head.plan import Plan, make_plan
-from fastalign.ops.parallel import begin_sum
-from fastalign.ops.token_logps import ELSEWHERE
+from fastalign.ops.rows import Coefficients, pick
 
 
 @dataclass(frozen=True)
@@ -122,109 +119,81 @@ def make_streams(call: Call) -> Streams:
     run = None, call.backend, False, None, call.group, call.shards
     one = LinearCall(call.hidden, call.weight, None, call.bias, *rows, *ours, 0.0, call.dtype, *run)
     other = LinearCall(call.ref_hidden, call.ref_weight, None, call.ref_bias, *rows, *theirs, 0.0, call.ref_dtype, *run)
-    policy, ref = make_head("linear_divergence", one), make_head("linear_divergence", other)
+    policy, ref = (make_head("linear_divergence", x, call.dtype, call.ref_dtype) for x in (one, other))
     return Streams(policy, ref, call.kind, call.mix)
 
 
-def forward(streams: Streams, plan: Plan, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too, while it is hot."""
-    head, shard = streams.policy, streams.policy.shard
+def forward(
+    streams: Streams, plan: Plan, directions: Tensor, tokens: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too, while it is hot.
+
+    ``tokens``, ``[n]`` and ``[2, n]``, is filled with the label's log-prob under the policy, that under the reference
+    and the policy's entropy.
+    """
+    head, shard, wanted = streams.policy, streams.policy.shard, tokens is not None
     new = {"dtype": streams.dtype, "device": head.hidden.device}
     value, stats = torch.empty(len(head.labels), **new), torch.empty(5, len(head.labels), **new)
     buffers = streams.buffers(plan.chunk_rows, head.weight.shape[0])
     for start, stop in plan.chunks:
         rows = slice(start, stop)
         pair, labels, scaling = streams.logits(buffers, rows), head.labels[rows], streams.scaling(rows)
-        value[rows], stats[:, rows], *_ = measure(head.sweep, shard, None, *pair, labels, **scaling)
+        owners = None if head.owners is None else head.owners[rows]
+        found = measure(head.sweep, shard, owners, *pair, labels, tokens=wanted, entropy=wanted, **scaling)
+        value[rows], stats[:, rows] = found.value, found.stats
+        if tokens is not None and found.logps is not None and found.entropy is not None:
+            tokens[0][rows], tokens[1][0, rows], tokens[1][1, rows] = *found.logps, found.entropy
         if plan.mode == "frozen":
             part = stats[:, rows].contiguous()
-            grad, alpha = scaled(streams, rows, part, torch.ones_like(value[rows]))
-            dz = differentiate(streams, rows, pair, labels, part, grad)
+            grad, _, alpha = scaled(streams, rows, part, torch.ones_like(value[rows]), None)
+            dz = differentiate(streams, rows, pair, labels, part, grad, None)
             write_rows(head, directions, start, stop, dz, alpha)()
     return value, stats
 
 
-def scaled(streams: Streams, rows: slice, stats: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def scaled(
+    streams: Streams, rows: slice, stats: Tensor, grad: Tensor, row: Coefficients | None
+) -> tuple[Tensor, Coefficients | None, Tensor | None]:
     """The upstream of some rows as their products want it, and the factor that the products need; see ``half``.
 
-    No element of ``dz`` exceeds ``2 K + 1``, with K the mean that it subtracts: ``p ln(p / pi)`` is at least
-    ``-pi / e``, so that none of its sum K exceeds ``K + 1 / e``.
+    No element of the divergence's ``dz`` exceeds ``2 K + 1``, with K the mean that it subtracts: ``p ln(p / pi)`` is at
+    least ``-pi / e``, so that none of its sum K exceeds ``K + 1 / e``.
     """
     head = streams.policy
     if head.options.dtype != torch.float16:
-        return grad, None
+        return grad, row, None
     tau = head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature
-    scale = one_for_all(grad.abs() * (2 * stats[4].abs() + 1) * abs(head.options.logit_scale / tau))
-    return grad * scale, scale.reciprocal()
+    chain = head.options.logit_scale / tau
+    bound = grad.abs() * (2 * stats[4].abs() + 1) * abs(chain)
+    scale = one_for_all(bound if row is None else bound + row_bound(row, chain))
+    return grad * scale, None if row is None else times(row, scale), scale.reciprocal()
 
 
 def differentiate(
-    streams: Streams, rows: slice, pair: tuple[Tensor, Tensor], labels: Tensor, stats: Tensor, grad: Tensor
+    streams: Streams,
+    rows: slice,
+    pair: tuple[Tensor, Tensor],
+    labels: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    row: Coefficients | None,
 ) -> Tensor:
     """Turns the policy's logits of some scored rows into their gradient, in place."""
     if pair[0].numel():
-        streams.policy.sweep.backward(pair[0], *pair, labels, stats, grad, **streams.scaling(rows))
+        streams.policy.sweep.backward(pair[0], *pair, labels, stats, grad, row, **streams.scaling(rows))
     return pair[0]
 
 
-def accumulators(streams: Streams, needs_hidden: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros for the sums over slabs ``[n, D]`` and over rows ``[V]``, in the statistics' dtype."""
-    (vocab, width), head = streams.policy.weight.shape, streams.policy
-    new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
-    d_hidden = torch.zeros(len(head.labels), width, **new) if needs_hidden else None
-    return d_hidden, torch.zeros(vocab, **new) if needs_bias else None
-
-
-def recompute(
-    streams: Streams,
-    plan: Plan,
-    stats: Tensor,
-    grad: Tensor,
-    d_hidden: Tensor | None,
-    d_bias: Tensor | None,
-    d_weight: Tensor | None,
-) -> None:
-    """Adds both logits' slabs, made again and differentiated in place, into the gradients.
-
-    Of a shard ``d_hidden`` is a partial sum: the ranks add it up while the last slab's other products are made.
-    """
+def recomputed_gradients(
+    streams: Streams, plan: Plan, stats: Tensor, grad: Tensor, row: Coefficients | None, inputs: Leaves, needs: Needs
+) -> Leaves:
+    """The gradients of ``grad . value``, and of the coefficients of log-probs, in the policy's inputs."""
     head, buffers = streams.policy, streams.buffers(plan.block, plan.slab)
-    grad, alpha = scaled(streams, slice(None), stats, grad)
-    wide, vocab, num_rows, work = kernel_dtype(head.options.dtype), head.weight.shape[0], len(head.labels), None
-    for first, last in _spans(vocab if num_rows else 0, plan.slab):
-        slab_sum = None if d_weight is None else grad.new_empty(last - first, head.weight.shape[1], dtype=wide)
-        for start, stop in _spans(num_rows, plan.block):
-            rows, labels = slice(start, stop), _slab_labels(head, start, stop, first, last)
-            pair = streams.logits(buffers, rows, first, last)
-            dz = differentiate(streams, rows, pair, labels, stats[:, rows].contiguous(), grad[rows])
-            if d_hidden is not None:
-                add_product(d_hidden[rows], dz, head.weight[first:last], first=False, alpha=alpha)
-            if (last, stop) == (vocab, num_rows):
-                work = _begin_sum(head, d_hidden)
-            if slab_sum is not None:
-                add_product(slab_sum, dz.t(), hidden_rows(head, start, stop), first=start == 0, alpha=alpha)
-            if d_bias is not None:
-                total = dz.sum(0, dtype=wide)
-                d_bias[first:last] += total if alpha is None else total * alpha
-        if d_weight is not None and slab_sum is not None:
-            d_weight[first:last] = slab_sum
-    work = work if vocab else _begin_sum(head, d_hidden)
-    if work is not None:
-        work.wait()
+    grad, row, alpha = scaled(streams, slice(None), stats, grad, row)
 
+    def make(hidden: Tensor, rows: slice, first: int, last: int) -> Tensor:
+        pair, part = streams.logits(buffers, rows, first, last), None if row is None else pick(row, rows)
+        labels = slab_labels(head, rows, first, last)
+        return differentiate(streams, rows, pair, labels, stats[:, rows].contiguous(), grad[rows], part)
 
-def _slab_labels(head: Head, start: int, stop: int, first: int, last: int) -> Tensor:
-    """Labels of some rows as a slab's kernel reads them: an invalid one stays invalid, any other is of no account."""
-    labels = head.labels[start:stop]
-    wrong = (labels >= head.weight.shape[0]) | (labels < ELSEWHERE)
-    return torch.where(wrong, last - first, ELSEWHERE)
-
-
-def _begin_sum(head: Head, d_hidden: Tensor | None) -> torch.distributed.Work | None:
-    """The exchange of ``d_hidden``, under way; None when there is nothing to exchange."""
-    shard = head.shard
-    return None if shard is None or d_hidden is None or not len(d_hidden) else begin_sum(shard, d_hidden)
-
-
-def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(total, start + step)) for start in range(0, total, step))
+    return slab_by_slab(head, plan, make, alpha, inputs, needs)

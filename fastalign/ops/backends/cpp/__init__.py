@@ -53,9 +53,12 @@ def check(logits: Tensor, labels: Tensor, backend: str = "cpp", device: str = "c
             f"expected logits [N, V] and labels [N], got {tuple(logits.shape)} and {tuple(labels.shape)}: "
             "flatten the leading dimensions"
         )
-    if logits.dtype not in DTYPES or labels.dtype not in (torch.int32, torch.int64):
+    wide = backend == "cuda"  # fp64 on a CPU is torch's
+    served = logits.dtype in DTYPES and (wide or logits.dtype != torch.float64)
+    if not served or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"expected fp32, bf16, fp16 or fp64 logits and int32 or int64 labels, got {logits.dtype} and {labels.dtype}"
+            f"expected fp32, bf16{', fp16 or fp64' if wide else ' or fp16'} logits and int32 or int64 labels, "
+            f"got {logits.dtype} and {labels.dtype}"
         )
     if logits.device.type != device or labels.device != logits.device:
         raise ValueError(

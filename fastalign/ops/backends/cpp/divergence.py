@@ -37,15 +37,15 @@ def forward(
 
     Returns:
         value ``[N]``, with ``apart`` ``[2, N]``, stats ``[5, N]``, logps ``[2, N]`` or None, entropy ``[N]`` or None,
-        in fp32 (fp64 if a stream is fp64).
+        in fp32.
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    dtype = _check(logits, ref_logits, labels)
-    value = torch.empty((2, len(labels)) if apart else len(labels), dtype=dtype)
+    _check(logits, ref_logits, labels)
+    value = torch.empty((2, len(labels)) if apart else len(labels))
     stats, entropies = value.new_empty(5, len(labels)), value.new_empty(len(labels)) if entropy else None
-    logps = torch.empty(2, len(labels), dtype=dtype) if tokens else None
+    logps = torch.empty(2, len(labels)) if tokens else None
     ours, theirs = (None, None) if logps is None else logps
     outputs = {"logps": ours, "entropy": entropies}
     policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, outputs)
@@ -73,10 +73,10 @@ def mixture(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    dtype = _check(logits, ref_logits, labels)
+    _check(logits, ref_logits, labels)
     stats, sums = (
-        cpp.vector("stats", stats.reshape(-1), 5 * len(labels), dtype),
-        torch.empty(2, len(labels), dtype=dtype),
+        cpp.vector("stats", stats.reshape(-1), 5 * len(labels), torch.float32),
+        torch.empty(2, len(labels)),
     )
     policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, {})
     reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
@@ -106,24 +106,23 @@ def backward(
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
-    dtype = _check(logits, ref_logits, labels)
+    _check(logits, ref_logits, labels)
     cpp.check_out(out, logits)
-    grad = cpp.vector("grad", grad, len(labels), dtype)
-    stats = cpp.vector("stats", stats.reshape(-1), 5 * len(labels), dtype)
+    grad = cpp.vector("grad", grad, len(labels), torch.float32)
+    stats = cpp.vector("stats", stats.reshape(-1), 5 * len(labels), torch.float32)
     given = {} if coefficients is None else coefficients._asdict()
-    row = {name: cpp.vector(name, x, len(labels), dtype) for name, x in given.items() if x is not None}
+    row = {name: cpp.vector(name, x, len(labels), torch.float32) for name, x in given.items() if x is not None}
     policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, row, grad=cpp.matrix(out))
     reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
     _describe(policy, reference, kind, mix, stats, grad_value=grad.data_ptr()).backward(torch.get_num_threads())
 
 
-def _check(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> torch.dtype:
-    """The dtype of the statistics, once shapes, dtypes and devices are right."""
+def _check(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> None:
+    """Shapes, dtypes and devices are right."""
     cpp.check(logits, labels)
     cpp.check(ref_logits, labels)
     if logits.shape != ref_logits.shape:
         raise ValueError(f"ref_logits must be {tuple(logits.shape)} like the logits, got {tuple(ref_logits.shape)}")
-    return torch.float64 if torch.float64 in (logits.dtype, ref_logits.dtype) else torch.float32
 
 
 def _describe(policy: Any, reference: Any, kind: str, mix: float, stats: Tensor, **vectors: int) -> Any:

@@ -27,7 +27,7 @@ def forward(
     ``total = sum_v (z_v - max)``, ``top1 = 1`` where the label is the first column whose z is max, else 0.
 
     Args:
-        logits: ``[N, V]`` fp32, bf16, fp16 or fp64 on the CPU, of any strides.
+        logits: ``[N, V]`` fp32, bf16 or fp16 on the CPU, of any strides.
         labels: ``[N]`` int32 or int64; -100: row not scored (never read, all outputs 0); -1: the label is elsewhere
             (logps 0); any other label outside ``[0, V)`` gives NaN.
         temperature: a float or ``[N]``.
@@ -36,7 +36,7 @@ def forward(
         entropy, total, top1: whether to compute them.
 
     Returns:
-        ``(logps, entropy or None, max, logsum, total or None, top1 or None)``: ``[N]`` fp32 (fp64 for fp64 logits).
+        ``(logps, entropy or None, max, logsum, total or None, top1 or None)``: ``[N]`` fp32.
 
     Raises:
         ValueError: for a wrong shape, dtype or device.

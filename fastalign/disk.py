@@ -1,4 +1,4 @@
-"""Writes that fail, in one line: what, where, and of a full disk how much it needs and has."""
+"""Writing files: whole or not at all, flushed to the disk, and one line when it fails: what, where, how much space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def writing(what: str, path: Path, need: int = 0, remedy: str = "", then: str = 
         what, path: named in the error.
         need: bytes that will be written, if they are known: the block is not entered when they are not free.
         remedy: what to do about it.
-        then: or what to do once there is space, or the cause is mended.
+        then: or what to do once there is space, or the cause is fixed.
     """
     try:
         if need > free_bytes(path):
@@ -39,7 +39,7 @@ def writing(what: str, path: Path, need: int = 0, remedy: str = "", then: str = 
         raise
     except (OSError, SafetensorError) as error:
         if then:
-            remedy = f"{'free some space' if errno_of(error) in FULL else 'mend that'} and {then}"
+            remedy = f"{'free some space' if errno_of(error) in FULL else 'fix that'} and {then}"
         raise WriteError(
             f"cannot write {what} {path}: {reason(error, path, need)}{remedy and f'; {remedy}'}"
         ) from error
@@ -59,8 +59,8 @@ def errno_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if told := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
-            return int(told[1])
+        if found := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
+            return int(found[1])
         error = error.__cause__ or error.__context__
     return None
 
@@ -90,11 +90,30 @@ def readable(size: int) -> str:
 
 def write_whole(path: Path, text: str, what: str, then: str = "") -> None:
     """Replace a text file; one that cannot be written whole stays as it was."""
+    with writing(what, path, then=then):
+        replace_file(path, text.encode())
+
+
+def replace_file(path: Path, content: bytes, flushed: bool = False) -> None:
+    """Write a file beside its place and rename it; with ``flushed`` it is on the disk then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(what, path, then=then):
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+        temporary.write_bytes(content)
+        if flushed:
+            flush(temporary)
+        temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    if flushed:
+        flush(path.parent)
+
+
+def flush(path: Path, inside: bool = False) -> None:
+    """Force a file, or the entries of a directory, to the disk; with ``inside`` first all that the directory holds."""
+    for entry in [*(path.rglob("*") if inside else ()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""RAFT: sample, rank, fine-tune on the best. Here is the ranking; sampling and SFT are other programs."""
+"""Which sampled answers are trained on: the best of each prompt, the best of all, best against worst."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def top_fraction(rewards: Tensor, fraction: float) -> Tensor:
     order = rewards.flatten().argsort(descending=True, stable=True)[: int(rewards.numel() * fraction)]
     order = order[rewards.flatten()[order] > -torch.inf]
     return torch.stack([order // rewards.shape[1], order % rewards.shape[1]], 1)
+
+
+def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best answer to each prompt against its worst.
+
+    Source: Guo et al. 2024, online DPO (arXiv:2402.04792); the first of several best or worst counts.
+
+    Args:
+        rewards: ``[M, K]`` of K answers to each of M prompts.
+
+    Returns:
+        chosen and rejected: ``[M]`` int64 positions among the answers; keep: ``[M]`` bool, False where all are equal.
+    """
+    chosen, rejected = rewards.argmax(1), rewards.argmin(1)
+    return chosen, rejected, rewards.amax(1) > rewards.amin(1)
