@@ -194,7 +194,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*call[:TENSORS], entropies if entropy else None, maximum, logsum)
 
 
-def _backward(ctx, *upstream: Any, scale=_scale_directions, make=_backward_op):
+def _backward(ctx, *upstream: Any, scale: Any = _scale_directions, make: Any = _backward_op):
     upstream = upstream[:3]  # of logps, entropy and lse; the other outputs have none
     if all(grad is None for grad in upstream):
         grads = (None,) * 4

@@ -123,7 +123,7 @@ def statistics(call: Call, entropy: bool, total: bool = False, top1: bool = Fals
     """Those over the columns of all ranks; one all-gather where there are several."""
     (labels, owners), logits = call.rows(), call.logits
     if logits.shape[1]:
-        found = call.sweep.forward(logits, labels, entropy=entropy, total=total, top1=top1, **call.scaling)
+        found = Stats(*call.sweep.forward(logits, labels, entropy=entropy, total=total, top1=top1, **call.scaling))
     else:
         found = nothing(labels, stats_dtype(logits), entropy, total, top1)
     shard = make_shard(call.group, call.shards)

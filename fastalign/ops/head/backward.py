@@ -120,7 +120,7 @@ def new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leave
     if needs.hidden:
         hidden = torch.zeros(head.hidden.shape, dtype=held_in(head.hidden.dtype), device=device)
     bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needs.bias else None
-    return Leaves(hidden, *totals, bias)
+    return Leaves(hidden, totals[0], totals[1], bias)
 
 
 def in_input_dtypes(grads: Leaves, inputs: Leaves) -> Leaves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -283,7 +283,8 @@ def scaling_of(head: Head, start: int, stop: int) -> dict:
 
 def cut(stats: Stats, rows: slice | Tensor) -> Stats:
     """The statistics of some rows."""
-    return Stats(*[None if x is None else x[rows] for x in stats])
+    parts: list[Any] = [None if x is None else x[rows] for x in stats]
+    return Stats(*parts)
 
 
 def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
@@ -292,7 +293,8 @@ def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
         return parts[0]
     if not parts:
         return nothing(head.labels, kernel_dtype(head.options.dtype), entropy, head.options.label_smoothing != 0, True)
-    return Stats(*[None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)])
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return Stats(*columns)
 
 
 def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
