@@ -36,9 +36,8 @@ class Alarms:
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step, once for each kind of trouble."""
         step, loss = record["step"], record["loss"]
-        if self.first_loss is None:  # of this process
-            self.first_loss = loss
-        if loss > EXPLODED * max(1.0, abs(self.first_loss)):
+        first = self.first_loss = loss if self.first_loss is None else self.first_loss  # of this process
+        if loss > EXPLODED * max(1.0, abs(first)):
             self.warn("exploded", EXPLODING, step, loss)
         if record["grad_norm"] != 0 or loss == 0:
             self.zero_since = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,5 +110,6 @@ class LigerFusedLinearJSD(nn.Module):
 
 def _divergence(student: Pair, teacher: Pair, labels: Tensor, beta: float, temperature: float) -> Tensor:
     """The sum of the scored rows' divergences."""
-    bound = partial(linear_divergence, *student[:2], *teacher[:2], labels=labels, bias=student[2], ref_bias=teacher[2])
-    return gkd(bound, beta=beta, temperature=temperature).sum()
+    biases = {"bias": student[2], "ref_bias": teacher[2]}
+    divergence: Any = partial(linear_divergence, *student[:2], *teacher[:2], labels=labels, **biases)
+    return gkd(divergence, beta=beta, temperature=temperature).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,6 @@ def _tables(plan: Layout) -> tuple[Tensor, Tensor, Tensor]:
             spans += [(span.start, span.stop) for span in (*call.prefix, call)]
             calls.append((call.start, call.stop, first, len(spans)))
         ends = [n for n in range(1, len(order)) if tree[order[n]] != tree[order[n - 1]]]
-        rows = (calls, spans, [0, *ends, len(order)])
-        plan.cache["cpp"] = tuple(torch.tensor(x, dtype=torch.int64) for x in rows)
+        whole = partial(torch.tensor, dtype=torch.int64)
+        plan.cache["cpp"] = whole(calls), whole(spans), whole([0, *ends, len(order)])
     return plan.cache["cpp"]
