@@ -30,7 +30,7 @@ from fastalign.losses.reduce import segment_sum
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 from fastalign.parallel.clip import clip_gradients
-from fastalign.parallel.mesh import World
+from fastalign.parallel.mesh import Axis, World
 from fastalign.types import PackedBatch
 
 CPU = torch.device("cpu")
@@ -162,7 +162,7 @@ def batches(one: Trainee, examples: Sequence[TokenExample]) -> list[Any]:
     """One padded batch of all sequences, or packed micro-batches, for the fused head with their columns."""
     if not one.line.packed:
         return [pad(examples)]
-    packed, world = pack(examples, BUDGET, one.line.shared), World(0, 1, CPU)
+    packed, world = pack(examples, BUDGET, one.line.shared), World(Axis(), CPU)
     if not one.line.fused:
         return packed
     return prepare(one.models, packed, one.objective, measure_work(packed, world, 0), world, Stopwatch(CPU), {})

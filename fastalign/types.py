@@ -1,4 +1,4 @@
-"""The shapes that cross rooms, documented once.
+"""The shapes that cross packages, documented once.
 
 Letters, everywhere in this package: T packed tokens, N scored tokens, B sequences, P pairs, G group size,
 S segments, V vocabulary, D hidden size.

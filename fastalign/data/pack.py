@@ -80,9 +80,9 @@ def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks:
     """Members of each micro-batch of each rank: as few as the budget allows, equally many and of equal cost.
 
     Ranks wait for each other in every micro-batch, and the largest one decides what memory is needed, so all are made
-    alike: examples are spread over all micro-batches of all ranks, dearest first, each into the cheapest that has room;
-    where that needs more micro-batches than first-fit-decreasing, its bins are taken. Sorted by cost, they go to the
-    ranks round by round, in turns.
+    alike: examples are spread over all micro-batches of all ranks, most expensive first, each into the cheapest that
+    has room; where that needs more micro-batches than first-fit-decreasing, its bins are taken. Sorted by cost, they go
+    to the ranks round by round, in turns.
 
     Args:
         sizes: computed tokens of each example.
@@ -104,7 +104,7 @@ def deal(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_ranks:
 
 
 def spread(sizes: Sequence[int], costs: Sequence[float], capacity: int, num_bins: int) -> list[list[int]] | None:
-    """Indices in ``num_bins`` bins of like cost: dearest first, each to the cheapest with room; None if it has none."""
+    """Indices in ``num_bins`` bins of like cost: most expensive first, each to the cheapest with room, or None."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads, room = [0.0] * num_bins, [capacity] * num_bins
     for item in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):

@@ -102,7 +102,7 @@ def load(
     if hollow.stored is not None:
         fill(policy, hollow.read, world)
     else:
-        with told_before():
+        with without_repeated_warnings():
             fill(policy, FromMain(load_policy(section, **known) if world.is_main else None, world), world, every=True)
     policy.base_digest = None if policy.adapted is None else base_digest(policy, world)
     return policy
@@ -113,14 +113,14 @@ def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str,
     setting, world = known["setting"], start.world
     if world.mesh is not None:
         log.info("%s: every rank loads the whole model before it is sharded, as %s", setting, reason)
-    with told_before():
+    with without_repeated_warnings():
         policy = load_policy(section, **known)
     require_same(world, lora.sample(policy.named_parameters()), *other_weights(setting))
     return shard(policy.to(world.device), world, bf16=start.autocast)
 
 
 @contextmanager
-def told_before() -> Iterator[None]:
+def without_repeated_warnings() -> Iterator[None]:
     """Keep what a model is warned of from the log, where it is made for the second time."""
     logger = logging.getLogger("fastalign.models")
     was = logger.level

@@ -192,7 +192,7 @@ def choose(method: str, asked: Sequence[str]) -> dict[str, Loss]:
     aliases, default = canonical(known), next(iter(known))
     names = [aliases.get(name, name) for name in asked or [default]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"loss.name: {', '.join(twice)} stands more than once; name each loss of a sum once")
+        raise ValueError(f"loss.name: {', '.join(twice)} is listed more than once; name each loss of a sum once")
     for name in names:
         if name not in known and not custom.is_custom(name):
             raise ValueError(

@@ -87,7 +87,8 @@ def prepare(
 def weigh(step: Step, batch: PackedBatch) -> PackedBatch:
     """The reduction as weights; times the number of ranks, which undoes the average that gradient reduction takes."""
     work, size = step.work, step.world.data.size
-    totals = Totals(*(max(count, 1) / size for count in (work.scored, work.sequences, work.examples)))
+    tokens, sequences, examples = (max(count, 1) / size for count in (work.scored, work.sequences, work.examples))
+    totals = Totals(tokens=tokens, sequences=sequences, examples=examples)
     offsets = batch.cu_seqlens.to(step.world.device)
     return batch.fill(**weight_columns(step.objective.reduction, offsets, totals, batch.num_scored))
 

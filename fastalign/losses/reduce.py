@@ -71,7 +71,7 @@ def constant(losses: Tensor, num_sequences: int | Tensor, budget: int) -> Tensor
     return losses.sum() / (num_sequences * budget)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Totals:
     """What reductions divide by: counts over all ranks and micro-batches of the optimizer step.
 

@@ -136,6 +136,6 @@ def _with_tied(
         if len(found) > 1:
             return f"it holds the tied weights {' and '.join(found)}"
         if not found and tied[0] not in absent:
-            return f"it lacks {tied[0]}"
+            return f"it is missing {tied[0]}"
         places |= {name: places[found[0]] for name in tied if found}
     return Stored(files, places)

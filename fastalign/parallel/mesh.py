@@ -121,7 +121,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
             yield World(Axis(), device)
         return
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    with told_when_late(parallel.timeout_minutes):
+    with timeout_as_one_line(parallel.timeout_minutes):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         try:
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -135,7 +135,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
 
 
 @contextmanager
-def told_when_late(minutes: float) -> Iterator[None]:
+def timeout_as_one_line(minutes: float) -> Iterator[None]:
     """Turn what gloo raises when it has waited long enough into one line; nccl ends the process by itself."""
     try:
         yield

@@ -22,14 +22,15 @@ from fastalign_kernels.divergence_tiles import (
     KINDS,
     MIXTURE,
     _at_label,
-    _differentiate_tiles,
     _divergence,
     _label_logp,
     _mixture,
+    _pair,
+    _pair_gradient,
     _row_factors,
     _settled,
 )
-from fastalign_kernels.rows import COEFFICIENTS, ELSEWHERE, IGNORE, _whole, _write_zeros, tile
+from fastalign_kernels.rows import COEFFICIENTS, ELSEWHERE, IGNORE, tile
 
 # Neither another shape nor a slice of the rows compiles a kernel again.
 SIZES = ["num_rows", "vocab_size", "row_stride", "ref_row_stride"]
@@ -167,6 +168,8 @@ def divergence_backward_kernel(
 ):
     """Gradient of one row: one read of both streams, or none when it is zero, and one write; in place if wanted."""
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
+    out_dtype: tl.constexpr = out_ptr.dtype.element_ty
+    COLS: tl.constexpr = 1 << LOG_COLS
     ALGEBRA: tl.constexpr = g_ptr is not None
     vocab_size = vocab_size // VOCAB_ALIGN * VOCAB_ALIGN
     row_stride = row_stride // STRIDE_ALIGN * STRIDE_ALIGN
@@ -174,6 +177,9 @@ def divergence_backward_kernel(
     out_stride = out_stride // STRIDE_ALIGN * STRIDE_ALIGN
     row = tl.program_id(0).to(tl.int64)
     out_row_ptr = out_ptr + row * out_stride
+    lane = tl.arange(0, COLS)[None, :]
+    spot = tl.arange(0, ROWS)[:, None] * COLS + lane
+    whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
     label = tl.load(labels_ptr + row)
     d = tl.load(grad_ptr + row).to(dtype)
     g = tl.full((), 0.0, dtype)
@@ -187,7 +193,11 @@ def divergence_backward_kernel(
     if delta_ptr is not None:
         delta = tl.load(delta_ptr + row).to(dtype)
     if (label == IGNORE) | ((d == 0) & (g == 0) & (alpha == 0) & (beta == 0) & (delta == 0)):
-        _write_zeros(out_row_ptr, vocab_size, ROWS, LOG_COLS)
+        for start in range(0, whole, ROWS * COLS):
+            tl.store(out_row_ptr + start + spot, tl.zeros((ROWS, COLS), out_dtype))
+        for start in range(whole, vocab_size, COLS):
+            col = start + lane
+            tl.store(out_row_ptr + col, tl.zeros((1, COLS), out_dtype), mask=col < vocab_size)
     else:
         z_ptr = logits_ptr + row * row_stride
         q_ptr = ref_logits_ptr + row * ref_row_stride
@@ -213,14 +223,16 @@ def divergence_backward_kernel(
             tl.debug_barrier()  # every thread has read the label's logit before any overwrites it
         else:
             d = tl.where(valid, d, float("nan"))
-        rows, whole = (z_ptr, q_ptr, vocab_size, factors), _whole(vocab_size, ROWS, LOG_COLS)
-        given = (d, norms, share, target, algebra)
-        _differentiate_tiles(
-            out_row_ptr, rows, 0, whole, given, KIND, ALGEBRA, CAPPED, REF_CAPPED, ROWS, LOG_COLS, False
-        )
-        _differentiate_tiles(
-            out_row_ptr, rows, whole, vocab_size, given, KIND, ALGEBRA, CAPPED, REF_CAPPED, 1, LOG_COLS, True
-        )
+        for start in range(0, whole, ROWS * COLS):
+            col = start + spot
+            z, slope, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, False)
+            dz = _pair_gradient(z, q, col, d, norms, share, target, algebra, KIND, ALGEBRA)
+            tl.store(out_row_ptr + col, (dz * slope).to(out_dtype))
+        for start in range(whole, vocab_size, COLS):
+            col = start + lane
+            z, slope, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, True)
+            dz = _pair_gradient(z, q, col, d, norms, share, target, algebra, KIND, ALGEBRA)
+            tl.store(out_row_ptr + col, (dz * slope).to(out_dtype), mask=col < vocab_size)
 
 
 def forward(

@@ -6,19 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastalign_kernels.rows import (
-    ELSEWHERE,
-    FLOOR,
-    _columns,
-    _exp,
-    _expm1,
-    _factors,
-    _load,
-    _scaled,
-    _store,
-    _sum_lanes,
-    _whole,
-)
+from fastalign_kernels.rows import ELSEWHERE, FLOOR, _exp, _expm1, _factors, _scaled, _sum_lanes
 
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
@@ -42,7 +30,11 @@ def _row_factors(row, row_temperature_ptr, scales, CAPPED: tl.constexpr, REF_CAP
 @triton.jit
 def _load_row(ptr, col, vocab_size, inner, outer, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     """A tile of z and its slope; -inf beyond the vocabulary."""
-    z, slope = _scaled(_load(ptr, col, vocab_size, MASKED, "evict_first"), inner, outer, HAS_SOFTCAP)
+    if MASKED:
+        x = tl.load(ptr + col, mask=col < vocab_size, other=0.0, eviction_policy="evict_first")
+    else:
+        x = tl.load(ptr + col, eviction_policy="evict_first")
+    z, slope = _scaled(x, inner, outer, HAS_SOFTCAP)
     if MASKED:
         z = tl.where(col < vocab_size, z, float("-inf"))
     return z, slope
@@ -140,34 +132,48 @@ def _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED: tl.constexpr, REF_CAPP
 
 
 @triton.jit
-def _fold_tiles(lanes, rows, first, last, KIND, ENTROPY, CAPPED, REF_CAPPED, ROWS, LOG_COLS, MASKED):
-    """Fold the tiles of both streams from column ``first`` to ``last`` into the lanes of ``_fold``."""
-    z_ptr, q_ptr, vocab_size, factors = rows
-    m, s, n, t, w, e = lanes
-    for start in range(first, last, ROWS << LOG_COLS):
-        col = start + _columns(ROWS, LOG_COLS)
-        z, _, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, MASKED)
-        if KIND == FORWARD_KL:
-            m, s, n, t, w, e = _fold(m, s, n, t, w, e, q, z, True, ENTROPY)
-        else:
-            m, s, n, t, w, e = _fold(m, s, n, t, w, e, z, q, KIND != JSD, ENTROPY)
-    return m, s, n, t, w, e
-
-
-@triton.jit
-def _divergence(z_ptr, q_ptr, vocab_size, factors, KIND, ENTROPY, CAPPED, REF_CAPPED, ROWS, LOG_COLS):
+def _divergence(
+    z_ptr,
+    q_ptr,
+    vocab_size,
+    factors,
+    KIND: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOG_COLS: tl.constexpr,
+):
     """One walk over a pair of rows: max and logsum of z and of q, (no meaning for JSD) the divergence, z's entropy."""
-    OF: tl.constexpr = (2 if KIND == FORWARD_KL else 1) if ENTROPY else 0  # z among the streams as _fold is given them
-    low = tl.full((1 << LOG_COLS,), float("-inf"), factors[0].dtype)
-    zero = tl.zeros((1 << LOG_COLS,), factors[0].dtype)
-    rows = (z_ptr, q_ptr, vocab_size, factors)
-    whole = _whole(vocab_size, ROWS, LOG_COLS)
-    lanes = (low, zero, low, zero, zero, zero)
-    lanes = _fold_tiles(lanes, rows, 0, whole, KIND, OF, CAPPED, REF_CAPPED, ROWS, LOG_COLS, False)
-    m, s, n, t, w, e = _fold_tiles(lanes, rows, whole, vocab_size, KIND, OF, CAPPED, REF_CAPPED, 1, LOG_COLS, True)
-    top, logsum, ref_top, ref_logsum, value, entropy = _combine(m, s, n, t, w, e, OF, LOG_COLS)
+    COLS: tl.constexpr = 1 << LOG_COLS
+    CROSS: tl.constexpr = KIND != JSD
+    FIRST: tl.constexpr = 1 if ENTROPY else 0  # of the streams as _fold is given them
+    SECOND: tl.constexpr = 2 if ENTROPY else 0
+    m = tl.full((COLS,), float("-inf"), factors[0].dtype)
+    n = tl.full((COLS,), float("-inf"), factors[0].dtype)
+    s = tl.zeros((COLS,), factors[0].dtype)
+    t = tl.zeros((COLS,), factors[0].dtype)
+    w = tl.zeros((COLS,), factors[0].dtype)
+    e = tl.zeros((COLS,), factors[0].dtype)
+    lane = tl.arange(0, COLS)[None, :]
+    spot = tl.arange(0, ROWS)[:, None] * COLS + lane
+    whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
+    for start in range(0, whole, ROWS * COLS):
+        z, _, q = _pair(z_ptr, q_ptr, start + spot, vocab_size, factors, CAPPED, REF_CAPPED, False)
+        if KIND == FORWARD_KL:
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, q, z, True, SECOND)
+        else:
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, z, q, CROSS, FIRST)
+    for start in range(whole, vocab_size, COLS):
+        z, _, q = _pair(z_ptr, q_ptr, start + lane, vocab_size, factors, CAPPED, REF_CAPPED, True)
+        if KIND == FORWARD_KL:
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, q, z, True, SECOND)
+        else:
+            m, s, n, t, w, e = _fold(m, s, n, t, w, e, z, q, CROSS, FIRST)
     if KIND == FORWARD_KL:
-        top, logsum, ref_top, ref_logsum = ref_top, ref_logsum, top, logsum
+        ref_top, ref_logsum, top, logsum, value, entropy = _combine(m, s, n, t, w, e, SECOND, LOG_COLS)
+    else:
+        top, logsum, ref_top, ref_logsum, value, entropy = _combine(m, s, n, t, w, e, FIRST, LOG_COLS)
     return top, logsum, ref_top, ref_logsum, value, entropy
 
 
@@ -240,25 +246,32 @@ def _label_logp(row_ptr, label, vocab_size, inner, outer, top, logsum, CAPPED: t
 
 
 @triton.jit
-def _mixture_tiles(s, t, rows, first, last, norms, mix, CAPPED, REF_CAPPED, ROWS, LOG_COLS, MASKED):
-    """Add the tiles from column ``first`` to ``last`` to the lanes of ``_fold_mixture``."""
-    z_ptr, q_ptr, vocab_size, factors = rows
-    top, logsum, ref_top, ref_logsum = norms
-    for start in range(first, last, ROWS << LOG_COLS):
-        col = start + _columns(ROWS, LOG_COLS)
-        z, _, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, MASKED)
-        s, t = _fold_mixture(s, t, (z - top) - logsum, (q - ref_top) - ref_logsum, mix)
-    return s, t
-
-
-@triton.jit
-def _mixture(z_ptr, q_ptr, vocab_size, factors, norms, mix, CAPPED, REF_CAPPED, ROWS, LOG_COLS):
+def _mixture(
+    z_ptr,
+    q_ptr,
+    vocab_size,
+    factors,
+    norms,
+    mix,
+    CAPPED: tl.constexpr,
+    REF_CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOG_COLS: tl.constexpr,
+):
     """One walk over a pair of rows whose normalisers are known: sum p ln(p / M) and sum pi ln(pi / M)."""
-    zero = tl.zeros((1 << LOG_COLS,), norms[0].dtype)
-    rows = (z_ptr, q_ptr, vocab_size, factors)
-    whole = _whole(vocab_size, ROWS, LOG_COLS)
-    s, t = _mixture_tiles(zero, zero, rows, 0, whole, norms, mix, CAPPED, REF_CAPPED, ROWS, LOG_COLS, False)
-    s, t = _mixture_tiles(s, t, rows, whole, vocab_size, norms, mix, CAPPED, REF_CAPPED, 1, LOG_COLS, True)
+    COLS: tl.constexpr = 1 << LOG_COLS
+    top, logsum, ref_top, ref_logsum = norms
+    s = tl.zeros((COLS,), top.dtype)
+    t = tl.zeros((COLS,), top.dtype)
+    lane = tl.arange(0, COLS)[None, :]
+    spot = tl.arange(0, ROWS)[:, None] * COLS + lane
+    whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
+    for start in range(0, whole, ROWS * COLS):
+        z, _, q = _pair(z_ptr, q_ptr, start + spot, vocab_size, factors, CAPPED, REF_CAPPED, False)
+        s, t = _fold_mixture(s, t, (z - top) - logsum, (q - ref_top) - ref_logsum, mix)
+    for start in range(whole, vocab_size, COLS):
+        z, _, q = _pair(z_ptr, q_ptr, start + lane, vocab_size, factors, CAPPED, REF_CAPPED, True)
+        s, t = _fold_mixture(s, t, (z - top) - logsum, (q - ref_top) - ref_logsum, mix)
     return _sum_lanes(s, LOG_COLS), _sum_lanes(t, LOG_COLS)
 
 
@@ -290,18 +303,6 @@ def _pair_gradient(z, q, col, d, norms, mix, target, row, KIND: tl.constexpr, AL
         plain = p * (factor + beta * tl.maximum(log_p, FLOOR)) + delta
         dz = tl.where(d == 0, 0.0, dz) + tl.where(col == target, at_label, plain)
     return dz
-
-
-@triton.jit
-def _differentiate_tiles(out_ptr, rows, first, last, row, KIND, ALGEBRA, CAPPED, REF_CAPPED, ROWS, LOG_COLS, MASKED):
-    """Write the gradient from column ``first`` to ``last``: a tile is read whole before it is written."""
-    z_ptr, q_ptr, vocab_size, factors = rows
-    d, norms, mix, target, algebra = row
-    for start in range(first, last, ROWS << LOG_COLS):
-        col = start + _columns(ROWS, LOG_COLS)
-        z, slope, q = _pair(z_ptr, q_ptr, col, vocab_size, factors, CAPPED, REF_CAPPED, MASKED)
-        dz = _pair_gradient(z, q, col, d, norms, mix, target, algebra, KIND, ALGEBRA)
-        _store(out_ptr, col, (dz * slope).to(out_ptr.dtype.element_ty), vocab_size, MASKED, "")
 
 
 @triton.jit

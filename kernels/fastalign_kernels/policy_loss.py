@@ -23,14 +23,14 @@ from fastalign_kernels.rows import (
     IGNORE,
     ROW_VECTORS,
     SIZES,
-    _differentiate,
+    _combine,
     _exp,
     _factors,
+    _gradient,
     _label_gradient,
     _leads,
     _scaled,
-    _statistics,
-    _write_zeros,
+    _update,
     arguments,
 )
 
@@ -86,9 +86,13 @@ def policy_loss_kernel(
 ):
     """Table and gradient of every ``num_programs``-th row. ``out_ptr`` may be ``logits_ptr``, or None: no gradient."""
     dtype: tl.constexpr = table_ptr.dtype.element_ty
+    COLS: tl.constexpr = 1 << LOG_COLS
     vocab_size = vocab_size // VOCAB_ALIGN * VOCAB_ALIGN
     row_stride = row_stride // STRIDE_ALIGN * STRIDE_ALIGN
     out_stride = out_stride // STRIDE_ALIGN * STRIDE_ALIGN
+    lane = tl.arange(0, COLS)[None, :]
+    tile = tl.arange(0, ROWS)[:, None] * COLS + lane
+    whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
     zero = tl.full((), 0.0, dtype)
     row = tl.program_id(0).to(tl.int64)
     while row < num_rows:
@@ -101,9 +105,18 @@ def policy_loss_kernel(
         target = tl.full((), ELSEWHERE, tl.int32)
         if label != IGNORE:
             inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
-            m, top, logsum, h, _ = _statistics(
-                (row_ptr, vocab_size, inner, outer), HAS_SOFTCAP, ENTROPY, False, ROWS, LOG_COLS, ""
-            )
+            m = tl.full((COLS,), float("-inf"), dtype)
+            s = tl.zeros((COLS,), dtype)
+            t = tl.zeros((COLS,), dtype)
+            u = tl.zeros((COLS,), dtype)
+            for start in range(0, whole, ROWS * COLS):
+                z, _ = _scaled(tl.load(row_ptr + start + tile), inner, outer, HAS_SOFTCAP)
+                m, s, t, u = _update(m, s, t, u, z, None, 0, ENTROPY, False)
+            for start in range(whole, vocab_size, COLS):
+                mask = start + lane < vocab_size
+                z, _ = _scaled(tl.load(row_ptr + start + lane, mask=mask, other=0.0), inner, outer, HAS_SOFTCAP)
+                m, s, t, u = _update(m, s, t, u, z, mask, 0, ENTROPY, False)
+            top, logsum, h, _ = _combine(m, s, t, u, vocab_size, ENTROPY, False, LOG_COLS)
             if ENTROPY:
                 entropy = h
             inside = (label >= 0) & (label < vocab_size)
@@ -164,13 +177,56 @@ def policy_loss_kernel(
         tl.store(column_ptr + 12 * num_rows, top1)
         if out_ptr is not None:
             out_row_ptr = out_ptr + row * out_stride
+            out_dtype: tl.constexpr = out_ptr.dtype.element_ty
             tl.debug_barrier()  # every thread has read the label's logit before any overwrites it
             if (g == 0) & (alpha == 0) & (beta == 0):
-                _write_zeros(out_row_ptr, vocab_size, ROWS, LOG_COLS)
+                for start in range(0, whole, ROWS * COLS):
+                    tl.store(out_row_ptr + start + tile, tl.zeros((ROWS, COLS), out_dtype))
+                for start in range(whole, vocab_size, COLS):
+                    col = start + lane
+                    tl.store(out_row_ptr + col, tl.zeros((1, COLS), out_dtype), mask=col < vocab_size)
             else:
-                given = (target, at_label, factor, beta, zero, top, logsum)
-                place = (row_ptr, vocab_size, inner, outer)
-                _differentiate(out_row_ptr, place, given, HAS_SOFTCAP, HAS_BETA, False, ROWS, LOG_COLS, "evict_first")
+                for start in range(0, whole, ROWS * COLS):
+                    col = start + tile
+                    x = tl.load(row_ptr + col, eviction_policy="evict_first")
+                    dx = _gradient(
+                        x,
+                        col,
+                        target,
+                        at_label,
+                        factor,
+                        beta,
+                        zero,
+                        top,
+                        logsum,
+                        inner,
+                        outer,
+                        HAS_SOFTCAP,
+                        HAS_BETA,
+                        False,
+                    )
+                    tl.store(out_row_ptr + col, dx.to(out_dtype), eviction_policy="evict_first")
+                for start in range(whole, vocab_size, COLS):
+                    col = start + lane
+                    mask = col < vocab_size
+                    x = tl.load(row_ptr + col, mask=mask, other=0.0, eviction_policy="evict_first")
+                    dx = _gradient(
+                        x,
+                        col,
+                        target,
+                        at_label,
+                        factor,
+                        beta,
+                        zero,
+                        top,
+                        logsum,
+                        inner,
+                        outer,
+                        HAS_SOFTCAP,
+                        HAS_BETA,
+                        False,
+                    )
+                    tl.store(out_row_ptr + col, dx.to(out_dtype), mask=mask, eviction_policy="evict_first")
         row += tl.num_programs(0)
 
 

@@ -85,38 +85,6 @@ def _scaled(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, col, vocab_size, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    """A tile of a row of logits; with MASKED it may reach beyond the vocabulary, where it holds 0."""
-    if MASKED:
-        x = tl.load(ptr + col, mask=col < vocab_size, other=0.0, eviction_policy=EVICTION)
-    else:
-        x = tl.load(ptr + col, eviction_policy=EVICTION)
-    return x
-
-
-@triton.jit
-def _store(ptr, col, x, vocab_size, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    """A tile of a row, without what is beyond the vocabulary."""
-    if MASKED:
-        tl.store(ptr + col, x, mask=col < vocab_size, eviction_policy=EVICTION)
-    else:
-        tl.store(ptr + col, x, eviction_policy=EVICTION)
-
-
-@triton.jit
-def _whole(vocab_size, ROWS: tl.constexpr, LOG_COLS: tl.constexpr):
-    """How many columns the whole tiles of a row cover, which need no mask; the rest has tiles of one row, masked."""
-    return vocab_size // (ROWS << LOG_COLS) * (ROWS << LOG_COLS)
-
-
-@triton.jit
-def _columns(ROWS: tl.constexpr, LOG_COLS: tl.constexpr):
-    """The columns of the first tile of a row."""
-    COLS: tl.constexpr = 1 << LOG_COLS
-    return tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-
-
-@triton.jit
 def _update(m, s, t, u, z, mask, num_seen, ENTROPY: tl.constexpr, TOTAL: tl.constexpr):
     """Fold a tile into the lanes: m = max z, s = sum exp(z - m), t = sum exp(z - m) (z - m), u = sum (z - m).
 
@@ -168,35 +136,6 @@ def _combine(m, s, t, u, vocab_size, ENTROPY: tl.constexpr, TOTAL: tl.constexpr,
 
 
 @triton.jit
-def _fold_tiles(lanes, row, first, last, HAS_SOFTCAP, ENTROPY, TOTAL, ROWS, LOG_COLS, MASKED, EVICTION):
-    """Fold the tiles from column ``first`` to ``last`` into the lanes of ``_update``."""
-    row_ptr, vocab_size, inner, outer = row
-    m, s, t, u = lanes
-    spot = _columns(ROWS, LOG_COLS)
-    for start in range(first, last, ROWS << LOG_COLS):
-        col = start + spot
-        z, _ = _scaled(_load(row_ptr, col, vocab_size, MASKED, EVICTION), inner, outer, HAS_SOFTCAP)
-        mask = col < vocab_size if MASKED else None
-        m, s, t, u = _update(m, s, t, u, z, mask, start >> LOG_COLS, ENTROPY, TOTAL)
-    return m, s, t, u
-
-
-@triton.jit
-def _statistics(row, HAS_SOFTCAP, ENTROPY, TOTAL, ROWS, LOG_COLS, EVICTION):
-    """One walk over a row (pointer, vocab_size, inner, outer): the lanes' maxima, and the row's statistics."""
-    _, vocab_size, inner, _ = row
-    low = tl.full((1 << LOG_COLS,), float("-inf"), inner.dtype)
-    zero = tl.zeros((1 << LOG_COLS,), inner.dtype)
-    whole = _whole(vocab_size, ROWS, LOG_COLS)
-    lanes = (low, zero, zero, zero)
-    lanes = _fold_tiles(lanes, row, 0, whole, HAS_SOFTCAP, ENTROPY, TOTAL, ROWS, LOG_COLS, False, EVICTION)
-    lanes = _fold_tiles(lanes, row, whole, vocab_size, HAS_SOFTCAP, ENTROPY, TOTAL, 1, LOG_COLS, True, EVICTION)
-    m, s, t, u = lanes
-    top, logsum, entropy, total = _combine(m, s, t, u, vocab_size, ENTROPY, TOTAL, LOG_COLS)
-    return m, top, logsum, entropy, total
-
-
-@triton.jit
 def _leads(row_ptr, label, hit, m, top, inner, outer, HAS_SOFTCAP: tl.constexpr, LOG_COLS: tl.constexpr):
     """Whether a label that has the row's maximum is the first column that has it.
 
@@ -228,9 +167,23 @@ def _label_gradient(x, g, alpha, beta, delta, top, logsum, inner, outer, HAS_SOF
 
 
 @triton.jit
-def _gradient(x, col, given, inner, outer, HAS_SOFTCAP, HAS_BETA, HAS_DELTA):
+def _gradient(
+    x,
+    col,
+    target,
+    at_label,
+    factor,
+    beta,
+    delta,
+    top,
+    logsum,
+    inner,
+    outer,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+):
     """Gradient with respect to a tile of logits: (p (factor + beta ln p) + delta) dz/dx, and what is at the label."""
-    target, at_label, factor, beta, delta, top, logsum = given
     z, slope = _scaled(x, inner, outer, HAS_SOFTCAP)
     log_p = (z - top) - logsum
     coefficient = factor
@@ -240,38 +193,6 @@ def _gradient(x, col, given, inner, outer, HAS_SOFTCAP, HAS_BETA, HAS_DELTA):
     if HAS_DELTA:
         dz += delta
     return tl.where(col == target, at_label, dz * slope)
-
-
-@triton.jit
-def _differentiate_tiles(out_ptr, row, given, first, last, SOFTCAP, BETA, DELTA, ROWS, LOG_COLS, MASKED, EVICTION):
-    """Write the gradient from column ``first`` to ``last``: a tile is read whole before it is written."""
-    row_ptr, vocab_size, inner, outer = row
-    spot = _columns(ROWS, LOG_COLS)
-    for start in range(first, last, ROWS << LOG_COLS):
-        col = start + spot
-        x = _load(row_ptr, col, vocab_size, MASKED, "evict_first")
-        dx = _gradient(x, col, given, inner, outer, SOFTCAP, BETA, DELTA)
-        _store(out_ptr, col, dx.to(out_ptr.dtype.element_ty), vocab_size, MASKED, EVICTION)
-
-
-@triton.jit
-def _differentiate(out_ptr, row, given, SOFTCAP, BETA, DELTA, ROWS, LOG_COLS, EVICTION):
-    """Write the gradient of a row (pointer, vocab_size, inner, outer): one read, and one write with EVICTION."""
-    whole = _whole(row[1], ROWS, LOG_COLS)
-    _differentiate_tiles(out_ptr, row, given, 0, whole, SOFTCAP, BETA, DELTA, ROWS, LOG_COLS, False, EVICTION)
-    _differentiate_tiles(out_ptr, row, given, whole, row[1], SOFTCAP, BETA, DELTA, 1, LOG_COLS, True, EVICTION)
-
-
-@triton.jit
-def _write_zeros(out_ptr, vocab_size, ROWS: tl.constexpr, LOG_COLS: tl.constexpr):
-    """The gradient of a row that has none."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    whole = _whole(vocab_size, ROWS, LOG_COLS)
-    for start in range(0, whole, ROWS << LOG_COLS):
-        tl.store(out_ptr + start + _columns(ROWS, LOG_COLS), tl.zeros((ROWS, 1 << LOG_COLS), dtype))
-    for start in range(whole, vocab_size, 1 << LOG_COLS):
-        col = start + _columns(1, LOG_COLS)
-        tl.store(out_ptr + col, tl.zeros((1, 1 << LOG_COLS), dtype), mask=col < vocab_size)
 
 
 def tile(vocab_size: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -22,13 +22,13 @@ from fastalign_kernels.rows import (
     IGNORE,
     ROW_VECTORS,
     SIZES,
-    _differentiate,
+    _combine,
     _factors,
+    _gradient,
     _label_gradient,
     _leads,
     _scaled,
-    _statistics,
-    _write_zeros,
+    _update,
     arguments,
 )
 
@@ -57,6 +57,7 @@ def forward_kernel(
 ):
     """Statistics of one row: one read of its logits, or none when the row is masked."""
     dtype: tl.constexpr = logps_ptr.dtype.element_ty
+    COLS: tl.constexpr = 1 << LOG_COLS
     ENTROPY: tl.constexpr = entropy_ptr is not None
     TOTAL: tl.constexpr = total_ptr is not None
     TOP1: tl.constexpr = top1_ptr is not None
@@ -74,9 +75,23 @@ def forward_kernel(
     if label != IGNORE:
         row_ptr = logits_ptr + row * row_stride
         inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
-        m, top, logsum, entropy, total = _statistics(
-            (row_ptr, vocab_size, inner, outer), HAS_SOFTCAP, ENTROPY, TOTAL, ROWS, LOG_COLS, "evict_first"
-        )
+        m = tl.full((COLS,), float("-inf"), dtype)
+        s = tl.zeros((COLS,), dtype)
+        t = tl.zeros((COLS,), dtype)
+        u = tl.zeros((COLS,), dtype)
+        lane = tl.arange(0, COLS)[None, :]
+        tile = tl.arange(0, ROWS)[:, None] * COLS + lane
+        whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
+        for start in range(0, whole, ROWS * COLS):
+            x = tl.load(row_ptr + start + tile, eviction_policy="evict_first")
+            z, _ = _scaled(x, inner, outer, HAS_SOFTCAP)
+            m, s, t, u = _update(m, s, t, u, z, None, start // COLS, ENTROPY, TOTAL)
+        for start in range(whole, vocab_size, COLS):
+            mask = start + lane < vocab_size
+            x = tl.load(row_ptr + start + lane, mask=mask, other=0.0, eviction_policy="evict_first")
+            z, _ = _scaled(x, inner, outer, HAS_SOFTCAP)
+            m, s, t, u = _update(m, s, t, u, z, mask, start // COLS, ENTROPY, TOTAL)
+        top, logsum, entropy, total = _combine(m, s, t, u, vocab_size, ENTROPY, TOTAL, LOG_COLS)
         inside = (label >= 0) & (label < vocab_size)
         target, _ = _scaled(tl.load(row_ptr + label, mask=inside, other=0.0), inner, outer, HAS_SOFTCAP)
         logp = tl.where(label == ELSEWHERE, 0.0, tl.where(inside, (target - top) - logsum, float("nan")))
@@ -123,6 +138,8 @@ def backward_kernel(
     ``out_ptr`` may be ``logits_ptr``: a tile is read whole before it is written, and no other tile reads it.
     """
     dtype: tl.constexpr = max_ptr.dtype.element_ty
+    out_dtype: tl.constexpr = out_ptr.dtype.element_ty
+    COLS: tl.constexpr = 1 << LOG_COLS
     HAS_BETA: tl.constexpr = beta_ptr is not None
     HAS_DELTA: tl.constexpr = delta_ptr is not None
     vocab_size = vocab_size // VOCAB_ALIGN * VOCAB_ALIGN
@@ -130,6 +147,9 @@ def backward_kernel(
     out_stride = out_stride // STRIDE_ALIGN * STRIDE_ALIGN
     row = tl.program_id(0).to(tl.int64)
     out_row_ptr = out_ptr + row * out_stride
+    lane = tl.arange(0, COLS)[None, :]
+    tile = tl.arange(0, ROWS)[:, None] * COLS + lane
+    whole = vocab_size // (ROWS * COLS) * (ROWS * COLS)
     label = tl.load(labels_ptr + row)
     g = tl.load(g_ptr + row).to(dtype)
     alpha = tl.full((), 0.0, dtype)
@@ -142,7 +162,11 @@ def backward_kernel(
     if HAS_DELTA:
         delta = tl.load(delta_ptr + row).to(dtype)
     if (label == IGNORE) | ((g == 0) & (alpha == 0) & (beta == 0) & (delta == 0)):
-        _write_zeros(out_row_ptr, vocab_size, ROWS, LOG_COLS)
+        for start in range(0, whole, ROWS * COLS):
+            tl.store(out_row_ptr + start + tile, tl.zeros((ROWS, COLS), out_dtype))
+        for start in range(whole, vocab_size, COLS):
+            col = start + lane
+            tl.store(out_row_ptr + col, tl.zeros((1, COLS), out_dtype), mask=col < vocab_size)
     else:
         row_ptr = logits_ptr + row * row_stride
         inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
@@ -154,9 +178,47 @@ def backward_kernel(
         at_label = _label_gradient(chosen, g, alpha, beta, delta, top, logsum, inner, outer, HAS_SOFTCAP)
         factor = tl.where(inside | (label == ELSEWHERE), alpha - g, float("nan"))
         tl.debug_barrier()  # every thread has read the label's logit before any overwrites it
-        given = (target, at_label, factor, beta, delta, top, logsum)
-        place = (row_ptr, vocab_size, inner, outer)
-        _differentiate(out_row_ptr, place, given, HAS_SOFTCAP, HAS_BETA, HAS_DELTA, ROWS, LOG_COLS, "")
+        for start in range(0, whole, ROWS * COLS):
+            col = start + tile
+            x = tl.load(row_ptr + col, eviction_policy="evict_first")
+            dx = _gradient(
+                x,
+                col,
+                target,
+                at_label,
+                factor,
+                beta,
+                delta,
+                top,
+                logsum,
+                inner,
+                outer,
+                HAS_SOFTCAP,
+                HAS_BETA,
+                HAS_DELTA,
+            )
+            tl.store(out_row_ptr + col, dx.to(out_dtype))
+        for start in range(whole, vocab_size, COLS):
+            col = start + lane
+            mask = col < vocab_size
+            x = tl.load(row_ptr + col, mask=mask, other=0.0, eviction_policy="evict_first")
+            dx = _gradient(
+                x,
+                col,
+                target,
+                at_label,
+                factor,
+                beta,
+                delta,
+                top,
+                logsum,
+                inner,
+                outer,
+                HAS_SOFTCAP,
+                HAS_BETA,
+                HAS_DELTA,
+            )
+            tl.store(out_row_ptr + col, dx.to(out_dtype), mask=mask)
 
 
 def forward(

@@ -49,7 +49,7 @@ def test_a_wrong_objective_is_answered_with_the_accepted_names(method, loss, wor
         ("dpo", {"name": ["dpo", "cpo"], "cpo_alpha": -1.0}, r"loss\.cpo_alpha must be at least 0"),
         ("distill", {"temperature": 0.0}, r"gkd: temperature must be above 0, got 0\.0"),
         ("distill", {"beta": 1.5}, r"gkd: beta must be in \[0, 1\], got 1\.5"),
-        ("dpo", {"name": ["dpo", "sigmoid"]}, r"dpo stands more than once; name each loss of a sum once"),
+        ("dpo", {"name": ["dpo", "sigmoid"]}, r"dpo is listed more than once; name each loss of a sum once"),
         ("kto", {"name": ["kto", "bco"]}, r"kto takes one loss, .* got kto, bco"),
         ("reward", {"name": ["reward", "k_wise"]}, r"reward takes one loss, .* got reward, k_wise"),
     ],

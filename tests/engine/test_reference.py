@@ -256,7 +256,7 @@ def test_the_main_rank_looks_up_and_sends_a_bit_for_each_example(configure, monk
     store.refresh()
     main = look_up(store, demands, Main(Axis(0, 2), ALONE.device))
     assert (main.count, main.hits, main.misses, len(main.keys)) == (21, 3, 18, 21)
-    assert [np.flatnonzero(~each).tolist() for each in main.lacking] == [[0, 5], [0, 1, 2]]  # the 3 comes first above
+    assert [np.flatnonzero(~each).tolist() for each in main.missing] == [[0, 5], [0, 1, 2]]  # the 3 comes first above
     assert sum(values.nbytes for values in sent) == 8 + 3
     missing = list(missing_examples(main))
     with monkeypatch.context() as patch:
@@ -267,7 +267,7 @@ def test_the_main_rank_looks_up_and_sends_a_bit_for_each_example(configure, monk
         assert keys == same and [e.example_id for e in mine] == [e.example_id for e in theirs] == list(range(18))
 
 
-def test_what_one_rank_does_not_see_is_lacking(configure, tmp_path):
+def test_what_one_rank_does_not_see_is_missing(configure, tmp_path):
     class Later(World):
         def gather_objects(self, value):
             return [value, value[:1]]

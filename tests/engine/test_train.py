@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(poisoned, 
 
 def test_a_reference_that_no_loss_reads_is_told(configure, caplog):
     train(configure("dpo", **{"loss.name": "simpo", "reference.path": "absent", "run.steps": 1}))
-    assert "reference.path is not read: loss simpo compares with no reference" in caplog.text
+    assert "reference.path is ignored: simpo is reference-free" in caplog.text
 
 
 def test_evaluation_alone_gives_what_the_run_reported(configure, materials):

@@ -207,8 +207,6 @@ def test_whole_weights_beside_an_adapter_train_in_fp32_and_are_used_rounded(monk
     gradients = (weighted_gradients(x, trained(p)) for x, p in zip((want, got), policies, strict=True))
     pairs = list(zip(*gradients, strict=True))
     assert all(torch.equal(a.float(), b) and b.any() for a, b in pairs) and len(pairs) > 4
-    for (name, a), (again, b) in zip(*(lora.identity(policy)[0] for policy in policies), strict=True):
-        assert name == again and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_a_step_too_small_for_half_precision_is_kept_but_not_exported(tmp_path):

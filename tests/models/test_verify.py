@@ -12,6 +12,7 @@ from fastalign.models import policy as policy_module
 from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention, unpack_group, verify_packed
 from fastalign.ops import attention, dispatch
+from fastalign.ops.backends.sdpa import attention as sdpa
 from fastalign.types import Segments
 
 
@@ -90,7 +91,7 @@ def top_left_mask(monkeypatch):
     def mask(num_queries, num_keys, plan, device):
         return torch.ones(num_queries, num_keys, dtype=torch.bool).tril()
 
-    monkeypatch.setattr(attention, "_corner_mask", mask)
+    monkeypatch.setattr(sdpa, "_corner_mask", mask)
     monkeypatch.setattr(dispatch, "choose_attention", lambda *_: "sdpa")  # the native attention has no mask
 
 

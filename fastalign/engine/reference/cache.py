@@ -1,4 +1,4 @@
-"""Filling the cache of reference log-probs: whether that is less work, what it lacks, and each rank's share of it."""
+"""Filling the cache of reference log-probs: whether that is less work, what is missing, each rank's share of it."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Demand:
 
 @dataclass(frozen=True)
 class Filling:
-    """A cache and what it lacks.
+    """A cache and what is missing in it.
 
     Attributes:
         store: the cache.
         demands: all that the run reads.
-        lacking: for each of them, `[n]` bool over its examples and their mismatched ones: to be computed, of equal ones
+        missing: for each of them, `[n]` bool over its examples and their mismatched ones: to be computed, of equal ones
             the first; the same on every rank.
         count: how many different examples the demands have.
         keys: theirs, on the main rank; a million of them would take long to send.
@@ -81,14 +81,14 @@ class Filling:
 
     store: RefCache
     demands: Sequence[Demand]
-    lacking: Sequence[np.ndarray]
+    missing: Sequence[np.ndarray]
     count: int
     keys: Sequence[bytes]
 
     @property
     def misses(self) -> int:
         """Examples that are to be computed."""
-        return sum(int(np.count_nonzero(each)) for each in self.lacking)
+        return sum(int(np.count_nonzero(each)) for each in self.missing)
 
     @property
     def hits(self) -> int:
@@ -123,7 +123,9 @@ def open_cache(config: Config, space: str, demands: Sequence[Demand], policy: Po
     misses = filling.misses
     wanted = asked != "auto" or misses <= WORTH * uses
     if not wanted and not is_memory_short(policy, world, config.optim.master_weights):
-        text = "reference: with every batch, %d sequences or groups, as the cache lacks %d (reference.cache is auto)"
+        text = (
+            "reference: with every batch, %d sequences or groups, %d of them not in the cache (reference.cache is auto)"
+        )
         log.info(text, uses, misses)
         return None
     problem = cannot_share(filling.store.directory, world) if misses else None
@@ -141,22 +143,22 @@ def default_directory(config: Config) -> Path:
 
 
 def look_up(store: RefCache, demands: Sequence[Demand], world: World) -> Filling:
-    """What a cache has and lacks of the demands: the main rank looks, the others are sent a bit for each example.
+    """Which of the demands a cache has: the main rank looks, the others are sent a bit for each example.
 
-    Ranks may have opened the cache at different moments: what not all of them see is lacking.
+    Ranks may have opened the cache at different moments: what not all of them see is missing.
     """
     seen_by_all = frozenset.intersection(*map(frozenset, world.gather_objects(store.shards)))
     ends = np.cumsum([len(demand.indices) * parts_each(demand) for demand in demands])
     keys: Sequence[bytes] = ()
-    lacking = np.zeros(ends[-1], dtype=bool)
+    missing = np.zeros(ends[-1], dtype=bool)
     if world.is_main:
         first = first_places(demands)
         keys, places = list(first), np.fromiter(first.values(), dtype=np.int64)
-        lacking[places[~store.has(keys, seen_by_all)]] = True
+        missing[places[~store.has(keys, seen_by_all)]] = True
     count = world.broadcast(torch.tensor([len(keys)])).item()
-    bits = world.broadcast(torch.from_numpy(np.packbits(lacking))).numpy()
-    lacking = np.unpackbits(bits, count=len(lacking)).astype(bool)
-    return Filling(store, demands, np.split(lacking, ends[:-1]), int(count), keys)
+    bits = world.broadcast(torch.from_numpy(np.packbits(missing))).numpy()
+    missing = np.unpackbits(bits, count=len(missing)).astype(bool)
+    return Filling(store, demands, np.split(missing, ends[:-1]), int(count), keys)
 
 
 def first_places(demands: Sequence[Demand]) -> dict[bytes, int]:
@@ -215,7 +217,7 @@ def cannot_share(directory: Path, world: World) -> str | None:
 
 
 def fill(filling: Filling, score: Score, batch: BatchConfig, world: World) -> None:
-    """Compute what a cache lacks, each rank its share, and see that every rank can read it.
+    """Compute what is missing in a cache, each rank its share, and see that every rank can read it.
 
     Nothing here draws from a generator or moves the training data's position.
 
@@ -267,9 +269,9 @@ def write(store: RefCache, entries: dict[bytes, np.ndarray]) -> None:
 
 
 def missing_examples(filling: Filling) -> Iterator[tuple[list[TokenExample], list[bytes]]]:
-    """Windows of examples that the cache lacks, equal ones once, numbered by place in the window; and their keys."""
-    for demand, lacking in zip(filling.demands, filling.lacking, strict=True):
-        of_example = lacking.reshape(len(demand.indices), -1)  # itself, and its mismatched one
+    """Windows of examples that are not in the cache, equal ones once, numbered by place; and their keys."""
+    for demand, missing in zip(filling.demands, filling.missing, strict=True):
+        of_example = missing.reshape(len(demand.indices), -1)  # itself, and its mismatched one
         for start in range(0, len(demand.indices), WINDOW):
             places = start + np.flatnonzero(of_example[start : start + WINDOW].any(1))
             if len(places) == 0:

@@ -3,9 +3,9 @@
     does the loss read one?  -- no --------------------------------------------------> none
       | yes: reference.path, or else the policy as it starts
     are log-probs kept (reference.cache)?
-      | no                                    | yes: those that the cache lacks are computed now, then they are data,
+      | no                                    | yes: missing ones are computed now, then they are data,
       |                                       |      and no reference stays in memory. One of reference.path is not
-      |                                       |      even loaded when the cache lacks none
+      |                                       |      even loaded when none is missing
     reference.path?  -- yes ------------------+--------------------------------------> loaded from there, frozen
       | no
     does only an adapter train, that adds nothing yet?  -- yes ----------------------> the policy without its adapter
@@ -32,7 +32,7 @@ from fastalign.data import cache
 from fastalign.data.loader import Examples
 from fastalign.data.ref_cache import Referenced
 from fastalign.engine.forward import Models, chunks
-from fastalign.engine.loading import Start, load, sharded, told_before, verified
+from fastalign.engine.loading import Start, load, sharded, verified, without_repeated_warnings
 from fastalign.engine.methods import Objective
 from fastalign.engine.reference.cache import TEMPERATURE, Filling, check_agreement, fill, open_cache
 from fastalign.engine.reference.fingerprint import computation, fingerprint, origin_of
@@ -81,7 +81,7 @@ def settle_reference(start: Start, policy: Policy, share_prefix: bool) -> Refere
     config, objective = start.config, start.objective
     if not objective.needs_reference:
         if config.reference.path is not None:
-            log.warning("reference.path is not read: loss %s compares with no reference", objective.name)
+            log.warning("reference.path is ignored: %s is reference-free", objective.name)
         return Reference(None, start.examples, share_prefix)
     if objective.head == "distributions":
         refuse_adapted_head(objective, policy)
@@ -174,7 +174,7 @@ def sharded_copy(start: Start, policy: Policy) -> Policy:
     """`frozen_copy` of a sharded policy: the same model made anew, and each rank copies its parts of the weights."""
     known: dict[str, Any] = {"tokenizer": start.tokenizer, "seed": start.config.run.seed}
     scalar = policy.has_scalar_head
-    with told_before():
+    with without_repeated_warnings():
         reference = sharded(start, hollow_policy(start.config.model, scalar_head=scalar, **known))
     ours: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
 
@@ -206,7 +206,7 @@ def refuse_sizes(objective: Objective, policy: Policy, reference: Policy) -> Non
 
 
 def fill_cache(start: Start, filling: Filling, reference: Policy | None, share_prefix: bool) -> list[Examples]:
-    """The data with their log-probs, computed now as far as the cache lacks them; no reference where it lacks none."""
+    """The data with their log-probs, computed now where they are missing; no reference where none is."""
     batch, world = start.batch(share_prefix), start.world
 
     def score(micro: PackedBatch) -> Tensor:

@@ -140,7 +140,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         tokens = torch.as_tensor(len(rows.labels), device=rows.labels.device)
         if self.loss_type in ("dapo", "cispo"):
             tokens = _global_tokens(tokens, num_items)
-        totals = Totals(tokens.clamp(min=1), len(rows.cu_seqlens) - 1, self.max_completion_length)
+        sequences, budget = len(rows.cu_seqlens) - 1, self.max_completion_length
+        totals = Totals(tokens=tokens.clamp(min=1), sequences=sequences, budget=budget)
         return token_weights(REDUCTIONS[self.loss_type], rows.cu_seqlens, totals)
 
     def _of_chunk(self, stats: TokenStats, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
