@@ -53,7 +53,7 @@ def head_fields(
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype.itemsize > weight.dtype.itemsize:
         weight = weight.to(hidden.dtype)  # the ops would take the narrower of the two
     options = {"bias": head.bias, "num_scored": len(labels), **scaling.options(scaling.temperature)}
-    call, trainable = make_call("linear_logps", hidden, weight, labels, {}, **options)
+    call, trainable = make_call("linear_logps", hidden, weight, labels, options, {})
     logps, entropy, _, top1 = row_stats(call, Wanted("entropy" in wanted, lse=False), trainable)
     sum_sq = mean = None
     with torch.no_grad():

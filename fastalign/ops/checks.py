@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,8 @@ def kernel_labels(labels: Tensor, vocab: int) -> Tensor:
     """
     if labels.device.type != "cpu":
         return torch.where(labels == -1, vocab, labels)
+    if not len(labels) or (bool(labels.amin() >= 0) and bool(labels.amax() < vocab)):
+        return labels
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -191,3 +194,36 @@ def check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"expected q, k and v all in fp64, or each in fp32, bf16 or fp16; got {got}")
     if len({*devices}) > 1:
         raise ValueError(f"expected q, k and v on one device, got {', '.join(map(str, devices))}")
+
+
+def checked_offsets(name: str, offsets: Tensor, total: int, unit: str) -> list[int]:
+    """Offsets as a list; they start at 0, never decrease and end at ``total``."""
+    if offsets.dim() != 1 or offsets.is_floating_point() or offsets.numel() == 0:
+        raise ValueError(f"{name} must be a 1-D integer tensor of offsets, got {offsets.dtype} {list(offsets.shape)}")
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"{name} must rise from 0 to {total}, the number of {unit}; got {values[0]} ... {values[-1]}"
+            f"{'' if values == sorted(values) else ', not in order'}"
+        )
+    return values
+
+
+def stats_dtype(*inputs: Tensor | None) -> torch.dtype:
+    """fp64 if any input is fp64, else fp32."""
+    for x in inputs:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def split_temperature(temperature: float | Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """A number and an optional ``[N]`` tensor, one per row of ``rows``: operator schemas have no union.
+
+    While tracing, a number other than 1 becomes a tensor: as an operator's argument every value of it is a new graph.
+    """
+    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1:
+        temperature = torch.full(rows.shape[:1], temperature, dtype=dtype, device=rows.device)
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.to(dtype).contiguous()
+    return float(temperature), None

@@ -87,6 +87,7 @@ def choose(op: str, backend: str | None, device: str, float64: bool = False) -> 
     return chosen
 
 
+@cache
 def kernels(op: str, backend: str | None, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
     """The module with the kernels ``forward`` and ``backward`` of ``op`` for logits of these dtypes."""
     return importlib.import_module(place(choose(op, backend, device.type, torch.float64 in dtypes), OPS[op]))
@@ -117,6 +118,7 @@ def without_attention(backend: str, device: str, dtype: torch.dtype, softcap: bo
     return attention(backend).unavailable(device, dtype, softcap) if backend in ATTENTION else "no such backend"
 
 
+@cache
 def attention(backend: str) -> ModuleType:
     """The module with ``attend`` and ``unavailable`` of a backend of ``packed_attention``."""
     return importlib.import_module(place(backend, "attention"))

@@ -22,11 +22,19 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops.checks import check_device, check_labels, check_matrix, check_scaling, kernel_labels
+from fastalign.ops.checks import (
+    check_device,
+    check_labels,
+    check_matrix,
+    check_scaling,
+    kernel_labels,
+    split_temperature,
+    stats_dtype,
+)
 from fastalign.ops.divergence_shards import measure
 from fastalign.ops.parallel import Shard, agree, checked_together, localise, make_shard
 from fastalign.ops.rows import NEGLIGIBLE
-from fastalign.ops.token_logps import ELSEWHERE, facts, split_temperature, stats_dtype
+from fastalign.ops.token_logps import ELSEWHERE, facts
 from fastalign.types import IGNORE_INDEX
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.parallel import Shard, gathered
 from fastalign.ops.rows import NEGLIGIBLE
-from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 

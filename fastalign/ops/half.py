@@ -18,11 +18,6 @@ LARGEST_EXPONENT = 100
 """So that a scale and its inverse are ordinary fp32 numbers."""
 
 
-def held_in(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which a gradient for an upstream of 1 waits for the upstream that there is."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def power_of_two(bound: Tensor) -> Tensor:
     """What brings ``bound`` just below 2^14, element by element; 1 where it is 0 or not finite. No host sync."""
     exponent = (CEILING - torch.frexp(bound.float()).exponent).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)

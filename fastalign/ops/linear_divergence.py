@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.checks import check_device, check_linear, check_memory
+from fastalign.ops.checks import check_device, check_linear, check_memory, split_temperature, stats_dtype
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
-from fastalign.ops.half import held_in
 from fastalign.ops.head.dtensor import vocabulary_slices, whole
-from fastalign.ops.head.head import Leaves, Needs, gemm_dtype, spread
-from fastalign.ops.head.options import facts
+from fastalign.ops.head.head import Leaves, Needs, held_in, spread
+from fastalign.ops.head.options import facts, gemm_dtype
 from fastalign.ops.head.streams import Call, forward, make_streams, plan_for, recomputed_gradients
 from fastalign.ops.parallel import agree, checked_together
 from fastalign.ops.rows import Coefficients
-from fastalign.ops.token_logps import split_temperature, stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 

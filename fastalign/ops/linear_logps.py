@@ -13,33 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.checks import Lora
-from fastalign.ops.half import held_in
+from fastalign.ops.checks import Lora, stats_dtype
+from fastalign.ops.final import final
 from fastalign.ops.head.backward import needed, recomputed_gradients, write_rows
-from fastalign.ops.head.gemm import project
 from fastalign.ops.head.head import (
     Head,
     Leaves,
     Needs,
-    Stats,
     Wanted,
     differentiate,
+    held_in,
     hidden_rows,
     join,
     kernel_dtype,
-    planned_columns,
+    make_head,
+    plan_for,
+    project,
     reported,
     row_coefficients,
     scaled,
-    scratch_bytes,
     spread,
     sweep,
+    trained_columns,
     workspace,
 )
-from fastalign.ops.head.options import SCHEMA, TENSORS, Call, head_of, make_call
-from fastalign.ops.head.plan import Coefficients, Plan, make_plan
+from fastalign.ops.head.options import SCHEMA, TENSORS, Call, make_call, with_options
+from fastalign.ops.head.plan import Plan
+from fastalign.ops.rows import Stats
 from fastalign.ops.token_logps import reference as token_reference
-from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 
@@ -68,56 +69,31 @@ def reference(
     return token_reference(everywhere, labels, **scaling, **asked)
 
 
-def plan_for(head: Head, coefficients: Coefficients, *, trained: int | None, wanted: Wanted, units=None) -> Plan:
-    """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
-    device, options = head.hidden.device, head.options
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return make_plan(
-        len(head.labels),
-        planned_columns(head),
-        head.width,
-        itemsize=options.dtype.itemsize,
-        coefficients=coefficients,
-        units=units,
-        head_gradient=trained is not None,
-        trained=trained,
-        entropy=wanted.entropy or wanted.lse,
-        memory=options.memory,
-        device=device.type,
-        total_memory=total,
-        scratch=scratch_bytes(head),
-        batch_invariant=options.batch_invariant,
-    )
-
-
-def trained_columns(call: Call | Leaves, needs: Needs) -> int | None:
-    """Columns of weight and adapter that get a gradient; None when the head gets none at all."""
-    widths = (x.shape[1] for x, need in ((call.weight, needs.weight), (call.up, needs.up)) if need and x is not None)
-    return sum(widths) if needs.weight or needs.up or needs.bias else None
-
-
 # --- custom op -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "fastalign::linear_logps",
-    mutates_args=(),
-    schema=f"({SCHEMA}, bool entropy, bool lse, bool gradient, bool trainable) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _op(*args):
+def compute(*args):
     """logps, entropy, lse (``[0]`` when not asked for), top1, max, logsum ``[N]``; U ``[N, D]`` or ``[0, D]``."""
     *given, entropy, lse, gradient, trainable = args
     call, wanted = Call(*given), Wanted(entropy, lse)
-    head = head_of("linear_logps", call)
+    head = make_head("linear_logps", call)
     trained = head.width if trainable else None
     plan = plan_for(head, "upstream" if gradient else "none", trained=trained, wanted=wanted)
     directions = _new_directions(call.hidden, plan.mode == "frozen")
     stats = _forward(head, plan, directions, entropy)
     none, out = stats.logps.new_empty, head.out_dtype
     seen = [none(0, dtype=out) if x is None else spread(head, x, out) for x in reported(head, stats, wanted)]
-    saved = (spread(head, x, x.dtype) for x in (stats.is_top1, stats.max, stats.logsum))
+    saved = [spread(head, x, x.dtype) for x in (stats.top1 != 0, stats.max, stats.logsum)]
     return *seen, *saved, directions
+
+
+_op = torch.library.custom_op(
+    "fastalign::linear_logps",
+    compute,
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool entropy, bool lse, bool gradient, bool trainable) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_op.register_fake
@@ -150,8 +126,7 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
     return join(head, parts, entropy)
 
 
-@torch.library.custom_op("fastalign::scale_directions", mutates_args=())
-def _scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
+def scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
     """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds.
 
     Of ``hidden`` the dtype alone is read: through it autograd knows that the result must not be differentiated again.
@@ -160,30 +135,36 @@ def _scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_l
     return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(hidden.dtype)
 
 
+_scale_directions = torch.library.custom_op("fastalign::scale_directions", scale_directions, mutates_args=())
+
+
 @_scale_directions.register_fake
 def _(hidden, labels, directions, grad_logps):
     return torch.empty_like(directions, dtype=hidden.dtype)
 
 
-@torch.library.custom_op(
+def gradients(*args):
+    """Gradients of hidden, weight, adapter and bias in their dtypes; ``[0]`` for those that are not needed."""
+    *given, entropy, maximum, logsum, grad_logps, grad_entropy, grad_lse, needs = args
+    call, needs = Call(*given), Needs(*needs)
+    head, inputs = make_head("linear_logps", call), Leaves(*call[:4])
+    maximum, logsum, entropy = _scored(head, maximum), _scored(head, logsum), _scored(head, entropy)
+    stats = Stats(maximum, entropy, maximum, logsum)  # logps are not read in backward
+    upstream = {"logps": grad_logps, "entropy": grad_entropy, "lse": grad_lse}
+    upstream = {name: _scored(head, x) for name, x in upstream.items()}
+    head, stats, row = needed(head, stats, row_coefficients(head, stats, upstream))
+    plan = plan_for(head, "upstream", trained=trained_columns(inputs, needs) or 0, wanted=Wanted(True, True))
+    made = recomputed_gradients(head, plan, stats, row, inputs, needs)
+    return tuple([call.hidden.new_empty(0) if grad is None else grad for grad in made])
+
+
+_backward_op = torch.library.custom_op(
     "fastalign::linear_logps_backward",
+    gradients,
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor? entropy, Tensor maximum, Tensor logsum, Tensor? grad_logps, Tensor? grad_entropy, "
     "Tensor? grad_lse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(*args):
-    """Gradients of hidden, weight, adapter and bias in their dtypes; ``[0]`` for those that are not needed."""
-    *given, entropy, maximum, logsum, grad_logps, grad_entropy, grad_lse, needs = args
-    call, needs = Call(*given), Needs(*needs)
-    head, inputs = head_of("linear_logps", call), Leaves(*call[:4])
-    maximum, logsum, entropy = _scored(head, maximum), _scored(head, logsum), _scored(head, entropy)
-    stats = Stats(maximum, entropy, maximum, logsum)  # the log-probs themselves have done their part
-    upstream = {"logps": grad_logps, "entropy": grad_entropy, "lse": grad_lse}
-    upstream = {name: _scored(head, x) for name, x in upstream.items()}
-    head, stats, row = needed(head, stats, row_coefficients(head, stats, upstream))
-    plan = plan_for(head, "upstream", trained=trained_columns(call, needs) or 0, wanted=Wanted(True, True))
-    made = recomputed_gradients(head, plan, stats, row, inputs, needs)
-    return tuple(call.hidden.new_empty(0) if grad is None else grad for grad in made)
 
 
 def _scored(head: Head, values: Any) -> Any:
@@ -213,16 +194,16 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*call[:TENSORS], entropies if entropy else None, maximum, logsum)
 
 
-def _backward(ctx, *upstream: Any):
+def _backward(ctx, *upstream: Any, scale: Any = _scale_directions, make: Any = _backward_op):
     upstream = upstream[:3]  # of logps, entropy and lse; the other outputs have none
     if all(grad is None for grad in upstream):
         grads = (None,) * 4
     elif ctx.frozen:
-        grads = _scale_directions(*ctx.saved_tensors, upstream[0]), None, None, None
+        grads = scale(*ctx.saved_tensors, upstream[0]), None, None, None
     else:
         needs = list(ctx.needs_input_grad[:4])
         tensors, saved = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
-        made = _backward_op(*tensors, *ctx.options, *saved, *upstream, needs)
+        made = make(*tensors, *ctx.options, *saved, *upstream, needs)
         grads = tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 4)
 
@@ -236,27 +217,41 @@ _backward_op.register_autograd(_no_double_backward)
 _scale_directions.register_autograd(_no_double_backward)
 
 
+class _Eager(torch.autograd.Function):
+    """The op without PyTorch's dispatcher, which costs more than small products do."""
+
+    forward = staticmethod(compute)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @final("linear_logps")
+    def backward(ctx, *upstream):
+        """That of the op, from the same functions."""
+        return _backward(ctx, *upstream, scale=scale_directions, make=gradients)
+
+
+def is_plain(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether nobody watches the dispatcher: no trace, no mode, no tensor that has no data or is of another class."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(hidden) in PLAIN and type(weight) in PLAIN and hidden.device.type != "meta"
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
+@with_options
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
-    lora: Lora | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
     entropy: bool = False,
     lse: bool = False,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    memory: int | None = None,
-    backend: str | None = None,
-    batch_invariant: bool = False,
-    num_scored: int | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-prob of each row's label, and the row's entropy, composable with any autograd that follows.
 
@@ -268,28 +263,10 @@ def linear_logps(
         weight: ``[V, D]``; with mixed dtypes GEMMs run in the narrower one, and each gradient has its input's dtype.
         labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: outputs and gradients are exactly 0 and its
             hidden state is never read.
-        bias: ``[V]``.
-        lora: an adapter of the head, ``(A [r, D], B [V, r], scale)``: the logits gain ``scale * (hidden @ A.T) @ B.T``.
-            It is cast to the GEMMs' dtype. A frozen weight costs no gradient beside a trained adapter.
-        temperature: a positive number or ``[N]``; gets no gradient.
-        softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
-        label_smoothing: eta; the log-prob becomes ``(1 - eta) logps + eta mean_v ln p_v`` over the whole vocabulary.
         entropy: also return the entropy in nats, differentiable.
         lse: also return the log-sum-exp of z, differentiable, as z-losses want it.
-        process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
-            rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
-            are the same on every rank. Ranks whose options, sizes or labels differ all raise, and say in what.
-            Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank. A DTensor weight
-            (bias, B) placed ``Shard(0)`` over one dimension of its mesh brings its group; replicated DTensors count as
-            their local tensors. Gradients are placed like their inputs.
-        memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
-        backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
-        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it, nor on the run (with equal
-            threads, on the same hardware); slower GEMMs. Refused where nobody can promise it: on CUDA outside of
-            ``torch.use_deterministic_algorithms(True)``.
-        num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
-            the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
-            their sizes. N when the rows are selected already.
+        options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
+            label_smoothing, process_group, memory, backend, batch_invariant, num_scored.
 
     Returns:
         logps ``[N]`` in fp32 (fp64 if an input is fp64), or a tuple of it and what else was asked for: entropy, lse.
@@ -302,24 +279,8 @@ def linear_logps(
     >>> linear_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
     tensor([-1.3863,  0.0000])
     """
-    call, trainable = make_call(
-        "linear_logps",
-        hidden,
-        weight,
-        labels,
-        {"entropy": entropy, "lse": lse},
-        bias=bias,
-        lora=lora,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        process_group=process_group,
-        memory=memory,
-        backend=backend,
-        batch_invariant=batch_invariant,
-        num_scored=num_scored,
-    )
+    more = {"entropy": entropy, "lse": lse}
+    call, trainable = make_call("linear_logps", hidden, weight, labels, options, more)
     logps, entropies, lses, _ = row_stats(call, Wanted(entropy, lse), trainable)
     others = tuple(x for x in (entropies, lses) if x is not None)
     return (logps, *others) if others else logps
@@ -328,5 +289,6 @@ def linear_logps(
 def row_stats(call: Call, wanted: Wanted, trainable: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """logps, entropy and lse if asked for, and whether the label is the argmax of the logits."""
     gradient = torch.is_grad_enabled() and (trainable or call.hidden.requires_grad)
-    logps, entropies, lses, top1, *_ = _op(*call, *wanted, gradient, trainable)
+    op = _Eager.apply if is_plain(call.hidden, call.weight) else _op
+    logps, entropies, lses, top1, *_ = op(*call, *wanted, gradient, trainable)  # pyright: ignore
     return logps, entropies if wanted.entropy else None, lses if wanted.lse else None, top1

@@ -12,118 +12,60 @@ Backward hands these gradients over, times its upstream scalar.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.checks import Lora
 from fastalign.ops.final import mark
-from fastalign.ops.half import held_in
-from fastalign.ops.head.backward import needed, recomputed_gradients
-from fastalign.ops.head.head import Head, Leaves, Needs, Stats, Wanted, kernel_dtype, reported, spread
-from fastalign.ops.head.loss_fn import DIFFERENTIABLE, LossFn, checked
-from fastalign.ops.head.options import TENSORS, Call, head_of, make_call
-from fastalign.ops.head.passes import Outcome, one_pass, two_phase
+from fastalign.ops.head.backward import (
+    DIFFERENTIABLE,
+    WORTH_COMPACTING,
+    LossFn,
+    add_weight_gradients,
+    checked,
+    evaluate,
+    in_input_dtypes,
+    kept_rows,
+    moved_up,
+    needed,
+    new_gradients,
+    nothing_left,
+    recomputed_gradients,
+    write_rows,
+)
+from fastalign.ops.head.head import (
+    Head,
+    Leaves,
+    Needs,
+    Wanted,
+    cut,
+    differentiate,
+    hidden_rows,
+    join,
+    make_head,
+    plan_for,
+    project,
+    reported,
+    row_coefficients,
+    scaled,
+    select,
+    spread,
+    sweep,
+    trained_columns,
+    workspace,
+)
+from fastalign.ops.head.options import TENSORS, Call, make_call, trained, with_options
 from fastalign.ops.head.plan import Plan
 from fastalign.ops.head.units import Align, Units, make_units
-from fastalign.ops.linear_logps import plan_for, row_stats, trained_columns
-from fastalign.ops.rows import Coefficients
+from fastalign.ops.linear_logps import row_stats
+from fastalign.ops.rows import Coefficients, Stats, joined, pick
 from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX, TokenStats
 
-# --- autograd --------------------------------------------------------------------------------------------------------
 
-
-class _Attach(torch.autograd.Function):
-    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one makes
-    them again. All tensors are saved through autograd, which lets go of them behind a backward that is the last."""
-
-    @staticmethod
-    def forward(ctx, loss, grads: Leaves, plan: Plan, outcome: Outcome, needs: Needs, *call):
-        assert outcome.row is not None
-        ctx.save_for_backward(*call[:TENSORS], *vars(outcome.stats).values(), *outcome.row)
-        ctx.grads, ctx.settings = [grads], (plan, needs, call[TENSORS:])
-        ctx.dtypes = [None if x is None else x.dtype for x in call[: len(grads)]]
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        saved = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * len(ctx.dtypes)
-        with torch.no_grad():
-            made = ctx.grads.pop() if ctx.grads else _again(ctx.settings, saved)
-            _scale(made, upstream[0])
-            made = [None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
-        if torch.is_grad_enabled():
-            both = zip(made, saved, strict=False)
-            made = (g if g is None or x is None else mark("linear_loss", g, x) for g, x in both)
-        return *(None,) * 5, *made, *(None,) * (len(Call._fields) - len(ctx.dtypes))
-
-
-def _again(settings: tuple[Plan, Needs, tuple], saved: Sequence[Any]) -> Leaves:
-    """The gradients a second time, from what was saved."""
-    plan, needs, options = settings
-    call, rest = Call(*saved[:TENSORS], *options), saved[TENSORS:]
-    stats, row = Stats(*rest[: len(fields(Stats))]), Coefficients(*rest[len(fields(Stats)) :])
-    return _recomputed(head_of("linear_loss", call), plan, stats, row, Leaves(*call[:4]), needs)
-
-
-def _scale(grads: Leaves, upstream: Tensor) -> None:
-    """Times the upstream scalar, in place; for nothing when that is 1 and reading it costs no sync."""
-    if upstream.device.type != "cpu" or upstream.item() != 1.0:
-        for grad in grads:
-            if grad is not None:
-                grad.mul_(upstream)
-
-
-def _new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leaves:
-    """Buffers of a one-pass call: rows that need no gradient stay 0, weight, adapter and bias are summed in fp32."""
-    wide, single = kernel_dtype(head.options.dtype), len(plan.chunks) == 1 and head.options.dtype != torch.float16
-    new = torch.empty if plan.chunks else torch.zeros
-
-    def total(like: Tensor | None, need: bool) -> Tensor | None:
-        if like is None or not need:
-            return None
-        dtype = like.dtype if single and like.dtype == head.options.dtype else wide
-        return new(like.shape, dtype=dtype, device=like.device)
-
-    hidden, dtype = None, held_in(head.hidden.dtype)
-    if needs.hidden:
-        hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
-    bias = torch.zeros(len(head.weight), dtype=wide, device=head.hidden.device) if needs.bias else None
-    return Leaves(hidden, total(inputs.weight, needs.weight), total(inputs.up, needs.up), bias)
-
-
-def _cast(grads: Leaves, inputs: Leaves) -> Leaves:
-    """Each gradient in its input's dtype; that of an fp16 input waits for its upstream in fp32."""
-    both = zip(grads, inputs, strict=True)
-    return Leaves(*(None if g is None or x is None else g.to(held_in(x.dtype)) for g, x in both))
-
-
-def _run(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, inputs: Leaves, needs: Needs):
-    """The planned pass: its outcome and (None when nothing needs them) its gradients."""
-    gradient = any(needs)
-    if plan.mode == "slabs":
-        outcome = two_phase(head, plan, units, loss_fn, wanted, gradient)
-        if outcome.row is None:
-            return outcome, None
-        return outcome, _recomputed(head, plan, outcome.stats, outcome.row, inputs, needs)
-    grads = _new_gradients(head, plan, inputs, needs) if gradient else None
-    outcome = one_pass(head, plan, units, loss_fn, wanted, grads)
-    return outcome, None if grads is None else _cast(grads, inputs)
-
-
-def _recomputed(head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs) -> Leaves:
-    """The gradients from the saved coefficients, through recomputed logits."""
-    head, stats, row = needed(head, stats, row)
-    return recomputed_gradients(head, plan, stats, row, inputs, needs, held=True)
-
-
-# --- public ----------------------------------------------------------------------------------------------------------
-
-
+@with_options
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -135,17 +77,7 @@ def linear_loss(
     align: Align = "token",
     entropy: bool = False,
     lse: bool = False,
-    bias: Tensor | None = None,
-    lora: Lora | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    memory: int | None = None,
-    backend: str | None = None,
-    batch_invariant: bool = False,
-    num_scored: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, TokenStats]:
     """``loss_fn`` of token log-probs, with the gradients of ``hidden``, ``weight`` and ``bias`` made in the same pass.
 
@@ -166,9 +98,9 @@ def linear_loss(
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
         entropy, lse: give ``loss_fn`` these too; their gradients flow.
-        bias, lora, temperature, softcap, logit_scale, label_smoothing, process_group, memory, backend,
-            batch_invariant: see ``linear_logps``.
-        num_scored: see ``linear_logps``; an aligned call needs N, the rows selected already, to spare the host's wait.
+        options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
+            label_smoothing, process_group, memory, backend, batch_invariant, num_scored. An aligned call needs
+            ``num_scored=N``, the rows selected already, to spare the host's wait.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -185,80 +117,192 @@ def linear_loss(
     tensor(1.3863)
     """
     more = {"entropy": entropy, "lse": lse, "align": align, "cu_seqlens": cu_seqlens, "cu_groups": cu_groups}
-    call, trainable = make_call(
-        "linear_loss",
-        hidden,
-        weight,
-        labels,
-        more,
-        bias=bias,
-        lora=lora,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        process_group=process_group,
-        memory=memory,
-        backend=backend,
-        batch_invariant=batch_invariant,
-        num_scored=num_scored,
-    )
+    call, trainable = make_call("linear_loss", hidden, weight, labels, options, more)
     wanted = Wanted(entropy, lse)
     if torch.compiler.is_compiling():
-        return _composed(call, trainable, loss_fn, cu_seqlens, align, wanted)
-    head, units = head_of("linear_loss", call), make_units(call.labels, cu_seqlens, cu_groups, align, num_scored)
-    inputs = Leaves(*call[:4])
-    needs, lengths = _needs(inputs), None if units is None else units.lengths
-    trained, coefficients = trained_columns(inputs, needs), "token" if units is None else "unit"
-    plan = plan_for(head, coefficients, trained=trained, wanted=wanted, units=lengths)
-    outcome, grads = _run(head, plan, units, loss_fn, wanted, inputs, needs)
-    stats = _all_rows(head, outcome, wanted, units, cu_seqlens)
-    if grads is None:
-        return outcome.loss, stats
+        return composed(call, trainable, loss_fn, cu_seqlens, align, wanted)
+    head, enabled, inputs = make_head("linear_loss", call), torch.is_grad_enabled(), Leaves(*call[:4])
+    units = None if align == "token" else make_units(call.labels, cu_seqlens, cu_groups, align, call.num_scored)
+    needs = Needs(*map(trained, inputs)) if enabled else Needs(False, False, False, False)
+    known, lengths = ("token", None) if units is None else ("unit", tuple(units.lengths))
+    plan = plan_for(head, known, trained=trained_columns(inputs, needs), wanted=wanted, units=lengths)
+    if plan.mode == "slabs":
+        grads, (loss, metrics, stats, row) = None, two_phase(head, plan, units, loss_fn, wanted, any(needs))
+        if row is not None:
+            grads = recompute(head, plan, stats, row, inputs, needs)
+    else:
+        grads = new_gradients(head, plan, inputs, needs) if any(needs) else None
+        loss, metrics, stats, row = one_pass(head, plan, units, loss_fn, wanted, grads)
+        grads = None if grads is None else in_input_dtypes(grads, inputs)
+    if grads is not None:
+        loss = _Attach.apply(loss, grads, plan, stats, row, needs, *call)
+    return loss, all_rows(head, stats, metrics, wanted, units, cu_seqlens)  # pyright: ignore  # apply is not typed
 
-    loss: Any = _Attach.apply(outcome.loss, grads, plan, outcome, needs, *call)
-    return loss, stats
+
+# --- the passes ------------------------------------------------------------------------------------------------------
+
+Outcome = tuple[Tensor, dict[str, Tensor], Stats, "Coefficients | None"]
+"""Loss, sums of metrics, statistics of the scored rows, and their coefficients where gradients are wanted."""
 
 
-def _needs(inputs: Leaves) -> Needs:
-    """Which inputs get a gradient; independent of it, the chunks are the same."""
-    return Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
+def one_pass(
+    head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, grads: Leaves | None
+) -> Outcome:
+    """Every group of chunks from hidden states to gradients while its logits are hot.
+
+    A chunk of a group has its slot of the buffer; those beyond share the last, so that their logits are made again. The
+    gradients begin with the last chunk, whose logits are there.
+    """
+    buffer, vocab = workspace(head, plan.held_rows, len(head.weight)), len(head.weight)
+    loss, metrics = torch.zeros((), dtype=torch.float64, device=head.hidden.device), {}
+    every_stats, every_row = [], []
+    for index, group in enumerate(plan.groups):
+        begin, size = group[0][0], vocab * (plan.held_rows // min(plan.slots, len(group)))
+        logits, parts = [], []
+        for i, (start, stop) in enumerate(group):
+            slot = buffer[min(i, plan.slots - 1) * size :]
+            logits.append(project(head, hidden_rows(head, start, stop), slot))
+            parts.append(sweep(head, start, stop, logits[i], wanted.entropy))
+        stats = join(head, parts, wanted.entropy)
+        span = plan.unit_spans[index] if plan.unit_spans else None
+        seen = token_stats(head, stats, wanted, begin, group[-1][1], units, span)
+        part, sums, upstream = evaluate(loss_fn, seen, grads is not None)
+        loss += part  # in fp64: the sum must not depend on the number of chunks
+        for name, x in sums.items():
+            metrics[name] = metrics[name] + x if name in metrics else x
+        every_stats.append(stats)
+        if grads is None or upstream is None:
+            continue
+        row = row_coefficients(head, stats, upstream)
+        every_row.append(row)
+        for i, (start, stop) in reversed(list(enumerate(group))):
+            if plan.slots - 1 <= i < len(group) - 1:
+                project(head, hidden_rows(head, start, stop), logits[i].view(-1))
+            rows, first = slice(start - begin, stop - begin), index == 0 and i == len(group) - 1
+            both = (stats, row) if len(group) == 1 else (cut(stats, rows), pick(row, rows))
+            add_chunk(head, grads, logits[i], *both, start, first=first)
+    stats = join(head, every_stats, wanted.entropy)
+    row = every_row[0] if len(every_row) == 1 else joined(every_row, stats.max)
+    return loss.to(head.out_dtype), metrics, stats, None if grads is None else row
 
 
-def _all_rows(
-    head: Head, outcome: Outcome, wanted: Wanted, units: Units | None, cu_seqlens: Tensor | None
+def add_chunk(
+    head: Head, grads: Leaves, logits: Tensor, stats: Stats, row: Coefficients, start: int, *, first: bool
+) -> None:
+    """The logits of the scored rows from ``start`` on become their gradient; then the two GEMMs of the chunk.
+
+    Rows of ``d hidden`` are written; ``d weight``, ``d up`` and ``d bias`` accumulate, or are set by the ``first``.
+    """
+    stop, hidden = start + len(logits), hidden_rows(head, start, start + len(logits))
+    keep = kept_rows(row, WORTH_COMPACTING)
+    if keep is not None:
+        head, start, stop, hidden = select(head, keep + start), 0, len(keep), hidden[keep]
+        logits, stats, row = moved_up(logits, keep), cut(stats, keep), pick(row, keep)
+    row, alpha = scaled(head, start, stop, row)
+    dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
+    finish = nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz, alpha)
+    add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, alpha, first=first)
+    finish()
+
+
+def two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, gradient: bool) -> Outcome:
+    """Statistics of all chunks, then one call of ``loss_fn``; gradients are made from its coefficients afterwards."""
+    buffer, parts = workspace(head, plan.chunk_rows, len(head.weight)), []
+    for start, stop in plan.chunks:
+        parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), wanted.entropy))
+    stats, every = join(head, parts, wanted.entropy), None if units is None else (0, len(units.lengths))
+    seen = token_stats(head, stats, wanted, 0, len(head.labels), units, every)
+    loss, metrics, upstream = evaluate(loss_fn, seen, gradient)
+    row = None if upstream is None else row_coefficients(head, stats, upstream)
+    return loss.to(head.out_dtype), metrics, stats, row
+
+
+def recompute(head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs) -> Leaves:
+    """The gradients from the coefficients, through recomputed logits."""
+    head, stats, row = needed(head, stats, row)
+    return recomputed_gradients(head, plan, stats, row, inputs, needs, held=True)
+
+
+def token_stats(
+    head: Head, stats: Stats, wanted: Wanted, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
+) -> TokenStats:
+    """What ``loss_fn`` sees of the scored rows ``start:stop``."""
+    device, sequences, cu_seqlens = head.hidden.device, None, None
+    rows = torch.arange(start, stop, device=device) if head.rows is None else head.rows[start:stop]
+    if units is not None and span is not None:
+        sequences, cu_seqlens = units.sequences(*span, device)
+    logps, entropy, lse = reported(head, stats, wanted)
+    return TokenStats(logps, rows, entropy, stats.top1 != 0, sequences, cu_seqlens, lse=lse)
+
+
+def all_rows(
+    head: Head,
+    stats: Stats,
+    metrics: dict[str, Tensor],
+    wanted: Wanted,
+    units: Units | None,
+    cu_seqlens: Tensor | None,
 ) -> TokenStats:
     """The statistics of the N rows, zero where a row is not scored."""
-    stats, device = outcome.stats, head.hidden.device
-    seen = (None if x is None else spread(head, x, head.out_dtype) for x in reported(head, stats, wanted))
-    logps, entropy, lse = seen
-    assert logps is not None
+    device, (logps, entropy, lse) = head.hidden.device, reported(head, stats, wanted)
+    entropy = None if entropy is None else spread(head, entropy, entropy.dtype)
+    lse = None if lse is None else spread(head, lse, lse.dtype)
     sequences = None if units is None else torch.arange(len(units.cu_scored) - 1, device=device)
-    return TokenStats(
-        logps,
-        torch.arange(head.hidden.shape[0], device=device),
-        entropy,
-        spread(head, stats.is_top1, torch.bool),
-        sequences,
-        None if cu_seqlens is None else on_device(cu_seqlens, device),
-        outcome.metrics,
-        lse,
-    )
+    offsets = None if cu_seqlens is None else on_device(cu_seqlens, device)
+    rows, top1 = torch.arange(len(head.hidden), device=device), spread(head, stats.top1 != 0, torch.bool)
+    return TokenStats(spread(head, logps, logps.dtype), rows, entropy, top1, sequences, offsets, metrics, lse)
 
 
-def _composed(
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Attach(torch.autograd.Function):
+    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one makes
+    them again. All tensors are saved through autograd, which lets go of them behind a backward that is the last."""
+
+    @staticmethod
+    def forward(ctx, loss, grads: Leaves, plan: Plan, stats: Stats, row: Coefficients, needs: Needs, *call):
+        ctx.save_for_backward(*call[:TENSORS], *stats, *row)
+        ctx.grads, ctx.settings = [grads], (plan, needs, call[TENSORS:])
+        ctx.dtypes = []
+        for x in call[: len(grads)]:
+            ctx.dtypes.append(None if x is None else x.dtype)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        saved = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * len(ctx.dtypes)
+        with torch.no_grad():
+            made = ctx.grads.pop() if ctx.grads else made_again(ctx.settings, saved)
+            if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:  # free where reading it costs no sync
+                made = [None if grad is None else grad.mul_(upstream[0]) for grad in made]
+            made = [None if grad is None else grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)]
+        if torch.is_grad_enabled():
+            both = zip(made, saved, strict=False)
+            made = [g if g is None or x is None else mark("linear_loss", g, x) for g, x in both]
+        return *(None,) * 6, *made, *(None,) * (len(Call._fields) - len(made))
+
+
+def made_again(settings: tuple[Plan, Needs, tuple], saved: tuple[Any, ...]) -> Leaves:
+    """The gradients a second time, from what was saved."""
+    (plan, needs, options), tensors, rest = settings, saved[:TENSORS], saved[TENSORS:]
+    split, call = len(Stats._fields), Call(*tensors, *options)
+    stats, row = Stats(*rest[:split]), Coefficients(*rest[split:])
+    return recompute(make_head("linear_loss", call), plan, stats, row, Leaves(*call[:4]), needs)
+
+
+def composed(
     call: Call, trainable: bool, loss_fn: LossFn, cu_seqlens: Tensor | None, align: Align, wanted: Wanted
 ) -> tuple[Tensor, TokenStats]:
     """What ``torch.compile`` traces: a Python ``loss_fn`` cannot live inside a custom op, its log-probs can.
 
     The number of scored rows is data, which a graph cannot depend on: every row must be scored.
     """
-    labels = call.labels
+    labels, sequences = call.labels, None
     torch.ops.aten._assert_async.msg(
         (labels != IGNORE_INDEX).all(), "linear_loss under torch.compile: select the scored rows first"
     )
     logps, entropy, lse, top1 = row_stats(call, wanted, trainable)
-    sequences = None
     if align != "token" and cu_seqlens is not None:
         sequences = torch.arange(len(cu_seqlens) - 1, device=labels.device)
     offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device).long()

@@ -28,11 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from fastalign.ops.rows import Stats
 from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX
-
-Statistics = tuple[Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"]
-"""logps, entropy if asked for, max, logsum, total and top1 if asked for; each ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +193,12 @@ def localise(shard: Shard, labels: Tensor) -> tuple[Tensor, Tensor]:
     return local, owners
 
 
-def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool, top1: bool) -> Statistics:
-    """The statistics of a shard without columns."""
+def nothing(labels: Tensor, dtype: torch.dtype, entropy: bool, total: bool, top1: bool) -> Stats:
+    """The statistics of a shard without columns; no two share their memory, which an operator must not return."""
     zeros = torch.zeros(len(labels), dtype=dtype, device=labels.device)
     logps, maximum = zeros.masked_fill(labels >= 0, torch.nan), torch.full_like(zeros, -torch.inf)
-    return logps, zeros if entropy else None, maximum, zeros, zeros if total else None, zeros if top1 else None
+    h, t, hits = (torch.zeros_like(zeros) if wanted else None for wanted in (entropy, total, top1))
+    return Stats(logps, h, maximum, zeros, t, hits)
 
 
 def combine(
@@ -211,7 +210,7 @@ def combine(
     logsum: Tensor,
     total: Tensor | None,
     top1: Tensor | None,
-) -> Statistics:
+) -> Stats:
     """This rank's statistics ``[n]`` to those over the whole vocabulary; one all-gather of ``[n, 3]`` to ``[n, 6]``.
 
     A shard whose maximum is -inf has weight 0; a row that is -inf everywhere is NaN, as it is on one rank.
@@ -229,7 +228,7 @@ def combine(
     h = None if entropies is None else _entropy(entropies, shares - everywhere)
     t = None if totals is None else _total(shard, totals, maxima - top)
     leads = None if firsts is None else _top1(firsts, owners, maxima, top).masked_fill(target.isnan(), 0)
-    return target, h, top, everywhere, t, leads
+    return Stats(target, h, top, everywhere, t, leads)
 
 
 def _entropy(entropies: Tensor, log_w: Tensor) -> Tensor:

@@ -17,14 +17,22 @@ from torch.nn import Parameter
 from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.policy_loss import tabulate, write_gradient
 from fastalign.ops.backends.torch.token_logps import row_blocks
-from fastalign.ops.checks import check_device, check_in_place, check_labels, check_matrix, check_scaling
+from fastalign.ops.checks import (
+    check_device,
+    check_in_place,
+    check_labels,
+    check_matrix,
+    check_scaling,
+    split_temperature,
+    stats_dtype,
+)
 from fastalign.ops.final import mark
 from fastalign.ops.functors import COLUMNS, FUNCTORS, KL_ESTIMATORS, Knobs, check_loss, columns, make_knobs, ratio_of
 from fastalign.ops.half import power_of_two, row_bound
 from fastalign.ops.parallel import agree, checked_together
 from fastalign.ops.rows import Coefficients
 from fastalign.ops.token_logps import Call as TokenCall
-from fastalign.ops.token_logps import facts, split_temperature, statistics, stats_dtype
+from fastalign.ops.token_logps import facts, statistics
 from fastalign.ops.token_logps import reference as token_reference
 from fastalign.types import IGNORE_INDEX, TokenStats
 

@@ -32,6 +32,25 @@ class Coefficients(NamedTuple):
     delta: Tensor | None = None
 
 
+class Stats(NamedTuple):
+    """What one sweep knows of each row, each ``[N]``; None for what was not asked for.
+
+    Attributes:
+        logps: log-prob of the label.
+        entropy: in nats.
+        max, logsum: ``max_v z_v`` and ``ln sum_v exp(z_v - max)``.
+        total: ``sum_v (z_v - max)``.
+        top1: 1 where the label is the first of the largest z over the vocabulary of all ranks, else 0.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    max: Tensor
+    logsum: Tensor
+    total: Tensor | None = None
+    top1: Tensor | None = None
+
+
 def coefficients(
     grad_logps: Tensor,
     *,
@@ -79,3 +98,18 @@ def pick(coefficients: Coefficients, rows: slice | Tensor) -> Coefficients:
     """The coefficients of some rows."""
     g, *rest = coefficients
     return Coefficients(g[rows], *(None if x is None else x[rows] for x in rest))
+
+
+def joined(rows: list[Coefficients], like: Tensor) -> Coefficients:
+    """The coefficients of consecutive rows as one vector each; of none, empty as ``like``."""
+    if not rows:
+        return Coefficients(torch.empty_like(like))
+    g, *rest = zip(*rows, strict=True)
+    return Coefficients(torch.cat(g), *(filled(column, g) for column in rest))
+
+
+def filled(column: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> Tensor | None:
+    """The parts as one vector, zero where one is absent; None when all are."""
+    if all(x is None for x in column):
+        return None
+    return torch.cat([torch.zeros_like(y) if x is None else x for x, y in zip(column, like, strict=True)])

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import dispatch
-from fastalign.ops.checks import FLOATS, check_device
-from fastalign.ops.head.units import checked_offsets
-from fastalign.ops.token_logps import stats_dtype
+from fastalign.ops.checks import FLOATS, check_device, checked_offsets, stats_dtype
 
 # --- reference -------------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,10 @@ from fastalign.ops.checks import (
     check_scaling,
     check_smoothing,
     kernel_labels,
+    split_temperature,
+    stats_dtype,
 )
 from fastalign.ops.parallel import (
-    Statistics,
     agree,
     checked_together,
     combine,
@@ -34,7 +35,7 @@ from fastalign.ops.parallel import (
     make_shard,
     nothing,
 )
-from fastalign.ops.rows import Coefficients, coefficients, smoothed
+from fastalign.ops.rows import Coefficients, Stats, coefficients, smoothed
 from fastalign.types import IGNORE_INDEX
 
 ELSEWHERE = -1
@@ -72,11 +73,6 @@ def reference(
     p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min))
     found = (picked, -p_log_p.sum(-1) if entropy else None, *([z.logsumexp(-1)] if lse else []))
     return tuple(x if x is None else zeros.index_put((rows,), x) for x in found)
-
-
-def stats_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """fp64 if any input is fp64, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 # --- custom op -------------------------------------------------------------------------------------------------------
@@ -123,12 +119,11 @@ def columns(logits: Tensor, shards: list[int] | None) -> int:
     return logits.shape[1] if shards is None else sum(shards)
 
 
-def statistics(call: Call, entropy: bool, total: bool = False, top1: bool = False) -> Statistics:
+def statistics(call: Call, entropy: bool, total: bool = False, top1: bool = False) -> Stats:
     """Those over the columns of all ranks; one all-gather where there are several."""
     (labels, owners), logits = call.rows(), call.logits
-    found: Statistics
     if logits.shape[1]:
-        found = call.sweep.forward(logits, labels, entropy=entropy, total=total, top1=top1, **call.scaling)
+        found = Stats(*call.sweep.forward(logits, labels, entropy=entropy, total=total, top1=top1, **call.scaling))
     else:
         found = nothing(labels, stats_dtype(logits), entropy, total, top1)
     shard = make_shard(call.group, call.shards)
@@ -316,18 +311,6 @@ def facts(
         return {}
     dispatch.choose(op, backend, logits.device.type)
     return {"op": op, "number of rows of logits": len(logits), "dtype of logits": logits.dtype, "backend": backend}
-
-
-def split_temperature(temperature: float | Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """A number and an optional ``[N]`` tensor, one per row of ``rows``: operator schemas have no union.
-
-    While tracing, a number other than 1 becomes a tensor: as an operator's argument every value of it is a new graph.
-    """
-    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1:
-        temperature = torch.full(rows.shape[:1], temperature, dtype=dtype, device=rows.device)
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.to(dtype).contiguous()
-    return float(temperature), None
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.ops.checks import FLOATS, check_device
-from fastalign.ops.token_logps import stats_dtype
+from fastalign.ops.checks import FLOATS, check_device, stats_dtype
 
 EPS_IN = ("std", "variance")
 

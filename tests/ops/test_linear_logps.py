@@ -217,6 +217,7 @@ def test_wrong_arguments_are_named(message):
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):
     dispatch.choose.cache_clear()
+    dispatch.kernels.cache_clear()
     with caplog.at_level(logging.INFO, logger="fastalign"):
         for _ in range(2):
             token_logps(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastalign.ops import linear_logps, linear_loss
-from fastalign.ops.head import backward, gemm, passes, plan
+from fastalign.ops.head import head as heads
+from fastalign.ops.head import plan
 from fastalign.ops.linear_logps import reference
 from fastalign.testing import assert_matches, linear_example
 
@@ -107,7 +108,7 @@ def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
 
     def project(head, hidden, *rest):
         projected.append(len(hidden))
-        return gemm.project(head, hidden, *rest)
+        return heads.project(head, hidden, *rest)
 
     def loss_fn(stats):
         sums = segment_sums(stats.logps, stats.cu_seqlens) / 1000
@@ -115,9 +116,9 @@ def test_a_unit_longer_than_a_chunk_keeps_logits(dtype, slots, monkeypatch):
 
     piece = -(-(scored[1399] - scored[89]) // 5)
     monkeypatch.setattr(plan, "MIN_ROWS", piece)
-    monkeypatch.setattr(import_module("fastalign.ops.linear_logps"), "make_plan", make_plan)
-    monkeypatch.setattr(passes, "project", project)
-    memory = slots * piece * plan._row_bytes(37, 9, dtype.itemsize) + 64 * scored[-1]
+    monkeypatch.setattr(heads, "cached_plan", make_plan)
+    monkeypatch.setattr(import_module("fastalign.ops.linear_loss"), "project", project)
+    memory = slots * piece * plan.row_bytes_of(37, 9, dtype.itemsize) + 64 * scored[-1]
     options = {"align": "sequence", "cu_seqlens": cu_seqlens, "entropy": True}
     loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **{**x.options, **options}, memory=memory)
     grads = torch.autograd.grad(loss, list(x.tensors.values()))
@@ -143,8 +144,9 @@ def test_rows_without_a_coefficient_cost_no_gradient(dtype, memory, monkeypatch)
         widths.append(len(logits))
         return real(head, start, stop, logits, *rest)
 
-    real = backward.differentiate
-    monkeypatch.setattr(backward, "differentiate", differentiate)
+    real = heads.differentiate
+    for module in ("linear_loss", "head.backward"):
+        monkeypatch.setattr(import_module(f"fastalign.ops.{module}"), "differentiate", differentiate)
     options = {**x.options, "entropy": False, "memory": memory}
     loss, _ = linear_loss(**x.tensors, labels=x.labels, loss_fn=loss_fn, **options)
     again = torch.autograd.grad(loss, list(x.tensors.values()), retain_graph=True)

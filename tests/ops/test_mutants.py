@@ -17,7 +17,7 @@ from op_table import HERE, OPS, place
 
 from fastalign.ops import dispatch, functors
 from fastalign.ops.backends.torch import token_logps as torch_sweep
-from fastalign.ops.head import gemm, head, units
+from fastalign.ops.head import head, units
 from fastalign.ops.preference_loss import _pairs
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -159,7 +159,7 @@ def test_faulty_kernels_are_caught(backend, fault):
 def shifted_head(make_head):
     def faulty(*arguments, **options):
         made = make_head(*arguments, **options)
-        return replace(made, labels=made.labels.roll(1))
+        return made._replace(labels=made.labels.roll(1))
 
     return faulty
 
@@ -186,8 +186,8 @@ OURS = {
         *(test_backends.test_linear_loss, "torch", "everything", torch.float32, "trainable"),
     ),
     "linear: forget the bias": (
-        gemm.project,
-        lambda f: lambda x, *rest: f(replace(x, bias=None), *rest),
+        head.project,
+        lambda f: lambda x, *rest: f(x._replace(bias=None), *rest),
         *(test_backends.test_linear_logps, "torch", "bias", torch.float32, "trainable"),
     ),
     "linear_loss: pairs off by one sequence": (

@@ -96,7 +96,7 @@ def of_linear_loss(x, labels, backend, **options):
 
 def of_linear_logps(x, labels, backend, **options):
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    call, trainable = make_call("linear_logps", x, eye, labels, {}, backend=backend, **options)
+    call, trainable = make_call("linear_logps", x, eye, labels, {"backend": backend, **options}, {})
     return row_stats(call, Wanted(False, False), trainable)[-1]
 
 

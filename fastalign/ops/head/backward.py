@@ -1,23 +1,26 @@
-"""From ``d logits`` to the gradients of hidden states, weight and bias: in one pass, or through recomputed logits."""
+"""From a loss to its coefficients, and from ``d logits`` to the gradients of hidden states, weight and bias."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.half import held_in
-from fastalign.ops.head.gemm import add_back, add_product, multiply_back, parts, project
+from fastalign.ops.head.gemm import add_product
 from fastalign.ops.head.head import (
     Head,
     Leaves,
     Needs,
-    Stats,
+    add_back,
     cut,
     differentiate,
+    held_in,
     hidden_rows,
     kernel_dtype,
+    multiply_back,
+    project,
     scaled,
     select,
     spread,
@@ -25,8 +28,9 @@ from fastalign.ops.head.head import (
 )
 from fastalign.ops.head.plan import Plan
 from fastalign.ops.parallel import begin_sum
-from fastalign.ops.rows import Coefficients, idle, pick
+from fastalign.ops.rows import Coefficients, Stats, idle, pick
 from fastalign.ops.token_logps import ELSEWHERE
+from fastalign.types import TokenStats
 
 WORTH_COMPACTING = 0.25
 """Share of rows without a coefficient from which moving the others together costs less than their GEMMs."""
@@ -37,7 +41,7 @@ def kept_rows(row: Coefficients, least: float = 0.0) -> Tensor | None:
 
     None where all are needed, and on CUDA, where only the device knows. A NaN coefficient is not zero.
     """
-    if row.g.device.type != "cpu":
+    if row.g.device.type != "cpu" or row.g.all():  # a NaN counts as not zero
         return None
     keep = (~idle(row)).nonzero().squeeze(1)
     skipped = len(row.g) - len(keep)
@@ -50,7 +54,81 @@ def needed(head: Head, stats: Stats, row: Coefficients) -> tuple[Head, Stats, Co
     return (head, stats, row) if keep is None else (select(head, keep), cut(stats, keep), pick(row, keep))
 
 
+# --- from a loss to coefficients --------------------------------------------------------------------------------------
+
+LossFn = Callable[[TokenStats], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+Upstream = Mapping[str, "Tensor | None"]
+"""Gradients ``[n]`` of what ``loss_fn`` may differentiate, by the field's name; None or absent is zero."""
+DIFFERENTIABLE = ("logps", "entropy", "lse")
+
+
+def evaluate(loss_fn: LossFn, stats: TokenStats, gradient: bool) -> tuple[Tensor, dict[str, Tensor], Upstream | None]:
+    """The chunk's loss and metrics, detached, and its gradients per row (None when they are not wanted)."""
+    leaves = {}
+    for name in DIFFERENTIABLE if gradient else ():
+        if (x := getattr(stats, name)) is not None:
+            leaves[name] = x.detach().requires_grad_()
+    with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
+        loss, metrics = checked(loss_fn(replace(stats, **leaves) if leaves else stats))
+    refuse_captured_parameters(loss, list(leaves.values()))
+    if not gradient:
+        return loss.detach(), metrics, None
+    if not loss.requires_grad:
+        return loss.detach(), metrics, {}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.detach(), metrics, dict(zip(leaves, grads, strict=True))
+
+
+def checked(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What ``loss_fn`` returned as (loss, detached metrics)."""
+    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        got = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a floating scalar tensor (or it and a dict of metric sums), got {got}")
+    return loss, metrics and {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
+
+
+def refuse_captured_parameters(loss: Tensor, leaves: list[Tensor]) -> None:
+    """A trainable tensor inside loss_fn would silently get no gradient: coefficients are all that leaves a chunk."""
+    seen, stack, known = set(), [loss.grad_fn], {*map(id, leaves)}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise ValueError(
+                f"loss_fn uses a trainable tensor of shape {list(variable.shape)} besides the stats; it would get no "
+                "gradient. Detach it, or use linear_logps, which composes with autograd"
+            )
+        for parent, _ in node.next_functions:
+            stack.append(parent)
+
+
 # --- while the logits are hot ----------------------------------------------------------------------------------------
+
+
+def new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leaves:
+    """Buffers of a one-pass call: rows that need no gradient stay 0, weight, adapter and bias are summed in fp32."""
+    gemm, device = head.options.dtype, head.hidden.device
+    wide, single = kernel_dtype(gemm), len(plan.chunks) == 1 and gemm != torch.float16
+    new, hidden, totals = torch.empty if plan.chunks else torch.zeros, None, []
+    for like, need in ((inputs.weight, needs.weight), (inputs.up, needs.up)):
+        dtype = gemm if single and like is not None and like.dtype == gemm else wide
+        totals.append(new(like.shape, dtype=dtype, device=device) if need and like is not None else None)
+    if needs.hidden:
+        hidden = torch.zeros(head.hidden.shape, dtype=held_in(head.hidden.dtype), device=device)
+    bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needs.bias else None
+    return Leaves(hidden, totals[0], totals[1], bias)
+
+
+def in_input_dtypes(grads: Leaves, inputs: Leaves) -> Leaves:
+    """Each gradient in its input's dtype; that of an fp16 input waits for its upstream in fp32."""
+    made: list[Tensor | None] = []
+    for g, x in zip(grads, inputs, strict=True):
+        made.append(None if g is None or x is None else g.to(held_in(x.dtype)))
+    return Leaves(*made)
 
 
 def write_rows(
@@ -61,7 +139,7 @@ def write_rows(
     ``alpha`` is the factor that an fp16 ``dz`` needs. Of a shard the product is a partial sum: its exchange runs until
     the returned function is called.
     """
-    if head.options.shard is not None:
+    if head.shard is not None:
         return _write_shared(head, target, start, stop, dz, alpha)
     if alpha is not None:
         product = torch.zeros(stop - start, head.width, dtype=alpha.dtype, device=dz.device)
@@ -72,19 +150,19 @@ def write_rows(
     else:
         product = torch.empty(stop - start, head.width, dtype=dz.dtype, device=dz.device)
         _store(head, target, start, stop, multiply_back(head, dz, product))
-    return _nothing_left
+    return nothing_left
 
 
 def _write_shared(
     head: Head, target: Tensor, start: int, stop: int, dz: Tensor, alpha: Tensor | None
 ) -> Callable[[], None]:
     """The partial sums are kept and added in the statistics' precision."""
-    if head.options.shard is None or start == stop:
-        return _nothing_left
+    if head.shard is None or start == stop:
+        return nothing_left
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     partial = torch.zeros(stop - start, head.width, dtype=wide, device=dz.device)
     add_back(head, dz, partial, alpha)
-    work = begin_sum(head.options.shard, partial)
+    work = begin_sum(head.shard, partial)
 
     def finish() -> None:
         work.wait()
@@ -93,7 +171,7 @@ def _write_shared(
     return finish
 
 
-def _nothing_left() -> None:
+def nothing_left() -> None:
     """The rows are written already."""
 
 
@@ -104,24 +182,7 @@ def _store(head: Head, target: Tensor, start: int, stop: int, rows: Tensor) -> N
         target.index_copy_(0, head.rows[start:stop], rows.to(target.dtype))
 
 
-def add_chunk(
-    head: Head, grads: Leaves, logits: Tensor, stats: Stats, row: Coefficients, start: int, *, first: bool
-) -> None:
-    """The logits of the scored rows from ``start`` on become their gradient; then the two GEMMs of the chunk."""
-    stop, hidden = start + len(logits), hidden_rows(head, start, start + len(logits))
-    keep = kept_rows(row, WORTH_COMPACTING)
-    if keep is not None:
-        head, start, stop, hidden = select(head, keep + start), 0, len(keep), hidden[keep]
-        logits, stats, row = _moved_up(logits, keep), cut(stats, keep), pick(row, keep)
-    row, alpha = scaled(head, start, stop, row)
-    dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
-    # Rows of d hidden are written, those of weight, adapter and bias accumulate.
-    finish = _nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz, alpha)
-    _add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, alpha, first=first)
-    finish()
-
-
-def _moved_up(logits: Tensor, keep: Tensor) -> Tensor:
+def moved_up(logits: Tensor, keep: Tensor) -> Tensor:
     """The rows ``keep``, ascending, moved to the front one by one: no second buffer."""
     for to, row in enumerate(keep.tolist()):
         if to != row:
@@ -129,7 +190,7 @@ def _moved_up(logits: Tensor, keep: Tensor) -> Tensor:
     return logits[: len(keep)]
 
 
-def _add_weight_gradients(
+def add_weight_gradients(
     head: Head,
     sums: Sequence[Tensor | None],
     bias: Tensor | None,
@@ -140,7 +201,7 @@ def _add_weight_gradients(
     first: bool,
 ) -> None:
     """``dz.T @ hidden``, in its parts, and the column sums of dz; ``first`` sets the products instead of adding."""
-    for (_, columns), total in zip(parts(head), sums, strict=False):
+    for (_, columns), total in zip(head.parts, sums, strict=False):
         if total is not None:
             add_product(total, dz.t(), hidden[:, columns], first=first, alpha=alpha)
     if bias is not None:
@@ -190,7 +251,7 @@ def slab_by_slab(
     d_weights = _zeros(inputs.weight, needs.weight, held), _zeros(inputs.up, needs.up, held)
     d_bias = torch.zeros(vocab, **new) if needs.bias else None
     hidden = hidden_rows(head, 0, num_rows)
-    finish = _summed(head, d_hidden) if not vocab else _nothing_left
+    finish = _summed(head, d_hidden) if not vocab else nothing_left
     for first in range(0, vocab if num_rows else 0, plan.slab):
         last = min(vocab, first + plan.slab)
         slabs = [None if d is None else d[first:last] for d in d_weights]
@@ -203,7 +264,7 @@ def slab_by_slab(
                 add_back(head, dz, d_hidden[rows], alpha, first, last)
             if last == vocab and rows.stop == num_rows:
                 finish = _summed(head, d_hidden)
-            _add_weight_gradients(head, sums, d_slab, dz, hidden[rows], alpha, first=start == 0)
+            add_weight_gradients(head, sums, d_slab, dz, hidden[rows], alpha, first=start == 0)
         for slab, total in zip(slabs, sums, strict=True):
             if slab is not None and total is not None and total is not slab:
                 slab.copy_(total)
@@ -239,9 +300,9 @@ def _dense(
 
 def _summed(head: Head, d_hidden: Tensor | None) -> Callable[[], object]:
     """Starts adding the ranks' parts of ``d hidden``; the returned function waits for it."""
-    if head.options.shard is None or d_hidden is None or not len(d_hidden):
-        return _nothing_left
-    return begin_sum(head.options.shard, d_hidden).wait
+    if head.shard is None or d_hidden is None or not len(d_hidden):
+        return nothing_left
+    return begin_sum(head.shard, d_hidden).wait
 
 
 def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:

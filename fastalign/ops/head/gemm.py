@@ -1,4 +1,4 @@
-"""The products of a head: hidden states to logits, and the logits' gradient back to hidden states and weights.
+"""Matrix products into memory that is there, by the library that is best at them.
 
 GEMMs are written with ``out=`` or in place: no fresh ``[n, V]`` tensor, and autocast does not touch them.
 """
@@ -12,34 +12,10 @@ from torch import Tensor
 
 from fastalign.ops.backends.cpp import product
 from fastalign.ops.backends.torch import onednn
-from fastalign.ops.head.head import Head
 from fastalign.ops.head.plan import UPCAST_ROWS
 
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
-
-
-def parts(head: Head) -> list[tuple[Tensor, slice]]:
-    """Weight and adapter, each with the columns of hidden that it multiplies; the logits are the sum of products."""
-    width = head.weight.shape[1]
-    base = (head.weight, slice(0, width))
-    return [base] if head.up is None else [base, (head.up, slice(width, None))]
-
-
-def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``.
-
-    Half precision rounds between the products. The adapter's part, small, goes first, unless there is a bias: that
-    joins the weight's product before any rounding, as in a linear layer; the two may be large and cancel.
-    """
-    columns = len(head.weight[first:last])
-    out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
-    plus = None if head.bias is None else head.bias[first:last]
-    joined = plus is not None and out.dtype.itemsize < 4
-    for weight, part in parts(head) if joined else reversed(parts(head)):
-        multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
-        plus = out
-    return out
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
@@ -48,32 +24,26 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
     Batch-invariant: in products of one shape, whatever the number of rows.
     """
     if batch_invariant:
-        for rows, part in _padded(a):
+        for rows, part in padded(a):
             tile = out.new_empty(INVARIANT_ROWS, b.shape[1])
             tile[: rows.stop - rows.start] = out[rows]
             multiply(part, b, tile, tile if plus is out else plus, False)
             out[rows] = tile[: rows.stop - rows.start]
         return out
-    if (plus is None or plus is out) and onednn.multiplies(a, b, out):
+    large = a.numel() * b.shape[1] >= onednn.LEAST_WORK
+    if large and (plus is None or plus is out) and onednn.multiplies(a, b, out):
         onednn.multiply(a, b, out, add=plus is out)
         return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
 
 
-def _padded(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def padded(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows, each with its rows followed by zeros."""
     for start in range(0, a.shape[0], INVARIANT_ROWS):
         rows = slice(start, min(a.shape[0], start + INVARIANT_ROWS))
         part = a.new_zeros(INVARIANT_ROWS, a.shape[1])
         part[: rows.stop - start] = a[rows]
         yield rows, part
-
-
-def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """``out [n, D + r] = dz @ [weight, up][first:last]``."""
-    for weight, part in parts(head):
-        multiply(dz, weight[first:last], out[:, part], None, head.options.batch_invariant)
-    return out
 
 
 def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor | None = None) -> None:
@@ -84,7 +54,7 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor
     if alpha is not None:
         _add_scaled(acc, a, b, alpha, first=first)
         return
-    if onednn.multiplies(a, b, acc):
+    if a.numel() * b.shape[1] >= onednn.LEAST_WORK and onednn.multiplies(a, b, acc):
         onednn.multiply(a, b, acc, add=not first)
         return
     if a.dtype == acc.dtype:
@@ -117,20 +87,3 @@ def _add_scaled(acc: Tensor, a: Tensor, b: Tensor, alpha: Tensor, *, first: bool
         for begin in range(0, a.shape[1], UPCAST_ROWS):
             terms = slice(begin, begin + UPCAST_ROWS)
             part.addmm_(rows[:, terms].to(acc.dtype), b[terms].to(acc.dtype), alpha=alpha.item())
-
-
-def add_back(
-    head: Head, dz: Tensor, total: Tensor, alpha: Tensor | None, first: int = 0, last: int | None = None
-) -> None:
-    """``total [n, D + r] += alpha * dz @ [weight, up][first:last]`` in the precision of ``total``."""
-    if head.options.batch_invariant and alpha is None:
-        total.add_(multiply_back(head, dz, torch.empty(total.shape, dtype=dz.dtype, device=dz.device), first, last))
-        return
-    for weight, columns in parts(head):
-        if not head.options.batch_invariant:
-            add_product(total[:, columns], dz, weight[first:last], first=False, alpha=alpha)
-            continue
-        for rows, part in _padded(dz):
-            tile = total.new_empty(INVARIANT_ROWS, weight.shape[1])
-            add_product(tile, part, weight[first:last], first=True, alpha=alpha)
-            total[rows, columns] += tile[: rows.stop - rows.start]

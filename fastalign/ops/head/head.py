@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
-from fastalign.ops.checks import kernel_labels
+from fastalign.ops.checks import kernel_labels, stats_dtype
 from fastalign.ops.half import one_for_all, row_bound, times
-from fastalign.ops.parallel import Shard, Statistics, combine, localise, nothing
-from fastalign.ops.rows import Coefficients, coefficients, smoothed
-from fastalign.ops.token_logps import stats_dtype
+from fastalign.ops.head.gemm import INVARIANT_ROWS, add_product, multiply, padded
+from fastalign.ops.head.options import Call
+from fastalign.ops.head.plan import Coefficients as Known
+from fastalign.ops.head.plan import Plan, cached_plan
+from fastalign.ops.parallel import Shard, combine, localise, make_shard, nothing
+from fastalign.ops.rows import Coefficients, Stats, coefficients, smoothed
 from fastalign.types import IGNORE_INDEX
 
 
@@ -44,23 +47,7 @@ class Wanted(NamedTuple):
     lse: bool
 
 
-@dataclass(frozen=True)
-class Options:
-    """How logits become z, and where they are computed; the arguments shared by the linear ops."""
-
-    temperature: float | Tensor
-    softcap: float | None
-    logit_scale: float
-    dtype: torch.dtype
-    memory: int | None
-    backend: str | None
-    batch_invariant: bool
-    shard: Shard | None = None
-    label_smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A call's n scored rows and its head, cast to the GEMM dtype.
 
     Attributes:
@@ -70,9 +57,11 @@ class Head:
         weight, bias: ``[V, D]`` and ``[V]`` in the GEMM dtype; of a shard, its columns.
         up: ``[V, r]``, the matrix that the last r columns of hidden meet, in the GEMM dtype.
         cast: columns of weight and up together that had another dtype.
+        parts: weight and adapter, each with the columns of hidden that it multiplies; logits are the sum of products.
         temperature: a number or ``[n]``.
+        options: the call's.
         sweep: the module with the kernels ``forward`` and ``backward``.
-        weight_dtype: that of the weight as given, and of its gradient.
+        shard: this rank's place in a split vocabulary, None when it is whole.
         out_dtype: of log-probs and loss: fp64 if an input is fp64, else fp32.
         owners: ``[n]`` the rank that owns each label, None when the vocabulary is whole.
     """
@@ -83,13 +72,14 @@ class Head:
     weight: Tensor
     bias: Tensor | None
     temperature: float | Tensor
-    options: Options
+    options: Call
     sweep: ModuleType
-    weight_dtype: torch.dtype
     out_dtype: torch.dtype
+    shard: Shard | None = None
     owners: Tensor | None = None
     up: Tensor | None = None
     cast: int = 0
+    parts: tuple[tuple[Tensor, slice], ...] = ()
 
     @property
     def width(self) -> int:
@@ -99,71 +89,31 @@ class Head:
     @property
     def vocab(self) -> int:
         """Columns of all ranks."""
-        return self.weight.shape[0] if self.options.shard is None else self.options.shard.vocab
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What one sweep knows of n rows; entropy and total are None when they were not asked for.
+def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
+    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once.
 
-    ``top1`` is 1 where the label is the first of the largest z over the vocabulary of all ranks, else 0; None in a
-    backward, which does not read it.
+    ``dtypes``: of all the logits that the kernels read, where the call's are not the only ones.
     """
-
-    logps: Tensor
-    entropy: Tensor | None
-    max: Tensor
-    logsum: Tensor
-    total: Tensor | None = None
-    top1: Tensor | None = None
-
-    @property
-    def is_top1(self) -> Tensor:
-        """``top1`` as bool."""
-        assert self.top1 is not None
-        return self.top1 != 0
-
-
-def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (fp64 excepted), else the narrower of the two; bf16 between the two halves."""
-    device = hidden.device.type
-    if torch.float64 not in (hidden.dtype, weight.dtype) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    if hidden.dtype != weight.dtype and hidden.dtype.itemsize == weight.dtype.itemsize:
-        return torch.bfloat16
-    return min(hidden.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
-
-
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    options: Options,
-    sweep: ModuleType,
-    up: Tensor | None = None,
-    num_scored: int | None = None,
-) -> Head:
-    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once."""
-    shard, owners = options.shard, None
-    labels = kernel_labels(labels, weight.shape[0] if shard is None else shard.vocab)
-    rows = scored_rows(labels, num_scored)
-    temperature = options.temperature
+    sweep = dispatch.kernels(op, call.backend, call.hidden.device, *(dtypes or (call.dtype,)))
+    shard, owners = None if call.group is None else make_shard(call.group, call.shards), None
+    labels = kernel_labels(call.labels, call.weight.shape[0] if shard is None else shard.vocab)
+    tau = call.temperature if call.temperatures is None else call.temperatures.to(kernel_dtype(call.dtype))
+    rows = scored_rows(labels, call.num_scored)
     if rows is not None:
-        labels = labels[rows]
-        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        labels, tau = labels[rows], tau[rows] if isinstance(tau, Tensor) else tau
     if shard is not None:
         labels, owners = localise(shard, labels)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(kernel_dtype(options.dtype))
-    out, cast = (
-        stats_dtype(hidden, weight),
-        sum(x.shape[1] for x in (weight, up) if x is not None and x.dtype != options.dtype),
-    )
-    matrix, bias, up = (None if x is None else x.detach().to(options.dtype) for x in (weight, bias, up))
-    assert matrix is not None
-    head = Head(hidden.detach(), rows, labels, matrix, bias, temperature, options, sweep, weight.dtype, out, owners)
-    return replace(head, up=up, cast=cast)
+    cast, matrices = 0, []
+    for x in (call.weight, call.bias, call.up):
+        cast += x.shape[1] if x is not None and x.dim() == 2 and x.dtype != call.dtype else 0
+        matrices.append(None if x is None else x.detach().to(call.dtype))
+    hidden, out, (weight, bias, up) = call.hidden.detach(), stats_dtype(call.hidden, call.weight), matrices
+    width = weight.shape[1]
+    parts = ((weight, slice(0, width)), *(() if up is None else ((up, slice(width, None)),)))
+    return Head(hidden, rows, labels, weight, bias, tau, call, sweep, out, shard, owners, up, cast, parts)
 
 
 def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
@@ -187,14 +137,13 @@ def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
 
 def planned_columns(head: Head) -> int:
     """Columns that every rank plans with: V, or those of the largest shard."""
-    return head.weight.shape[0] if head.options.shard is None else head.options.shard.widest
+    return head.weight.shape[0] if head.shard is None else head.shard.widest
 
 
 def select(head: Head, keep: Tensor) -> Head:
     """The head with only the scored rows ``keep``, ``[k]`` ascending positions among the n."""
     tau = head.temperature
-    return replace(
-        head,
+    return head._replace(
         rows=keep if head.rows is None else head.rows[keep],
         labels=head.labels[keep],
         temperature=tau[keep] if isinstance(tau, Tensor) else tau,
@@ -207,6 +156,11 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def held_in(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a gradient for an upstream of 1 waits for the upstream that there is."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def scratch_bytes(head: Head) -> int:
     """What does not depend on the rows of a chunk: the cast weight, the widened hidden, the torch sweep's blocks."""
     options, columns = head.options, planned_columns(head)
@@ -216,6 +170,38 @@ def scratch_bytes(head: Head) -> int:
     row = columns * kernel_dtype(options.dtype).itemsize
     block = max(row, BLOCK_BYTES.get(head.hidden.device.type, BLOCK_BYTES["cuda"]))
     return cast + 5 * min(block, row * head.hidden.shape[0])
+
+
+def plan_for(
+    head: Head, coefficients: Known, *, trained: int | None, wanted: Wanted, units: tuple[int, ...] | None = None
+) -> Plan:
+    """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
+    device, options = head.hidden.device, head.options
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return cached_plan(
+        len(head.labels),
+        planned_columns(head),
+        head.hidden.shape[1],
+        itemsize=options.dtype.itemsize,
+        coefficients=coefficients,
+        units=units,
+        head_gradient=trained is not None,
+        trained=trained,
+        entropy=wanted.entropy or wanted.lse,
+        memory=options.memory,
+        device=device.type,
+        total_memory=total,
+        scratch=scratch_bytes(head),
+        batch_invariant=options.batch_invariant,
+    )
+
+
+def trained_columns(inputs: Leaves, needs: Needs) -> int | None:
+    """Columns of weight and adapter that get a gradient; None when the head gets none at all."""
+    if not (needs.weight or needs.up or needs.bias):
+        return None
+    width = 0 if inputs.weight is None or not needs.weight else inputs.weight.shape[1]
+    return width + (0 if inputs.up is None or not needs.up else inputs.up.shape[1])
 
 
 def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
@@ -231,16 +217,15 @@ def workspace(head: Head, rows: int, columns: int) -> Tensor:
 
 def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
     """Statistics of the scored rows ``start:stop`` from their logits, over the vocabulary of all ranks."""
-    labels, shard, total = head.labels[start:stop], head.options.shard, head.options.label_smoothing != 0
-    found: Statistics
+    labels, shard, total = head.labels[start:stop], head.shard, head.options.label_smoothing != 0
     if logits.shape[1]:
         wanted = {"entropy": entropy, "total": total, "top1": True}
-        found = head.sweep.forward(logits, labels, **wanted, **_scaling(head, start, stop))
+        found = Stats(*head.sweep.forward(logits, labels, **wanted, **scaling_of(head, start, stop)))
     else:
         found = nothing(labels, kernel_dtype(logits.dtype), entropy, total, True)
     if shard is None or head.owners is None:
-        return Stats(*found)
-    return Stats(*combine(shard, head.owners[start:stop], *found))
+        return found
+    return combine(shard, head.owners[start:stop], *found)
 
 
 def differentiate(
@@ -248,7 +233,7 @@ def differentiate(
 ) -> Tensor:
     """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
     if logits.numel():
-        head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **_scaling(head, start, stop))
+        head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **scaling_of(head, start, stop))
     return logits
 
 
@@ -259,15 +244,18 @@ def scaled(head: Head, start: int, stop: int, row: Coefficients) -> tuple[Coeffi
     """
     if head.options.dtype != torch.float16:
         return row, None
-    scaling = _scaling(head, start, stop)
+    scaling = scaling_of(head, start, stop)
     scale = one_for_all(row_bound(row, scaling["logit_scale"] / scaling["temperature"]))
     return times(row, scale), scale.reciprocal()
 
 
 def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | None]) -> Coefficients:
     """What gradients ``[n]`` of logps, entropy and lse ask of the rows' logits, as the kernels read it."""
-    wide = {name: x.to(stats.max.dtype).contiguous() for name, x in upstream.items() if x is not None}
-    g = wide["logps"] if "logps" in wide else torch.zeros_like(stats.max)
+    g, dtype = upstream.get("logps"), stats.max.dtype
+    g = torch.zeros_like(stats.max) if g is None else g.to(dtype).contiguous()
+    if upstream.get("entropy") is None and upstream.get("lse") is None and not head.options.label_smoothing:
+        return Coefficients(g)
+    wide = {name: x.to(dtype).contiguous() for name, x in upstream.items() if x is not None}
     grads = {"grad_entropy": wide.get("entropy"), "grad_lse": wide.get("lse")}
     return coefficients(
         g, entropy=stats.entropy, **grads, label_smoothing=head.options.label_smoothing, vocab=head.vocab
@@ -276,13 +264,15 @@ def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | N
 
 def reported(head: Head, stats: Stats, wanted: Wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """logps, entropy and lse as losses see them: the log-probs smoothed when that is asked for."""
-    logps, lse = stats.logps, stats.max + stats.logsum if wanted.lse else None
+    logps, dtype = stats.logps, head.out_dtype
     if stats.total is not None:
         logps = smoothed(logps, stats.logsum, stats.total, head.options.label_smoothing, head.vocab)
-    return logps, stats.entropy, lse
+    entropy = None if stats.entropy is None else stats.entropy.to(dtype)
+    return logps.to(dtype), entropy, (stats.max + stats.logsum).to(dtype) if wanted.lse else None
 
 
-def _scaling(head: Head, start: int, stop: int) -> dict:
+def scaling_of(head: Head, start: int, stop: int) -> dict:
+    """The kernels' keyword arguments for the scored rows ``start:stop``."""
     tau = head.temperature
     return {
         "temperature": tau[start:stop] if isinstance(tau, Tensor) else tau,
@@ -293,20 +283,17 @@ def _scaling(head: Head, start: int, stop: int) -> dict:
 
 def cut(stats: Stats, rows: slice | Tensor) -> Stats:
     """The statistics of some rows."""
-    return _stats(None if x is None else x[rows] for x in vars(stats).values())
+    parts: list[Any] = [None if x is None else x[rows] for x in stats]
+    return Stats(*parts)
 
 
 def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
     """The statistics of consecutive chunks as one."""
+    if len(parts) == 1:
+        return parts[0]
     if not parts:
-        new = {"dtype": kernel_dtype(head.options.dtype), "device": head.hidden.device}
-        wanted = (True, entropy, True, True, head.options.label_smoothing != 0, True)
-        return _stats(torch.empty(0, **new) if asked else None for asked in wanted)
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return _stats(None if column[0] is None else torch.cat(column) for column in columns)
-
-
-def _stats(columns: Iterable[Any]) -> Stats:
+        return nothing(head.labels, kernel_dtype(head.options.dtype), entropy, head.options.label_smoothing != 0, True)
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return Stats(*columns)
 
 
@@ -316,3 +303,46 @@ def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     out = torch.zeros(head.hidden.shape[0], *values.shape[1:], dtype=dtype, device=values.device)
     return out.index_copy_(0, head.rows, values.to(dtype))
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """Logits ``hidden @ weight[first:last].T + bias`` in ``buffer``.
+
+    Half precision rounds between the products. The adapter's part, small, goes first, unless there is a bias: that
+    joins the weight's product before any rounding, as in a linear layer; the two may be large and cancel.
+    """
+    columns = len(head.weight[first:last])
+    out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
+    plus = None if head.bias is None else head.bias[first:last]
+    joined = plus is not None and out.dtype.itemsize < 4
+    for weight, part in head.parts if joined else reversed(head.parts):
+        multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
+        plus = out
+    return out
+
+
+def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """``out [n, D + r] = dz @ [weight, up][first:last]``."""
+    for weight, part in head.parts:
+        multiply(dz, weight[first:last], out[:, part], None, head.options.batch_invariant)
+    return out
+
+
+def add_back(
+    head: Head, dz: Tensor, total: Tensor, alpha: Tensor | None, first: int = 0, last: int | None = None
+) -> None:
+    """``total [n, D + r] += alpha * dz @ [weight, up][first:last]`` in the precision of ``total``."""
+    if head.options.batch_invariant and alpha is None:
+        total.add_(multiply_back(head, dz, torch.empty(total.shape, dtype=dz.dtype, device=dz.device), first, last))
+        return
+    for weight, columns in head.parts:
+        if not head.options.batch_invariant:
+            add_product(total[:, columns], dz, weight[first:last], first=False, alpha=alpha)
+            continue
+        for rows, part in padded(dz):
+            tile = total.new_empty(INVARIANT_ROWS, weight.shape[1])
+            add_product(tile, part, weight[first:last], first=True, alpha=alpha)
+            total[rows, columns] += tile[: rows.stop - rows.start]

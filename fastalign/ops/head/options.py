@@ -1,12 +1,16 @@
-"""What the linear ops are called with: checked, and in the order of their custom ops' schemas."""
+"""What the linear ops are called with: the options, checked, and the call that is made of them."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from inspect import Parameter, signature
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastalign.ops import dispatch
 from fastalign.ops.checks import (
@@ -18,32 +22,78 @@ from fastalign.ops.checks import (
     check_num_scored,
     check_scaling,
     check_smoothing,
+    split_temperature,
+    stats_dtype,
     unpack_lora,
 )
 from fastalign.ops.head.dtensor import vocabulary_slices, whole
 from fastalign.ops.head.gemm import INVARIANT_ROWS
-from fastalign.ops.head.head import Head, Options, gemm_dtype, make_head
-from fastalign.ops.parallel import agree, checked_together, is_split, make_shard
-from fastalign.ops.token_logps import split_temperature, stats_dtype
+from fastalign.ops.parallel import agree, checked_together, is_split
 from fastalign.types import IGNORE_INDEX
 
-SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? up, Tensor? bias, Tensor labels, Tensor? temperatures, float temperature, "
-    "float? softcap, float logit_scale, float label_smoothing, ScalarType dtype, int? memory, str? backend, "
-    "bool batch_invariant, SymInt? num_scored, str? group, int[]? shards"
-)
-"""The fields of ``Call`` as operator schemas, which are flat, spell them."""
-TENSORS = 6
-"""So many fields are tensors, which autograd saves; the first four of them are differentiable."""
+
+@dataclass(frozen=True)
+class Options:
+    """What the linear ops may be told, as their keyword arguments.
+
+    Attributes:
+        bias: ``[V]``.
+        lora: an adapter of the head, ``(A [r, D], B [V, r], scale)``: the logits gain ``scale * (hidden @ A.T) @ B.T``.
+            It is cast to the GEMMs' dtype. A frozen weight costs no gradient beside a trained adapter.
+        temperature: a positive number or ``[N]``; gets no gradient.
+        softcap: ``cap * tanh(x / cap)`` between logit scale and temperature.
+        logit_scale: factor of the logits.
+        label_smoothing: eta; the log-prob becomes ``(1 - eta) logps + eta mean_v ln p_v`` over the whole vocabulary.
+        process_group: the ranks that share the vocabulary: ``weight`` and ``bias`` are then this rank's columns, in
+            rank order, shards may be uneven or empty (B is cut likewise, A whole); hidden, labels (global) and options
+            are the same on every rank. Ranks whose options, sizes or labels differ all raise, and say in what.
+            Outputs are the same bits everywhere, the gradient of ``hidden`` is complete on every rank. A DTensor weight
+            (bias, B) placed ``Shard(0)`` over one dimension of its mesh brings its group; replicated DTensors count as
+            their local tensors. Gradients are placed like their inputs.
+        memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
+        backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
+        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it, nor on the run (with equal
+            threads, on the same hardware); slower GEMMs. Refused where nobody can promise it: on CUDA outside of
+            ``torch.use_deterministic_algorithms(True)``.
+        num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
+            the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
+            their sizes. N when the rows are selected already.
+    """
+
+    bias: Tensor | None = None
+    lora: Lora | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    process_group: dist.ProcessGroup | None = None
+    memory: int | None = None
+    backend: str | None = None
+    batch_invariant: bool = False
+    num_scored: int | None = None
+
+
+NAMES = frozenset(field.name for field in fields(Options))
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def with_options(op: Op) -> Op:
+    """Shows the fields of ``Options`` in the signature of a public op, which takes them as ``**options``."""
+    own = [x for x in signature(op).parameters.values() if x.kind is not Parameter.VAR_KEYWORD]
+    ours = [Parameter(x.name, Parameter.KEYWORD_ONLY, default=x.default, annotation=x.type) for x in fields(Options)]
+    op.__signature__ = signature(op).replace(parameters=[*own, *ours])  # pyright: ignore
+    return op
 
 
 class Call(NamedTuple):
-    """The arguments that the linear ops share; the tensors come first.
+    """The seventeen arguments of the linear ops, checked; the tensors come first, the differentiable ones before.
 
     Attributes:
         hidden: ``[N, D]``, with an adapter ``[N, D + r]``: beside each hidden state its image under the adapter's A.
-        weight: ``[V, D]``.
+        weight: ``[V, D]``; of a split vocabulary, this rank's columns.
         up: the adapter's B ``[V, r]``.
+        bias: ``[V]``.
+        labels: ``[N]``, over the columns of all ranks.
         temperatures, temperature: ``[N]``, or the number.
         dtype: of the GEMMs.
         num_scored: how many labels are not -100, where the caller knows.
@@ -69,56 +119,110 @@ class Call(NamedTuple):
     shards: list[int] | None
 
 
+TENSORS = 6
+"""So many fields of a call are tensors, which autograd saves; the first four of them are differentiable."""
+
+SCHEMA_TYPES = {
+    **{"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "float | None": "float?", "bool": "bool"},
+    **{"torch.dtype": "ScalarType", "int | None": "int?", "str | None": "str?", "list[int] | None": "int[]?"},
+}
+SCHEMA = ", ".join(f"{SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in Call.__annotations__.items())
+"""The fields of a call as operator schemas, which are flat, spell them; the number of scored rows may be symbolic."""
+SCHEMA = SCHEMA.replace("int? num_scored", "SymInt? num_scored")
+
+
 def make_call(
-    op: str,
+    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], more: dict[str, Any]
+) -> tuple[Call, bool]:
+    """The checked call, and whether any rank trains the head.
+
+    Args:
+        given: the fields of ``Options`` as a caller of ``op`` gave them.
+        more: what else ``op`` was given, for ranks to compare.
+
+    Raises:
+        TypeError: ``given`` holds what is none of the fields.
+    """
+    for name in given:
+        if name not in NAMES:
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+    options = Options(**given)
+    bias, tau, group = options.bias, options.temperature, options.process_group
+    down, up, scale = (None, None, 1.0) if options.lora is None else unpack_lora(options.lora)
+    if DTensor in [*map(type, (hidden, weight, labels, bias, tau, down, up))]:
+        local = {"hidden": hidden, "labels": labels, "temperature": tau, "lora A": down}
+        hidden, labels, tau, down = (whole(name, x) for name, x in local.items())
+        slices = {"weight": weight, "lora B": up, "bias": bias}
+        (weight, up, bias), group = vocabulary_slices(slices, group)  # pyright: ignore  # weight stays one
+    checked, same = (hidden, weight, labels, bias, tau, down, up, options, group), {}
+    if group is None:
+        check(*checked)
+    else:
+        with checked_together(group, hidden):
+            check(*checked)
+            same = facts(op, hidden, weight, down, group, options.memory, options.backend)
+    dtype, shards, trainable = gemm_dtype(hidden, weight), None, requires_grad(weight, up, bias)
+    number, rows = split_temperature(tau, hidden, stats_dtype(hidden, weight))
+    if down is not None:
+        scored = None if options.num_scored == len(labels) else labels != IGNORE_INDEX
+        hidden = with_image(hidden, scored, down.to(dtype), scale, options.batch_invariant)
+    if group is not None:
+        same |= {"bias": "None" if bias is None else bias.dtype, "lora": None if down is None else (len(down), scale)}
+        same |= {name: getattr(options, name) for name in SHARED} | {"temperature": tau, **more}
+        group, shards, trainable = agree(group, weight, weight.shape[0], same, trainable, labels)
+    scaling = (rows, number, options.softcap, float(options.logit_scale), float(options.label_smoothing), dtype)
+    run = (options.memory, options.backend, options.batch_invariant, options.num_scored, group, shards)
+    return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
+
+
+SHARED = ("softcap", "logit_scale", "label_smoothing", "memory", "backend", "batch_invariant", "num_scored")
+"""Options that the ranks of a split vocabulary compare as they are."""
+
+
+def check(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    more: dict[str, Any],
-    *,
-    bias: Tensor | None = None,
-    lora: Lora | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    process_group: dist.ProcessGroup | None = None,
-    memory: int | None = None,
-    backend: str | None = None,
-    batch_invariant: bool = False,
-    num_scored: int | None = None,
-) -> tuple[Call, bool]:
-    """The checked call, and whether any rank trains the head; ``more``: options of ``op``, for ranks to compare."""
-    down, up, scale = unpack_lora(lora)
-    local = {"hidden": hidden, "labels": labels, "temperature": temperature, "lora A": down}
-    hidden, labels, temperature, down = (whole(name, x) for name, x in local.items())
-    slices = {"weight": weight, "lora B": up, "bias": bias}
-    (weight, up, bias), process_group = vocabulary_slices(slices, process_group)  # pyright: ignore  # weight stays one
-    with checked_together(process_group, hidden):
-        check_linear(hidden, weight, bias, labels)
-        check_scaling(temperature, softcap, labels)
-        check_smoothing(label_smoothing)
-        check_memory(memory)
-        check_num_scored(num_scored, labels)
-        if batch_invariant:
-            check_deterministic(hidden.device, process_group)
-        if down is not None and up is not None:
-            check_lora(down, up, hidden, weight)
-        same = facts(op, hidden, weight, down, process_group, memory, backend)
-    trainable = any(x is not None and x.requires_grad for x in (weight, up, bias))
-    number, rows = split_temperature(temperature, hidden, stats_dtype(hidden, weight))
-    dtype = gemm_dtype(hidden, weight)
-    same |= {"bias": "None" if bias is None else bias.dtype, "lora": None if down is None else (len(down), scale)}
-    same |= {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    same |= {"label_smoothing": label_smoothing, "memory": memory, "backend": backend}
-    same |= {"batch_invariant": batch_invariant, "num_scored": num_scored, **more}
-    if down is not None:
-        scored = None if num_scored == len(labels) else labels != IGNORE_INDEX
-        hidden = _with_image(hidden, scored, down.to(dtype), scale, batch_invariant)
-    group, shards, trainable = agree(process_group, weight, weight.shape[0], same, trainable, labels)
-    scaling = (rows, number, softcap, float(logit_scale), float(label_smoothing), dtype)
-    run = (memory, backend, batch_invariant, num_scored, group, shards)
-    return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
+    bias: Tensor | None,
+    tau: float | Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    options: Options,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Shapes, dtypes, devices and numbers are right."""
+    check_linear(hidden, weight, bias, labels)
+    check_scaling(tau, options.softcap, labels)
+    if options.label_smoothing:
+        check_smoothing(options.label_smoothing)
+    if options.memory is not None:
+        check_memory(options.memory)
+    if options.num_scored is not None:
+        check_num_scored(options.num_scored, labels)
+    if options.batch_invariant:
+        check_deterministic(hidden.device, group)
+    if down is not None and up is not None:
+        check_lora(down, up, hidden, weight)
+
+
+def requires_grad(*inputs: Tensor | None) -> bool:
+    """Whether any of the inputs is trained."""
+    return any(map(trained, inputs))
+
+
+def trained(x: Tensor | None) -> bool:
+    """Whether an input is there and gets a gradient."""
+    return x is not None and x.requires_grad
+
+
+def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (fp64 excepted), else the narrower of the two; bf16 between the two halves."""
+    device, one, other = hidden.device.type, hidden.dtype, weight.dtype
+    if torch.is_autocast_enabled(device) and torch.float64 not in (one, other):
+        return torch.get_autocast_dtype(device)
+    if one != other and one.itemsize == other.itemsize:
+        return torch.bfloat16
+    return one if one.itemsize <= other.itemsize else other
 
 
 def facts(
@@ -146,42 +250,25 @@ def facts(
         "number of columns of weight (D)": weight.shape[1],
         "dtypes of hidden and weight": f"{hidden.dtype} and {weight.dtype}, GEMMs in {gemm_dtype(hidden, weight)}",
         "grad mode": enabled,
-        "requires_grad of hidden or lora A": enabled and (hidden.requires_grad or _trains(down)),
+        "requires_grad of hidden or lora A": enabled and (hidden.requires_grad or requires_grad(down)),
         "kernels": dispatch.choose(op, backend, device.type),
         "device memory (or memory in bytes)": total,
     }
 
 
-def _trains(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
-
-
-def _with_image(hidden: Tensor, scored: Tensor | None, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
+def with_image(hidden: Tensor, scored: Tensor | None, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
     """``[h, scale * h @ A.T]`` per row: ordinary autograd carries its gradient on to A, and to the hidden states.
 
     Rows that are not scored are selected out: there a product with their zero gradient could still be NaN.
     """
     rows = (hidden if scored is None else hidden.where(scored[:, None], 0.0)).to(down.dtype)
-    return torch.cat([hidden, _image(rows, down, scale, batch_invariant).to(hidden.dtype)], 1)
+    return torch.cat([hidden, image(rows, down, scale, batch_invariant).to(hidden.dtype)], 1)
 
 
-def _image(rows: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
+def image(rows: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
     """``scale * rows @ down.T``, rounded once; batch-invariant: in products where a row's place is no matter."""
     if batch_invariant:
         tall, wide = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % INVARIANT_ROWS)) for x in (rows, down))
-        images = [_image(part, wide, scale, False) for part in tall.split(INVARIANT_ROWS)]
+        images = [image(part, wide, scale, False) for part in tall.split(INVARIANT_ROWS)]
         return torch.cat(images)[: len(rows), : len(down)]
     return torch.addmm(rows.new_zeros(1), rows, down.t(), beta=0, alpha=scale)
-
-
-def head_of(op: str, call: Call) -> Head:
-    """The scored rows and their head, with the kernels that serve ``op`` there."""
-    options = Options(
-        call.temperature if call.temperatures is None else call.temperatures,
-        *(call.softcap, call.logit_scale, call.dtype, call.memory, call.backend, call.batch_invariant),
-        make_shard(call.group, call.shards),
-        call.label_smoothing,
-    )
-    kernels = dispatch.kernels(op, call.backend, call.hidden.device, call.dtype)
-    tensors = (call.hidden, call.weight, call.bias, call.labels)
-    return make_head(*tensors, options, kernels, call.up, call.num_scored)

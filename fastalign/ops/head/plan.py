@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import Literal
 
@@ -74,17 +75,17 @@ class Plan:
     flops: float
     reason: str
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """All chunks, in order."""
         return tuple(chain.from_iterable(self.groups))
 
-    @property
+    @cached_property
     def chunk_rows(self) -> int:
         """Rows of the largest chunk."""
         return _largest(self.chunks)
 
-    @property
+    @cached_property
     def held_rows(self) -> int:
         """Rows of logits that exist at once when gradients are made group by group."""
         return max((min(self.slots, len(group)) * _largest(group) for group in self.groups), default=0)
@@ -131,7 +132,7 @@ def make_plan(
         scratch: bytes that do not depend on the rows of a chunk (casts of the weight, the sweep's temporaries).
         batch_invariant: the slab must not depend on the number of rows.
     """
-    row_bytes = _row_bytes(vocab, width, itemsize)
+    row_bytes = row_bytes_of(vocab, width, itemsize)
     scratch += 64 * num_rows
     limit = _rows_that_fit(row_bytes, itemsize, memory, scratch, device, total_memory)
     starved = device == "cuda" and memory is not None and limit < min(num_rows, GPU_ROWS)
@@ -158,7 +159,11 @@ def make_plan(
     return plan
 
 
-def _row_bytes(vocab: int, width: int, itemsize: int) -> int:
+cached_plan = lru_cache(maxsize=64)(make_plan)
+"""``make_plan`` for arguments that can be hashed."""
+
+
+def row_bytes_of(vocab: int, width: int, itemsize: int) -> int:
     """One row of a chunk: its logits, hidden state and hidden gradient, and fp32 copies made for narrow products."""
     upcast = 4 * (UPCAST_ROWS + width) if itemsize < 4 else 0
     return itemsize * (vocab + 2 * width) + upcast

@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.divergence_shards import measure
 from fastalign.ops.half import one_for_all, row_bound, times
 from fastalign.ops.head.backward import slab_by_slab, slab_labels, write_rows
-from fastalign.ops.head.gemm import project
-from fastalign.ops.head.head import Head, Leaves, Needs, Options, hidden_rows, make_head, planned_columns, workspace
+from fastalign.ops.head.head import Head, Leaves, Needs, hidden_rows, make_head, planned_columns, project, workspace
+from fastalign.ops.head.options import Call as LinearCall
 from fastalign.ops.head.plan import Plan, make_plan
-from fastalign.ops.parallel import make_shard
 from fastalign.ops.rows import Coefficients, pick
-from fastalign.ops.token_logps import stats_dtype
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,14 @@ class Call(NamedTuple):
 
 def make_streams(call: Call) -> Streams:
     """Both heads with their scored rows."""
-    kernels = dispatch.kernels("linear_divergence", call.backend, call.hidden.device, call.dtype, call.ref_dtype)
-    tau = call.temperature if call.temperatures is None else call.temperatures
-    labels, shard = call.labels, make_shard(call.group, call.shards)
+    labels, ours, theirs = call.labels, (call.softcap, call.logit_scale), (call.ref_softcap, call.ref_logit_scale)
     if labels is None:
         labels = torch.zeros(call.hidden.shape[0], dtype=torch.int64, device=call.hidden.device)
-    ours = Options(tau, call.softcap, call.logit_scale, call.dtype, None, call.backend, False, shard)
-    theirs = Options(tau, call.ref_softcap, call.ref_logit_scale, call.ref_dtype, None, call.backend, False, shard)
-    policy = make_head(call.hidden, call.weight, call.bias, labels, ours, kernels)
-    ref = make_head(call.ref_hidden, call.ref_weight, call.ref_bias, labels, theirs, kernels)
+    rows = labels, call.temperatures, call.temperature
+    run = None, call.backend, False, None, call.group, call.shards
+    one = LinearCall(call.hidden, call.weight, None, call.bias, *rows, *ours, 0.0, call.dtype, *run)
+    other = LinearCall(call.ref_hidden, call.ref_weight, None, call.ref_bias, *rows, *theirs, 0.0, call.ref_dtype, *run)
+    policy, ref = (make_head("linear_divergence", x, call.dtype, call.ref_dtype) for x in (one, other))
     return Streams(policy, ref, call.kind, call.mix)
 
 
@@ -134,7 +131,7 @@ def forward(
     ``tokens``, ``[n]`` and ``[2, n]``, is filled with the label's log-prob under the policy, that under the reference
     and the policy's entropy.
     """
-    head, shard, wanted = streams.policy, streams.policy.options.shard, tokens is not None
+    head, shard, wanted = streams.policy, streams.policy.shard, tokens is not None
     new = {"dtype": streams.dtype, "device": head.hidden.device}
     value, stats = torch.empty(len(head.labels), **new), torch.empty(5, len(head.labels), **new)
     buffers = streams.buffers(plan.chunk_rows, head.weight.shape[0])

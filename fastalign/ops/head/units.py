@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastalign.ops.checks import checked_offsets
 from fastalign.ops.transfer import on_device
 from fastalign.types import IGNORE_INDEX
 
@@ -71,16 +72,3 @@ def _unit_offsets(num_sequences: int, cu_groups: Tensor | None, align: Align) ->
     if cu_groups is None:
         raise ValueError('align="group" needs cu_groups, the [G+1] offsets of the groups in the B sequences')
     return checked_offsets("cu_groups", cu_groups, num_sequences, "sequences")
-
-
-def checked_offsets(name: str, offsets: Tensor, total: int, unit: str) -> list[int]:
-    """Offsets as a list; they start at 0, never decrease and end at ``total``."""
-    if offsets.dim() != 1 or offsets.is_floating_point() or offsets.numel() == 0:
-        raise ValueError(f"{name} must be a 1-D integer tensor of offsets, got {offsets.dtype} {list(offsets.shape)}")
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != total or any(a > b for a, b in pairwise(values)):
-        raise ValueError(
-            f"{name} must rise from 0 to {total}, the number of {unit}; got {values[0]} ... {values[-1]}"
-            f"{'' if values == sorted(values) else ', not in order'}"
-        )
-    return values

@@ -83,8 +83,11 @@ def stats_dtype(logits: Tensor) -> torch.dtype:
 
 def vectors(given: Mapping[str, Tensor | None], logits: Tensor) -> dict[str, Tensor]:
     """What is given, as contiguous ``[N]`` of the statistics' dtype beside the logits."""
-    dtype, rows = stats_dtype(logits), len(logits)
-    return {name: vector(name, x, rows, dtype, logits.device) for name, x in given.items() if x is not None}
+    dtype, found = stats_dtype(logits), {}
+    for name, x in given.items():
+        if x is not None:
+            found[name] = vector(name, x, len(logits), dtype, logits.device)
+    return found
 
 
 def vector(name: str, x: Tensor, rows: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
@@ -118,6 +121,9 @@ def describe(
         settings = {"temperatures": alive[1].data_ptr()}
     else:
         settings = {"temperature": float(temperature)}
+    for name, x in vectors.items():
+        if x is not None:
+            settings[name] = x.data_ptr()
     op = _C.TokenLogps(
         logits=matrix(logits),
         dtype=DTYPES[logits.dtype],
@@ -128,7 +134,6 @@ def describe(
         softcap=softcap or 0.0,
         logit_scale=logit_scale,
         **settings,
-        **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
         **matrices,
     )
     return op, alive

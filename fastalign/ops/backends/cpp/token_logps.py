@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp
-from fastalign.ops.rows import Coefficients
+from fastalign.ops.rows import Coefficients, Stats
 
 
 def forward(
@@ -21,7 +19,7 @@ def forward(
     entropy: bool = False,
     total: bool = False,
     top1: bool = False,
-) -> Statistics:
+) -> Stats:
     """Log-probs of the labels and the row statistics that the backward needs, in one read of the logits.
 
     ``z = softcap(logit_scale * logits) / temperature``, ``max = max_v z_v``, ``logsum = ln sum_v exp(z_v - max)``,
@@ -44,7 +42,7 @@ def forward(
         ValueError: for a wrong shape, dtype or device.
     """
     cpp.check(logits, labels)
-    outputs = new_statistics(logits, entropy, total, top1)
+    outputs = new_stats(logits, entropy, total, top1)
     op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
     op.forward(torch.get_num_threads())
     return outputs
@@ -84,22 +82,15 @@ def backward(
     op.backward(torch.get_num_threads())
 
 
-class Statistics(NamedTuple):
-    """What ``forward`` returns, each ``[N]``."""
-
-    logps: Tensor
-    entropy: Tensor | None
-    max: Tensor
-    logsum: Tensor
-    total: Tensor | None
-    top1: Tensor | None
-
-
-def new_statistics(logits: Tensor, entropy: bool, total: bool, top1: bool) -> Statistics:
+def new_stats(logits: Tensor, entropy: bool, total: bool, top1: bool) -> Stats:
     """Fresh memory for the statistics, beside the logits."""
-
-    def fresh() -> Tensor:
-        return torch.empty(len(logits), dtype=cpp.stats_dtype(logits), device=logits.device)
-
-    others = (fresh() if wanted else None for wanted in (total, top1))
-    return Statistics(fresh(), fresh() if entropy else None, fresh(), fresh(), *others)
+    rows, new = len(logits), {"dtype": cpp.stats_dtype(logits), "device": logits.device}
+    logps, maximum, logsum = torch.empty(rows, **new), torch.empty(rows, **new), torch.empty(rows, **new)
+    return Stats(
+        logps,
+        torch.empty(rows, **new) if entropy else None,
+        maximum,
+        logsum,
+        torch.empty(rows, **new) if total else None,
+        torch.empty(rows, **new) if top1 else None,
+    )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp, cuda
-from fastalign.ops.backends.cpp.token_logps import Statistics, new_statistics
-from fastalign.ops.rows import Coefficients
+from fastalign.ops.backends.cpp.token_logps import new_stats
+from fastalign.ops.rows import Coefficients, Stats
 
 
 def forward(
@@ -20,10 +20,10 @@ def forward(
     entropy: bool = False,
     total: bool = False,
     top1: bool = False,
-) -> Statistics:
+) -> Stats:
     """As ``cpp.token_logps.forward``, on CUDA tensors."""
     cpp.check(logits, labels, "cuda", cuda.DEVICE)
-    outputs = new_statistics(logits, entropy, total, top1)
+    outputs = new_stats(logits, entropy, total, top1)
     op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, outputs._asdict())
     with cuda.on_stream(logits) as (kernels, stream):
         blocks = kernels.blocks_per_row(*logits.shape)

@@ -14,8 +14,8 @@ from fastalign.ops.backends.torch.token_logps import (
     scaled,
     slope_of,
 )
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.rows import NEGLIGIBLE, Coefficients, idle, pick
-from fastalign.ops.token_logps import stats_dtype
 from fastalign.types import IGNORE_INDEX
 
 

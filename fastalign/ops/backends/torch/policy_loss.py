@@ -9,8 +9,7 @@ from torch import Tensor
 from fastalign.ops import functors
 from fastalign.ops.backends.torch.token_logps import backward, forward
 from fastalign.ops.functors import COLUMNS, Knobs, columns
-from fastalign.ops.parallel import Statistics
-from fastalign.ops.rows import Coefficients
+from fastalign.ops.rows import Coefficients, Stats
 from fastalign.types import IGNORE_INDEX
 
 
@@ -30,7 +29,7 @@ def run(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """Statistics, functor, gradient: two sweeps of ``token_logps``. See ``cpp.policy_loss.run``."""
+    """Stats, functor, gradient: two sweeps of ``token_logps``. See ``cpp.policy_loss.run``."""
     scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     found = forward(logits, labels, **scaling, entropy=entropy or knobs.entropy_coef != 0, top1=True)
     rows = (weights, advantages, old_logps, ref_logps)
@@ -40,9 +39,7 @@ def run(
     return table
 
 
-def tabulate(
-    found: Statistics, labels: Tensor, *rows: Tensor | None, loss: str, kl_estimator: str, knobs: Knobs
-) -> Tensor:
+def tabulate(found: Stats, labels: Tensor, *rows: Tensor | None, loss: str, kl_estimator: str, knobs: Knobs) -> Tensor:
     """The table of ``COLUMNS`` from the statistics of ``token_logps`` and what is given per row."""
     logps, entropies, maximum, logsum, _, top1 = found
     table = logps.new_zeros(len(COLUMNS), len(labels))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastalign.ops.parallel import Statistics
-from fastalign.ops.rows import Coefficients, idle, pick
-from fastalign.ops.token_logps import ELSEWHERE, stats_dtype
+from fastalign.ops.checks import stats_dtype
+from fastalign.ops.rows import Coefficients, Stats, idle, pick
+from fastalign.ops.token_logps import ELSEWHERE
 from fastalign.types import IGNORE_INDEX
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -29,7 +29,7 @@ def forward(
     entropy: bool = False,
     total: bool = False,
     top1: bool = False,
-) -> Statistics:
+) -> Stats:
     """One sweep over the vocabulary, block of rows by block of rows.
 
     Args:
@@ -64,7 +64,7 @@ def forward(
         logsum[rows] = s.masked_fill_(masked, 0)
         if hits is not None and leads is not None:
             hits[rows] = (leads & ~logps[rows].isnan()).to(dtype)
-    return logps, entropies, maximum, logsum, totals, hits
+    return Stats(logps, entropies, maximum, logsum, totals, hits)
 
 
 def backward(
