@@ -139,6 +139,7 @@ def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stop_finishes_the_step_it_came_in(configure, stop_at, number, code):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     config = configure("sft")
     text, ended = stop_at(config, number, engine, "update", at=3)
     assert ended == code and text.startswith("interrupted after step 3 of 6; saved ")

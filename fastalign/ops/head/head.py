@@ -16,7 +16,7 @@ from fastalign.ops.half import one_for_all, row_bound, times
 from fastalign.ops.head.gemm import INVARIANT_ROWS, add_product, multiply, padded
 from fastalign.ops.head.options import Call
 from fastalign.ops.head.plan import Coefficients as Known
-from fastalign.ops.head.plan import Plan, cached_plan
+from fastalign.ops.head.plan import Plan, cached_plan, log
 from fastalign.ops.parallel import Shard, combine, localise, make_shard, nothing
 from fastalign.ops.rows import Coefficients, Stats, coefficients, smoothed
 from fastalign.types import IGNORE_INDEX
@@ -178,7 +178,7 @@ def plan_for(
     """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
     device, options = head.hidden.device, head.options
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return cached_plan(
+    plan = cached_plan(
         len(head.labels),
         planned_columns(head),
         head.hidden.shape[1],
@@ -194,6 +194,8 @@ def plan_for(
         scratch=scratch_bytes(head),
         batch_invariant=options.batch_invariant,
     )
+    log.debug("plan: %s", plan)
+    return plan
 
 
 def trained_columns(inputs: Leaves, needs: Needs) -> int | None:

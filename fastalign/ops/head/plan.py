@@ -19,6 +19,7 @@ from itertools import accumulate, chain, pairwise
 from typing import Literal
 
 log = logging.getLogger("fastalign.plan")
+"""Each call's plan, on the level of debugging."""
 
 Mode = Literal["stats", "one_pass", "retained", "frozen", "slabs"]
 Chunk = tuple[int, int]
@@ -154,9 +155,7 @@ def make_plan(
         mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
     )
     workspace = scratch + max(plan.held_rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
-    plan = replace(plan, workspace_bytes=workspace)
-    log.debug("plan: %s", plan)
-    return plan
+    return replace(plan, workspace_bytes=workspace)
 
 
 cached_plan = lru_cache(maxsize=64)(make_plan)

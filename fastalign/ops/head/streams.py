@@ -15,7 +15,7 @@ from fastalign.ops.half import one_for_all, row_bound, times
 from fastalign.ops.head.backward import slab_by_slab, slab_labels, write_rows
 from fastalign.ops.head.head import Head, Leaves, Needs, hidden_rows, make_head, planned_columns, project, workspace
 from fastalign.ops.head.options import Call as LinearCall
-from fastalign.ops.head.plan import Plan, make_plan
+from fastalign.ops.head.plan import Plan, log, make_plan
 from fastalign.ops.rows import Coefficients, pick
 
 
@@ -59,7 +59,7 @@ def plan_for(streams: Streams, memory: int | None, coefficients: Any, trainable:
     policy, ref = streams.policy, streams.ref
     device = policy.hidden.device
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return make_plan(
+    plan = make_plan(
         len(policy.labels),
         planned_columns(policy),
         max(policy.weight.shape[1], ref.weight.shape[1]),
@@ -71,6 +71,8 @@ def plan_for(streams: Streams, memory: int | None, coefficients: Any, trainable:
         total_memory=total,
         scratch=_scratch_bytes(streams) // 2,
     )
+    log.debug("plan: %s", plan)
+    return plan
 
 
 def _scratch_bytes(streams: Streams) -> int:
