@@ -214,6 +214,116 @@ class RunConfig:
 
 
 @dataclass
+class SamplerConfig:
+    """How completions are sampled."""
+
+    backend: Literal["native", "transformers", "vllm"] = "native"
+    """native: in this process, on the training weights; transformers: its continuous batching; vllm: a server at `url`."""
+    url: str | None = None
+    """Of a server that speaks OpenAI's API, for `backend: vllm`, e.g. `http://localhost:8000/v1`."""
+    temperature: float = 1.0
+    """Logits are divided by it, in sampling and in training; 0 takes the most likely token."""
+    top_k: int = 0
+    """Sample from so many most likely tokens only; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the fewest most likely tokens that have this probability together; 1: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as likely as the most likely one; 0: from all."""
+    max_new_tokens: int = 256
+    """Tokens after which a completion is cut off."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion, which keeps them."""
+    max_rows: int | None = None
+    """Completions that are sampled at the same time; default: as memory allows."""
+    exact: Literal["auto", "require", "off"] = "auto"
+    """Log-probs of sampling are bit for bit those of training: auto checks it at the start and otherwise computes them
+    again, require refuses to run otherwise, off always computes them again."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """What is made of the rewards. A setting that is null is the algorithm's own; see `fastalign.rl.algorithms`."""
+
+    name: str | None = None
+    """The algorithm, where one command has several: `grpo --algorithm.name dapo`."""
+    preset: Literal["seed", "strong"] | None = None
+    """ppo: seed has the values of the first papers (KL 1, no clip), strong those recommended for real runs."""
+    num_generations: int | None = None
+    """Completions per prompt."""
+    num_iterations: int | None = None
+    """Passes over each batch of completions."""
+    num_minibatches: int | None = None
+    """Optimizer updates per pass; each takes an equal share of the prompts."""
+    kl_coef: float | None = None
+    """Weight of the KL from the reference; 0: no reference is loaded."""
+    kl_where: Literal["reward", "loss"] | None = None
+    """Where the KL goes: charged per token in the reward, or a term of the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3+"] | None = None
+    """How it is estimated from log-probs."""
+    kl_target: float | None = None
+    """Adapt `kl_coef` so that the KL of a completion comes to so many nats; null: keep it."""
+    kl_horizon: int = 10_000
+    """Completions over which `kl_coef` adapts."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float | None = None
+    """Lambda of generalised advantage estimation."""
+    normalize_advantages: bool | None = None
+    """Give the advantages of all scored tokens of a step mean 0 and deviation 1."""
+    critic: Literal["shared", "separate"] | None = None
+    """ppo: the critic is a linear head on the policy's trunk, or a model of its own."""
+    critic_path: str | None = None
+    """Hub name or directory that a separate critic starts from, a reward model for example; default: `model.path`."""
+    critic_lr: float | None = None
+    """Learning rate of a separate critic; default: `optim.lr`."""
+    critic_warmup: int = 0
+    """Steps in which only a separate critic trains."""
+    vf_coef: float = 0.1
+    """Weight of the value loss of a shared critic."""
+    value_clip: float | None = 0.2
+    """A value counts as moved by at most this much from what it was at sampling; null: no clip."""
+    normalize_values: bool = False
+    """Let the critic predict returns of mean 0 and deviation 1, by running statistics."""
+    reward_scale: float = 1.0
+    """Factor of the weighted sum of rewards."""
+    reward_bias: float = 0.0
+    """Added to it after scaling."""
+    reward_clip: float | None = None
+    """Bounds what comes of that to plus or minus this."""
+    truncation: Literal["terminal", "bootstrap", "penalty", "mask"] | None = None
+    """A completion that was cut off: scored as if it had ended; not scored, but valued by the critic where it was cut;
+    scored less `truncation_penalty`; or left out of the loss."""
+    truncation_penalty: float = 1.0
+    """Subtracted from the reward of a completion that was cut off, for `truncation: penalty`."""
+    reference_sync: Literal["none", "ema", "periodic"] | None = None
+    """Keep the reference, let it follow the policy after every step (an fp32 average), or copy the policy now and then."""
+    reference_alpha: float = 0.001
+    """Share of the way that the reference goes towards the policy."""
+    reference_steps: int = 512
+    """Steps between copies, for `periodic`."""
+    filter_zero_std: bool | None = None
+    """Replace prompts whose completions all have the same reward by further prompts (dynamic sampling of DAPO)."""
+    max_resample_batches: int = 3
+    """Batches of prompts that one step may sample for that."""
+    target_kl: float | None = None
+    """Skip an update, and those left of the step, when the policy has moved this far in nats per token."""
+    max_ratio: float | None = None
+    """Skip them when the mean ratio to the sampling policy is above this."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """For samplers that are not exact: weigh tokens by the ratio of trainer to sampler, up to a cap, or leave out those
+    beyond it."""
+    correction_cap: float = 2.0
+    """That cap."""
+    best_fraction: float | None = None
+    """raft: train on this share of all completions, the best of them; default: on the best of each prompt."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "critic_path")
+
+
+@dataclass
 class Config:
     """A whole run. `loss` holds the loss's name and keyword arguments, checked against its signature."""
 
@@ -226,6 +336,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    algorithm: AlgorithmConfig | None = None
+    """On-policy methods have this section, `sampler` and `rewards`; the others have none of them."""
+    sampler: SamplerConfig | None = None
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    """What scores completions: `{function: file.py:name}`, `{model: directory}`, `{builtin: name}` or `{code: {...}}`,
+    each with `weight` and `name`."""
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -332,3 +333,43 @@ class RankedLogps:
     lengths: Tensor
     rewards: Tensor
     cu_groups: Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sampler continues.
+
+    Attributes:
+        ids: ``[P]`` int64 tokens.
+        row: its position in the dataset, which names it in noise, files and messages.
+    """
+
+    ids: np.ndarray
+    row: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion that a policy sampled, in tokens: text never goes back into training.
+
+    Attributes:
+        prompt: ``[P]`` int64 tokens that were continued.
+        tokens: ``[R]`` int64 tokens behind it, the EOS or stop token that ended them included.
+        sampler_logps: ``[R]`` fp32 log-probs under the distribution that they were drawn from.
+        row: position of the prompt in the dataset.
+        sample: which of the prompt's samples.
+        finish: what ended it: an EOS token, a stop text, or ``sampler.max_new_tokens``.
+        version: optimizer updates behind the weights that sampled.
+        scored: ``[R]`` bool, False for tokens that an environment wrote; None: all were sampled.
+        kept_mass: ``[R]`` fp32 probability that top-k, top-p and min-p have kept; None without these.
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    sampler_logps: np.ndarray
+    row: int
+    sample: int
+    finish: Literal["eos", "length", "stop"]
+    version: int
+    scored: np.ndarray | None = None
+    kept_mass: np.ndarray | None = None
