@@ -272,7 +272,7 @@ class AlgorithmConfig:
     """Lambda of generalised advantage estimation."""
     normalize_advantages: bool | None = None
     """Give the advantages of all scored tokens of a step mean 0 and deviation 1."""
-    critic: Literal["shared", "separate"] | None = None
+    critic: Literal["none", "shared", "separate"] | None = None
     """ppo: the critic is a linear head on the policy's trunk, or a model of its own."""
     critic_path: str | None = None
     """Hub name or directory that a separate critic starts from, a reward model for example; default: `model.path`."""

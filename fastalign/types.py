@@ -54,10 +54,19 @@ class Columns:
     Attributes:
         weights: ``[N]`` factor of each token's loss: the reduction, with the counts of the whole step inside; for
             losses with a number per token.
+        value_weights: ``[N]`` factor of each token's value loss: a mean over tokens, whatever the policy's reduction.
         ref_logps: ``[N]`` fp32 log-probs under the reference.
+        old_logps: ``[N]`` fp32 log-probs under the policy as it sampled, by the training forward.
+        sampler_logps: ``[N]`` fp32 log-probs that the sampler gave.
+        token_rewards: ``[N]`` fp32 rewards of single tokens; nan where there is none.
+        advantages: ``[N]`` fp32, how much better than expected each token did.
+        values: ``[N]`` fp32 of the critic as the tokens were sampled.
+        returns: ``[N]`` fp32, what the critic learns.
         step_labels: ``[N]`` fp32, 1 for a right reasoning step and 0 for a wrong one.
         example_weights: ``[B]`` factor of the loss of the sequence's pair or prompt, or of its own; for other losses.
         scores: ``[B]`` fp32, what the data say of each sequence: a pair's margin, a label, a candidate's score.
+        truncated: ``[B]`` fp32, 1 for a completion that was cut off.
+        greedy_scores: ``[B]`` fp32 reward of the greedy answer to the sequence's prompt.
         baseline: ``[B]`` fp64, what unpaired losses measure log-ratios or rewards from.
         mean_lengths: ``[B]`` fp64 scored tokens per chosen completion of the step, the divisor that makes an imitation
             term a mean over tokens.
@@ -66,10 +75,19 @@ class Columns:
     """
 
     weights: Tensor | None = field(default=None, metadata=TOKEN)
+    value_weights: Tensor | None = field(default=None, metadata=TOKEN)
     ref_logps: Tensor | None = field(default=None, metadata=TOKEN)
+    old_logps: Tensor | None = field(default=None, metadata=TOKEN)
+    sampler_logps: Tensor | None = field(default=None, metadata=TOKEN)
+    token_rewards: Tensor | None = field(default=None, metadata=TOKEN)
+    advantages: Tensor | None = field(default=None, metadata=TOKEN)
+    values: Tensor | None = field(default=None, metadata=TOKEN)
+    returns: Tensor | None = field(default=None, metadata=TOKEN)
     step_labels: Tensor | None = field(default=None, metadata=TOKEN)
     example_weights: Tensor | None = field(default=None, metadata=SEQUENCE)
     scores: Tensor | None = field(default=None, metadata=SEQUENCE)
+    truncated: Tensor | None = field(default=None, metadata=SEQUENCE)
+    greedy_scores: Tensor | None = field(default=None, metadata=SEQUENCE)
     baseline: Tensor | None = field(default=None, metadata=SEQUENCE)
     mean_lengths: Tensor | None = field(default=None, metadata=SEQUENCE)
     rank_margins: Tensor | None = field(default=None, metadata=SEQUENCE)

@@ -83,6 +83,10 @@ class Rows:
 
     def next(self) -> list[TokenExample]:
         """The examples of the next step; StopIteration after the last."""
+        return self.dataset.fetch(self.draw())
+
+    def draw(self) -> list[int]:
+        """The positions of the next step's examples."""
         epoch, offset = divmod(self.drawn, len(self.dataset))
         left = (
             len(self.dataset) - offset if self.rows is None else min(len(self.dataset) - offset, self.rows - self.drawn)
@@ -93,7 +97,7 @@ class Rows:
             self._epoch, self._order = epoch, epoch_order(len(self.dataset), self.seed, epoch)
         taken = self._order[offset : offset + min(self.size, left)].tolist()
         self.drawn += len(taken)
-        return self.dataset.fetch(taken)
+        return taken
 
     def after(self, policy: Any, step: int) -> None:
         """Rows do not depend on the policy."""

@@ -17,7 +17,7 @@ from fastalign.config import BatchConfig, Config
 from fastalign.data.loader import Examples, epoch_order, evaluation_steps
 from fastalign.engine.forward import Models, run_head
 from fastalign.engine.loading import Start
-from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.methods import Objective, objective_of
 from fastalign.engine.output.metrics import means
 from fastalign.engine.output.progress import stage
 from fastalign.engine.prepare import Carried, first_carried, prepare
@@ -101,7 +101,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     Raises:
         ValueError: settings, data or a model that cannot be used.
     """
-    objective = make_objective(config.method, config.loss)
+    objective = objective_of(config)
     check_settings(config)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:

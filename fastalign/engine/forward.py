@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.config import ModelConfig
 from fastalign.engine.methods import Objective
+from fastalign.engine.readings import critic_loss, extremes
 from fastalign.models.head import scores
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
@@ -59,19 +60,42 @@ def run_head(models: Models, batch: PackedBatch, objective: Objective) -> tuple[
     if objective.head == "scores":
         return models.policy(batch, lambda *tensors, **options: loss_fn(scores(*tensors, **options)))
 
-    def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Metrics]:
+    def head(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, values: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Metrics]:
         loss, stats = linear_loss(hidden, weight, labels, loss_fn, **chunks(batch, objective), **options)
-        return loss, stats.metrics
+        return with_critic(objective, batch, loss, stats, values)
 
-    return models.policy(batch, head)
+    return models.policy(batch, head, values=models.policy.value_head is not None)
+
+
+def with_critic(
+    objective: Objective, batch: PackedBatch, loss: Tensor, stats: TokenStats, values: Tensor | None
+) -> tuple[Tensor, Metrics]:
+    """A batch's share of the loss with that of a critic on the same trunk, if there is one, and all metrics."""
+    metrics, gradient = stats.metrics, objective.policy_gradient
+    if values is not None:
+        assert gradient is not None
+        value_loss, theirs = critic_loss(objective, batch, values)
+        loss = loss + gradient.settings.vf_coef * value_loss
+        metrics = {**metrics, **theirs} if batch.num_scored else metrics
+    if gradient is not None and batch.num_scored:
+        metrics = {**metrics, **extremes(objective, batch, stats)}
+    return loss, metrics
+
+
+def run_critic(critic: Policy, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:
+    """The share of the loss of a critic that is a model of its own, and its metrics."""
+    return critic(batch, lambda *tensors, **options: critic_loss(objective, batch, scores(*tensors, **options)))
 
 
 def chunks(batch: PackedBatch, objective: Objective) -> dict[str, Any]:
     """How `linear_loss` cuts a batch; the reference's pass is cut alike, so that equal weights give equal bits."""
-    align = objective.method.align
+    align = objective.align
     groups = {"cu_groups": batch.cu_groups} if align == "group" else {}
     offsets = None if align == "token" else batch.cu_seqlens
-    return {"cu_seqlens": offsets, "align": align, "entropy": True, "num_scored": batch.num_scored, **groups}
+    known = {"align": align, "entropy": True, "num_scored": batch.num_scored, "temperature": objective.temperature}
+    return {"cu_seqlens": offsets, **known, **groups}
 
 
 def run_distributions(models: Models, batch: PackedBatch, objective: Objective) -> tuple[Tensor, Metrics]:

@@ -17,8 +17,10 @@ from fastalign.words import nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastalign.config import AlgorithmConfig, Config, SamplerConfig
     from fastalign.engine.readings import LossFn
     from fastalign.losses.traits import Family, Loss
+    from fastalign.rl.algorithms import OnPolicy
     from fastalign.types import PackedBatch
 
 Align = Literal["token", "sequence", "pair", "group"]
@@ -37,6 +39,7 @@ class Method:
         align: what a chunk of the head may not split.
         scalar_head: the model has a scalar head instead of an LM head.
         teacher: the reference must be a model of its own.
+        algorithms: on-policy, the names in `rl.algorithms` that it can run, its default first.
     """
 
     help: str
@@ -44,6 +47,7 @@ class Method:
     align: Align
     scalar_head: bool = False
     teacher: bool = False
+    algorithms: tuple[str, ...] = ()
 
     @cached_property
     def family(self) -> Family:
@@ -70,7 +74,33 @@ METHODS = {
         "train a reward model on preference pairs, rankings or steps", "reward", "token", scalar_head=True
     ),
     "distill": Method("match the distribution of a teacher", "distillation", "token", teacher=True),
+    "grpo": Method(
+        "learn from rewards of sampled completions, compared within their group",
+        "policy",
+        "token",
+        algorithms=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"),
+    ),
+    "ppo": Method("learn from rewards of sampled completions, with a critic", "policy", "token", algorithms=("ppo",)),
+    "rloo": Method("learn from rewards, each compared with the others of its group", "policy", "token", algorithms=("rloo",)),
+    "remax": Method("learn from rewards, compared with the greedy answer's", "policy", "token", algorithms=("remax",)),
+    "reinforce-pp": Method(
+        "learn from rewards, compared over the whole step",
+        "policy",
+        "token",
+        algorithms=("reinforce_pp", "reinforce_pp_baseline", "reinforce"),
+    ),
+    "raft": Method("fine-tune on the best of sampled completions", "supervised", "token", algorithms=("raft",)),
+    "online-dpo": Method(
+        "align on pairs of sampled completions, the best against the worst",
+        "preference",
+        "pair",
+        algorithms=("online_dpo",),
+    ),
 }
+CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg")
+"""Of `losses.policy.value_metrics`, beside those of the policy's loss."""
+ON_POLICY = tuple(name for name, method in METHODS.items() if method.algorithms)
+"""The methods that sample: they have the sections algorithm and sampler, and rewards."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,7 @@ class Objective:
         options: their keyword arguments.
         data: what `encode_dataset` is to make of rows.
         metric_names: the metrics that its loss function returns, sorted; the same on every rank.
+        on_policy: the algorithm with its settings, for methods that sample.
     """
 
     method: Method
@@ -90,6 +121,22 @@ class Objective:
     options: dict[str, Any]
     data: str
     metric_names: tuple[str, ...] = ()
+    on_policy: OnPolicy | None = None
+
+    @property
+    def policy_gradient(self) -> OnPolicy | None:
+        """The algorithm, where the losses are those of policy gradients."""
+        return self.on_policy if self.method.stem == "policy" else None
+
+    @property
+    def align(self) -> Align:
+        """What a chunk of the head may not split."""
+        return "sequence" if self.method.align == "token" and self.has("sequences") else self.method.align
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by, as they were when completions were sampled; greedy ones are of temperature 1."""
+        return (self.policy_gradient.sampler.temperature or 1.0) if self.policy_gradient else 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,8 +159,9 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a loss reads a reference."""
-        return self.has("reference")
+        """Whether a loss reads a reference, or the KL from it."""
+        gradient = self.policy_gradient
+        return self.has("reference") if gradient is None else gradient.charges_kl or gradient.adds_kl
 
     @property
     def reads_mismatched(self) -> bool:
@@ -123,8 +171,9 @@ class Objective:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are filled for the losses before a step, in order."""
-        members = self.members.values()
-        return (*["ref_logps"] * self.needs_reference, *(name for loss in members for name in loss.columns))
+        members, gradient = self.members.values(), self.policy_gradient
+        own = ("old_logps", *["values"] * gradient.has_critic, "advantages") if gradient else ()
+        return (*["ref_logps"] * self.needs_reference, *own, *(name for loss in members for name in loss.columns))
 
     @property
     def depends_on_step(self) -> bool:
@@ -134,6 +183,8 @@ class Objective:
     @property
     def reduction(self) -> str:
         """What makes one number of the losses: a name of `fastalign.losses.reduce`."""
+        if gradient := self.policy_gradient:
+            return gradient.algorithm.reduction
         return "token-mean" if all(loss.per_token for loss in self.members.values()) else "example-mean"
 
     def losses(self, *data: Any) -> Tensor:
@@ -147,30 +198,69 @@ class Objective:
         return partial(self.method.build, self, batch)
 
 
-def make_objective(method: str, loss: Mapping[str, Any]) -> Objective:
+def objective_of(config: Config) -> Objective:
+    """The objective of a run; raises as `make_objective` does."""
+    return make_objective(config.method, config.loss, config.algorithm, config.sampler)
+
+
+def make_objective(
+    method: str,
+    loss: Mapping[str, Any],
+    algorithm: AlgorithmConfig | None = None,
+    sampler: SamplerConfig | None = None,
+) -> Objective:
     """Choose a method's loss from the ``loss`` section of a configuration.
 
     Args:
         method: a key of ``METHODS``.
         loss: ``name`` (default: the method's own), or several and ``loss_weights``; and their keyword arguments.
+        algorithm, sampler: the sections of an on-policy method.
 
     Raises:
-        ValueError: an unknown method, loss or keyword, with the accepted ones; a loss that fails on a trial batch.
+        ValueError: an unknown method, loss, algorithm or keyword, with the accepted ones; a loss that fails on a trial
+            batch.
     """
     from fastalign.engine.trial import try_out
     from fastalign.losses.mixture import settings
 
     chosen = METHODS[pick(METHODS, method, "method")]
-    losses = choose(method, names_of(loss))
+    on_policy = plan_sampling(chosen, algorithm, sampler)
+    losses = choose(method, names_of(loss), on_policy.algorithm.loss if on_policy else None)
     given = {key: value for key, value in loss.items() if key != "name"}
     accepted = settings(losses)
+    if on_policy:
+        accepted |= own_options(losses, on_policy.settings)
     for key, value in given.items():
         pick(accepted, key, f"keyword of loss {'+'.join(losses)!r}")
         if any(key in one.nonnegative for one in losses.values()) and not value >= 0:
             raise ValueError(f"loss.{key} must be at least 0, got {value}")
-    rows = next(iter(losses.values())).rows or method
-    objective = Objective(chosen, losses, {**accepted, **given}, rows)
-    return replace(objective, metric_names=try_out(objective))
+    rows = "prompt" if on_policy else next(iter(losses.values())).rows or method
+    objective = Objective(chosen, losses, {**accepted, **given}, rows, on_policy=on_policy)
+    critic = CRITIC_METRICS if objective.policy_gradient and objective.policy_gradient.has_critic else ()
+    return replace(objective, metric_names=tuple(sorted({*try_out(objective), *critic})))
+
+
+def plan_sampling(
+    method: Method, algorithm: AlgorithmConfig | None, sampler: SamplerConfig | None
+) -> OnPolicy | None:
+    """The algorithm with its settings filled in; None for a method that does not sample."""
+    if not method.algorithms:
+        return None
+    from fastalign.config import AlgorithmConfig, SamplerConfig
+    from fastalign.rl.algorithms import ALGORITHMS, OnPolicy, settle
+
+    settings = settle(method.algorithms, algorithm or AlgorithmConfig())
+    assert settings.name is not None
+    return OnPolicy(ALGORITHMS[settings.name], settings, sampler or SamplerConfig())
+
+
+def own_options(losses: Mapping[str, Loss], settings: AlgorithmConfig) -> dict[str, Any]:
+    """What an algorithm gives its own loss in place of that loss's defaults; nothing where it was exchanged."""
+    from fastalign.rl.algorithms import ALGORITHMS, loss_defaults
+
+    assert settings.name is not None
+    own = ALGORITHMS[settings.name].loss in losses
+    return loss_defaults(settings.name, settings.preset) if own else {}
 
 
 def names_of(loss: Mapping[str, Any]) -> list[str]:
@@ -179,8 +269,8 @@ def names_of(loss: Mapping[str, Any]) -> list[str]:
     return [name] if isinstance(name, str) else list(name)
 
 
-def choose(method: str, asked: Sequence[str]) -> dict[str, Loss]:
-    """The losses that a configuration names, by their canonical names; the method's default for none.
+def choose(method: str, asked: Sequence[str], default: str | None = None) -> dict[str, Loss]:
+    """The losses that a configuration names, by their canonical names; ``default`` or the method's own for none.
 
     Raises:
         ValueError: an unknown name, one that is listed twice, a user's loss that cannot be imported or called.
@@ -189,7 +279,7 @@ def choose(method: str, asked: Sequence[str]) -> dict[str, Loss]:
     from fastalign.losses.traits import canonical
 
     known = METHODS[method].losses
-    aliases, default = canonical(known), next(iter(known))
+    aliases, default = canonical(known), default or next(iter(known))
     names = [aliases.get(name, name) for name in asked or [default]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"loss.name: {', '.join(twice)} is listed more than once; name each loss of a sum once")
@@ -214,7 +304,9 @@ def pick(table: Mapping[str, Any], key: str, what: str) -> str:
 
 
 def families() -> dict[str, Family]:
-    """The families of losses by method, and under no name that of policy gradients, which no method trains with."""
-    from fastalign.losses import policy
-
-    return {**{name: method.family for name, method in METHODS.items()}, "": policy.FAMILY}
+    """The families of losses by the first method that reads them."""
+    found: dict[str, Family] = {}
+    for name, method in METHODS.items():
+        if method.family not in found.values():
+            found[name] = method.family
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.engine.methods import Objective
-from fastalign.losses import preference, ranking, reward, supervised, unpaired
+from fastalign.losses import policy, preference, ranking, reward, supervised, unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count, weighted
 from fastalign.types import Columns, LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
@@ -113,3 +113,80 @@ def distillation_loss(objective: Objective, batch: PackedBatch, stats: TokenStat
     assert losses is not None
     metrics = {"loss": sum_and_count(losses), "nll": sum_and_count(-stats.logps)}
     return share_of(objective, batch.columns.at(stats), losses), {**metrics, **supervised.token_metrics(stats)}
+
+
+def policy_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> tuple[Tensor, Metrics]:
+    """Losses of policy gradients, with the KL from the reference and the entropy bonus where these are part of it."""
+    assert objective.on_policy is not None and stats.entropy is not None
+    settings, columns, (name, *_) = objective.on_policy.settings, batch.columns.at(stats), objective.names
+    old, advantages = columns.old_logps, columns.read("advantages", name)
+    old = stats.logps.detach() if old is None else old  # one update of fresh completions: the ratio is 1
+    known = (stats.logps, old, advantages)
+    losses = objective.losses(*known, *([stats.cu_seqlens] if objective.has("sequences") else []))
+    losses = losses * correction(objective, columns, old)
+    metrics = {"loss/policy_avg": sum_and_count(losses), **policy.metrics(*known, **clips(objective))}
+    if columns.ref_logps is not None:
+        kl = policy.KL_ESTIMATORS[settings.kl_estimator if objective.on_policy.adds_kl else "k3"]
+        costs = kl(stats.logps, columns.ref_logps)
+        losses = losses + settings.kl_coef * costs if objective.on_policy.adds_kl else losses
+        metrics["kl"] = sum_and_count(costs)
+    if settings.entropy_coef:
+        losses = losses + policy.entropy_bonus(stats.entropy, entropy_coef=settings.entropy_coef)
+    if columns.sampler_logps is not None:
+        metrics[DIFFERENCE] = sum_and_count((stats.logps - columns.sampler_logps).abs())
+    weights = columns.read("weights", name)
+    loss = weighted(losses, weights)
+    metrics["policy/entropy_avg"] = metrics["entropy"] = sum_and_count(stats.entropy)
+    return loss, {"loss": torch.stack([loss.detach().double(), weights.sum(dtype=torch.float64)]), **metrics}
+
+
+DIFFERENCE = "sampling/sampling_logp_difference/mean"
+"""How far training is from what the sampler computed, on the first update of a step."""
+
+
+def clips(objective: Objective) -> dict[str, float]:
+    """The clip of the losses that have one."""
+    return {name: objective.options[name] for name in ("clip_low", "clip_high") if name in objective.options}
+
+
+def correction(objective: Objective, columns: Columns, old: Tensor) -> Tensor | float:
+    """Weights for a sampler that computes other numbers than training does; 1 without."""
+    assert objective.on_policy is not None
+    how, cap = objective.on_policy.settings.correction, objective.on_policy.settings.correction_cap
+    if how == "none" or columns.sampler_logps is None:
+        return 1.0
+    if how == "truncate":
+        return policy.sampler_correction(old, columns.sampler_logps, cap=cap)
+    ratio = (old - columns.sampler_logps).exp()
+    return ((ratio <= cap) & (ratio >= 1 / cap)).to(ratio.dtype)
+
+
+def extremes(objective: Objective, batch: PackedBatch, stats: TokenStats) -> Metrics:
+    """``[]`` the largest of some numbers of a batch, of those that are smallest the negative; see `EXTREMES`."""
+    columns = batch.columns
+    old = stats.logps if columns.old_logps is None else columns.old_logps
+    ratio = policy.token_ratio(stats.logps, old)
+    found = policy.metrics(stats.logps, old, columns.read("advantages", objective.names[0]), **clips(objective))
+    low, high = (found[f"clip_ratio/{side}_mean"] for side in ("low", "high"))
+    sampler = stats.logps if columns.sampler_logps is None else columns.sampler_logps
+    difference = (stats.logps - sampler).abs().max()
+    return dict(zip(EXTREMES, (difference, -low[0] / low[1], high[0] / high[1], ratio.max(), -ratio.min()), strict=True))
+
+
+EXTREMES = {
+    "sampling/sampling_logp_difference/max": 1,
+    "clip_ratio/low_min": -1,
+    "clip_ratio/high_max": 1,
+    "val/ratio_max": 1,
+    "val/ratio_min": -1,
+}
+"""Metrics that are the largest, or with -1 the smallest, over the micro-batches of all ranks."""
+
+
+def critic_loss(objective: Objective, batch: PackedBatch, values: Tensor) -> tuple[Tensor, Metrics]:
+    """The share of a critic's loss, a mean over scored tokens, and its metrics."""
+    assert objective.on_policy is not None
+    columns, clip = batch.columns, objective.on_policy.settings.value_clip
+    known = values.float(), columns.read("values", "the critic"), columns.read("returns", "the critic")
+    loss = weighted(policy.value_loss(*known, value_clip=clip), columns.read("value_weights", "the critic"))
+    return loss, policy.value_metrics(*known, value_clip=clip)

@@ -25,7 +25,7 @@ from fastalign.engine.agree import require_same
 from fastalign.engine.fitting import check_columns, check_groups, held_out_source
 from fastalign.engine.forward import Models
 from fastalign.engine.loading import Start, load, verified
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import objective_of
 from fastalign.engine.output.alarms import check_choices
 from fastalign.engine.reference.cache import Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
@@ -62,7 +62,7 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
 
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a policy, and a reference of its own, that cannot run, before anything is tokenised."""
-    objective = make_objective(config.method, config.loss)
+    objective = objective_of(config)
     check_model(config.model, tokenizer, scalar_head=objective.method.scalar_head)
     if config.reference.path is None and objective.needs_reference and objective.method.teacher:
         raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
@@ -81,7 +81,7 @@ def encode(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, where: str, named: Sequence[str] = ()
 ) -> TokenDataset:
     """Rows as the tokens that the method's loss reads; the unread ones of the columns ``named`` were logged before."""
-    objective = make_objective(config.method, config.loss)
+    objective = objective_of(config)
     check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PARTS = ("data", "reference", "forward", "backward", "optimizer")
+PARTS = ("data", "generate", "reward", "reference", "forward", "backward", "optimizer")
 """The parts of a step that are timed; ``t_other`` is the rest."""
 
 
@@ -21,6 +21,7 @@ class Stopwatch:
         self.on_cuda = device.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []
         self.start = self.end = self.mark()
+        self.moved: dict[str, float] = {}
 
     def mark(self) -> Any:
         """A point in time."""
@@ -37,6 +38,10 @@ class Stopwatch:
         yield
         self.spans.append((part, start, self.mark()))
 
+    def book(self, part: str, seconds: float) -> None:
+        """Move time from ``data``, in which a source was asked for a step, to what the source did in it."""
+        self.moved[part] = self.moved.get(part, 0.0) + seconds
+
     def stop(self) -> None:
         """End the step."""
         self.end = self.mark()
@@ -50,6 +55,9 @@ class Stopwatch:
         if self.on_cuda:
             self.end.synchronize()
         times = {f"t_{part}": sum(self.between(a, b) for name, a, b in self.spans if name == part) for part in PARTS}
+        for part, seconds in self.moved.items():
+            times[f"t_{part}"] += seconds
+            times["t_data"] -= seconds
         step = self.between(self.start, self.end)
         return {"t_step": step, **times, "t_other": max(step - sum(times.values()), 0.0)}
 

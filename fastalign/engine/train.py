@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.loading import Start
-from fastalign.engine.methods import Objective, make_objective
+from fastalign.engine.methods import Objective, objective_of
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
 from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
@@ -44,14 +46,27 @@ from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
-from fastalign.engine.prepare import Carried, first_carried, prepare
+from fastalign.engine.onpolicy import (
+    adapt,
+    advantages_of,
+    credit_metrics,
+    cut_samples,
+    follow,
+    make_source,
+    minibatches_of,
+    passes_of,
+    write_samples,
+)
+from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
+from fastalign.engine.readings import EXTREMES
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
 from fastalign.engine.timing import Stopwatch, peak_memory
-from fastalign.engine.update import Work, accumulate_gradients, add_sums, measure_work
+from fastalign.engine.update import Work, accumulate_gradients, add_extremes, add_sums, measure_work
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
+from fastalign.rl.rollouts import Rollouts
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -72,8 +87,8 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
         OSError: a file cannot be written, or another rank was waited for in vain.
         Interrupted: a signal ended the run; its text says how to go on.
     """
-    objective = make_objective(config.method, config.loss)
-    config = replace(config, loss={"name": objective.name, **objective.options})  # defaults filled in
+    objective = objective_of(config)
+    config = filled_in(config, objective)
     check_settings(config)
     with handled() as signals, ExitStack() as to_the_end:
         with world(config.parallel) as ranks:
@@ -88,6 +103,8 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
             done = resume(job, checkpoint) if checkpoint else 0
             if open_rundir(config, done, ranks, checkpoint) == done:  # the first change on the disk
                 job.owed.clear()  # the line is there
+            if ranks.is_main:
+                cut_samples(job.directory, done)
             show_overview(job, done)
             note = run(job, done, on_step or (lambda step: None))
             weights = whole_weights(job.models.policy) if ranks.size > 1 else None
@@ -95,6 +112,13 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
             export(job, weights)
             report(job)
     return note
+
+
+def filled_in(config: Config, objective: Objective) -> Config:
+    """The settings with the defaults of the loss and of the algorithm."""
+    config = replace(config, loss={"name": objective.name, **objective.options})
+    plan = objective.on_policy
+    return config if plan is None else replace(config, algorithm=plan.settings, sampler=plan.sampler)
 
 
 @dataclass(frozen=True)
@@ -117,8 +141,6 @@ class Job:
     held_out_counts: dict[str, int] | None = None
     carried: Carried = field(default_factory=first_carried)
     signals: Requests = field(default_factory=Requests)
-    updates: int = 1
-    """Optimizer updates of a step: several where a step's examples cost more than an update."""
     owed: list[Record] = field(default_factory=list)
     """The record of the step that is resumed from, where its evaluation is still to come."""
 
@@ -147,7 +169,10 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
     models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
-    source = Rows(data, batch.size, config.run.seed, rows)
+    if objective.on_policy is None:
+        source: Source = Rows(data, batch.size, config.run.seed, rows)
+    else:
+        source = make_source(config, objective, models, dataset, rows, tokenizer, ranks)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     trained = what_trains(models, config, ranks)
@@ -205,7 +230,7 @@ def what_is_read(
 def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
-    with open_metrics(job, done) as metrics, closing(Feed(job.source, partial(pack_share, job))) as feed:
+    with open_metrics(job, done) as metrics, closing(make_feed(job)) as feed:
         keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job, feed), done, job.total)
         with keeper.listening():
             for record in job.owed:
@@ -230,6 +255,11 @@ def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
         return metrics.alarms.note
 
 
+def make_feed(job: Job) -> Feed:
+    """The steps of the run, packed."""
+    return Feed(job.source, partial(pack_share, job), ahead=job.world.device.type == "cuda")
+
+
 @contextmanager
 def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
     """The metrics file, and on the main rank the console and the trackers."""
@@ -244,66 +274,154 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
 
 def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
     """One step: its examples, the updates made of them, one line of metrics; nothing is read back from the device."""
-    batches, work, watch = draw(job, keeper, feed, step)
+    parts, work, watch = draw(job, keeper, feed, step)
     lr = learning_rate(step, job.total, job.config.optim)
-    batches = prepare(job.models, batches, job.objective, work, job.world, watch, job.carried)
-    updates = [update(job, part, lr, watch) for part in minibatches(batches, job.updates)]
+    flat = [batch for part in parts for batch in part]
+    exact = isinstance(job.source, Rollouts) and job.source.sampler.exact
+    flat = prepare(job.models, flat, job.objective, work, job.world, watch, job.carried, exact=exact)
+    known = {"step": step, "epoch": feed.position["drawn"] / len(job.dataset), "lr": lr}
+    if isinstance(job.source, Rollouts):
+        known |= sampled(job, job.source, step, flat, work)
+    updates = make_updates(job, cut(job, flat, parts), step, lr, watch)
+    follow(job, step)
     job.source.after(job.models.policy, step)
     watch.stop()
-    known = {
-        "step": step,
-        "epoch": feed.position["drawn"] / len(job.dataset),
-        "lr": lr,
-        **job.accounting.describe(work),
-    }
-    sums, norms = (torch.stack([getattr(one, name) for one in updates]) for name in ("sums", "grad_norm"))
-    return StepResult(known, sums.sum(0), norms.mean(), [loss for one in updates for loss in one.losses], watch)
+    norm = torch.stack([one.grad_norm for one in updates]).mean()
+    losses = [loss for one in updates for loss in one.losses]
+    known |= job.accounting.describe(work)
+    return StepResult(known, total(job.objective, updates), norm, losses, watch, extremes_of(updates))
 
 
-def minibatches(batches: list[PackedBatch], number: int) -> list[list[PackedBatch]]:
-    """The micro-batches of each update: as many updates as asked for and there are micro-batches, alike in size."""
-    return [batches[first::number] for first in range(min(number, len(batches)))]
+def sampled(job: Job, source: Rollouts, step: int, batches: list[PackedBatch], work: Work) -> dict[str, float]:
+    """What is known of a step's completions before its updates; they are written to samples.jsonl."""
+    measured = credit_metrics(job.objective, batches, job.world)
+    adapt(job, measured, work.sequences)
+    advantages = advantages_of(batches, source, job.world)
+    if job.world.is_main:
+        decode = partial(job.tokenizer.decode, skip_special_tokens=False)
+        write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
+    return {**source.metrics(), **measured}
 
 
-def pack_share(job: Job, examples: list[TokenExample]) -> list[PackedBatch]:
-    """A step's examples as this rank's micro-batches, pinned where a GPU will read them."""
-    batch, ranks = job.batch, job.world.data
-    mine = share(examples, batch.budget, batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward)
-    return [one.pin_memory() for one in mine] if job.world.device.type == "cuda" else mine
+def cut(job: Job, batches: list[PackedBatch], parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
+    """The prepared micro-batches of each update; of several, the weights count what that update has."""
+    if len(parts) == 1:
+        return [batches]
+    ends = pairwise(accumulate(map(len, parts), initial=0))
+    each = [batches[start:stop] for start, stop in ends]
+    works = [measure_work(part, job.world, 0) for part in each]
+    return [
+        [weigh_for(job.objective, work, job.world, batch) for batch in part]
+        for part, work in zip(each, works, strict=True)
+    ]
 
 
-def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[PackedBatch], Work, Stopwatch]:
+def make_updates(
+    job: Job, parts: list[list[PackedBatch]], step: int, lr: float, watch: Stopwatch
+) -> list[Update]:
+    """All updates of a step, pass after pass; they end where one was skipped."""
+    updates: list[Update] = []
+    for _ in range(passes_of(job.objective)):
+        for part in parts:
+            updates.append(update(job, part, step, lr, watch))
+            if updates[-1].skipped:
+                return updates
+    return updates
+
+
+def total(objective: Objective, updates: list[Update]) -> Tensor:
+    """Sums of metrics over the updates of a step; how far the sampler is from training only its first can tell."""
+    sums = torch.stack([one.sums for one in updates])
+    first = torch.tensor([name.startswith("sampling/") for name in objective.metric_names], device=sums.device)
+    return torch.where(first[:, None], sums[0], sums.sum(0))
+
+
+def extremes_of(updates: list[Update]) -> Tensor:
+    """Likewise of the extremes, of which the first is the sampler's."""
+    every = torch.stack([one.extremes for one in updates])
+    found = every.amax(0) if every.shape[1] else every[0]
+    return torch.cat([every[0, :1], found[1:]])
+
+
+def pack_share(job: Job, examples: list[TokenExample]) -> list[list[PackedBatch]]:
+    """A step's examples as this rank's micro-batches, update by update, pinned where a GPU will read them."""
+    batch, ranks, number = job.batch, job.world.data, minibatches_of(job.objective)
+    each = [examples[first::number] for first in range(number)]
+    known = batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward
+    parts = [share(some, batch.budget, *known) for some in each if some]
+    if job.world.device.type == "cuda":
+        parts = [[one.pin_memory() for one in part] for part in parts]
+    return parts
+
+
+def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[PackedBatch]], Work, Stopwatch]:
     """The next step's micro-batches, what all ranks compute, and its clock; what a rank was asked for comes first."""
     while True:
         watch = Stopwatch(job.world.device)
         with watch("data"):
-            batches, memory = feed.peek(), peak_memory(job.world.device)
-            work = measure_work(batches, job.world, memory, keeper.asked(step - 1))
+            parts, memory = feed.peek(), peak_memory(job.world.device)
+            flat = [batch for part in parts for batch in part]
+            work = measure_work(flat, job.world, memory, keeper.asked(step - 1))
+        if isinstance(job.source, Rollouts):
+            for part, seconds in job.source.seconds.items():
+                watch.book(part, seconds)
         if not work.asked:
             feed.take()
-            return batches, work, watch
+            return parts, work, watch
         keeper.obey(work.asked, step - 1)  # what is saved has not had this step
 
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer update: the sums of metrics over all ranks, the policy's gradient norm, this rank's losses."""
+    """An optimizer update: the sums and extremes of metrics over all ranks, the policy's gradient norm, this rank's losses.
+
+    ``skipped``: the weights are as before, since the policy had moved too far already.
+    """
 
     sums: Tensor
     grad_norm: Tensor
     losses: list[tuple[Tensor | None, tuple[int, ...]]]
+    extremes: Tensor
+    skipped: bool = False
 
 
-def update(job: Job, batches: list[PackedBatch], lr: float, watch: Stopwatch) -> Update:
+def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: Stopwatch) -> Update:
     """One update of all that trains, from the gradients of some of a step's micro-batches."""
     world, names = job.world, job.objective.metric_names
     metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
     with watch("optimizer"):
         sums = world.data.sum(add_sums(metrics, names, world.device))
-        finite = sums[names.index("loss")].isfinite().all()
-        norms = {role: take_step(one, lr, job.config.optim.clip_norm, finite) for role, one in job.trained.items()}
-    losses = [one["loss"] if one else None for one in metrics]
-    return Update(sums, norms["policy"], list(zip(losses, (batch.example_ids for batch in batches), strict=True)))
+        most = world.data.max(add_extremes(metrics, list(EXTREMES), world.device)) if job.objective.policy_gradient else sums.new_empty(0)
+        skipped = moved_too_far(job.objective, sums)
+        finite = sums[names.index("loss")].isfinite().all() & (not skipped)
+        rates = {role: lr for role in job.trained}
+        warm, critic_lr = warmup_of(job, step, lr)
+        norms = {
+            role: take_step(one, critic_lr if role == "critic" else rates[role], job.config.optim.clip_norm, finite & (warm or role == "critic"))
+            for role, one in job.trained.items()
+        }
+    losses = [one["loss"][0] if one else None for one in metrics]
+    named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+    return Update(sums, norms["policy"], named, most, skipped)
+
+
+def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:
+    """Whether the policy trains in this step, and the learning rate of a separate critic."""
+    plan = job.objective.policy_gradient
+    if plan is None:
+        return True, lr
+    peak = plan.settings.critic_lr
+    return step > plan.settings.critic_warmup, lr if peak is None else lr * peak / job.config.optim.lr
+
+
+def moved_too_far(objective: Objective, sums: Tensor) -> bool:
+    """Whether an update is to be skipped: the same on all ranks, from sums over all of them."""
+    plan = objective.policy_gradient
+    if plan is None or (plan.settings.target_kl is None and plan.settings.max_ratio is None):
+        return False
+    limits = {"policy/approxkl_avg": plan.settings.target_kl, "val/ratio": plan.settings.max_ratio}
+    found = {name: sums[objective.metric_names.index(name)].tolist() for name in limits}
+    return any(limit is not None and found[name][0] > limit * max(found[name][1], 1) for name, limit in limits.items())
 
 
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
@@ -311,7 +429,10 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     assert job.held_out is not None
     ours = job.models, job.held_out, job.objective, job.batch, job.world, job.carried
     try:
-        metrics = evaluate(*ours, between=partial(keeper.look, step))
+        if isinstance(job.source, Rollouts):
+            metrics = job.source.evaluate(cast(Any, job.held_out))
+        else:
+            metrics = evaluate(*ours, between=partial(keeper.look, step))
     except Interrupted as stop:
         keeper.obey(ORDER.index(stop.code - 128), step, record)
         raise
@@ -347,7 +468,9 @@ def resume(job: Job, checkpoint: Path) -> int:
             "then, or start again in another run.output_dir"
         )
     for name, part in job.carried.items():
-        part.load_state_dict(state["carried"][name])
+        if name in state["carried"]:
+            part.load_state_dict(state["carried"][name])
+    job.source.after(job.models.policy, state["step"])
     state = load_checkpoint(checkpoint, job.trained, job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:

@@ -70,6 +70,8 @@ def trial_batch(objective: Objective) -> PackedBatch:
     several = 2 if method.scalar_head or method.align in ("pair", "group") else 1
     sequence = (np.array([1, 2]), np.array([False, True]))
     columns = {**dict.fromkeys(AXES, np.ones(several)), "scores": np.linspace(1, 0, several)}
+    if not objective.needs_reference:
+        del columns["ref_logps"]
     examples = [TokenExample((sequence,) * several, i).fill(**columns) for i in range(EXAMPLES)]
     return build_batch(examples, share_prefix=False)
 
@@ -81,7 +83,7 @@ def head_outputs(objective: Objective, batch: PackedBatch) -> Any:
         return outputs
     rows = torch.arange(len(outputs))
     stats = TokenStats(outputs, rows, entropy=-outputs.detach(), is_top1=rows > 0)
-    if objective.method.align != "token":
+    if objective.align != "token":
         stats = replace(stats, sequences=torch.arange(batch.num_sequences), cu_seqlens=batch.cu_seqlens.long())
     if objective.head != "distributions":
         return stats

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastalign.engine.forward import Models, run_head
+from fastalign.engine.forward import Models, run_critic, run_head
 from fastalign.engine.methods import Objective
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
@@ -24,6 +25,7 @@ class Work:
         imitated: scored tokens of the first sequence of each example, such as the chosen ones of pairs.
         examples, sequences, tokens: as the data has them, a shared prompt counted once per sequence.
         scored: rows of the head.
+        nonempty: sequences with a scored token.
         computed, attended: tokens that the backbone computes, and pairs of a query and a key.
         idle: tokens of ranks without work, which belong to no sequence.
         micro_batches: per rank.
@@ -36,6 +38,7 @@ class Work:
     sequences: int
     tokens: int
     scored: int
+    nonempty: int
     computed: int
     attended: int
     idle: int
@@ -53,6 +56,7 @@ def measure_work(batches: Sequence[PackedBatch], world: World, memory: int, aske
             b.num_sequences,
             b.logical_tokens,
             b.num_scored,
+            int((b.cu_seqlens.diff() > 0).sum()),
             *((b.num_tokens, b.num_attended, 0) if b.num_examples else (0, 0, b.num_tokens)),
         ]
         for b in batches
@@ -82,8 +86,31 @@ def accumulate_gradients(
             loss, metrics = run_head(models, batch, objective)
         with watch("backward"):
             loss.backward()
-        sums.append(metrics)
+        sums.append({**metrics, **train_critic(models, batch, objective, world, watch, i == len(batches) - 1)})
     return sums
+
+
+def train_critic(
+    models: Models, batch: PackedBatch, objective: Objective, world: World, watch: Stopwatch, last: bool
+) -> dict[str, Tensor]:
+    """Gradients of a critic that is a model of its own, and its metrics."""
+    if models.critic is None:
+        return {}
+    synchronise_gradients(models.critic, last)
+    with watch("forward"), models.precision(world.device):
+        loss, metrics = run_critic(models.critic, batch, objective)
+    with watch("backward"):
+        loss.backward()
+    return metrics if batch.num_scored else {}
+
+
+def add_extremes(sums: Sequence[dict[str, Tensor]], names: Sequence[str], device: torch.device) -> Tensor:
+    """``[len(names)]`` fp64, the largest of each number over micro-batches; -inf where there is none."""
+    total = torch.full((len(names),), -math.inf, dtype=torch.float64, device=device)
+    for metrics in sums:
+        if all(name in metrics for name in names):
+            total = torch.maximum(total, torch.stack([metrics[name].double() for name in names]))
+    return total
 
 
 def add_sums(sums: Sequence[dict[str, Tensor]], names: Sequence[str], device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 ``l`` and ``l_old`` are the log-probs under the policy and under the one that sampled, ``r = exp(l - l_old)`` the ratio,
 ``A`` the advantage, ``sg`` stops the gradient. Log-ratios are clamped to +-20 before ``exp``, with no gradient outside.
-A clip acts beyond its bound, not on it. Reductions are in ``reduce``; ``VARIANTS`` says which algorithm pairs what.
+A clip acts beyond its bound, not on it. Reductions are in ``reduce``; ``fastalign.rl.algorithms`` pairs all of them.
 
 ``fastalign.ops.policy_loss`` computes ``pg``, ``ppo``, ``cispo`` and ``sapo`` straight from logits: their values and
 clips are defined once, in ``fastalign.ops.functors``, for it and for what is here.
@@ -11,14 +11,12 @@ clips are defined once, in ``fastalign.ops.functors``, for it and for what is he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.losses.reduce import lengths, repeat_segments, segment_sum, sum_and_count
-from fastalign.losses.traits import Family, Loss
+from fastalign.losses.traits import Family, Loss, Sums
 from fastalign.ops import functors
 from fastalign.ops.functors import FUNCTORS, LARGEST_LOG_RATIO, Knobs, clip, clip_bounds, ratio_of
 
@@ -278,6 +276,7 @@ def metrics(
     low, high = clip_bounds(ratio, advantages, 1 - clip_low, 1 + clip_high)
     values = {
         "val/ratio": ratio,
+        RATIO_SQUARED: ratio.square(),
         "policy/approxkl_avg": k2(logps, old_logps),
         "policy/clipfrac_avg": low | high,
         "clip_ratio/low_mean": low,
@@ -287,21 +286,23 @@ def metrics(
     return {name: sum_and_count(value) for name, value in values.items()}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """The objective of an on-policy algorithm, advantages apart.
+def value_metrics(values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float | None) -> dict[str, Tensor]:
+    """``[2]`` (sum, count) over tokens under TRL's names: the critic's loss, and what of it is clipped."""
+    losses = value_loss(values, old_values, returns, value_clip=value_clip)
+    plain = (values - returns).square() / 2
+    return {"loss/value_avg": sum_and_count(losses), "val/clipfrac_avg": sum_and_count(losses > plain)}
 
-    Attributes:
-        loss: a key of ``LOSSES``.
-        reduction: a key of ``reduce.WEIGHTS``.
-        options: keyword arguments of the loss that differ from its defaults.
-        kl: where the KL from the reference goes by default: ``"reward"``, ``"loss"`` (with its estimator) or None.
-    """
 
-    loss: str
-    reduction: str
-    options: dict[str, Any] = field(default_factory=dict)
-    kl: tuple[str, str] | None = None
+RATIO_SQUARED = "val/ratio_squared"
+
+
+def derive(sums: Sums) -> dict[str, float | None]:
+    """``val/ratio_var`` in place of the mean of squares."""
+    if RATIO_SQUARED not in sums:
+        return {}
+    (total, count), (squares, _) = sums["val/ratio"], sums[RATIO_SQUARED]
+    variance = max(squares / count - (total / count) ** 2, 0.0) if count else math.nan
+    return {"val/ratio_var": variance, RATIO_SQUARED: None}
 
 
 LOSSES = {
@@ -314,24 +315,11 @@ LOSSES = {
 }
 FAMILY = Family(
     "Policy gradients",
-    "Functions of log-probs and advantages for a loop of your own, through `linear_loss`, or straight from logits "
-    "by the op `policy_loss`; advantages are in `fastalign.rl.advantages`, reductions in `fastalign.losses.reduce`"
-    ". `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
-    "`ratio`, `clip_ratio/*`, `entropy` and the KL to the reference: a collapse shows there first.",
+    "Completions of the policy itself and their `rewards`; which algorithm pairs which advantage, loss and reduction is "
+    "in `fastalign.rl.algorithms`. In a loop of your own they are functions for `linear_loss`, or straight from logits "
+    "the op `policy_loss`. `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
+    "`reward` rises; `val/ratio`, `clip_ratio/*`, `entropy` and `kl`: a collapse shows there first.",
     LOSSES,
+    derive=derive,
 )
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}
-VARIANTS = {
-    "ppo": Variant("ppo", "token-mean", kl=("reward", "k1")),
-    "grpo": Variant("ppo", "seq-mean-token-mean", kl=("loss", "k3")),
-    "dr_grpo": Variant("ppo", "constant"),
-    "dapo": Variant("ppo", "token-mean", {"clip_high": 0.28}),
-    "gspo": Variant("gspo", "seq-mean-token-mean"),
-    "cispo": Variant("cispo", "token-mean"),
-    "sapo": Variant("sapo", "seq-mean-token-mean"),
-    "rloo": Variant("rloo", "seq-mean-token-sum", kl=("reward", "k1")),
-    "reinforce": Variant("pg", "token-mean", kl=("reward", "k1")),
-    "reinforce_pp": Variant("ppo", "token-mean", kl=("reward", "k1")),
-    "reinforce_pp_baseline": Variant("ppo", "token-mean", kl=("loss", "k2")),
-    "remax": Variant("pg", "token-mean", kl=("reward", "k1")),
-}

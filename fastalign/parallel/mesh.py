@@ -45,6 +45,12 @@ class Axis:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of ``values`` over the axis, in place when there is more than one rank."""
+        if self.group is not None:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
     def gather(self, values: Sequence[float]) -> Tensor:
         """``[size, n]`` fp64 on the host: a few numbers of every rank, without touching the device."""
         mine = torch.tensor(values, dtype=torch.float64)

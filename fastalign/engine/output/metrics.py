@@ -22,6 +22,7 @@ from fastalign.disk import WriteError, writing
 from fastalign.engine.errors import RunError
 from fastalign.engine.methods import Objective
 from fastalign.engine.output.alarms import Alarms
+from fastalign.engine.readings import EXTREMES
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
 
@@ -41,6 +42,7 @@ class StepResult:
         grad_norm: ``[]`` before clipping.
         losses: this rank's summed loss of each micro-batch, and the examples in it, to name a culprit.
         watch: the step's times.
+        extremes: ``[e]`` of `readings.EXTREMES`; empty for methods without.
     """
 
     record: dict[str, Any]
@@ -48,6 +50,7 @@ class StepResult:
     grad_norm: Tensor
     losses: Sequence[tuple[Tensor | None, tuple[int, ...]]]
     watch: Stopwatch
+    extremes: Tensor | None = None
 
 
 @dataclass
@@ -104,8 +107,12 @@ class MetricsLog:
         times = result.watch.seconds()
         known = {"schema": SCHEMA, "step": result.record["step"], "epoch": result.record["epoch"]}
         learned = {**means(self.objective, result.sums), "grad_norm": result.grad_norm.item()}
+        if result.extremes is not None:
+            most = result.extremes.tolist()
+            learned |= {name: sign * x for (name, sign), x in zip(EXTREMES.items(), most, strict=False)}
         speeds = {f"{name}_per_second": result.record[name] / times["t_step"] for name in WORK}
         speeds["mfu"] = result.record["flops_model"] / (times["t_step"] * self.peak_flops) if self.peak_flops else None
+        speeds |= sampling_times(times, speeds["tokens_per_second"]) if self.objective.on_policy else {}
         return {**known, **learned, **result.record, **speeds, **times, "wall_time": time.time()}
 
     def diagnosis(self, result: StepResult, record: dict[str, Any]) -> str:
@@ -157,6 +164,14 @@ class MetricsLog:
         if self.file is not None:
             with suppress(OSError):  # what could not be written has been reported
                 self.file.close()
+
+
+def sampling_times(times: dict[str, float], speed: float) -> dict[str, float]:
+    """Times and speed of an on-policy step under the names that TRL and verl have for them."""
+    update = times["t_forward"] + times["t_backward"] + times["t_optimizer"]
+    parts = {"generate": times["t_generate"], "score": times["t_reward"], "reference": times["t_reference"]}
+    named = {f"timing_s/{name}": seconds for name, seconds in {**parts, "update": update}.items()}
+    return {**named, "step_time": times["t_step"], "perf/tokens_per_second": speed}
 
 
 def means(objective: Objective, sums: Tensor) -> dict[str, float]:

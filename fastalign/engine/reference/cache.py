@@ -32,8 +32,6 @@ from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
 
-TEMPERATURE = 1.0
-"""Of the reference's distribution, as of the policy's."""
 WORTH = 0.8
 """Log-probs are computed ahead when that is at most so many times the work of computing them with every batch."""
 WINDOW = 256

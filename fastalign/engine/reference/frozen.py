@@ -34,7 +34,7 @@ from fastalign.data.ref_cache import Referenced
 from fastalign.engine.forward import Models, chunks
 from fastalign.engine.loading import Start, load, sharded, verified, without_repeated_warnings
 from fastalign.engine.methods import Objective
-from fastalign.engine.reference.cache import TEMPERATURE, Filling, check_agreement, fill, open_cache
+from fastalign.engine.reference.cache import Filling, check_agreement, fill, open_cache
 from fastalign.engine.reference.fingerprint import computation, fingerprint, origin_of
 from fastalign.models.head import head_of
 from fastalign.models.hollow import Hollow, hollow_policy
@@ -126,7 +126,7 @@ def kept(start: Start, policy: Policy, reference: Policy, origin: str, share_pre
     """The cache of a reference's log-probs, if they are kept; nothing of the reference but its outline is read."""
     if start.objective.head != "logps" or start.config.reference.cache == "off":
         return None
-    how = {"share_prefix": share_prefix, "temperature": TEMPERATURE, "autocast": start.autocast}
+    how = {"share_prefix": share_prefix, "temperature": start.objective.temperature, "autocast": start.autocast}
     space = cache.key(fingerprint(reference, origin), computation(reference, start.world, **how))
     return open_cache(start.config, space, start.demands, policy, start.world)
 
@@ -233,9 +233,7 @@ def reference_logps(reference: Policy | WithoutAdapter, batch: PackedBatch, obje
     """
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> TokenStats:
-        return linear_loss(
-            hidden, weight, labels, sum_logps, temperature=TEMPERATURE, **chunks(batch, objective), **options
-        )[1]
+        return linear_loss(hidden, weight, labels, sum_logps, **chunks(batch, objective), **options)[1]
 
     return reference(batch, head).logps
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastalign.config import Config
 from fastalign.engine.interrupt import handled
 from fastalign.engine.loading import Start
-from fastalign.engine.methods import make_objective
+from fastalign.engine.methods import objective_of
 from fastalign.engine.reference.cache import Demand, default_directory
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import load_data, load_models, require_same_rows
@@ -28,7 +28,7 @@ def precompute(config: Config) -> str:
         ValueError: a loss that reads no reference log-probs, or settings, data and models that cannot be used.
         OSError: the cache cannot be written.
     """
-    objective, started = make_objective(config.method, config.loss), time.perf_counter()
+    objective, started = objective_of(config), time.perf_counter()
     if not objective.needs_reference or objective.head != "logps":
         reads = "whole distributions of its reference" if objective.needs_reference else "no reference"
         raise ValueError(f"{config.method} with loss {objective.name} reads {reads}: there are no log-probs to keep")

@@ -1,0 +1,198 @@
+"""What the loop does for methods that sample: the source is made, credit is measured, references and prices follow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.data.loader import TokenDataset
+from fastalign.disk import writing
+from fastalign.engine.forward import Models
+from fastalign.engine.methods import Objective
+from fastalign.engine.output.metrics import read_lines
+from fastalign.losses.policy import KL_ESTIMATORS
+from fastalign.losses.reduce import segment_sum
+from fastalign.models.policy import Policy
+from fastalign.parallel.mesh import World
+from fastalign.rl import exact
+from fastalign.rl.controllers import KLPrice
+from fastalign.rl.ema import ema_update
+from fastalign.rl.rollouts import Rollouts, sample_lines
+from fastalign.rl.sampler import NativeSampler, stops_of
+from fastalign.rl.scoring import Scorer
+from fastalign.types import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastalign.config import Config
+    from fastalign.engine.train import Job
+
+log = logging.getLogger(__name__)
+
+
+def make_source(
+    config: Config,
+    objective: Objective,
+    models: Models,
+    prompts: TokenDataset,
+    rows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+) -> Rollouts:
+    """The source that samples with the policy; whether it is exact is tried now.
+
+    Raises:
+        ValueError: rewards or sampler settings that cannot be used.
+    """
+    assert objective.on_policy is not None
+    if not config.rewards:
+        raise ValueError(
+            f"{config.method} learns from rewards and none is set: e.g. rewards: [{{function: my_rewards.py:accuracy}}]"
+        )
+    scorer = Scorer(config.rewards, tokenizer, world.device)
+    sampling = objective.on_policy.sampler
+    stops = stops_of(models.policy, tokenizer, sampling.stop)
+    sampler = NativeSampler(models.policy, sampling, stops, precision=lambda: models.precision(world.device))
+    exact.settle(sampler)
+    plan, batch = objective.on_policy, config.batch
+    return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world)
+
+
+def minibatches_of(objective: Objective) -> int:
+    """Into how many updates a pass over a step is cut."""
+    return (objective.on_policy.settings.num_minibatches or 1) if objective.policy_gradient and objective.on_policy else 1
+
+
+def passes_of(objective: Objective) -> int:
+    """How often a step is passed over."""
+    return (objective.on_policy.settings.num_iterations or 1) if objective.policy_gradient and objective.on_policy else 1
+
+
+# --- after the columns are filled ------------------------------------------------------------------------------------
+
+
+def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: World) -> dict[str, float]:
+    """What TRL's PPO logs of rewards and KL, and how much of the returns the critic foresaw; over all ranks."""
+    gradient = objective.policy_gradient
+    if gradient is None:
+        return {}
+    sums = torch.zeros(9, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        columns, offsets = batch.columns, batch.cu_seqlens.to(world.device)
+        if not batch.num_sequences or columns.scores is None:
+            continue
+        charged = torch.zeros(2, dtype=torch.float64, device=world.device)
+        if columns.ref_logps is not None and columns.old_logps is not None:
+            old, reference = columns.old_logps.double(), columns.ref_logps.double()
+            cost = KL_ESTIMATORS[gradient.settings.kl_estimator or "k1"](old, reference)
+            charged = torch.stack([segment_sum(old - reference, offsets).sum(), segment_sum(cost, offsets).sum()])
+        ended = batch.num_sequences - columns.read("truncated", "metrics").double().sum()
+        sums[:5] += torch.stack(
+            [charged[0], charged[1], columns.scores.double().sum(), ended, ended.new_full((), batch.num_sequences)]
+        )
+        if columns.returns is not None and columns.values is not None:
+            missed = columns.returns.double() - columns.values.double()
+            for i, x in enumerate((columns.returns.double(), missed)):
+                sums[5 + 2 * i : 7 + 2 * i] += torch.stack([x.sum(), x.square().sum()])
+    tokens = world.data.sum(torch.tensor([float(sum(b.num_scored for b in batches))], dtype=torch.float64, device=world.device))
+    kl, cost, scores, ended, count, *moments = world.data.sum(sums).tolist()
+    count, number = max(count, 1.0), max(tokens.item(), 1.0)
+    price = (gradient.settings.kl_coef or 0.0) if gradient.charges_kl else 0.0
+    found = {"objective/scores": scores / count, "val/num_eos_tokens": ended}
+    if objective.needs_reference:
+        found |= {"objective/kl": kl / count, "objective/non_score_reward": -price * cost / count}
+        found["objective/rlhf_reward"] = found["objective/scores"] + found["objective/non_score_reward"]
+    if gradient.has_critic:
+        returns, missed = (moments[i + 1] / number - (moments[i] / number) ** 2 for i in (0, 2))
+        found["critic/vf_explained_var"] = 1 - missed / returns if returns > 0 else float("nan")
+    return found
+
+
+def adapt(job: Job, measured: dict[str, float], num_samples: int) -> None:
+    """Move the price of KL after a step, where it has a target."""
+    gradient = job.objective.policy_gradient
+    if gradient is None or gradient.settings.kl_target is None:
+        return
+    s, price = gradient.settings, cast(KLPrice, job.carried["kl_coef"])
+    price.adapt(s.kl_coef or 0.0, measured["objective/kl"], s.kl_target or 1.0, s.kl_horizon, num_samples)
+
+
+def follow(job: Job, step: int) -> None:
+    """Let the reference follow the policy, where it does."""
+    gradient, reference = job.objective.on_policy, job.models.reference
+    if gradient is None or gradient.settings.reference_sync == "none" or reference is None:
+        return
+    s = gradient.settings
+    if s.reference_sync == "periodic" and step % s.reference_steps:
+        return
+    assert isinstance(reference, Policy), "a reference that follows is a model of its own"
+    share = s.reference_alpha if s.reference_sync == "ema" else 1.0
+    pairs = zip(local(reference), local(job.models.policy, skip="value_head."), strict=True)
+    ema_update(*zip(*pairs, strict=True), eta=share)
+
+
+def local(policy: Policy, skip: str = "value_head.") -> list[Tensor]:
+    """This rank's part of each weight, in one order."""
+    named = [(name, p.detach()) for name, p in policy.named_parameters() if not name.startswith(skip)]
+    return [getattr(p, "_local_tensor", p) for _, p in named]
+
+
+# --- samples.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def advantages_of(batches: Sequence[PackedBatch], source: Rollouts, world: World) -> dict[tuple[int, int], float]:
+    """The mean advantage of each completion that is trained on, by (row, sample), of all ranks."""
+    mine: list[tuple[int, list[float]]] = []
+    for batch in batches:
+        if batch.columns.advantages is None or not batch.num_examples:
+            continue
+        offsets = batch.cu_seqlens.tolist()
+        values = batch.columns.advantages.cpu().tolist()
+        means = [float(np.mean(values[a:b])) if b > a else 0.0 for a, b in pairwise(offsets)]
+        mine += [
+            (row, means[a:b]) for row, (a, b) in zip(batch.example_ids, pairwise(batch.cu_groups.tolist()), strict=True)
+        ]
+    found = {row: means for part in world.gather_objects(mine) for row, means in part}
+    known = {}
+    for group in source.groups:
+        kept = [one for one, reward in zip(group.rollouts, group.rewards, strict=True) if not np.isnan(reward)]
+        known |= {(one.row, one.sample): x for one, x in zip(kept, found.get(group.row, []), strict=False)}
+    return known
+
+
+def write_samples(
+    directory: Path, source: Rollouts, step: int, decode: Callable[[np.ndarray], str], advantages: dict
+) -> None:
+    """Append a step's completions to samples.jsonl."""
+    path = directory / "samples.jsonl"
+    lines = [json.dumps(tidy(line)) + "\n" for line in sample_lines(source, step, decode, advantages)]
+    with writing("samples", path, then="go on with run.resume=true"), path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def tidy(value: Any) -> Any:
+    """JSON has no nan: null stands for it."""
+    if isinstance(value, dict):
+        return {key: tidy(x) for key, x in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def cut_samples(directory: Path, step: int) -> None:
+    """Remove the lines after a step, so that a resumed run writes none twice."""
+    path = directory / "samples.jsonl"
+    if not path.exists():
+        return
+    size = sum(len(line) for line, record in read_lines(path) if record is not None and record["step"] <= step)
+    with writing("samples", path, then="start again"), path.open("r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())

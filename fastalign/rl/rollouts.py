@@ -1,0 +1,420 @@
+"""Rollouts as the source of a run: prompts are drawn, completed by the policy as it is, scored, and handed out as a step.
+
+    prompts of the step      drawn as rows of a dataset are, dealt to the ranks
+        |  sampler           each prompt's completions; scored by the reward functions while others are still sampled
+    groups                   exchanged in tokens: every rank has the whole step
+        |  algorithm         all of them, the best of each prompt, or the best against the worst
+    examples                 packed, dealt and trained on like any other
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastalign.data.examples import TokenExample
+from fastalign.data.loader import Rows
+from fastalign.parallel.mesh import World
+from fastalign.rl.algorithms import OnPolicy
+from fastalign.rl.rewards import shape_scores
+from fastalign.types import Columns, Prompt, Rollout
+
+log = logging.getLogger(__name__)
+
+
+class Prompts(Protocol):
+    """A dataset of prompts."""
+
+    def __len__(self) -> int: ...
+
+    def ids(self, index: int) -> np.ndarray:
+        """``[P]`` tokens of a prompt."""
+        ...
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """Its row, which reward functions read."""
+        ...
+
+
+class Scores(Protocol):
+    """Rewards of the completions of one prompt.
+
+    Attributes:
+        table: ``[G, F]`` by completion and reward function; nan where a function gave none.
+        tokens: per completion ``[R, F]`` rewards of its tokens; None where no function rewards tokens.
+    """
+
+    table: np.ndarray
+    tokens: Sequence[np.ndarray | None] | None
+
+
+class Scorer(Protocol):
+    """Scores the completions of a prompt, beside whatever else happens."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Any]:
+        """Begin; the future gives `Scores`."""
+        ...
+
+
+class Sampler(Protocol):
+    """Completes prompts; see `rl.sampler`."""
+
+    exact: bool
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
+        """Samples 0 to n - 1 of each prompt."""
+        ...
+
+    def sync(self, policy: Any, version: int) -> None:
+        """Sample from these weights from now on."""
+        ...
+
+
+@dataclass
+class Group:
+    """The completions of one prompt with their rewards.
+
+    Attributes:
+        rollouts: in the order of their samples.
+        table: ``[G, F]`` rewards by function.
+        rewards: ``[G]`` their weighted sum; nan where no function gave any.
+        tokens: per completion ``[R]`` rewards of its tokens, nan where there is none; None without.
+        greedy: reward of the greedy answer; None without one.
+    """
+
+    rollouts: list[Rollout]
+    table: np.ndarray
+    rewards: np.ndarray
+    tokens: list[np.ndarray] | None = None
+    greedy: float | None = None
+
+    @property
+    def row(self) -> int:
+        """The prompt's position in the dataset."""
+        return self.rollouts[0].row
+
+
+def combine(table: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """``[G]`` weighted sums over the last axis of what is not nan; nan where everything is."""
+    total = np.nansum(table * np.asarray(weights), axis=-1)
+    return np.where(np.isnan(table).all(axis=-1), np.nan, total)
+
+
+class Rollouts(Rows):
+    """The source of an on-policy run.
+
+    Args:
+        prompts: the dataset.
+        size: prompts of a step over all ranks.
+        seed: of the order of the prompts and of the sampler's draws.
+        rows: prompts drawn in all; None: without end.
+        plan: the algorithm.
+        sampler: completes prompts with the weights that train.
+        scorer: of the completions.
+        world: the ranks; each completes and scores its share.
+    """
+
+    reads_ahead = False
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        size: int,
+        seed: int,
+        rows: int | None,
+        plan: OnPolicy,
+        sampler: Sampler,
+        scorer: Scorer,
+        world: World,
+    ) -> None:
+        super().__init__(prompts, size, seed, None if plan.settings.filter_zero_std else rows)  # pyright: ignore
+        self.prompts, self.plan, self.sampler, self.scorer, self.world = prompts, plan, sampler, scorer, world
+        self.groups: list[Group] = []
+        self.seconds: dict[str, float] = {}
+        self.resampled = 0
+
+    def next(self) -> list[TokenExample]:
+        """Sample, score and select a step; equal on all ranks."""
+        self.seconds, self.resampled = {"generate": 0.0, "reward": 0.0}, 0
+        settings, wanted, groups = self.plan.settings, self.size, list[Group]()
+        for batch in range(settings.max_resample_batches if settings.filter_zero_std else 1):
+            drawn, place = self.draw(), (self.seed << 32) + self.drawn
+            found = self.roll_out(drawn, settings.num_generations or 1, place, greedy=self.plan.algorithm.greedy)
+            wanted = min(wanted, len(drawn)) if batch == 0 else wanted
+            groups += [group for group in found if not settings.filter_zero_std or differs(group)]
+            self.resampled = batch
+            if len(groups) >= wanted:
+                break
+        else:
+            if settings.filter_zero_std:
+                text = "only %d of %d prompts have completions with different rewards after %d batches"
+                log.warning(f"{text} (algorithm.max_resample_batches): the step trains on these", len(groups), wanted, batch + 1)
+                groups = groups or found  # a step of equal rewards, which moves nothing
+        self.groups = groups[:wanted]
+        return select(self.plan, self.groups)
+
+    def roll_out(self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False) -> list[Group]:
+        """The groups of prompts, in their order; every rank makes a share and all get all."""
+        mine = indices[self.world.data.rank :: self.world.data.size]
+        start = time.perf_counter()
+        pending = self._sample(mine, n, seed, greedy)
+        sampled = time.perf_counter()
+        found, failure = [], None
+        try:
+            found = [self._finish(*each) for each in pending]
+        except ValueError as error:  # all ranks learn of it, or the others would wait
+            failure = str(error)
+        self.seconds["generate"] = self.seconds.get("generate", 0.0) + sampled - start
+        self.seconds["reward"] = self.seconds.get("reward", 0.0) + time.perf_counter() - sampled
+        everyone = self.world.gather_objects((found, failure))
+        if failures := [text for _, text in everyone if text]:
+            raise ValueError(failures[0])
+        groups = {group.row: group for part, _ in everyone for group in part}
+        return [groups[index] for index in indices]
+
+    def _sample(
+        self, indices: Sequence[int], n: int, seed: int, greedy: bool
+    ) -> list[tuple[list[Rollout], Future[Any], tuple[Rollout, Future[Any]] | None]]:
+        """The rollouts of this rank's prompts, whose scoring began as soon as a prompt's were all there."""
+        prompts = [Prompt(self.prompts.ids(i), i) for i in indices]
+        greedy_ones = {}
+        if greedy:
+            for one in self.sampler.generate(prompts, 1, seed, greedy=True):
+                greedy_ones[one.row] = one, self.scorer.submit([one], self.prompts.columns(one.row))
+        open_groups: dict[int, list[Rollout]] = {i: [] for i in indices}
+        done = {}
+        for one in self.sampler.generate(prompts, n, seed):
+            group = open_groups[one.row]
+            group.append(one)
+            if len(group) == n:
+                group.sort(key=lambda rollout: rollout.sample)
+                done[one.row] = group, self.scorer.submit(group, self.prompts.columns(one.row)), greedy_ones.get(one.row)
+        return [done[i] for i in indices]
+
+    def _finish(
+        self, rollouts: list[Rollout], future: Future[Any], greedy: tuple[Rollout, Future[Any]] | None
+    ) -> Group:
+        """Wait for the rewards of a group."""
+        scores, weights = future.result(), self.scorer.weights
+        tokens = None
+        if scores.tokens is not None:
+            tokens = [combine(each, weights) for each in scores.tokens]
+        baseline = None
+        if greedy is not None:
+            baseline = float(np.nan_to_num(combine(greedy[1].result().table, weights)[0]))
+            baseline = self.shaped(baseline, greedy[0])
+        rewards = combine(scores.table, weights)
+        shaped = np.array([self.shaped(r, one) for r, one in zip(rewards, rollouts, strict=True)])
+        return Group(rollouts, scores.table, shaped, tokens, baseline)
+
+    def shaped(self, reward: float, rollout: Rollout) -> float:
+        """A weighted sum of rewards as the algorithm's settings scale, clip and fine it."""
+        s = self.plan.settings
+        shaped = shape_scores(torch.tensor(float(reward)), scale=s.reward_scale, bias=s.reward_bias, clip=s.reward_clip)
+        fined = s.truncation == "penalty" and rollout.finish == "length"
+        return shaped.item() - (s.truncation_penalty if fined else 0.0)
+
+    def after(self, policy: Any, step: int) -> None:
+        """The next step is sampled from the weights as they are now."""
+        self.sampler.sync(policy, step)
+
+    def describe(self) -> str:
+        """How much a step holds."""
+        n, size = self.plan.settings.num_generations, min(self.size, len(self.prompts))
+        return f"{size} prompts with {n} completions each, of {len(self.prompts):,} prompts"
+
+    def metrics(self) -> dict[str, float]:
+        """What TRL's trainers log of the completions and rewards of the step, over all ranks."""
+        return {**reward_metrics(self.groups, self.scorer.names), **length_metrics(self.groups), "resampled_batches": self.resampled}
+
+    def evaluate(self, prompts: Prompts, batch: int = 64) -> dict[str, float]:
+        """Rewards and lengths of one completion of each of other prompts, sampled with the weights as they are."""
+        training, self.prompts = self.prompts, prompts
+        try:
+            groups = []
+            for start in range(0, len(prompts), batch):
+                groups += self.roll_out(range(len(prompts))[start : start + batch], 1, EVALUATION_SEED)
+        finally:
+            self.prompts = training
+        found = {**reward_metrics(groups, self.scorer.names), **length_metrics(groups)}
+        return {name: value for name, value in found.items() if "std" not in name}
+
+
+EVALUATION_SEED = 0
+"""Of the draws of evaluations, which can be compared that way."""
+
+
+def differs(group: Group) -> bool:
+    """Whether the completions of a prompt have different rewards, so that there is something to learn."""
+    known = group.rewards[~np.isnan(group.rewards)]
+    return len(known) > 1 and bool(known.max() > known.min())
+
+
+# --- from groups to examples -----------------------------------------------------------------------------------------
+
+
+def select(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
+    """What the algorithm trains on."""
+    return SELECT[plan.algorithm.select](plan, groups)
+
+
+def all_completions(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
+    """Every completion that has a reward; a group in which too few have one is left out."""
+    least = 1 if plan.settings.num_generations == 1 else 2
+    kept = [(group, np.flatnonzero(~np.isnan(group.rewards))) for group in groups]
+    return [group_example(plan, group, chosen.tolist()) for group, chosen in kept if len(chosen) >= least]
+
+
+def best(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
+    """The best completion of each prompt, or the best share of all."""
+    scores = [np.where(np.isnan(group.rewards), -math.inf, group.rewards) for group in groups]
+    if plan.settings.best_fraction is None:
+        places = [(g, int(each.argmax())) for g, each in enumerate(scores) if each.max() > -math.inf]
+    else:
+        every = [(-score, g, i) for g, each in enumerate(scores) for i, score in enumerate(each) if score > -math.inf]
+        number = max(1, int(sum(map(len, scores)) * plan.settings.best_fraction))
+        places = sorted((g, i) for _, g, i in sorted(every)[:number])
+    return [TokenExample((sequence(groups[g].rollouts[i]),), groups[g].row) for g, i in places]
+
+
+def best_and_worst(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
+    """The best completion against the worst, where their rewards differ."""
+    pairs = []
+    for group in filter(differs, groups):
+        chosen, rejected = int(np.nanargmax(group.rewards)), int(np.nanargmin(group.rewards))
+        pairs.append(TokenExample(tuple(sequence(group.rollouts[i]) for i in (chosen, rejected)), group.row))
+    return pairs
+
+
+SELECT: dict[str, Callable[[OnPolicy, Sequence[Group]], list[TokenExample]]] = {
+    "all": all_completions,
+    "best": best,
+    "best_and_worst": best_and_worst,
+}
+
+
+def sequence(rollout: Rollout, scored: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and completion, of which the sampled tokens are scored."""
+    own = np.ones(len(rollout.tokens), dtype=bool) if rollout.scored is None else rollout.scored
+    mask = np.concatenate([np.zeros(len(rollout.prompt), dtype=bool), own & scored])
+    return np.concatenate([rollout.prompt, rollout.tokens]), mask
+
+
+def group_example(plan: OnPolicy, group: Group, chosen: Sequence[int]) -> TokenExample:
+    """The chosen completions of a prompt with what their loss reads."""
+    rollouts = [group.rollouts[i] for i in chosen]
+    leave_out = plan.settings.truncation == "mask"
+    sequences = tuple(sequence(one, scored=not (leave_out and one.finish == "length")) for one in rollouts)
+    columns: dict[str, Any] = {
+        "scores": group.rewards[list(chosen)],
+        "truncated": [one.finish == "length" for one in rollouts],
+        "sampler_logps": scored_part(rollouts, sequences, [one.sampler_logps for one in rollouts]),
+    }
+    if group.tokens is not None:
+        columns["token_rewards"] = scored_part(rollouts, sequences, [group.tokens[i] for i in chosen])
+    if group.greedy is not None:
+        columns["greedy_scores"] = [group.greedy] * len(rollouts)
+    return TokenExample(sequences, group.row, columns=Columns()).fill(**columns)
+
+
+def scored_part(
+    rollouts: Sequence[Rollout], sequences: Sequence[tuple[np.ndarray, np.ndarray]], values: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Numbers of the tokens of completions, of those alone that are scored."""
+    masks = [mask[len(one.prompt) :] for one, (_, mask) in zip(rollouts, sequences, strict=True)]
+    return np.concatenate([value[mask] for value, mask in zip(values, masks, strict=True)])
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def reward_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, float]:
+    """Rewards under TRL's names: over all completions, each function's, and how they spread within a prompt."""
+    if not groups:
+        return {}
+    table = np.concatenate([group.table for group in groups])
+    rewards = np.concatenate([group.rewards for group in groups])
+    spread = [float(np.nanstd(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups]
+    found = {
+        "reward": mean(rewards),
+        "reward_std": mean(np.array(spread)),
+        "frac_reward_zero_std": float(np.mean([not differs(group) for group in groups])),
+    }
+    for i, name in enumerate(names):
+        found |= {f"rewards/{name}/mean": mean(table[:, i]), f"rewards/{name}/std": deviation(table[:, i])}
+    greedy = [group.greedy for group in groups if group.greedy is not None]
+    if greedy:
+        found |= {"greedy_score": float(np.mean(greedy)), "baseline_gap": found["reward"] - float(np.mean(greedy))}
+    return found
+
+
+def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Lengths of completions under TRL's names."""
+    every = [one for group in groups for one in group.rollouts]
+    found: dict[str, float] = {}
+    for word, some in (("", every), ("terminated_", [one for one in every if one.finish != "length"])):
+        lengths = np.array([len(one.tokens) for one in some] or [0])
+        ends = {"mean": float(lengths.mean()), "min": float(lengths.min()), "max": float(lengths.max())}
+        found |= {f"completions/{name}_{word}length": value for name, value in ends.items()}
+    cut = sum(one.finish == "length" for one in every)
+    return {**found, "completions/clipped_ratio": cut / max(len(every), 1)}
+
+
+def mean(values: np.ndarray) -> float:
+    """Of what is not nan; nan of nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def deviation(values: np.ndarray) -> float:
+    """Of what is not nan, with Bessel's correction."""
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else 0.0
+
+
+def sample_lines(
+    source: Rollouts, step: int, decode: Callable[[np.ndarray], str], advantages: Mapping[tuple[int, int], float]
+) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl of a step: one for every completion.
+
+    Args:
+        source: behind the step.
+        step: its number.
+        decode: makes text of tokens.
+        advantages: mean advantage by (row, sample), of those that were trained on.
+    """
+    lines = []
+    for group in source.groups:
+        prompt = decode(group.rollouts[0].prompt)
+        for one, table, reward in zip(group.rollouts, group.table.tolist(), group.rewards.tolist(), strict=True):
+            lines.append(
+                {
+                    "step": step,
+                    "prompt_index": one.row,
+                    "sample_index": one.sample,
+                    "weight_version": one.version,
+                    "prompt": prompt,
+                    "completion": decode(one.tokens),
+                    "finish_reason": one.finish,
+                    "rewards": dict(zip(source.scorer.names, table, strict=True)),
+                    "reward": reward,
+                    "advantage": advantages.get((one.row, one.sample)),
+                    "num_tokens": len(one.tokens),
+                    "logp": float(one.sampler_logps.sum()),
+                    "token_ids": one.tokens.tolist(),
+                }
+            )
+    return lines
