@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastalign.ops import (
         divergence,
         entropy_from_logits,
+        forest_decode,
         gae,
         linear_divergence,
         linear_logps,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "divergence",
     "entropy_from_logits",
+    "forest_decode",
     "gae",
     "linear_divergence",
     "linear_logps",

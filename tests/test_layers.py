@@ -126,6 +126,7 @@ def test_the_command_line_starts_without_heavy_imports():
 PUBLIC = [
     "divergence",
     "entropy_from_logits",
+    "forest_decode",
     "gae",
     "linear_divergence",
     "linear_logps",

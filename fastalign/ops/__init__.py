@@ -2,6 +2,7 @@
 
 from fastalign.ops.attention import packed_attention
 from fastalign.ops.divergence import divergence
+from fastalign.ops.forest_decode import forest_decode
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logps import linear_logps
 from fastalign.ops.linear_loss import linear_loss
@@ -14,6 +15,7 @@ from fastalign.ops.whiten import whiten
 __all__ = [
     "divergence",
     "entropy_from_logits",
+    "forest_decode",
     "gae",
     "linear_divergence",
     "linear_logps",
