@@ -13,8 +13,8 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastalign import words, written
-from fastalign.config import Config, as_yaml, flatten
-from fastalign.engine.methods import METHODS, choose, one_or_list
+from fastalign.config import AlgorithmConfig, Config, SamplerConfig, as_yaml, flatten
+from fastalign.engine.methods import METHODS, ON_POLICY, choose, one_or_list, own_options
 from fastalign.words import describe_type, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
@@ -73,10 +73,12 @@ def parse_config(method: str, argv: list[str]) -> Config:
     files = [(path, read_yaml(path)) for path in paths]
     for path, tree in files:
         check_method(path, tree, method)
-    losses = find_losses(method, asked_loss(method, flags, [tree for _, tree in files]))
-    schema, settings = schema_of(losses), defaults(losses)
+    trees = [tree for _, tree in files]
+    algorithm = asked_algorithm(method, flags, trees)
+    losses = find_losses(method, asked_loss(method, flags, trees), algorithm)
+    schema, settings = schema_of(losses, method), defaults(losses, method, algorithm)
     for path, tree in files:
-        check_sections(path, tree, schema)
+        check_sections(path, tree, schema, method)
         check_keys(dict(flatten(tree)), schema, method, losses, f" in {path}")
         take_file(settings, path, tree, schema)
     check_keys((flag.key for flag in flags), schema, method, losses)
@@ -94,23 +96,48 @@ def parse_config(method: str, argv: list[str]) -> Config:
     if others:
         print(as_yaml({"method": method, **settings}), end="")
         raise SystemExit(0)
-    return Config(
-        method=method, loss=settings["loss"], **{key: cls(**settings[key]) for key, cls in sections().items()}
-    )
+    whole = {key: settings[key] for key in ("rewards",) if key in settings}
+    made = {key: cls(**settings[key]) for key, cls in sections(method).items()}
+    return Config(method=method, loss=settings["loss"], **whole, **made)
 
 
-def defaults(losses: Losses) -> dict[str, dict[str, Any]]:
-    """All settings by section, as they are when nothing is given."""
+def defaults(losses: Losses, method: str = "", algorithm: AlgorithmConfig | None = None) -> dict[str, Any]:
+    """All settings by section, as they are when nothing but the algorithm is given."""
     from fastalign.losses.mixture import settings  # brings torch
 
     loss = {"name": one_or_list(losses), **settings(losses)}
-    return {**{name: vars(cls()) for name, cls in sections().items()}, "loss": loss}
+    if algorithm is not None:
+        loss |= own_options(losses, algorithm)
+    rewards: dict[str, Any] = {"rewards": []} if method in ON_POLICY else {}
+    return {**{name: vars(cls()) for name, cls in sections(method).items()}, "loss": loss, **rewards}
 
 
-def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
+def asked_algorithm(method: str, flags: list[Flag], trees: list[dict[str, Any]]) -> AlgorithmConfig | None:
+    """Name and preset of the algorithm, as the last flag or file has them; None for a method without one."""
+    if method not in ON_POLICY:
+        return None
+    from fastalign.rl.algorithms import settle  # brings torch
+
+    asked = {}
+    for name in ("name", "preset"):
+        key = f"algorithm.{name}"
+        written_down = [value for tree in trees for k, value in given_in(tree) if k == key]
+        written_down += [flag.text for flag in flags if flag.key == key and flag.text is not None]
+        if written_down and str(written_down[-1]) not in written.NULLS:
+            asked[name] = str(written_down[-1])
+    try:
+        return settle(METHODS[method].algorithms, AlgorithmConfig(**asked))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def take_file(settings: dict[str, Any], path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
     """Put what a file gives in the place of what was there; a mapping takes the place of a whole one."""
     seen = set()
     for key, value in given_in(tree):
+        if key in WHOLE and key in schema:
+            settings[key] = read_value(key, value, schema[key], f" in {path}")
+            continue
         section, name, *parts = key.split(".", 2)
         if parts:
             raise UsageError(f"{key}: written so as a flag; in a file write {section}: {{{name}: {{{parts[0]}: ...}}}}")
@@ -118,6 +145,10 @@ def take_file(settings: dict[str, dict[str, Any]], path: str, tree: dict[str, An
             raise UsageError(f"{key} is given more than once in {path}; keep one")
         seen.add(key)
         settings[section][name] = read_value(key, value, schema[key], f" in {path}")
+
+
+WHOLE = ("rewards",)
+"""Settings that are in no section."""
 
 
 def given_in(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -171,21 +202,24 @@ def names_in(value: Any) -> list[str]:
     return [str(name).strip(" \"'") for name in names]
 
 
-def find_losses(method: str, asked: list[str]) -> Losses:
+def find_losses(method: str, asked: list[str], algorithm: AlgorithmConfig | None = None) -> Losses:
     """The losses by their canonical names, the method's default for none; an import path brings a user's own."""
+    from fastalign.rl.algorithms import ALGORITHMS
+
     try:
-        return choose(method, asked)
+        return choose(method, asked, None if algorithm is None else ALGORITHMS[str(algorithm.name)].loss)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def sections() -> dict[str, type]:
-    """The sections of ``Config``: its fields that are dataclasses themselves."""
+def sections(method: str) -> dict[str, type]:
+    """The sections of a method: the fields of ``Config`` that are dataclasses, and those of methods that sample."""
     factories = {field.name: field.default_factory for field in fields(Config)}
-    return {name: cast(type, factory) for name, factory in factories.items() if is_dataclass(factory)}
+    plain = {name: cast(type, factory) for name, factory in factories.items() if is_dataclass(factory)}
+    return {**plain, **({"algorithm": AlgorithmConfig, "sampler": SamplerConfig} if method in ON_POLICY else {})}
 
 
-def schema_of(losses: Losses) -> dict[str, str]:
+def schema_of(losses: Losses, method: str = "") -> dict[str, str]:
     """Every accepted ``section.key`` with its type as the code spells it."""
     parameters = [p for loss in losses.values() for p in inspect.signature(loss.fn).parameters.values()]
     return {
@@ -193,7 +227,8 @@ def schema_of(losses: Losses) -> dict[str, str]:
         "loss.name": "list[str] | str",
         **({"loss.loss_weights": "list[float] | None"} if len(losses) > 1 else {}),
         **{f"loss.{p.name}": spelled(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY},
-        **{f"{name}.{field.name}": str(field.type) for name, cls in sections().items() for field in fields(cls)},
+        **{f"{name}.{field.name}": str(field.type) for name, cls in sections(method).items() for field in fields(cls)},
+        **({"rewards": "list[dict[str, Any]]"} if method in ON_POLICY else {}),
     }
 
 
@@ -215,9 +250,9 @@ def check_method(path: str, tree: dict[str, Any], method: str) -> None:
         raise UsageError(f"{path} is for '{named}', not {method!r}: run fastalign {named} --config {path}")
 
 
-def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
+def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str], method: str) -> None:
     """Refuse a section that is not a mapping of settings."""
-    for section in ("loss", *sections()):
+    for section in ("loss", *sections(method)):
         value = tree.get(section, ...)
         if value is not ... and not (isinstance(value, dict) and value):
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
@@ -269,8 +304,11 @@ def help_text(method: str, losses: Losses) -> str:
     )
     parser.add_argument("--config", help="YAML file of the settings below; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
-    schema, texts = schema_of(losses), docstrings(method, losses)
-    for section, settings in defaults(losses).items():
+    schema, texts = schema_of(losses, method), docstrings(method, losses)
+    whole = defaults(losses, method, asked_algorithm(method, [], []))
+    for key in [key for key in WHOLE if key in whole]:
+        parser.add_argument(f"--{key}", metavar=key.upper(), help=f"{REWARDS} (default: {whole.pop(key)})")
+    for section, settings in whole.items():
         group = parser.add_argument_group((texts[section] or section).rstrip("."))
         for name, default in settings.items():
             key = f"{section}.{name}"
@@ -280,11 +318,17 @@ def help_text(method: str, losses: Losses) -> str:
     return parser.format_help()
 
 
+REWARDS = (
+    "What scores completions, a list of {function: file.py:name}, {model: directory}, {builtin: name} or {code: {...}}, "
+    "each with weight and name."
+)
+
+
 def docstrings(method: str, losses: Losses) -> dict[str, str | None]:
     """What the docstrings of the dataclasses and the losses say of every section and setting."""
     from docstring_parser import parse, parse_from_object
 
-    documents = {name: parse_from_object(cls) for name, cls in sections().items()}
+    documents = {name: parse_from_object(cls) for name, cls in sections(method).items()}
     texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
     for loss in reversed([*losses.values()]):  # of a setting of several losses, the first one's counts
         texts |= {f"loss.{p.arg_name}": p.description for p in parse(loss.fn.__doc__ or "").params}

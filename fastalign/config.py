@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import yaml
@@ -342,6 +342,14 @@ class Config:
     rewards: list[dict[str, Any]] = field(default_factory=list)
     """What scores completions: `{function: file.py:name}`, `{model: directory}`, `{builtin: name}` or `{code: {...}}`,
     each with `weight` and `name`."""
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The settings as a file has them: a method that does not sample has no sections for it."""
+    settings = asdict(config)
+    absent = [name for name in ("algorithm", "sampler") if settings[name] is None]
+    absent += ["rewards"] if settings["sampler"] is None and not settings["rewards"] else []
+    return {key: value for key, value in settings.items() if key not in absent}
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

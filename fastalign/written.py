@@ -218,12 +218,13 @@ def split_flags(words: list[str]) -> tuple[list[Flag], list[str]]:
     return flags, others
 
 
-def take_flag(settings: dict[str, dict[str, Any]], flag: Flag, schema: dict[str, str]) -> None:
+def take_flag(settings: dict[str, Any], flag: Flag, schema: dict[str, str]) -> None:
     """Put what a flag gives in its place; only a part of a mapping leaves the other parts as they are."""
     if flag.text is None:
         raise UsageError(f"--{flag.key}: expected one argument")
-    section, name, *parts = flag.key.split(".")
-    key, place = f"{section}.{name}", settings[section]
+    section, *names = flag.key.split(".")
+    name, *parts = names or [section]  # a setting may be in no section
+    key, place = (f"{section}.{name}", settings[section]) if names else (name, settings)
     types = types_of(schema[key])
     if flag.appends:
         if parts or "list" not in types:

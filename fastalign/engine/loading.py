@@ -77,6 +77,7 @@ def load(
     setting: str = "model.path",
     *,
     scalar_head: bool = False,
+    value_head: bool = False,
     hollow: Hollow | None = None,
 ) -> Policy:
     """A model on this rank's device, sharded where there are several ranks; not verified.
@@ -85,12 +86,12 @@ def load(
         start: settings and ranks.
         section: the model's.
         setting: what errors call the setting that names it.
-        scalar_head: as `load_policy`.
+        scalar_head, value_head: as `load_policy`.
         hollow: the model before its weights are there, if it was made already.
     """
     world = start.world
     known: dict[str, Any] = {"tokenizer": start.tokenizer, "seed": start.config.run.seed}
-    known |= {"scalar_head": scalar_head, "setting": setting}
+    known |= {"scalar_head": scalar_head, "setting": setting, "value_head": value_head}
     if section.quantization is not None or (section.path is None and world.mesh is None):
         return shard(load_policy(section, **known).to(world.device), world)
     hollow = hollow or hollow_policy(section, **known)

@@ -23,11 +23,9 @@ from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World
-from fastalign.rl import exact
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
 from fastalign.rl.rollouts import Rollouts, sample_lines
-from fastalign.rl.sampler import NativeSampler, stops_of
 from fastalign.rl.scoring import Scorer
 from fastalign.types import PackedBatch
 
@@ -54,6 +52,9 @@ def make_source(
     Raises:
         ValueError: rewards or sampler settings that cannot be used.
     """
+    from fastalign.rl import exact
+    from fastalign.rl.sampler import NativeSampler, stops_of
+
     assert objective.on_policy is not None
     if not config.rewards:
         raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from fastalign.config import Config, ModelConfig
 from fastalign.data.sources import training_path
 from fastalign.engine.forward import wants_autocast
+from fastalign.engine.methods import ON_POLICY
 from fastalign.engine.output.console import check_trackers
 from fastalign.models import lora
 from fastalign.models.load import DTYPES, check_named, check_place
@@ -69,6 +70,8 @@ def check_settings(config: Config) -> None:
     if not run.output_dir.strip():
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
     check_trackers(run.trackers)
+    if config.method not in ON_POLICY and (config.algorithm or config.sampler or config.rewards):
+        raise ValueError(f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}")
     training_path(config.data)
     check_named(config.model)
     check_place(config.model.path, "model.path")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
+
 from fastalign.data.loader import Examples, TokenDataset, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.sources import load_train_eval
@@ -83,6 +84,10 @@ def encode(
     """Rows as the tokens that the method's loss reads; the unread ones of the columns ``named`` were logged before."""
     objective = objective_of(config)
     check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
+    if objective.on_policy:
+        from fastalign.data.prompt_dataset import encode_prompts
+
+        return encode_prompts(rows, tokenizer, config.data, objective.on_policy.sampler.max_new_tokens)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
 
@@ -134,7 +139,9 @@ def load_models(start: Start, room: Callable[[Policy], None] = lambda policy: No
         ValueError: a model that cannot be used.
     """
     config, scalar = start.config, start.objective.method.scalar_head
-    policy = load(start, config.model, scalar_head=scalar).train()
+    gradient = start.objective.policy_gradient
+    shared = gradient is not None and gradient.settings.critic == "shared"
+    policy = load(start, config.model, scalar_head=scalar, value_head=shared).train()
     if scalar:
         separate_padding(policy, start.tokenizer)
     shares = verified(start, policy, config.batch.share_prefix)
@@ -143,5 +150,17 @@ def load_models(start: Start, room: Callable[[Policy], None] = lambda policy: No
     batch = start.batch(reference.share_prefix)
     for demand in start.demands if batch != config.batch else ():
         check_groups(cast(TokenDataset, demand.dataset), batch, f"the {demand.name}")
-    models = Models(policy, reference.model, start.autocast, reference.digest)
+    critic = load_critic(start, batch.share_prefix) if gradient and gradient.settings.critic == "separate" else None
+    models = Models(policy, reference.model, start.autocast, reference.digest, critic)
     return Loaded(models, reference.data, batch, reference.filling)
+
+
+def load_critic(start: Start, share_prefix: bool) -> Policy:
+    """The critic that is a model of its own: the policy's weights or another model's, with a scalar head."""
+    config, path = start.config, start.config.algorithm and start.config.algorithm.critic_path
+    section = replace(config.model, lora=None, quantization=None)
+    if path is not None:
+        section = replace(section, path=path, config=None)
+    critic = load(start, section, "algorithm.critic_path" if path else "model.path", scalar_head=True).train()
+    verified(start, critic, share_prefix, "the critic")
+    return critic

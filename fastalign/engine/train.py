@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config
+from fastalign.config import BatchConfig, Config, as_dict
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import (
     Examples,
@@ -52,7 +52,6 @@ from fastalign.engine.onpolicy import (
     credit_metrics,
     cut_samples,
     follow,
-    make_source,
     minibatches_of,
     passes_of,
     write_samples,
@@ -172,6 +171,8 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     if objective.on_policy is None:
         source: Source = Rows(data, batch.size, config.run.seed, rows)
     else:
+        from fastalign.engine.onpolicy import make_source
+
         source = make_source(config, objective, models, dataset, rows, tokenizer, ranks)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
@@ -265,7 +266,7 @@ def open_metrics(job: Job, done: int) -> Iterator[MetricsLog]:
     """The metrics file, and on the main rank the console and the trackers."""
     run = job.config.run
     with ExitStack() as stack:
-        sinks = open_sinks(run.trackers, job.directory, asdict(job.config), job.total, done, run.log_every)
+        sinks = open_sinks(run.trackers, job.directory, as_dict(job.config), job.total, done, run.log_every)
         opened = stack.enter_context(sinks) if job.world.is_main else []
         yield stack.enter_context(
             closing(MetricsLog(job.directory / "metrics.jsonl", job.objective, job.world, opened, job.accounting.peak))
@@ -441,7 +442,7 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
 
 def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
-    carried, config = {name: part.state_dict() for name, part in job.carried.items()}, asdict(job.config)
+    carried, config = {name: part.state_dict() for name, part in job.carried.items()}, as_dict(job.config)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"

@@ -61,6 +61,7 @@ def hollow_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     scalar_head: bool = False,
     setting: str = "model.path",
+    value_head: bool = False,
 ) -> Hollow:
     """The policy of `load_policy` before its weights are there; the arguments and errors are those."""
     check_named(model)
@@ -71,7 +72,8 @@ def hollow_policy(
         set_special_tokens(base, tokenizer)
     fit_rows(base, model, saved, size, setting)
     whole = whole or (lora.needs_base(model, saved) if model.path else None)
-    return Hollow(as_policy(lora.adapt_hollow(base, model, saved, seed), base, model), stored, whole)
+    adapted = lora.adapt_hollow(base, model, saved, seed)
+    return Hollow(as_policy(adapted, base, model, value_head=value_head), stored, whole)
 
 
 def _hollow_base(

@@ -44,6 +44,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     scalar_head: bool = False,
     setting: str = "model.path",
+    value_head: bool = False,
 ) -> Policy:
     """The policy that a model section describes.
 
@@ -56,6 +57,7 @@ def load_policy(
         scalar_head: one output per token in place of the LM head, as reward models have; that of the checkpoint, or
             a new one where it has none.
         setting: what errors call the setting that names it.
+        value_head: put a value head beside the LM head, at 0.
 
     Raises:
         ValueError: when path and config are both set or both missing, the model cannot be found, its vocabulary is too
@@ -65,14 +67,15 @@ def load_policy(
     saved = lora.saved_adapter(model, scalar_head)
     known = {"vocab_size": vocab_size, "seed": seed, "tokenizer": tokenizer, "scalar_head": scalar_head}
     base = load_base(model, saved, setting=setting, **known)
-    policy = as_policy(lora.adapt(base, model, saved, seed), base, model)
+    policy = as_policy(lora.adapt(base, model, saved, seed), base, model, value_head=value_head)
     policy.base_digest = None if policy.adapted is None else lora.base_digest(policy.named_parameters())
     return policy
 
 
-def as_policy(adapted: Any, base: PreTrainedModel, model: ModelConfig) -> Policy:
+def as_policy(adapted: Any, base: PreTrainedModel, model: ModelConfig, *, value_head: bool = False) -> Policy:
     """A base below its adapter, or the base itself, as its section says to run it."""
-    policy = Policy(adapted, attention=model.attention, gradient_checkpointing=model.gradient_checkpointing)
+    options: dict[str, Any] = {"attention": model.attention, "gradient_checkpointing": model.gradient_checkpointing}
+    policy = Policy(adapted, value_head=value_head, **options)
     use_native_layers(base)
     return policy
 

@@ -40,7 +40,11 @@ class Prompts(Protocol):
         ...
 
     def columns(self, index: int) -> dict[str, Any]:
-        """Its row, which reward functions read."""
+        """The other columns of its row, which reward functions read."""
+        ...
+
+    def prompt(self, index: int) -> Any:
+        """Its text or messages."""
         ...
 
 
@@ -193,7 +197,7 @@ class Rollouts(Rows):
         greedy_ones = {}
         if greedy:
             for one in self.sampler.generate(prompts, 1, seed, greedy=True):
-                greedy_ones[one.row] = one, self.scorer.submit([one], self.prompts.columns(one.row))
+                greedy_ones[one.row] = one, self._score([one])
         open_groups: dict[int, list[Rollout]] = {i: [] for i in indices}
         done = {}
         for one in self.sampler.generate(prompts, n, seed):
@@ -201,8 +205,12 @@ class Rollouts(Rows):
             group.append(one)
             if len(group) == n:
                 group.sort(key=lambda rollout: rollout.sample)
-                done[one.row] = group, self.scorer.submit(group, self.prompts.columns(one.row)), greedy_ones.get(one.row)
+                done[one.row] = group, self._score(group), greedy_ones.get(one.row)
         return [done[i] for i in indices]
+
+    def _score(self, rollouts: Sequence[Rollout]) -> Future[Any]:
+        row = rollouts[0].row
+        return self.scorer.submit(rollouts, {**self.prompts.columns(row), "prompt": self.prompts.prompt(row)})
 
     def _finish(
         self, rollouts: list[Rollout], future: Future[Any], greedy: tuple[Rollout, Future[Any]] | None

@@ -10,7 +10,6 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastalign.config import Config, as_yaml, flatten
+from fastalign.config import Config, as_dict, as_yaml, flatten
 from fastalign.disk import free_bytes, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
@@ -150,7 +149,7 @@ def claim(config: Config, world: World) -> Path | None:
 
 def require_same_settings(config: Config, world: World) -> None:
     """Refuse ranks that were started with different settings."""
-    settings = {key: value for key, value in by_key(asdict(config)).items() if key not in PLACES}
+    settings = {key: value for key, value in by_key(as_dict(config)).items() if key not in PLACES}
     every = world.gather_objects((settings, socket.gethostname()))
     ours, host = every[0]
     for rank, (theirs, place) in enumerate(every):
@@ -169,7 +168,7 @@ def choose(config: Config) -> Path | None:
     """The checkpoint that a run goes on from, its directory and its settings checked; None for a fresh start."""
     directory = Path(config.run.output_dir)
     checkpoint = find_checkpoint(config, directory)
-    settings = asdict(config)
+    settings = as_dict(config)
     if config.run.overwrite_later and not config.run.resume:
         log.warning("run.overwrite_later changes nothing: it is about a checkpoint that run.resume goes back to")
     if not config.run.resume or (checkpoint and not is_own(checkpoint, directory)):
@@ -256,7 +255,7 @@ def refuse_model(directory: Path) -> None:
 def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Refuse to resume under settings that would make it another run, naming them."""
     # A setting that the older run did not know had its default there.
-    before, now = (by_key(asdict(Config(method=""))) | by_key(x) for x in (old, new))
+    before, now = (by_key(as_dict(Config(method=""))) | by_key(x) for x in (old, new))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - FREE
     if new["optim"]["schedule"] == "constant" and not 0 < new["optim"]["warmup"] < 1:
         changed -= HORIZON
@@ -310,7 +309,7 @@ def open_rundir(config: Config, step: int, world: World, checkpoint: Path | None
     with as_one(world):
         if world.is_main:
             set_aside(directory, step)
-            write_whole(directory / "config.yaml", as_yaml(asdict(config)), "the settings", "start again")
+            write_whole(directory / "config.yaml", as_yaml(as_dict(config)), "the settings", "start again")
             last = cut_metrics(directory / "metrics.jsonl", step, checkpoint)
     return world.gather_objects(last)[0]
 

@@ -124,7 +124,7 @@ def reference_section(config: Config) -> ModelConfig:
 
 def kept(start: Start, policy: Policy, reference: Policy, origin: str, share_prefix: bool) -> Filling | None:
     """The cache of a reference's log-probs, if they are kept; nothing of the reference but its outline is read."""
-    if start.objective.head != "logps" or start.config.reference.cache == "off":
+    if start.objective.head != "logps" or start.config.reference.cache == "off" or start.objective.on_policy:
         return None
     how = {"share_prefix": share_prefix, "temperature": start.objective.temperature, "autocast": start.autocast}
     space = cache.key(fingerprint(reference, origin), computation(reference, start.world, **how))
