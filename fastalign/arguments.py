@@ -319,8 +319,8 @@ def help_text(method: str, losses: Losses) -> str:
 
 
 REWARDS = (
-    "What scores completions, a list of {function: file.py:name}, {model: directory}, {builtin: name} or {code: {...}}, "
-    "each with weight and name."
+    "What scores completions, a list of {function: file.py:name}, {model: directory}, {builtin: name} or "
+    "{code: {...}}, each with weight and name."
 )
 
 

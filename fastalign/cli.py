@@ -209,8 +209,9 @@ def methods(argv: list[str]) -> int:
     """Print every loss with formula, source, settings and a command."""
     argparse.ArgumentParser(prog="fastalign methods", description=methods.__doc__).parse_args(argv)
     from fastalign.losses.catalogue import page  # brings torch
+    from fastalign.rl import algorithms
 
-    print(page(families()), end="")
+    print(page(families()) + algorithms.page(), end="")
     return 0
 
 

@@ -218,7 +218,7 @@ class SamplerConfig:
     """How completions are sampled."""
 
     backend: Literal["native", "transformers", "vllm"] = "native"
-    """native: in this process, on the training weights; transformers: its continuous batching; vllm: a server at `url`."""
+    """native: in this process, on the training weights; transformers: its continuous batching; vllm: a server."""
     url: str | None = None
     """Of a server that speaks OpenAI's API, for `backend: vllm`, e.g. `http://localhost:8000/v1`."""
     temperature: float = 1.0
@@ -298,7 +298,7 @@ class AlgorithmConfig:
     truncation_penalty: float = 1.0
     """Subtracted from the reward of a completion that was cut off, for `truncation: penalty`."""
     reference_sync: Literal["none", "ema", "periodic"] | None = None
-    """Keep the reference, let it follow the policy after every step (an fp32 average), or copy the policy now and then."""
+    """Keep the reference; let it follow the policy after every step, an fp32 average; or copy the policy at times."""
     reference_alpha: float = 0.001
     """Share of the way that the reference goes towards the policy."""
     reference_steps: int = 512

@@ -32,9 +32,7 @@ class Feed:
         position: of the source behind the last step that was taken.
     """
 
-    def __init__(
-        self, source: Source, pack: Callable[[list[TokenExample]], Parts], *, ahead: bool = True
-    ) -> None:
+    def __init__(self, source: Source, pack: Callable[[list[TokenExample]], Parts], *, ahead: bool = True) -> None:
         self.source, self.pack, self.position = source, pack, source.state_dict()
         self.ahead = ahead and source.reads_ahead
         self._next: Packed | Future[Packed] | None = None

@@ -81,7 +81,9 @@ METHODS = {
         algorithms=("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"),
     ),
     "ppo": Method("learn from rewards of sampled completions, with a critic", "policy", "token", algorithms=("ppo",)),
-    "rloo": Method("learn from rewards, each compared with the others of its group", "policy", "token", algorithms=("rloo",)),
+    "rloo": Method(
+        "learn from rewards, each compared with the others of its group", "policy", "token", algorithms=("rloo",)
+    ),
     "remax": Method("learn from rewards, compared with the greedy answer's", "policy", "token", algorithms=("remax",)),
     "reinforce-pp": Method(
         "learn from rewards, compared over the whole step",
@@ -198,6 +200,18 @@ class Objective:
         return partial(self.method.build, self, batch)
 
 
+def minibatches_of(objective: Objective) -> int:
+    """Into how many updates a pass over a step is cut."""
+    plan = objective.policy_gradient
+    return 1 if plan is None else plan.settings.num_minibatches or 1
+
+
+def passes_of(objective: Objective) -> int:
+    """How often a step is passed over."""
+    plan = objective.policy_gradient
+    return 1 if plan is None else plan.settings.num_iterations or 1
+
+
 def objective_of(config: Config) -> Objective:
     """The objective of a run; raises as `make_objective` does."""
     return make_objective(config.method, config.loss, config.algorithm, config.sampler)
@@ -240,9 +254,7 @@ def make_objective(
     return replace(objective, metric_names=tuple(sorted({*try_out(objective), *critic})))
 
 
-def plan_sampling(
-    method: Method, algorithm: AlgorithmConfig | None, sampler: SamplerConfig | None
-) -> OnPolicy | None:
+def plan_sampling(method: Method, algorithm: AlgorithmConfig | None, sampler: SamplerConfig | None) -> OnPolicy | None:
     """The algorithm with its settings filled in; None for a method that does not sample."""
     if not method.algorithms:
         return None

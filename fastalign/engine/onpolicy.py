@@ -25,7 +25,8 @@ from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
-from fastalign.rl.rollouts import Rollouts, sample_lines
+from fastalign.rl.groups import sample_lines
+from fastalign.rl.rollouts import Rollouts
 from fastalign.rl.scoring import Scorer
 from fastalign.types import PackedBatch
 
@@ -69,16 +70,6 @@ def make_source(
     return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world)
 
 
-def minibatches_of(objective: Objective) -> int:
-    """Into how many updates a pass over a step is cut."""
-    return (objective.on_policy.settings.num_minibatches or 1) if objective.policy_gradient and objective.on_policy else 1
-
-
-def passes_of(objective: Objective) -> int:
-    """How often a step is passed over."""
-    return (objective.on_policy.settings.num_iterations or 1) if objective.policy_gradient and objective.on_policy else 1
-
-
 # --- after the columns are filled ------------------------------------------------------------------------------------
 
 
@@ -105,7 +96,9 @@ def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: 
             missed = columns.returns.double() - columns.values.double()
             for i, x in enumerate((columns.returns.double(), missed)):
                 sums[5 + 2 * i : 7 + 2 * i] += torch.stack([x.sum(), x.square().sum()])
-    tokens = world.data.sum(torch.tensor([float(sum(b.num_scored for b in batches))], dtype=torch.float64, device=world.device))
+    tokens = world.data.sum(
+        torch.tensor([float(sum(b.num_scored for b in batches))], dtype=torch.float64, device=world.device)
+    )
     kl, cost, scores, ended, count, *moments = world.data.sum(sums).tolist()
     count, number = max(count, 1.0), max(tokens.item(), 1.0)
     price = (gradient.settings.kl_coef or 0.0) if gradient.charges_kl else 0.0
@@ -176,7 +169,10 @@ def write_samples(
 ) -> None:
     """Append a step's completions to samples.jsonl."""
     path = directory / "samples.jsonl"
-    lines = [json.dumps(tidy(line)) + "\n" for line in sample_lines(source, step, decode, advantages)]
+    lines = [
+        json.dumps(tidy(line)) + "\n"
+        for line in sample_lines(source.groups, source.scorer.names, step, decode, advantages)
+    ]
     with writing("samples", path, then="go on with run.resume=true"), path.open("a", encoding="utf-8") as file:
         file.writelines(lines)
 

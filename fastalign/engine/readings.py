@@ -170,7 +170,9 @@ def extremes(objective: Objective, batch: PackedBatch, stats: TokenStats) -> Met
     low, high = (found[f"clip_ratio/{side}_mean"] for side in ("low", "high"))
     sampler = stats.logps if columns.sampler_logps is None else columns.sampler_logps
     difference = (stats.logps - sampler).abs().max()
-    return dict(zip(EXTREMES, (difference, -low[0] / low[1], high[0] / high[1], ratio.max(), -ratio.min()), strict=True))
+    return dict(
+        zip(EXTREMES, (difference, -low[0] / low[1], high[0] / high[1], ratio.max(), -ratio.min()), strict=True)
+    )
 
 
 EXTREMES = {

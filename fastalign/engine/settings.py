@@ -71,7 +71,9 @@ def check_settings(config: Config) -> None:
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
     check_trackers(run.trackers)
     if config.method not in ON_POLICY and (config.algorithm or config.sampler or config.rewards):
-        raise ValueError(f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}")
+        raise ValueError(
+            f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}"
+        )
     training_path(config.data)
     check_named(config.model)
     check_place(config.model.path, "model.path")

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
-
 from fastalign.data.loader import Examples, TokenDataset, encode_dataset
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.sources import load_train_eval

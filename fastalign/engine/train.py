@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import BatchConfig, Config, as_dict
@@ -36,8 +35,16 @@ from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.loading import Start
-from fastalign.engine.methods import Objective, objective_of
-from fastalign.engine.optim import Trained, learning_rate, make_optimizer, take_step
+from fastalign.engine.methods import Objective, minibatches_of, objective_of
+from fastalign.engine.onpolicy import (
+    adapt,
+    advantages_of,
+    credit_metrics,
+    cut_samples,
+    follow,
+    write_samples,
+)
+from fastalign.engine.optim import Trained, learning_rate, make_optimizer
 from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
 from fastalign.engine.output.checkpoints import RUN_STATE, read_state
@@ -46,23 +53,12 @@ from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
-from fastalign.engine.onpolicy import (
-    adapt,
-    advantages_of,
-    credit_metrics,
-    cut_samples,
-    follow,
-    minibatches_of,
-    passes_of,
-    write_samples,
-)
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
-from fastalign.engine.readings import EXTREMES
 from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
 from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
 from fastalign.engine.timing import Stopwatch, peak_memory
-from fastalign.engine.update import Work, accumulate_gradients, add_extremes, add_sums, measure_work
+from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, total
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.rl.rollouts import Rollouts
@@ -317,33 +313,6 @@ def cut(job: Job, batches: list[PackedBatch], parts: list[list[PackedBatch]]) ->
     ]
 
 
-def make_updates(
-    job: Job, parts: list[list[PackedBatch]], step: int, lr: float, watch: Stopwatch
-) -> list[Update]:
-    """All updates of a step, pass after pass; they end where one was skipped."""
-    updates: list[Update] = []
-    for _ in range(passes_of(job.objective)):
-        for part in parts:
-            updates.append(update(job, part, step, lr, watch))
-            if updates[-1].skipped:
-                return updates
-    return updates
-
-
-def total(objective: Objective, updates: list[Update]) -> Tensor:
-    """Sums of metrics over the updates of a step; how far the sampler is from training only its first can tell."""
-    sums = torch.stack([one.sums for one in updates])
-    first = torch.tensor([name.startswith("sampling/") for name in objective.metric_names], device=sums.device)
-    return torch.where(first[:, None], sums[0], sums.sum(0))
-
-
-def extremes_of(updates: list[Update]) -> Tensor:
-    """Likewise of the extremes, of which the first is the sampler's."""
-    every = torch.stack([one.extremes for one in updates])
-    found = every.amax(0) if every.shape[1] else every[0]
-    return torch.cat([every[0, :1], found[1:]])
-
-
 def pack_share(job: Job, examples: list[TokenExample]) -> list[list[PackedBatch]]:
     """A step's examples as this rank's micro-batches, update by update, pinned where a GPU will read them."""
     batch, ranks, number = job.batch, job.world.data, minibatches_of(job.objective)
@@ -370,59 +339,6 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[Pac
             feed.take()
             return parts, work, watch
         keeper.obey(work.asked, step - 1)  # what is saved has not had this step
-
-
-@dataclass(frozen=True)
-class Update:
-    """An optimizer update: the sums and extremes of metrics over all ranks, the policy's gradient norm, this rank's losses.
-
-    ``skipped``: the weights are as before, since the policy had moved too far already.
-    """
-
-    sums: Tensor
-    grad_norm: Tensor
-    losses: list[tuple[Tensor | None, tuple[int, ...]]]
-    extremes: Tensor
-    skipped: bool = False
-
-
-def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: Stopwatch) -> Update:
-    """One update of all that trains, from the gradients of some of a step's micro-batches."""
-    world, names = job.world, job.objective.metric_names
-    metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
-    with watch("optimizer"):
-        sums = world.data.sum(add_sums(metrics, names, world.device))
-        most = world.data.max(add_extremes(metrics, list(EXTREMES), world.device)) if job.objective.policy_gradient else sums.new_empty(0)
-        skipped = moved_too_far(job.objective, sums)
-        finite = sums[names.index("loss")].isfinite().all() & (not skipped)
-        rates = {role: lr for role in job.trained}
-        warm, critic_lr = warmup_of(job, step, lr)
-        norms = {
-            role: take_step(one, critic_lr if role == "critic" else rates[role], job.config.optim.clip_norm, finite & (warm or role == "critic"))
-            for role, one in job.trained.items()
-        }
-    losses = [one["loss"][0] if one else None for one in metrics]
-    named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
-    return Update(sums, norms["policy"], named, most, skipped)
-
-
-def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:
-    """Whether the policy trains in this step, and the learning rate of a separate critic."""
-    plan = job.objective.policy_gradient
-    if plan is None:
-        return True, lr
-    peak = plan.settings.critic_lr
-    return step > plan.settings.critic_warmup, lr if peak is None else lr * peak / job.config.optim.lr
-
-
-def moved_too_far(objective: Objective, sums: Tensor) -> bool:
-    """Whether an update is to be skipped: the same on all ranks, from sums over all of them."""
-    plan = objective.policy_gradient
-    if plan is None or (plan.settings.target_kl is None and plan.settings.max_ratio is None):
-        return False
-    limits = {"policy/approxkl_avg": plan.settings.target_kl, "val/ratio": plan.settings.max_ratio}
-    found = {name: sums[objective.metric_names.index(name)].tolist() for name in limits}
-    return any(limit is not None and found[name][0] > limit * max(found[name][1], 1) for name, limit in limits.items())
 
 
 def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:

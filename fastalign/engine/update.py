@@ -1,20 +1,26 @@
-"""One optimizer step: micro-batches in, gradients and metric sums out."""
+"""The updates of a step: micro-batches in; gradients, metric sums and new weights out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastalign.engine.forward import Models, run_critic, run_head
-from fastalign.engine.methods import Objective
+from fastalign.engine.methods import Objective, passes_of
+from fastalign.engine.optim import take_step
+from fastalign.engine.readings import EXTREMES
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import synchronise_gradients
 from fastalign.types import PackedBatch
+
+if TYPE_CHECKING:
+    from fastalign.engine.train import Job
 
 
 @dataclass(frozen=True)
@@ -120,3 +126,95 @@ def add_sums(sums: Sequence[dict[str, Tensor]], names: Sequence[str], device: to
         if metrics:
             total += torch.stack([metrics[name] for name in names])
     return total
+
+
+@dataclass(frozen=True)
+class Update:
+    """An optimizer update.
+
+    Attributes:
+        sums: of metrics, over all ranks.
+        grad_norm: of the policy.
+        losses: of this rank's micro-batches, with their examples.
+        extremes: of metrics, over all ranks.
+        skipped: the weights are as before, since the policy had moved too far already.
+    """
+
+    sums: Tensor
+    grad_norm: Tensor
+    losses: list[tuple[Tensor | None, tuple[int, ...]]]
+    extremes: Tensor
+    skipped: bool = False
+
+
+def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: Stopwatch) -> Update:
+    """One update of all that trains, from the gradients of some of a step's micro-batches."""
+    world, names = job.world, job.objective.metric_names
+    metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
+    with watch("optimizer"):
+        sums = world.data.sum(add_sums(metrics, names, world.device))
+        most = (
+            world.data.max(add_extremes(metrics, list(EXTREMES), world.device))
+            if job.objective.policy_gradient
+            else sums.new_empty(0)
+        )
+        skipped = moved_too_far(job.objective, sums)
+        finite = sums[names.index("loss")].isfinite().all() & (not skipped)
+        rates = dict.fromkeys(job.trained, lr)
+        warm, critic_lr = warmup_of(job, step, lr)
+        norms = {
+            role: take_step(
+                one,
+                critic_lr if role == "critic" else rates[role],
+                job.config.optim.clip_norm,
+                finite & (warm or role == "critic"),
+            )
+            for role, one in job.trained.items()
+        }
+    losses = [one["loss"][0] if one else None for one in metrics]
+    named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
+    return Update(sums, norms["policy"], named, most, skipped)
+
+
+def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:
+    """Whether the policy trains in this step, and the learning rate of a separate critic."""
+    plan = job.objective.policy_gradient
+    if plan is None:
+        return True, lr
+    peak = plan.settings.critic_lr
+    return step > plan.settings.critic_warmup, lr if peak is None else lr * peak / job.config.optim.lr
+
+
+def moved_too_far(objective: Objective, sums: Tensor) -> bool:
+    """Whether an update is to be skipped: the same on all ranks, from sums over all of them."""
+    plan = objective.policy_gradient
+    if plan is None or (plan.settings.target_kl is None and plan.settings.max_ratio is None):
+        return False
+    limits = {"policy/approxkl_avg": plan.settings.target_kl, "val/ratio": plan.settings.max_ratio}
+    found = {name: sums[objective.metric_names.index(name)].tolist() for name in limits}
+    return any(limit is not None and found[name][0] > limit * max(found[name][1], 1) for name, limit in limits.items())
+
+
+def make_updates(job: Job, parts: list[list[PackedBatch]], step: int, lr: float, watch: Stopwatch) -> list[Update]:
+    """All updates of a step, pass after pass; they end where one was skipped."""
+    updates: list[Update] = []
+    for _ in range(passes_of(job.objective)):
+        for part in parts:
+            updates.append(update(job, part, step, lr, watch))
+            if updates[-1].skipped:
+                return updates
+    return updates
+
+
+def total(objective: Objective, updates: list[Update]) -> Tensor:
+    """Sums of metrics over the updates of a step; how far the sampler is from training only its first can tell."""
+    sums = torch.stack([one.sums for one in updates])
+    first = torch.tensor([name.startswith("sampling/") for name in objective.metric_names], device=sums.device)
+    return torch.where(first[:, None], sums[0], sums.sum(0))
+
+
+def extremes_of(updates: list[Update]) -> Tensor:
+    """Likewise of the extremes, of which the first is the sampler's."""
+    every = torch.stack([one.extremes for one in updates])
+    found = every.amax(0) if every.shape[1] else every[0]
+    return torch.cat([every[0, :1], found[1:]])

@@ -68,9 +68,9 @@ def page(families: Mapping[str, Family]) -> str:
     """The page of methods in Markdown: what ``fastalign methods`` prints and ``docs/methods.md`` holds.
 
     Args:
-        families: by the method that trains with their losses; that of no method is for loops of one's own.
+        families: by the method that trains with their losses.
     """
-    return "\n".join([PREFACE, *(section(method, family) for method, family in families.items()), algorithms()])
+    return "\n".join([PREFACE, *(section(method, family) for method, family in families.items())])
 
 
 def section(method: str, family: Family) -> str:
@@ -85,24 +85,13 @@ def entry(name: str, method: str, family: Family) -> str:
     settings = [f"- `{key}` ({value!r}): {loss.arguments[key]}" for key, value in loss.defaults.items()]
     lines = [f"### `{name}`\n", f"**{loss.title}**: {loss.purpose}", loss.formula, f"Source: {loss.source}\n"]
     text = "\n".join([*lines, *settings, *([""] if settings else [])]).replace("``", "`")
-    return text + (f"\n```\n{command(name, method, family)}\n```\n" if method else "")
+    return f"{text}\n```\n{command(name, method, family)}\n```\n"
 
 
 def command(name: str, method: str, family: Family) -> str:
     """How a loss is trained with on the example's data."""
     chosen = f" --loss.name {name}" if len(family.losses) > 1 else ""
     return f"fastalign {method} --config examples/{method}.yaml{chosen}{family.losses[name].flags}"
-
-
-def algorithms() -> str:
-    """The objectives of published on-policy algorithms as a table."""
-    rows = [
-        f"| `{name}` | `{v.loss}` | {v.reduction} | {', '.join(f'{k} {x}' for k, x in v.options.items()) or '-'} "
-        f"| {'-' if v.kl is None else f'{v.kl[1]} in the {v.kl[0]}'} |"
-        for name, v in policy.VARIANTS.items()
-    ]
-    head = ["| algorithm | loss | reduction | settings | KL to the reference |", "|---|---|---|---|---|"]
-    return "\n".join(["### Algorithms\n", "Which loss and reduction each of them is made of:\n", *head, *rows, ""])
 
 
 PREFACE = """# Methods

@@ -286,7 +286,9 @@ def metrics(
     return {name: sum_and_count(value) for name, value in values.items()}
 
 
-def value_metrics(values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float | None) -> dict[str, Tensor]:
+def value_metrics(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float | None
+) -> dict[str, Tensor]:
     """``[2]`` (sum, count) over tokens under TRL's names: the critic's loss, and what of it is clipped."""
     losses = value_loss(values, old_values, returns, value_clip=value_clip)
     plain = (values - returns).square() / 2
@@ -315,9 +317,9 @@ LOSSES = {
 }
 FAMILY = Family(
     "Policy gradients",
-    "Completions of the policy itself and their `rewards`; which algorithm pairs which advantage, loss and reduction is "
-    "in `fastalign.rl.algorithms`. In a loop of your own they are functions for `linear_loss`, or straight from logits "
-    "the op `policy_loss`. `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
+    "Completions of the policy itself and their `rewards`; which algorithm pairs which advantage, loss and reduction "
+    "is in `fastalign.rl.algorithms`. In a loop of your own they are functions for `linear_loss`, or straight from "
+    "logits the op `policy_loss`. `r` is the ratio to the sampling policy, `A` the advantage, `sg` stops the gradient.",
     "`reward` rises; `val/ratio`, `clip_ratio/*`, `entropy` and `kl`: a collapse shows there first.",
     LOSSES,
     derive=derive,

@@ -1,7 +1,7 @@
 """The on-policy algorithms: one table of what each samples, credits and minimises, and the defaults of its settings.
 
-An algorithm is: sample completions of each prompt, turn their rewards into advantages (`rl.credit`) or into demonstrations
-and pairs (`rl.selection`), and minimise a loss (`losses`). Everything else is the loop's.
+An algorithm is: sample completions of each prompt, turn their rewards into advantages (`rl.credit`) or select
+demonstrations and pairs (`rl.rollouts`), and minimise a loss (`losses`). Everything else is the loop's.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ ALGORITHMS = {
         "ppo", credit.reinforce_pp_baseline, defaults={"kl_coef": 0.001, "kl_estimator": "k2"}
     ),
     "reinforce": Algorithm("pg", credit.reinforce, defaults={**IN_REWARD, "kl_coef": 0.05, "num_generations": 1}),
-    "remax": Algorithm(
-        "pg", credit.remax, greedy=True, defaults={**IN_REWARD, "kl_coef": 0.05, "num_generations": 1}
-    ),
+    "remax": Algorithm("pg", credit.remax, greedy=True, defaults={**IN_REWARD, "kl_coef": 0.05, "num_generations": 1}),
     "raft": Algorithm("sft", select="best"),
     "online_dpo": Algorithm("dpo", select="best_and_worst", defaults={"num_generations": 2}),
 }
@@ -183,7 +181,12 @@ def preset(name: str, asked: str | None) -> dict[str, Any]:
 def check(algorithm: Algorithm, settings: AlgorithmConfig) -> None:
     """Refuse settings that cannot be meant together."""
     several = algorithm.credit in GROUPED or algorithm.select != "all"
-    bounds = {"num_generations": 2 if several else 1, "num_iterations": 1, "num_minibatches": 1, "max_resample_batches": 1}
+    bounds = {
+        "num_generations": 2 if several else 1,
+        "num_iterations": 1,
+        "num_minibatches": 1,
+        "max_resample_batches": 1,
+    }
     for key, least in bounds.items():
         if getattr(settings, key) < least:
             why = f" for {settings.name}, which compares the completions of a prompt" if least == 2 else ""
@@ -209,3 +212,16 @@ def check(algorithm: Algorithm, settings: AlgorithmConfig) -> None:
     for text, wrong in refuse.items():
         if wrong:
             raise ValueError(f"algorithm.{text}")
+
+
+def page() -> str:
+    """The algorithms as a table in Markdown, for the page of methods."""
+    head = ["| algorithm | loss | reduction | trained on | defaults |", "|---|---|---|---|---|"]
+    rows = []
+    for name, one in ALGORITHMS.items():
+        own = {**one.defaults, **{f"loss.{key}": value for key, value in one.loss_options.items()}}
+        words = ", ".join(f"{key} {value}" for key, value in own.items()) or "-"
+        rows.append(f"| `{name}` | `{one.loss}` | {one.reduction} | {one.select.replace('_', ' ')} | {words} |")
+    common = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
+    about = f"What each is made of, and its settings (`algorithm.*`) where they differ from {common}:\n"
+    return "\n".join(["### Algorithms\n", about, *head, *rows, ""])

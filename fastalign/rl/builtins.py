@@ -43,7 +43,9 @@ def gsm8k(completions: Sequence[Any], answer: Sequence[Any]) -> list[float | Non
         >>> gsm8k(["16 - 7 = 9, so $18.00 a day", "17"], ["... #### 18", "... #### 18"])
         [1.0, 0.0]
     """
-    pairs = [(last_number(text_of(text)), last_number(str(gold))) for text, gold in zip(completions, answer, strict=True)]
+    pairs = [
+        (last_number(text_of(text)), last_number(str(gold))) for text, gold in zip(completions, answer, strict=True)
+    ]
     return [None if gold is None else float(found == gold) for found, gold in pairs]
 
 

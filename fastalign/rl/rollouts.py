@@ -1,10 +1,10 @@
-"""Rollouts as the source of a run: prompts are drawn, completed by the policy as it is, scored, and handed out as a step.
+"""Rollouts as the source of a run: prompts are drawn, completed by the policy as it is, scored and handed out.
 
-    prompts of the step      drawn as rows of a dataset are, dealt to the ranks
-        |  sampler           each prompt's completions; scored by the reward functions while others are still sampled
-    groups                   exchanged in tokens: every rank has the whole step
-        |  algorithm         all of them, the best of each prompt, or the best against the worst
-    examples                 packed, dealt and trained on like any other
+prompts of the step      drawn as rows of a dataset are, dealt to the ranks
+    |  sampler           each prompt's completions; scored by the reward functions while others are still sampled
+groups                   exchanged in tokens: every rank has the whole step
+    |  algorithm         all of them, the best of each prompt, or the best against the worst
+examples                 packed, dealt and trained on like any other
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +23,7 @@ from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Rows
 from fastalign.parallel.mesh import World
 from fastalign.rl.algorithms import OnPolicy
+from fastalign.rl.groups import Group, combine, differs, length_metrics, reward_metrics
 from fastalign.rl.rewards import shape_scores
 from fastalign.types import Columns, Prompt, Rollout
 
@@ -76,45 +76,13 @@ class Sampler(Protocol):
 
     exact: bool
 
-    def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
-    ) -> Iterator[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt."""
         ...
 
     def sync(self, policy: Any, version: int) -> None:
         """Sample from these weights from now on."""
         ...
-
-
-@dataclass
-class Group:
-    """The completions of one prompt with their rewards.
-
-    Attributes:
-        rollouts: in the order of their samples.
-        table: ``[G, F]`` rewards by function.
-        rewards: ``[G]`` their weighted sum; nan where no function gave any.
-        tokens: per completion ``[R]`` rewards of its tokens, nan where there is none; None without.
-        greedy: reward of the greedy answer; None without one.
-    """
-
-    rollouts: list[Rollout]
-    table: np.ndarray
-    rewards: np.ndarray
-    tokens: list[np.ndarray] | None = None
-    greedy: float | None = None
-
-    @property
-    def row(self) -> int:
-        """The prompt's position in the dataset."""
-        return self.rollouts[0].row
-
-
-def combine(table: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """``[G]`` weighted sums over the last axis of what is not nan; nan where everything is."""
-    total = np.nansum(table * np.asarray(weights), axis=-1)
-    return np.where(np.isnan(table).all(axis=-1), np.nan, total)
 
 
 class Rollouts(Rows):
@@ -165,7 +133,9 @@ class Rollouts(Rows):
         else:
             if settings.filter_zero_std:
                 text = "only %d of %d prompts have completions with different rewards after %d batches"
-                log.warning(f"{text} (algorithm.max_resample_batches): the step trains on these", len(groups), wanted, batch + 1)
+                log.warning(
+                    f"{text} (algorithm.max_resample_batches): the step trains on these", len(groups), wanted, batch + 1
+                )
                 groups = groups or found  # a step of equal rewards, which moves nothing
         self.groups = groups[:wanted]
         return select(self.plan, self.groups)
@@ -246,7 +216,11 @@ class Rollouts(Rows):
 
     def metrics(self) -> dict[str, float]:
         """What TRL's trainers log of the completions and rewards of the step, over all ranks."""
-        return {**reward_metrics(self.groups, self.scorer.names), **length_metrics(self.groups), "resampled_batches": self.resampled}
+        return {
+            **reward_metrics(self.groups, self.scorer.names),
+            **length_metrics(self.groups),
+            "resampled_batches": self.resampled,
+        }
 
     def evaluate(self, prompts: Prompts, batch: int = 64) -> dict[str, float]:
         """Rewards and lengths of one completion of each of other prompts, sampled with the weights as they are."""
@@ -263,12 +237,6 @@ class Rollouts(Rows):
 
 EVALUATION_SEED = 0
 """Of the draws of evaluations, which can be compared that way."""
-
-
-def differs(group: Group) -> bool:
-    """Whether the completions of a prompt have different rewards, so that there is something to learn."""
-    known = group.rewards[~np.isnan(group.rewards)]
-    return len(known) > 1 and bool(known.max() > known.min())
 
 
 # --- from groups to examples -----------------------------------------------------------------------------------------
@@ -344,85 +312,3 @@ def scored_part(
     """Numbers of the tokens of completions, of those alone that are scored."""
     masks = [mask[len(one.prompt) :] for one, (_, mask) in zip(rollouts, sequences, strict=True)]
     return np.concatenate([value[mask] for value, mask in zip(values, masks, strict=True)])
-
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def reward_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, float]:
-    """Rewards under TRL's names: over all completions, each function's, and how they spread within a prompt."""
-    if not groups:
-        return {}
-    table = np.concatenate([group.table for group in groups])
-    rewards = np.concatenate([group.rewards for group in groups])
-    spread = [float(np.nanstd(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups]
-    found = {
-        "reward": mean(rewards),
-        "reward_std": mean(np.array(spread)),
-        "frac_reward_zero_std": float(np.mean([not differs(group) for group in groups])),
-    }
-    for i, name in enumerate(names):
-        found |= {f"rewards/{name}/mean": mean(table[:, i]), f"rewards/{name}/std": deviation(table[:, i])}
-    greedy = [group.greedy for group in groups if group.greedy is not None]
-    if greedy:
-        found |= {"greedy_score": float(np.mean(greedy)), "baseline_gap": found["reward"] - float(np.mean(greedy))}
-    return found
-
-
-def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Lengths of completions under TRL's names."""
-    every = [one for group in groups for one in group.rollouts]
-    found: dict[str, float] = {}
-    for word, some in (("", every), ("terminated_", [one for one in every if one.finish != "length"])):
-        lengths = np.array([len(one.tokens) for one in some] or [0])
-        ends = {"mean": float(lengths.mean()), "min": float(lengths.min()), "max": float(lengths.max())}
-        found |= {f"completions/{name}_{word}length": value for name, value in ends.items()}
-    cut = sum(one.finish == "length" for one in every)
-    return {**found, "completions/clipped_ratio": cut / max(len(every), 1)}
-
-
-def mean(values: np.ndarray) -> float:
-    """Of what is not nan; nan of nothing."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
-
-
-def deviation(values: np.ndarray) -> float:
-    """Of what is not nan, with Bessel's correction."""
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if len(known) > 1 else 0.0
-
-
-def sample_lines(
-    source: Rollouts, step: int, decode: Callable[[np.ndarray], str], advantages: Mapping[tuple[int, int], float]
-) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl of a step: one for every completion.
-
-    Args:
-        source: behind the step.
-        step: its number.
-        decode: makes text of tokens.
-        advantages: mean advantage by (row, sample), of those that were trained on.
-    """
-    lines = []
-    for group in source.groups:
-        prompt = decode(group.rollouts[0].prompt)
-        for one, table, reward in zip(group.rollouts, group.table.tolist(), group.rewards.tolist(), strict=True):
-            lines.append(
-                {
-                    "step": step,
-                    "prompt_index": one.row,
-                    "sample_index": one.sample,
-                    "weight_version": one.version,
-                    "prompt": prompt,
-                    "completion": decode(one.tokens),
-                    "finish_reason": one.finish,
-                    "rewards": dict(zip(source.scorer.names, table, strict=True)),
-                    "reward": reward,
-                    "advantage": advantages.get((one.row, one.sample)),
-                    "num_tokens": len(one.tokens),
-                    "logp": float(one.sampler_logps.sum()),
-                    "token_ids": one.tokens.tolist(),
-                }
-            )
-    return lines

@@ -10,6 +10,7 @@ from fastalign.arguments import UsageError, parse_config
 from fastalign.engine.methods import METHODS, families, make_objective
 from fastalign.losses import Loss, catalogue, policy, preference, reduce
 from fastalign.losses.traits import keywords
+from fastalign.rl import algorithms
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [
@@ -34,13 +35,12 @@ def test_a_docstring_names_purpose_formula_source_and_arguments(method, name):
 def test_the_published_names_are_all_there():
     assert [name for name in preference.LOSSES if name != "sft"] == PAIRS
     assert set(PAIRS) | {"sft", "kto", "bco", "rrhf", "reward", "gkd"} <= {name for _, name in EVERY}
-    assert policy.VARIANTS.keys() >= set(ALGORITHMS)
-    for variant in policy.VARIANTS.values():
-        assert (
-            variant.reduction in reduce.WEIGHTS
-            and variant.options.keys() <= keywords(policy.LOSSES[variant.loss]).keys()
-        )
-        assert variant.kl is None or variant.kl[1] in policy.KL_ESTIMATORS
+    assert algorithms.ALGORITHMS.keys() >= set(ALGORITHMS)
+    for one in algorithms.ALGORITHMS.values():
+        own = policy.LOSSES.get(one.loss)
+        assert one.reduction in reduce.WEIGHTS and (own is None) == (one.select != "all")
+        assert own is None or one.loss_options.keys() <= keywords(own).keys()
+        assert one.defaults.get("kl_estimator", "k3") in policy.KL_ESTIMATORS
     trl = (
         "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down sigmoid_norm"
     )
@@ -90,11 +90,11 @@ def test_a_docstring_without_a_part_is_refused(monkeypatch):
 
 def test_the_page_of_methods_is_what_the_losses_say_of_themselves(monkeypatch):
     page = (ROOT / "docs" / "methods.md").read_text()
-    assert page == catalogue.page(families()), "write it anew: fastalign methods > docs/methods.md"
+    assert page == catalogue.page(families()) + algorithms.page(), "write it anew: fastalign methods > docs/methods.md"
     commands = re.findall(r"^fastalign (\w+) (--config .*)$", page, re.M)
     monkeypatch.chdir(ROOT)
     named = [(method, parse_config(method, words.split()).loss["name"]) for method, words in commands]
-    assert named == [(method, loss) for method in METHODS for loss in METHODS[method].losses]
+    assert named == [(method, loss) for method, family in families().items() for loss in family.losses]
 
 
 @pytest.mark.parametrize("name", [*PAIRS, "sft"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastalign.losses import policy
 from fastalign.losses.reduce import Totals, seq_mean_token_mean, seq_mean_token_sum, token_mean, token_weights
 from fastalign.ops import linear_loss, policy_loss
+from fastalign.rl import algorithms
 
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def test_reductions_are_weighted_sums():
 
 
 def policy_reductions() -> set[str]:
-    return {variant.reduction for variant in policy.VARIANTS.values()}
+    return {variant.reduction for variant in algorithms.ALGORITHMS.values()}
 
 
 def test_the_weight_of_a_sampler_that_computes_other_numbers_is_capped_and_carries_no_gradient():

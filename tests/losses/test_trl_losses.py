@@ -19,7 +19,7 @@ from fastalign.losses.preference_free import log_odds_ratio
 from fastalign.losses.reduce import Totals, repeat_segments, token_weights
 from fastalign.losses.traits import canonical
 from fastalign.ops import divergence
-from fastalign.rl import advantages
+from fastalign.rl import advantages, algorithms
 from fastalign.types import LabelledLogps, PairLogps
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install fastalign[peers]")
@@ -288,7 +288,7 @@ def test_policy_losses(name, beta):
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
     (their_grad,) = torch.autograd.grad(theirs, leaf)
 
-    known = policy.VARIANTS[variant]
+    known = algorithms.ALGORITHMS[variant]
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)])
     logps, tokens = leaf[scored()], repeat_segments(credit, cu_seqlens)
     clips = {"clip_low": low, "clip_high": high} if known.loss in ("ppo", "gspo") else {}

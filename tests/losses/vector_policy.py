@@ -9,7 +9,7 @@ from vector_rows import Rows, mean_metrics
 from fastalign.losses import policy
 from fastalign.losses.reduce import Totals, repeat_segments, token_mean, token_weights
 from fastalign.ops import gae, whiten
-from fastalign.rl import advantages, ema, rewards
+from fastalign.rl import advantages, algorithms, ema, rewards
 
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def weighted(rows, losses, reduction, budget=1):
 def clipped_surrogate(inputs, params, variant="ppo"):
     rows = Rows(inputs["mask"])
     logps, old = rows.leaf(inputs["logp"]), rows.pack(inputs["old"])
-    credit, known = rows.pack(inputs["advantages"]), policy.VARIANTS[variant]
+    credit, known = rows.pack(inputs["advantages"]), algorithms.ALGORITHMS[variant]
     assert known.reduction == params["reduction"]
     clips = {key: params[key] for key in ("clip_low", "clip_high")}
     losses = policy.LOSSES[known.loss](logps, old, credit, **clips, dual_clip=params["dual_clip"])
@@ -92,7 +92,7 @@ def rloo(inputs, params, clipped):
     spread = repeat_segments(credit, rows.cu_seqlens)
     clips = {key: value for key, value in params.items() if key.startswith("clip")}
     losses = policy.rloo(logps, old, spread, rows.cu_seqlens, **clips) if clipped else policy.pg(logps, old, spread)
-    loss = weighted(rows, losses, policy.VARIANTS["rloo"].reduction)
+    loss = weighted(rows, losses, algorithms.ALGORITHMS["rloo"].reduction)
     (g,) = torch.autograd.grad(loss, logps)
     return {"rewards_with_kl": charged, "advantages": credit, "loss": loss, "d_logp": rows.pad(g)}
 
@@ -112,7 +112,7 @@ def remax(inputs, params, estimator):
     knobs = {key: params[key] for key in ("gamma", "reward_clip") if params[key] is not None}
     scores = inputs["rewards"], inputs["greedy_rewards"]
     credit = estimator(*scores, params["kl_coef"] * (ref - old), rows.cu_seqlens, **knobs)
-    loss = weighted(rows, policy.pg(logps, old, credit), policy.VARIANTS["remax"].reduction)
+    loss = weighted(rows, policy.pg(logps, old, credit), algorithms.ALGORITHMS["remax"].reduction)
     (g,) = torch.autograd.grad(loss, logps)
     return {"advantages": rows.pad(credit), "loss": loss, "d_logp": rows.pad(g)}
 
