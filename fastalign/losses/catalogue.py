@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.losses import policy
 from fastalign.losses.traits import Family, function_of, keywords
 
 

@@ -90,7 +90,7 @@ ALGORITHMS = {
     ),
     "gspo": Algorithm("gspo", credit.grpo, "seq-mean-token-mean"),
     "cispo": Algorithm("cispo", credit.grpo),
-    "sapo": Algorithm("sapo", credit.grpo),
+    "sapo": Algorithm("sapo", credit.grpo, "seq-mean-token-mean"),
     "rloo": Algorithm(
         "rloo",
         credit.rloo,
