@@ -88,7 +88,9 @@ class DataConfig:
     """Split of a hub dataset or directory, or slices of some: `train[:1000]`, `train+validation`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename map from the column fastalign expects to the data's own, e.g. `{prompt: question, completion: answer}`."""
-    format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise"] = "auto"
+    format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise", "prompt"] = (
+        "auto"
+    )
     """Row format; `auto` recognises it from the columns."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
