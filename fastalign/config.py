@@ -31,7 +31,8 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """Inline Hugging Face config (with `model_type`) to start from random weights instead of `path`."""
     tokenizer: str | None = None
-    """Hub name, local directory or `builtin:bpe` (trained on built-in text); default: that of `path`."""
+    """Hub name, local directory, `builtin:bpe` (trained on built-in text) or `builtin:letters` (for
+    `builtin:sort_letters`); default: that of `path`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Parameter dtype; `auto` is the checkpoint's own."""
     autocast: bool | None = None
