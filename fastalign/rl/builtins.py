@@ -1,4 +1,4 @@
-"""Reward functions that come with fastalign: ``rewards: [{builtin: gsm8k}, {builtin: overlong, max_length: 512, ...}]``.
+"""Reward functions that come with fastalign: ``rewards: [{builtin: gsm8k}, {builtin: length, target: 200}]``.
 
 Each has TRL's signature: positional arguments are what is scored and columns of the data, one entry per sample;
 keyword-only ones are settings.
@@ -107,7 +107,7 @@ def format(  # named as it is in a configuration
 
 
 def length(completion_ids: Sequence[Sequence[int]], *, target: int, scale: int | None = None) -> list[float]:
-    """0 at a length of ``target`` tokens, and one less for every ``scale`` tokens away from it: ``-|n - target| / scale``.
+    """Linear penalty of another length than ``target`` tokens: ``-|n - target| / scale``.
 
     Args:
         completion_ids: sampled tokens.
@@ -116,7 +116,7 @@ def length(completion_ids: Sequence[Sequence[int]], *, target: int, scale: int |
 
     Example:
         >>> length([[5] * 100, [5] * 150], target=100)
-        [-0.0, -0.5]
+        [0.0, -0.5]
     """
     per = target if scale is None else scale
     if per < 1 or target < 0:

@@ -83,7 +83,7 @@ class Scorer:
         group = self.group(rollouts, columns)
         for reward in self.rewards:
             if missing := sorted(reward.needs - group.arguments.keys()):
-                hint = nearest(missing[0], group.arguments, cutoff=0.6) or ": name one so with data.columns"
+                hint = nearest(missing[0], columns, cutoff=0.6) or ": name one so with data.columns"
                 raise ValueError(f"reward {reward.name} reads {missing[0]!r}, which is no column of the data{hint}")
         return asyncio.run_coroutine_threadsafe(self._score(group), self._order)
 
