@@ -114,15 +114,10 @@ class Shapes(Cached):
 
 
 def prompt_batch(prompts: Sequence[np.ndarray], copies: int, device: torch.device) -> PackedBatch:
-    """A packed row of prompts whose last tokens are each read ``copies`` times, padded to `LEAST_ROWS` of both.
-
-    Rows that pad read the first token of the row.
-    """
+    """A packed row of prompts, padded to `LEAST_ROWS`; the last token of each is read ``copies`` times."""
     lengths = [len(ids) for ids in prompts]
     parts = [*prompts, np.zeros(max(0, LEAST_ROWS - sum(lengths)), dtype=np.int64)]
-    ends = np.cumsum(lengths) - 1
-    rows = np.zeros(max(LEAST_ROWS, copies * len(prompts)), dtype=np.int64)
-    rows[: copies * len(prompts)] = ends.repeat(copies)
+    rows = (np.cumsum(lengths) - 1).repeat(copies)
     offsets = np.cumsum([0, *(len(part) for part in parts if len(part))])
     return _batch(
         np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts]), rows, offsets, device
@@ -130,25 +125,24 @@ def prompt_batch(prompts: Sequence[np.ndarray], copies: int, device: torch.devic
 
 
 def token_batch(tokens: Sequence[int], positions: Sequence[int], device: torch.device) -> PackedBatch:
-    """One token of each of some sequences, each read once, padded to `LEAST_ROWS`; only a `Decode` attends in it."""
+    """One token of each of some sequences, padded to `LEAST_ROWS`; only a `Decode` attends in it."""
     size = max(LEAST_ROWS, len(tokens))
     ids, at = np.zeros((2, size), dtype=np.int64)
     ids[: len(tokens)], at[: len(tokens)] = tokens, positions
-    return _batch(ids, at, np.arange(size), np.array([0, size]), device)
+    return _batch(ids, at, np.arange(len(tokens)), np.array([0, size]), device)
 
 
 def _batch(ids: np.ndarray, at: np.ndarray, rows: np.ndarray, offsets: np.ndarray, device: torch.device) -> PackedBatch:
     """A batch of root segments, without labels: the head draws them."""
-    tensors = (torch.from_numpy(x.astype(np.int64)).to(device, non_blocking=True) for x in (ids, at, rows))
-    ids_, at_, rows_ = tensors
+    tokens, positions, read = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (ids, at, rows))
     none, roots = torch.zeros(1, dtype=torch.int32), torch.full((len(offsets) - 1,), -1, dtype=torch.int32)
     return PackedBatch(
-        input_ids=ids_,
-        position_ids=at_,
+        input_ids=tokens,
+        position_ids=positions,
         cu_segments=torch.from_numpy(offsets.astype(np.int32)),
         parents=roots,
-        rows=rows_,
-        labels=rows_,
+        rows=read,
+        labels=read,
         cu_seqlens=none,
         example_ids=(),
         logical_tokens=len(ids),

@@ -233,7 +233,7 @@ class Forest:
             self._chains[rows_[short], last[short]] = self._take(num_short)
         self._copy_tails()
         lengths = self._lengths[rows_] + 1
-        chains = np.maximum(self._chains[rows_, :width], 0)
+        chains = np.ascontiguousarray(self._chains[rows_, :width].clip(min=0))
         order, groups = self._groups(self._prompt_of[rows_], lengths)
         tables = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (chains, lengths))
         return Step(self, self.version, rows_, *tables, order, groups)

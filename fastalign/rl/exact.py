@@ -109,7 +109,9 @@ def largest_difference(rollouts: Sequence[Rollout], logps: Tensor) -> float:
 
 def _without_limits(sampler: NativeSampler) -> NativeSampler:
     """A sampler of the same policy whose completions all have `TOKENS` tokens, drawn from the whole vocabulary."""
-    settings = replace(sampler.settings, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=TOKENS, stop=[])
+    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    rows = {"max_rows": len(PROMPTS) * SAMPLES, "max_new_tokens": TOKENS}
+    settings = replace(sampler.settings, **whole, **rows)
     return NativeSampler(sampler.policy, settings, Stops(), precision=sampler.precision)
 
 
@@ -177,7 +179,7 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
 def _advice(sampler: NativeSampler) -> str:
     """The setting of the attention that makes it exact, where one does."""
     policy, was, cpp = sampler.policy, sampler.policy.attention, register_attention("cpp")
-    if was == cpp:
+    if was in (cpp, register_attention("auto")):  # which is cpp where that can be
         return ""
     try:
         policy.use_attention(cpp)

@@ -26,11 +26,11 @@ from torch import Tensor
 from fastalign.config import SamplerConfig
 from fastalign.models.decoding import Cached, Decode, Prefill, Shapes, prompt_batch, token_batch
 from fastalign.models.policy import Policy
+from fastalign.ops import linear_sample, sample_keys
 from fastalign.ops.attention import layout
 from fastalign.ops.forest_decode import Forest
-from fastalign.ops.sample import linear_sample, sample_keys
 from fastalign.parallel.shard import gathered
-from fastalign.types import PackedBatch, Prompt, Rollout, SampleStats
+from fastalign.types import PackedBatch, Prompt, Rollout
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts that are computed together, as long as there is more than one prompt."""
@@ -226,25 +226,39 @@ class NativeSampler:
 
     def _draw(self, rows: list[Row], batch: PackedBatch, cached: Cached) -> None:
         """Run the policy and append to each row the token that the head draws from its hidden state."""
-        settings, padding = self.settings, batch.num_scored - len(rows)
-        keys = self._tensor([row.key for row in rows] + [0] * padding)
-        positions = self._tensor([len(row.tokens) for row in rows] + [0] * padding)
-        temperature: Any = settings.temperature
-        if any(row.cold for row in rows):
-            each = [0.0 if row.cold else settings.temperature for row in rows] + [1.0] * padding
-            temperature = torch.tensor(each, device=self._device)
+        settings = self.settings
+        keys, positions = self._tensor([row.key for row in rows]), self._tensor([len(row.tokens) for row in rows])
         cut: dict[str, Any] = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
 
-        def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, SampleStats]:
-            return linear_sample(hidden, weight, keys, positions, temperature=temperature, **cut, **options)
+        def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> list[list[Any]]:
+            drawn = torch.empty_like(keys), *torch.empty(2, len(rows), device=keys.device)
+            for temperature, at in self._temperatures(rows):
+                inputs = hidden[at], weight, keys[at], positions[at]
+                tokens, stats = linear_sample(*inputs, temperature=temperature, **cut, **options)
+                for whole, part in zip(drawn, (tokens, stats.logps, stats.kept_mass), strict=True):
+                    whole[at] = part.to(whole.dtype)
+            return [x.tolist() for x in drawn]
 
         with torch.no_grad(), self.precision():
-            tokens, stats = self.policy(batch, head, cached=cached)
-        drawn = zip(rows, tokens.tolist(), stats.logps.tolist(), stats.kept_mass.tolist(), strict=False)
-        for row, token, logp, kept in drawn:
+            drawn = self.policy(batch, head, cached=cached)
+        for row, token, logp, kept in zip(rows, *drawn, strict=True):
             row.tokens.append(token)
             row.logps.append(logp)
             row.kept.append(kept)
+
+    def _temperatures(self, rows: list[Row]) -> Iterator[tuple[float, Tensor]]:
+        """Which of the rows are drawn at which temperature.
+
+        Not one call with a temperature per row: that would be rounded otherwise than the number that training has.
+        """
+        cold = [i for i, row in enumerate(rows) if row.cold]
+        warm = [i for i, row in enumerate(rows) if not row.cold]
+        for temperature, at in ((self.settings.temperature, warm), (0.0, cold)):
+            if at:
+                yield temperature, self._tensor(at)
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
     def _sift(self, forest: Forest, drawn: Iterable[Row], going_on: Any) -> Iterator[Rollout]:
         """Those of the rows that have ended, out of the forest; the others to ``going_on``."""
@@ -308,9 +322,6 @@ class NativeSampler:
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
-
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
 def check_settings(settings: SamplerConfig) -> None:
