@@ -28,7 +28,7 @@ from fastalign.data.loader import (
     steps_until,
     visited,
 )
-from fastalign.data.pack import share
+from fastalign.data.pack import empty_batch, share
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
@@ -318,7 +318,7 @@ def pack_share(job: Job, examples: list[TokenExample]) -> list[list[PackedBatch]
     batch, ranks, number = job.batch, job.world.data, minibatches_of(job.objective)
     each = [examples[first::number] for first in range(number)]
     known = batch.share_prefix, ranks.rank, ranks.size, job.accounting.forward
-    parts = [share(some, batch.budget, *known) for some in each if some]
+    parts = [share(some, batch.budget, *known) for some in each if some] or [[empty_batch()]]
     if job.world.device.type == "cuda":
         parts = [[one.pin_memory() for one in part] for part in parts]
     return parts

@@ -159,7 +159,10 @@ def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: St
             else sums.new_empty(0)
         )
         skipped = moved_too_far(job.objective, sums)
-        finite = sums[names.index("loss")].isfinite().all() & (not skipped)
+        loss = sums[names.index("loss")]
+        finite = (
+            loss.isfinite().all() & (loss[1] > 0) & (not skipped)
+        )  # of a step that scores nothing there is nothing to learn
         rates = dict.fromkeys(job.trained, lr)
         warm, critic_lr = warmup_of(job, step, lr)
         norms = {

@@ -98,6 +98,8 @@ class MetricsLog:
     def finished(self, result: StepResult) -> dict[str, Any]:
         """The record of a step whose loss and gradient are finite; RunError for any other."""
         record = self.complete(result)
+        if not record["tokens_response"]:  # of completions that are all rewarded alike
+            record["loss"] = 0.0
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise RunError(self.diagnosis(result, record))
         return record
