@@ -355,13 +355,9 @@ class LabelledLogps:
 
 @dataclass(frozen=True)
 class RankedLogps:
-    """Sequence log-probs of the scored candidates of G prompts.
+    """Sequence log-probs of the B scored candidates of G prompts: sums over their scored tokens, and how many these are.
 
-    Attributes:
-        logps: ``[B]`` sums over completion tokens.
-        lengths: ``[B]`` number of scored tokens.
-        rewards: ``[B]`` scores of the candidates, by people or a model; larger is better.
-        cu_groups: ``[G+1]`` offsets of the prompts in the B candidates.
+    ``rewards [B]`` are scores by people or a model; ``cu_groups [G+1]`` offsets of the prompts in the candidates.
     """
 
     logps: Tensor
@@ -372,12 +368,7 @@ class RankedLogps:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a sampler continues.
-
-    Attributes:
-        ids: ``[P]`` int64 tokens.
-        row: its position in the dataset, which names it in noise, files and messages.
-    """
+    """What a sampler continues: ``[P]`` int64 tokens, and the row of the dataset that names them."""
 
     ids: np.ndarray
     row: int
@@ -391,8 +382,7 @@ class Rollout:
         prompt: ``[P]`` int64 tokens that were continued.
         tokens: ``[R]`` int64 tokens behind it, the EOS or stop token that ended them included.
         sampler_logps: ``[R]`` fp32 log-probs under the distribution that they were drawn from.
-        row: position of the prompt in the dataset.
-        sample: which of the prompt's samples.
+        row, sample: position of the prompt in the dataset, and which of its samples this is.
         finish: what ended it: an EOS token, a stop text, or ``sampler.max_new_tokens``.
         version: optimizer updates behind the weights that sampled.
         scored: ``[R]`` bool, False for tokens that an environment wrote; None: all were sampled.

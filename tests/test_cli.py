@@ -1,6 +1,5 @@
 """The command line: what it accepts, what it answers to mistakes, what it passes on."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from fastalign import cli
 from fastalign.arguments import UsageError, parse_config
-from fastalign.config import Config
+from fastalign.config import Config, as_dict
 from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.methods import METHODS
 from fastalign.losses.traits import canonical as canonical_names
@@ -306,7 +305,7 @@ def test_print_config_can_be_loaded_again(capsys, engine, write, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_configuration_can_be_loaded_again(write, method):
     config = parse_config(method, ["--optim.betas", "[0.5, 0.6]"])
-    tree = dataclasses.asdict(config)
+    tree = as_dict(config)
     tree["optim"]["betas"] = list(config.optim.betas)
     assert parse_config(method, ["--config", write(yaml.safe_dump(tree))]) == config
 

@@ -1,6 +1,5 @@
 """Words in YAML and behind flags: read as what their setting takes, in the file and on the command line alike."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,7 +7,7 @@ import yaml
 
 from fastalign import cli
 from fastalign.arguments import METHODS, UsageError, defaults, parse_config, schema_of
-from fastalign.config import Config, as_yaml
+from fastalign.config import Config, as_dict, as_yaml
 from fastalign.written import Loader, Plain, read
 
 
@@ -349,7 +348,7 @@ def test_printed_and_saved_settings_are_read_again_as_they_were(tmp_path, capsys
     assert config.model.config == {"a": texts, "b": [1e5, 8, True, None]}
     with pytest.raises(SystemExit, match="0"):
         parse_config("dpo", [*words, "--print_config"])
-    for text in (capsys.readouterr().out, as_yaml(dataclasses.asdict(config))):
+    for text in (capsys.readouterr().out, as_yaml(as_dict(config))):
         (tmp_path / "again.yaml").write_text(text)
         assert parse_config("dpo", ["--config", str(tmp_path / "again.yaml")]) == config
 

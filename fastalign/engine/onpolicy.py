@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from fastalign.config import Config
     from fastalign.engine.train import Job
+    from fastalign.engine.update import Work
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,17 @@ def make_source(
 
 
 # --- after the columns are filled ------------------------------------------------------------------------------------
+
+
+def sampled(job: Job, source: Rollouts, step: int, batches: Sequence[PackedBatch], work: Work) -> dict[str, float]:
+    """What is known of a step's completions before its updates; they are written to samples.jsonl."""
+    measured = credit_metrics(job.objective, batches, job.world)
+    adapt(job, measured, work.sequences)
+    advantages = advantages_of(batches, source, job.world)
+    if job.world.is_main:
+        decode = partial(job.tokenizer.decode, skip_special_tokens=False)
+        write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
+    return {**source.metrics(), **measured}
 
 
 def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: World) -> dict[str, float]:

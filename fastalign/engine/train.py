@@ -37,12 +37,9 @@ from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.loading import Start
 from fastalign.engine.methods import Objective, minibatches_of, objective_of
 from fastalign.engine.onpolicy import (
-    adapt,
-    advantages_of,
-    credit_metrics,
     cut_samples,
     follow,
-    write_samples,
+    sampled,
 )
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer
 from fastalign.engine.output.accounting import Accounting, account
@@ -287,17 +284,6 @@ def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
     losses = [loss for one in updates for loss in one.losses]
     known |= job.accounting.describe(work)
     return StepResult(known, total(job.objective, updates), norm, losses, watch, extremes_of(updates))
-
-
-def sampled(job: Job, source: Rollouts, step: int, batches: list[PackedBatch], work: Work) -> dict[str, float]:
-    """What is known of a step's completions before its updates; they are written to samples.jsonl."""
-    measured = credit_metrics(job.objective, batches, job.world)
-    adapt(job, measured, work.sequences)
-    advantages = advantages_of(batches, source, job.world)
-    if job.world.is_main:
-        decode = partial(job.tokenizer.decode, skip_special_tokens=False)
-        write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
-    return {**source.metrics(), **measured}
 
 
 def cut(job: Job, batches: list[PackedBatch], parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:

@@ -18,9 +18,19 @@ from torch.nn.functional import pad
 from fastalign.ops import dispatch
 from fastalign.ops.backends.torch import onednn
 from fastalign.ops.checks import Lora
-from fastalign.ops.head.head import Head, Wanted, hidden_rows, join, make_head, plan_for, project, scaling_of, sweep
+from fastalign.ops.head.head import (
+    Head,
+    Wanted,
+    hidden_rows,
+    join,
+    make_head,
+    plan_for,
+    project,
+    scaling_of,
+    sweep,
+    workspace,
+)
 from fastalign.ops.head.head import cut as select_rows
-from fastalign.ops.head.head import workspace
 from fastalign.ops.head.options import Call, gemm_dtype, make_call
 from fastalign.ops.head.plan import CPU_ROWS
 from fastalign.ops.parallel import localise
@@ -80,7 +90,7 @@ def linear_sample(
     """
     cut = Cut(top_k, top_p, min_p)
     check_sampling(hidden, keys, positions, temperature, cut)
-    if not 0 < logit_scale:
+    if not logit_scale > 0:
         raise ValueError(f"logit_scale must be positive, got {logit_scale}")
     tau, greedy = split_greedy(temperature, hidden)
     rows, extra = len(hidden), padding(hidden, weight, lora)

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.pack import share
 from fastalign.engine.forward import Models
-from fastalign.engine.methods import METHODS
 from fastalign.engine.optim import AdamW, Trained, make_optimizer, take_step
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
 from fastalign.models.load import load_policy
@@ -139,5 +138,5 @@ if __name__ == "__main__":
         value_head(ranks)
         if find_spec("peft"):
             raised(ranks)
-        for method in METHODS:
+        for method in dict.fromkeys(name for name, _ in steps.OBJECTIVES):
             check(method, [loss for name, loss in steps.OBJECTIVES if name == method], ranks)

@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import forks
 import yaml
 
-from fastalign.config import Config
+from fastalign.config import Config, as_dict
 from fastalign.engine.output.metrics import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +49,7 @@ def write_yaml(config: Config) -> Path:
     """The settings as a file beside the run."""
     Path(config.run.output_dir).parent.mkdir(parents=True, exist_ok=True)
     path = Path(config.run.output_dir + ".yaml")
-    settings = yaml.safe_load(json.dumps(asdict(config)))
+    settings = yaml.safe_load(json.dumps(as_dict(config)))
     path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v or k != "loss"}))
     return path
 

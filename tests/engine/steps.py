@@ -20,7 +20,7 @@ from fastalign.parallel.mesh import Axis, World
 from fastalign.types import PackedBatch
 
 VOCAB = 37
-OBJECTIVES = [(method, loss) for method in METHODS for loss in METHODS[method].losses]
+OBJECTIVES = [(name, loss) for name, method in METHODS.items() if not method.algorithms for loss in method.losses]
 ALONE = World(Axis(), torch.device("cpu"))
 RESPONSES = {"dpo": 2, "rrhf": 4, "reward": 2, "soft_label": 2, "k_wise": 4}
 """Sequences of an example by method or loss; the others have one."""

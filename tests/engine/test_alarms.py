@@ -99,7 +99,7 @@ def test_a_run_that_ends_before_the_alarm_says_so_last(configure, capsys, monkey
 
 def test_a_run_that_is_stopped_before_the_alarm_says_so_last(configure, monkeypatch):
     config = configure("sft", **BLOWN_UP)
-    monkeypatch.setattr(engine, "update", sending(signal.SIGINT, engine.update, at=3))
+    monkeypatch.setattr(engine, "make_updates", sending(signal.SIGINT, engine.make_updates, at=3))
     with pytest.raises(Interrupted, match=r"after step 3 of 30; saved .*; grad_norm has been exactly 0 since step 2"):
         train(config)
 

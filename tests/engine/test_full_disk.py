@@ -75,7 +75,9 @@ def left(directory: Path) -> list[str]:
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_checkpoint_without_room_is_refused_before_it_is_written(configure, small_disk, fill, monkeypatch, earlier):
     config = configure("sft", **{"run.save_every": 2, "run.output_dir": str(small_disk / "run")})
-    monkeypatch.setattr(engine, "update", before(engine.update, lambda: fill(SPARE), at=4 if earlier else 1))
+    monkeypatch.setattr(
+        engine, "make_updates", before(engine.make_updates, lambda: fill(SPARE), at=4 if earlier else 1)
+    )
     with pytest.raises(RunError, match=rf"^cannot write the checkpoint .*step-{4 if earlier else 2}: {NEEDED}") as full:
         train(config)
     assert str(full.value).endswith("; earlier checkpoints are intact") == earlier
@@ -163,7 +165,7 @@ def test_a_line_of_metrics_without_room_ends_the_run(configure, small_disk, fill
         monkeypatch.context() as patch,
         pytest.raises(RunError, match=r"^cannot write metrics .*metrics\.jsonl: No space"),
     ):
-        patch.setattr(engine, "update", before(engine.update, lambda: fill(0), at=6))
+        patch.setattr(engine, "make_updates", before(engine.make_updates, lambda: fill(0), at=6))
         train(config)  # a line soon needs another page
     assert 5 <= len(read_metrics(small_disk / "run" / "metrics.jsonl")) < 10
     assert left(small_disk / "run") == []

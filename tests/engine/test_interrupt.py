@@ -131,7 +131,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(configure):
 def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
     whole, config = (configure("sft", name, **{"run.keep": 9}) for name in ("whole", "saved"))
     train(whole)
-    monkeypatch.setattr(engine, "update", sending(signal.SIGUSR1, engine.update, at=3))
+    monkeypatch.setattr(engine, "make_updates", sending(signal.SIGUSR1, engine.make_updates, at=3))
     train(config)
     assert checkpoints(config) == ["latest", "step-3", "step-6"]
     assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
@@ -141,7 +141,7 @@ def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
 def test_a_stop_finishes_the_step_it_came_in(configure, stop_at, number, code):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     config = configure("sft")
-    text, ended = stop_at(config, number, engine, "update", at=3)
+    text, ended = stop_at(config, number, engine, "make_updates", at=3)
     assert ended == code and text.startswith("interrupted after step 3 of 6; saved ")
     assert text.endswith(f" -m fastalign sft --config {config.run.output_dir}/config.yaml --run.resume true")
     assert checkpoints(config) == ["latest", "step-3"] and len(records(config.run.output_dir)) == 3
@@ -159,7 +159,7 @@ def test_before_the_first_step_there_is_nothing_to_save(configure, stop_at):
 
 def test_a_resumed_run_that_has_not_moved_has_nothing_new(configure, stop_at):
     config = configure("sft")
-    stop_at(config, signal.SIGINT, engine, "update", at=3)
+    stop_at(config, signal.SIGINT, engine, "make_updates", at=3)
     config.run.resume = True
     text, _ = stop_at(config, signal.SIGINT, engine, "peak_memory")
     assert text.startswith("interrupted after step 3 of 6; go on with: ") and checkpoints(config) == [

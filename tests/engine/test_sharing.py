@@ -98,7 +98,7 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
     job = run(method, other, **settings)
     assert job.batch.share_prefix is False  # which evaluations read, and the cache of log-probs
     assert job.config.batch.share_prefix  # what was asked for is what the run's files say
-    batches = pack_share(job, job.source.next())
+    batches = [batch for part in pack_share(job, job.source.next()) for batch in part]
     assert {each.depth for batch in batches for each in (batch, batch.companion) if each} == {1}
     for name in [POLICY, REFERENCE][: 1 + other]:
         assert [depth for who, depth in seen if who == name][-1] == 1, f"{name} was not verified as it runs"
@@ -107,7 +107,9 @@ def test_what_one_model_cannot_share_is_shared_by_none(case, run, faulty, tmp_pa
 def test_what_all_can_share_is_shared(run, faulty):
     faulty()
     job = run("dpo", True)
-    assert job.batch.share_prefix and max(batch.depth for batch in pack_share(job, job.source.next())) > 1
+    assert (
+        job.batch.share_prefix and max(batch.depth for part in pack_share(job, job.source.next()) for batch in part) > 1
+    )
 
 
 @pytest.mark.parametrize("command", ["evaluate", "precompute"])
