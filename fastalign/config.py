@@ -31,7 +31,8 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """Inline Hugging Face config (with `model_type`) to start from random weights instead of `path`."""
     tokenizer: str | None = None
-    """Hub name, local directory or `builtin:bpe` (trained on built-in text); default: that of `path`."""
+    """Hub name, local directory, `builtin:bpe` (trained on built-in text) or `builtin:letters` (for
+    `builtin:sort_letters`); default: that of `path`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Parameter dtype; `auto` is the checkpoint's own."""
     autocast: bool | None = None
@@ -88,7 +89,9 @@ class DataConfig:
     """Split of a hub dataset or directory, or slices of some: `train[:1000]`, `train+validation`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename map from the column fastalign expects to the data's own, e.g. `{prompt: question, completion: answer}`."""
-    format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise"] = "auto"
+    format: Literal["auto", "text", "prompt_completion", "preference", "unpaired", "ranked", "stepwise", "prompt"] = (
+        "auto"
+    )
     """Row format; `auto` recognises it from the columns."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""

@@ -1,7 +1,9 @@
 """Real English without a download: the docstrings of the running interpreter's standard library.
 
 Read with `ast` (nothing is imported or run), split by module so that near-duplicates do not leak, and turned into
-preference pairs whose better side is the true docstring. Counts vary a little with the interpreter's version.
+preference pairs whose better side is the true docstring. Their words are also a task that a small model learns in
+seconds and whose answers can be checked: to sort the letters of one. Counts vary a little with the interpreter's
+version.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import json
 import logging
 import random
 import re
+import string
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +26,7 @@ from pydoc_data import topics
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.data import cache
@@ -31,6 +35,9 @@ log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 """Of the built-in tokenizer, in the order of their ids from 0."""
+
+UNKNOWN = "<|unknown|>"
+"""What is not in the vocabulary of the letter tokenizer."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
@@ -49,6 +56,11 @@ MIN_WORDS = 3  # shorter docstrings say nothing
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "_bundled"}
 _CANDIDATES = 16  # docstrings of other objects among which the one nearest in length becomes the rejected side
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+ARROW = " -> "
+"""Between a word and its sorted letters."""
+HELD_OUT_WORDS = 400
+_WORD = re.compile(r"\b[a-z]{4,7}\b")
+_COMMON = 2  # times that a word is found, at least
 _OWN = 0.5  # of the steps, the share that stays
 _SENTENCE_END = re.compile(r"(?<=[.!?:])(\s+)")
 
@@ -105,7 +117,22 @@ def docstring_steps(split: str = "train", seed: int = 0) -> Dataset:
     return Dataset.from_list([_steps(d, own, pool, draw) for d, own, draw in long])
 
 
-SOURCES = {"docstrings": docstring_pairs, "docstring-steps": docstring_steps}
+def sort_letters(split: str = "train", seed: int = 0) -> Dataset:
+    """One row per common word of 4 to 7 letters, whose letters are to be sorted: ``listen -> eilnst``.
+
+    Columns: ``prompt`` (the word and `ARROW`), ``completion`` and ``answer`` (its letters in order). The words held out
+    are the same for every seed.
+    """
+    found = Counter(word for document in corpus() for word in _WORD.findall(document.text.lower()))
+    common = sorted(word for word, times in found.items() if times >= _COMMON)
+    held_out = {*sorted(common, key=lambda word: blake2b(word.encode()).digest())[:HELD_OUT_WORDS]}
+    words = [word for word in common if (word in held_out) == (split == "test")]
+    random.Random(seed).shuffle(words)
+    answers = ["".join(sorted(word)) for word in words]
+    return Dataset.from_dict({"prompt": [word + ARROW for word in words], "completion": answers, "answer": answers})
+
+
+SOURCES = {"docstrings": docstring_pairs, "docstring-steps": docstring_steps, "sort_letters": sort_letters}
 """The built-in datasets by name: f(split, seed) -> rows."""
 
 
@@ -165,6 +192,36 @@ def _train_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 32 tokens for `sort_letters`: the letters, the arrow, a space and four special tokens."""
+    name = f"builtin/letters-{cache.key(SPECIAL_TOKENS[:3], ARROW, UNKNOWN)}"
+    directory = cache.entry(None, name, lambda path: _make_letters().save_pretrained(path))
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def _make_letters() -> PreTrainedTokenizerFast:
+    tokens = [*SPECIAL_TOKENS[:3], UNKNOWN, ARROW, " ", *string.ascii_lowercase]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(f"{ARROW}|."), "isolated")
+    backend.decoder = decoders.Fuse()
+    pad, eos, bos = SPECIAL_TOKENS[:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        eos_token=eos,
+        bos_token=bos,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "builtin:bpe": train_tokenizer,
+    "builtin:letters": letter_tokenizer,
+}
+"""The built-in tokenizers by what `model.tokenizer` calls them."""
 
 
 def _distinct() -> Iterator[Docstring]:

@@ -107,6 +107,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def code_version() -> str:
     """A hash of the code that turns rows into tokens, its libraries' versions included."""
-    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "prompts")
+    names = ("chat", "columns", "encode", "feedback", "formats", "messages", "prompt_dataset", "prompts")
     sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in names]
     return key(sources, transformers.__version__, tokenizers.__version__)

@@ -72,10 +72,7 @@ def encode_dataset(
         ValueError: a ``max_length`` below 2, columns that do not fit the method, a value of the wrong type (with its
             row), a conversation without a scored token, or no row left.
     """
-    if data.num_proc is not None and data.num_proc < 1:
-        raise ValueError(f"data.num_proc: expected at least 1 process, got {data.num_proc}")
-    if data.max_length < 2:
-        raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
+    check_settings(data)
     plain = rows.select_columns([name for name in rows.column_names if name != PLACE])
     form = formats.recognise(plain.column_names, method, data.format)
     feedback.check_columns(plain.column_names, method)
@@ -86,9 +83,17 @@ def encode_dataset(
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
     columns.report_unread(plain, form, method, named)
     columns.report_null(plain, form, method, counts)
-    _report(counts, data.max_length)
+    _report(counts, encoder.limits)
     reading = formats.ROWS[method]
     return TokenDataset(Dataset.from_file(str(path)), counts, key, reading.own_rows, reading.says)
+
+
+def check_settings(data: DataConfig) -> None:
+    """Refuse settings with which nothing can be tokenised."""
+    if data.num_proc is not None and data.num_proc < 1:
+        raise ValueError(f"data.num_proc: expected at least 1 process, got {data.num_proc}")
+    if data.max_length < 2:
+        raise ValueError(f"data.max_length: expected at least 2, one token given and one scored, got {data.max_length}")
 
 
 class Encoder:
@@ -108,7 +113,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token: set its eos_token, completions must be able to end")
         self.tokenizer, self.data, self.template = tokenizer, data, template
         self.form, self.method, self.raw_dialogue, self.repeated = form, method, raw_dialogue, repeated
-        self.reading = formats.ROWS[method]
+        self.reading, self.limits = formats.ROWS[method], f"max_length {data.max_length}"
         self.prepended, self.appended = added_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self.total = 0
@@ -128,7 +133,7 @@ class Encoder:
         self.counts = Counter({"rows": len(rows), **self.counts, "kept": kept})
         if kept == 0:
             why = f"; no turn to train: {_NOT_TRAINED}" if any("no_turn" in reason for reason in self.counts) else ""
-            left = f"{_spell(self.counts)} (max_length {self.data.max_length})"
+            left = f"{spell_counts(self.counts)} ({self.limits})"
             raise ValueError(f"no row is left to train on: {left}{why}")
         return dict(self.counts)
 
@@ -359,8 +364,8 @@ def _at_row(place: str, work: Callable[[], Any]) -> Any:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _report(counts: dict[str, int], max_length: int) -> None:
-    logger.info("tokenised: %s (max_length %d)", _spell(counts), max_length)
+def _report(counts: dict[str, int], limits: str) -> None:
+    logger.info("tokenised: %s (%s)", spell_counts(counts), limits)
     if moved := counts.get("prompt_not_a_prefix"):
         logger.warning(
             "%d prompts are not a token prefix of prompt and completion together: "
@@ -378,5 +383,6 @@ def _report(counts: dict[str, int], max_length: int) -> None:
         )
 
 
-def _spell(counts: dict[str, int]) -> str:
+def spell_counts(counts: dict[str, int]) -> str:
+    """What happened to the rows, in words."""
     return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)

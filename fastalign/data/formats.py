@@ -8,6 +8,7 @@
 | `unpaired`          | `prompt`, `completion`, `label`                    | strings  | lists of turns  |
 | `ranked`            | `prompt`, `completions`, `scores`                  | strings  | lists of turns  |
 | `stepwise`          | `prompt`, `completions`, `labels`                  | strings  | the prompt alone |
+| `prompt`            | `prompt`, or one of `QUESTIONS`                    | a string | a list of turns  |
 
 A turn is `{role, content}` or ShareGPT's `{from, value}`, see `messages`; one turn is read as a list of it. A string
 prompt beside conversations is a user's turn, a string completion beside a prompt of turns an assistant's. Where the
@@ -16,7 +17,8 @@ completions repeat the prompt it is read once, see `prompts`. `messages` or `con
 
 For reward models a preference may say more: `margin` (a number, by how much chosen is better); for soft labels it must
 say `probability` (that it is). A `label` is true or false, or 1 or 0. `completions` is a list: of candidates with a
-score each, larger is better, or of the steps of one answer, each with a label.
+score each, larger is better, or of the steps of one answer, each with a label. Of a `prompt`, for which completions are
+sampled, all other columns are for reward functions, see `prompt_dataset`.
 """
 
 from __future__ import annotations
@@ -30,8 +32,21 @@ from fastalign.data import feedback, prompts
 from fastalign.data.messages import Text, is_empty, read, read_turns, strip_none
 from fastalign.words import kind_of
 
-__all__ = ["CONTEXT", "FORMATS", "ROWS", "Example", "Reading", "is_empty", "normalise", "recognise", "said"]
+__all__ = [
+    "CONTEXT",
+    "FORMATS",
+    "QUESTIONS",
+    "ROWS",
+    "Example",
+    "Reading",
+    "is_empty",
+    "normalise",
+    "recognise",
+    "said",
+]
 
+QUESTIONS = ("question", "problem", "instruction", "query", "input", "context_messages")
+"""What datasets of prompts alone call their column; read where there is no `prompt` and only one of them."""
 FORMATS: dict[str, tuple[set[str], ...]] = {
     "prompt_completion": ({"prompt", "completion"},),
     "text": ({"messages"}, {"conversations"}, {"text"}),
@@ -39,6 +54,7 @@ FORMATS: dict[str, tuple[set[str], ...]] = {
     "unpaired": ({"prompt", "completion", "label"},),
     "ranked": ({"prompt", "completions", "scores"},),
     "stepwise": ({"prompt", "completions", "labels"},),
+    "prompt": ({"prompt"}, *({name} for name in QUESTIONS)),
 }
 """The column sets that make a row of each format."""
 
@@ -75,8 +91,10 @@ ROWS = {
     "reward:process": Reading(("stepwise",), own_rows=True, says="step_labels"),
     "kto": Reading(("unpaired", "preference"), unit="completion"),
     "rrhf": Reading(("ranked", "preference"), unit="candidate"),
+    "prompt": Reading(("prompt",)),
 }
-"""Kinds of rows, by method, or by method and loss; kto and rrhf read a preference as a good and a bad completion."""
+"""Kinds of rows, by method, or by method and loss; kto and rrhf read a preference as a good and a bad completion. All
+on-policy methods read ``prompt``."""
 
 CONTEXT = ("question", "instruction", "query", "input", "messages", "conversations", "system", "context", "history")
 """Columns that hold what the completions answer, or a part of it, unless the data repeat it elsewhere."""
@@ -126,7 +144,7 @@ def recognise(columns: Iterable[str], method: str, wanted: str = "auto") -> str:
 
 def said(method: str) -> str:
     """A method as it is asked for: ``reward:k_wise`` is ``reward --loss.name k_wise``."""
-    return method.replace(":", " --loss.name ")
+    return "an on-policy method" if method == "prompt" else method.replace(":", " --loss.name ")
 
 
 def normalise(
@@ -251,7 +269,7 @@ def _example(
 ) -> Example:
     """An example; conversations are rendered with the row's template arguments."""
     conversation = any(isinstance(text, list) for text in (prompt, *completions))
-    return Example(prompt, completions, _template_arguments(row) if conversation else {}, scores)
+    return Example(prompt, completions, template_arguments(row) if conversation else {}, scores)
 
 
 def _whole(row: dict[str, Any]) -> Text:
@@ -262,7 +280,8 @@ def _whole(row: dict[str, Any]) -> Text:
     return read(row.get("text"), "text")
 
 
-def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template: tools, and the arguments in ``chat_template_kwargs``."""
     options, tools = row.get("chat_template_kwargs") or {}, _tools(row.get("tools"))
     if not isinstance(options, dict):
         raise ValueError(f"column 'chat_template_kwargs': expected a mapping, got {kind_of(options)}")

@@ -99,10 +99,10 @@ def hash_tokens(dataset: TokenDataset) -> str:
 
 
 def builtin_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer trained on built-in text."""
-    if name != "builtin:bpe":
-        raise ValueError(f"unknown model.tokenizer {name!r}: the only built-in one is builtin:bpe")
-    return builtin.train_tokenizer()
+    """A tokenizer made of built-in text."""
+    if name not in builtin.TOKENIZERS:
+        raise ValueError(f"unknown model.tokenizer {name!r}: expected one of {', '.join(builtin.TOKENIZERS)}")
+    return builtin.TOKENIZERS[name]()
 
 
 @dataclass(frozen=True)

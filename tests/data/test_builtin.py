@@ -104,6 +104,30 @@ def test_process_rewards_train_on_steps(tokenizer: PreTrainedTokenizerFast) -> N
     assert len(encoded) > 45 and all(len(e.columns.step_labels) == e.sequences[0][1].sum() > 0 for e in encoded)
 
 
+def test_words_have_their_letters_sorted_and_are_split_by_word() -> None:
+    train, test = load_rows("builtin:sort_letters"), load_rows("builtin:sort_letters", "test")
+    assert 1_500 < len(train) < 4_000 and len(test) == builtin.HELD_OUT_WORDS
+    assert {*train["prompt"]}.isdisjoint(test["prompt"]) and len({*train["prompt"]}) == len(train)
+    for row in [*train, *test]:
+        word, arrow, rest = row["prompt"].partition(builtin.ARROW)
+        assert 4 <= len(word) <= 7 and arrow and not rest
+        assert row["completion"] == row["answer"] == "".join(sorted(word))
+    assert {*builtin.load("sort_letters", "test", seed=1)["prompt"]} == {*test["prompt"]}, "whatever the seed"
+
+
+def test_letters_are_tokens_and_prompts_join_their_completions() -> None:
+    tokenizer = builtin.TOKENIZERS["builtin:letters"]()
+    assert len(tokenizer) == 32 and len(tokenizer("listen -> ")["input_ids"]) == 7
+    assert tokenizer("Ä")["input_ids"] == [tokenizer.unk_token_id]
+    rows = load_rows("builtin:sort_letters", "test")
+    encoded = encode_dataset(rows, tokenizer, DataConfig(max_length=16), "sft")
+    assert encoded.counts == {"rows": len(rows), "prompt_not_a_prefix": 0, "kept": len(rows)}
+    for row, example in zip(rows, encoded, strict=True):
+        ((ids, scored),) = example.sequences
+        assert tokenizer.decode(ids) == f"{row['prompt']}{row['completion']}<|eos|>"
+        assert tokenizer.decode(ids[scored], skip_special_tokens=True) == row["answer"]
+
+
 def test_unknown_names_splits_and_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of builtin:docstrings, .*, got 'builtin:poems'"):
         load_rows("builtin:poems")
