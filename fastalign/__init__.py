@@ -12,12 +12,16 @@ if TYPE_CHECKING:
         linear_divergence,
         linear_logps,
         linear_loss,
+        linear_sample,
         packed_attention,
         policy_loss,
         preference_loss,
+        sample,
+        sample_keys,
         segment_scan,
         selective_log_softmax,
         token_logps,
+        uniforms,
         whiten,
     )
 
@@ -31,12 +35,16 @@ __all__ = [
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "linear_sample",
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 

@@ -131,12 +131,16 @@ PUBLIC = [
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "linear_sample",
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 """A name leaves or joins the public surface here first."""

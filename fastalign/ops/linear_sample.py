@@ -18,9 +18,19 @@ from torch.nn.functional import pad
 from fastalign.ops import dispatch
 from fastalign.ops.backends.torch import onednn
 from fastalign.ops.checks import Lora
-from fastalign.ops.head.head import Head, Wanted, hidden_rows, join, make_head, plan_for, project, scaling_of, sweep
+from fastalign.ops.head.head import (
+    Head,
+    Wanted,
+    hidden_rows,
+    join,
+    make_head,
+    plan_for,
+    project,
+    scaling_of,
+    sweep,
+    workspace,
+)
 from fastalign.ops.head.head import cut as select_rows
-from fastalign.ops.head.head import workspace
 from fastalign.ops.head.options import Call, gemm_dtype, make_call
 from fastalign.ops.head.plan import CPU_ROWS
 from fastalign.ops.parallel import localise
@@ -63,9 +73,9 @@ def linear_sample(
         weight: ``[V, D]``.
         keys, positions, temperature, top_k, top_p, min_p: as of ``sample``.
         bias, lora, softcap, logit_scale, memory: as of ``linear_logps``; ``logit_scale`` must be positive.
-        process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process unless
-            the draw falls within the rounding (about 1e-7) of two columns' boundary; where truncation is asked for, the
-            ranks exchange each chunk's logits.
+        process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process
+            unless the draw falls within rounding (about 1e-7) of the boundary of two columns. For truncation the ranks
+            exchange each chunk's logits, otherwise a few numbers per row.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:
@@ -80,7 +90,7 @@ def linear_sample(
     """
     cut = Cut(top_k, top_p, min_p)
     check_sampling(hidden, keys, positions, temperature, cut)
-    if not 0 < logit_scale:
+    if not logit_scale > 0:
         raise ValueError(f"logit_scale must be positive, got {logit_scale}")
     tau, greedy = split_greedy(temperature, hidden)
     rows, extra = len(hidden), padding(hidden, weight, lora)

@@ -28,8 +28,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cut(NamedTuple):
-    """Truncation, in this order: the ``top_k`` most probable; of those the fewest that hold ``top_p``; of those the ones
-    at least ``min_p`` times as probable as the first. Ties are kept by lowest index; the first always stays."""
+    """Truncation after temperature, in this order, as in vLLM and transformers; of equal logits the first are kept.
+
+    Attributes:
+        top_k: keep so many of the most probable tokens; 0 keeps all.
+        top_p: of these keep the fewest most probable that hold this share of their probability.
+        min_p: of these keep those that are at least so many times as probable as the most probable one.
+    """
 
     top_k: int = 0
     top_p: float = 1.0
@@ -130,7 +135,7 @@ def reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, SampleStats]:
-    """The specification, in float64: sort, cut, renormalise, and the first column whose cumulated probability passes u."""
+    """The specification, in float64: sort, cut, and the first column whose cumulated share of what is kept passes u."""
     logits, cut = logits.double(), Cut(top_k, top_p, min_p)
     tau, greedy = split_greedy(temperature, logits)
     z = logits * logit_scale
@@ -259,15 +264,16 @@ def sample(
     """A token of each row with its log-prob, entropy and kept mass; for inference, nothing is differentiable.
 
     ``z = softcap(logits)``; the token is drawn from ``softmax(z / temperature)``, truncated, by inverse CDF: the first
-    column, in index order, whose cumulated probability exceeds ``uniforms(key, position)``. It depends on nothing but its
-    row, key and position. ``logps`` has the bits of ``token_logps`` for the same row and temperature.
+    column, in index order, whose cumulated probability exceeds ``uniforms(key, position)``. It depends on nothing but
+    its row, key and position; backends differ only where the uniform falls within rounding (about 1e-7) of the boundary
+    of two columns. Without truncation ``logps`` has the bits of ``token_logps`` for the same row and temperature.
 
     Args:
         logits: ``[B, V]`` fp32, bf16, fp16 or fp64, any strides; -inf bans a column.
         keys: ``[B]`` int64 of ``sample_keys``: one key for each sequence.
         positions: ``[B]`` integers, the place of the token in its sequence.
-        temperature: a number or ``[B]``, which is rounded to the precision of the outputs: pass the number where training
-            has one. 0 is greedy: the first of the largest logits, with its log-prob at temperature 1 and kept mass 1.
+        temperature: a number, or ``[B]`` (rounded to the precision of the outputs: pass the number where training has
+            one). 0 is greedy: the first of the largest logits, with its log-prob at temperature 1 and kept mass 1.
         top_k, top_p, min_p: truncation, off by default; see ``Cut``.
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         backend: "torch", "cpp", "triton" or None for the best one here.
