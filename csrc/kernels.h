@@ -5,6 +5,7 @@
 #include "divergence.h"
 #include "layers.h"
 #include "policy_loss.h"
+#include "sample.h"
 #include "token_logps.h"
 
 namespace fastalign {
@@ -14,6 +15,7 @@ struct Kernels {
   void (*policy_loss)(const PolicyLoss& op, int threads);
   void (*divergence)(const Divergence& op, Walk walk, int threads);
   void (*attention)(const Attention& op, bool backward, int threads);
+  void (*sample)(const Sample& op, int threads);
   void (*rms_norm)(const RmsNorm& op, bool backward, int threads);
   void (*silu_mul)(const SiluMul& op, bool backward, int threads);
   void (*rotate)(const Rotation& op, bool adjoint, int threads);
