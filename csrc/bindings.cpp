@@ -94,6 +94,13 @@ Divergence describe_divergence(const TokenLogps& policy, const TokenLogps& refer
   return {policy, reference, static_cast<Kind>(kind), mix, pointer(value), pointer(stats), pointer(grad_value), apart};
 }
 
+void run_sample(const TokenLogps& rows, Address noise, Address tokens, Address kept, int64_t top_k, double top_p,
+                double min_p, int threads) {
+  check(rows);
+  kernels().sample({rows, pointer<double>(noise), pointer<int64_t>(tokens), pointer<double>(kept), top_k, top_p, min_p},
+                   threads);
+}
+
 using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
 
 Heads heads(const HeadsArgument& x) {
@@ -190,6 +197,9 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("x"), py::arg("decays"), py::arg("decay"), py::arg("out"), py::arg("float64"),
       py::arg("reverse"), py::arg("offsets"), py::arg("segments"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>(), "Discounted sums over the rest of each segment, or their adjoint.");
+  m.def("sample", &run_sample, py::kw_only(), py::arg("rows"), py::arg("noise"), py::arg("tokens"), py::arg("kept"),
+        py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "Draws of tokens by inverse CDF.");
   m.def("has_bf16_product", [] { return cpu_level() == Level::avx512 && has_bf16_product(); },
         "Whether add_product serves this processor at the instruction set in use.");
   m.def(

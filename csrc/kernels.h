@@ -6,6 +6,7 @@
 #include "forest_decode.h"
 #include "layers.h"
 #include "policy_loss.h"
+#include "sample.h"
 #include "token_logps.h"
 
 namespace fastalign {
@@ -16,6 +17,7 @@ struct Kernels {
   void (*divergence)(const Divergence& op, Walk walk, int threads);
   void (*attention)(const Attention& op, bool backward, int threads);
   void (*forest_decode)(const ForestDecode& op, int threads);
+  void (*sample)(const Sample& op, int threads);
   void (*rms_norm)(const RmsNorm& op, bool backward, int threads);
   void (*silu_mul)(const SiluMul& op, bool backward, int threads);
   void (*rotate)(const Rotation& op, bool adjoint, int threads);

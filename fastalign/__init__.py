@@ -17,9 +17,11 @@ if TYPE_CHECKING:
         policy_loss,
         preference_loss,
         sample,
+        sample_keys,
         segment_scan,
         selective_log_softmax,
         token_logps,
+        uniforms,
         whiten,
     )
 
@@ -38,9 +40,11 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 

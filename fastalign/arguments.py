@@ -78,7 +78,7 @@ def parse_config(method: str, argv: list[str]) -> Config:
     losses = find_losses(method, asked_loss(method, flags, trees), algorithm)
     schema, settings = schema_of(losses, method), defaults(losses, method, algorithm)
     for path, tree in files:
-        check_sections(path, tree, schema, method)
+        check_sections(path, tree, schema, ("loss", *sections(method)))
         check_keys(dict(flatten(tree)), schema, method, losses, f" in {path}")
         take_file(settings, path, tree, schema)
     check_keys((flag.key for flag in flags), schema, method, losses)
@@ -99,6 +99,45 @@ def parse_config(method: str, argv: list[str]) -> Config:
     whole = {key: settings[key] for key in ("rewards",) if key in settings}
     made = {key: cls(**settings[key]) for key, cls in sections(method).items()}
     return Config(method=method, loss=settings["loss"], **whole, **made)
+
+
+def parse_sections(command: str, purpose: str, argv: list[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The sections of a command that trains nothing, by name; what else a run's file holds is passed over.
+
+    Settings of the section that is named like the command are flags without a section; true needs no value there.
+
+    Args:
+        command: its name.
+        purpose: what help says of it.
+        argv: its arguments.
+        kinds: the dataclass of each section.
+    """
+    paths, flags, others = split_config(argv)
+    schema = {f"{name}.{field.name}": str(field.type) for name, cls in kinds.items() for field in fields(cls)}
+    settings = {name: vars(cls()) for name, cls in kinds.items()}
+    if {"-h", "--help"} & set(others):
+        texts = section_texts(kinds)
+        print(written_help(command, purpose, settings, schema, texts, command), end="")
+        raise SystemExit(0)
+    for path in paths:
+        tree = read_yaml(path)
+        unread = {"method", *(field.name for field in fields(Config))} - kinds.keys()
+        tree = {key: value for key, value in tree.items() if str(key).partition(".")[0] not in unread}
+        check_sections(path, tree, schema, kinds)
+        check_keys(dict(flatten(tree)), schema, command, {}, f" in {path}")
+        take_file(settings, path, tree, schema)
+    own = {field.name for field in fields(kinds[command])}
+    flags = [flag._replace(key=f"{command}.{flag.key}") if flag.key in own else flag for flag in flags]
+    check_keys((flag.key for flag in flags), schema, command, {})
+    for flag in flags:
+        on = flag.text is None and schema.get(flag.key) == "bool"
+        take_flag(settings, flag._replace(text="true") if on else flag, schema)
+    if strange := [word for word in others if word != "--print_config"]:
+        raise UsageError(f"unrecognized arguments: {' '.join(strange)}")
+    if others:
+        print(as_yaml(settings), end="")
+        raise SystemExit(0)
+    return {name: cls(**settings[name]) for name, cls in kinds.items()}
 
 
 def defaults(losses: Losses, method: str = "", algorithm: AlgorithmConfig | None = None) -> dict[str, Any]:
@@ -250,9 +289,9 @@ def check_method(path: str, tree: dict[str, Any], method: str) -> None:
         raise UsageError(f"{path} is for '{named}', not {method!r}: run fastalign {named} --config {path}")
 
 
-def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str], method: str) -> None:
+def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str], names: Iterable[str]) -> None:
     """Refuse a section that is not a mapping of settings."""
-    for section in ("loss", *sections(method)):
+    for section in names:
         value = tree.get(section, ...)
         if value is not ... and not (isinstance(value, dict) and value):
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
@@ -297,24 +336,40 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 
 def help_text(method: str, losses: Losses) -> str:
     """What ``--help`` prints: every setting with its docstring, what it accepts and its default."""
+    settings = defaults(losses, method, asked_algorithm(method, [], []))
+    return written_help(
+        method, METHODS[method].help, settings, schema_of(losses, method), docstrings(method, losses)
+    )
+
+
+def written_help(
+    command: str,
+    purpose: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    schema: Mapping[str, str],
+    texts: Mapping[str, str | None],
+    own: str = "",
+) -> str:
+    """The help of a command; settings of the section ``own`` are flags without it."""
     parser = argparse.ArgumentParser(
-        prog=f"fastalign {method}",
-        usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
-        description=f"{METHODS[method].help.capitalize()}.",
+        prog=f"fastalign {command}",
+        usage=f"fastalign {command} [--config run.yaml] [--section.key value ...]",
+        description=f"{purpose.capitalize()}.",
     )
     parser.add_argument("--config", help="YAML file of the settings below; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
-    schema, texts = schema_of(losses, method), docstrings(method, losses)
-    whole = defaults(losses, method, asked_algorithm(method, [], []))
-    for key in [key for key in WHOLE if key in whole]:
-        parser.add_argument(f"--{key}", metavar=key.upper(), help=f"{REWARDS} (default: {whole.pop(key)})")
-    for section, settings in whole.items():
+    for key in [key for key in settings if key in WHOLE]:
+        parser.add_argument(f"--{key}", metavar=key.upper(), help=f"{REWARDS} (default: {settings[key]})")
+    for section, values in settings.items():
+        if section in WHOLE:
+            continue
         group = parser.add_argument_group((texts[section] or section).rstrip("."))
-        for name, default in settings.items():
+        for name, default in values.items():
             key = f"{section}.{name}"
             written_default = default if isinstance(default, str) else in_yaml(default)
             text = f"{texts.get(key, '')} (type: {describe_type(schema[key], key)}, default: {written_default})"
-            group.add_argument(f"--{key}", metavar=name.upper(), help=text.replace("%", "%%"))
+            flag = name if section == own else key
+            group.add_argument(f"--{flag}", metavar=name.upper(), help=text.replace("%", "%%"))
     return parser.format_help()
 
 
@@ -326,14 +381,22 @@ REWARDS = (
 
 def docstrings(method: str, losses: Losses) -> dict[str, str | None]:
     """What the docstrings of the dataclasses and the losses say of every section and setting."""
-    from docstring_parser import parse, parse_from_object
+    from docstring_parser import parse
 
-    documents = {name: parse_from_object(cls) for name, cls in sections(method).items()}
-    texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
+    texts = section_texts(sections(method))
     for loss in reversed([*losses.values()]):  # of a setting of several losses, the first one's counts
         texts |= {f"loss.{p.arg_name}": p.description for p in parse(loss.fn.__doc__ or "").params}
     names = f"One of {', '.join(METHODS[method].losses)}; or your own, file.py:function."
     texts["loss.name"] = f"{names} Each has its own settings. A list is a weighted sum."
     texts["loss.loss_weights"] = "One weight per loss; default: 1 each."
     texts["loss"] = (next(iter(losses.values())).fn.__doc__ or "").partition("\n")[0]
-    return {**{name: document.short_description for name, document in documents.items()}, **texts}
+    return texts
+
+
+def section_texts(kinds: Mapping[str, type]) -> dict[str, str | None]:
+    """What the docstrings of dataclasses say of them and of each setting."""
+    from docstring_parser import parse_from_object
+
+    documents = {name: parse_from_object(cls) for name, cls in kinds.items()}
+    texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
+    return {**texts, **{name: document.short_description for name, document in documents.items()}}

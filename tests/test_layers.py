@@ -136,9 +136,11 @@ PUBLIC = [
     "policy_loss",
     "preference_loss",
     "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 """A name leaves or joins the public surface here first."""

@@ -73,9 +73,9 @@ def linear_sample(
         weight: ``[V, D]``.
         keys, positions, temperature, top_k, top_p, min_p: as of ``sample``.
         bias, lora, softcap, logit_scale, memory: as of ``linear_logps``; ``logit_scale`` must be positive.
-        process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process unless
-            the draw falls within the rounding (about 1e-7) of two columns' boundary; where truncation is asked for, the
-            ranks exchange each chunk's logits.
+        process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process
+            unless the draw falls within rounding (about 1e-7) of the boundary of two columns. For truncation the ranks
+            exchange each chunk's logits, otherwise a few numbers per row.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:

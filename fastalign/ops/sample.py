@@ -28,8 +28,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cut(NamedTuple):
-    """Truncation, in this order: the ``top_k`` most probable; of those the fewest that hold ``top_p``; of those the ones
-    at least ``min_p`` times as probable as the first. Ties are kept by lowest index; the first always stays."""
+    """Truncation after temperature, in this order, as in vLLM and transformers; of equal logits the first are kept.
+
+    Attributes:
+        top_k: keep so many of the most probable tokens; 0 keeps all.
+        top_p: of these keep the fewest most probable that hold this share of their probability.
+        min_p: of these keep those that are at least so many times as probable as the most probable one.
+    """
 
     top_k: int = 0
     top_p: float = 1.0
@@ -130,7 +135,7 @@ def reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, SampleStats]:
-    """The specification, in float64: sort, cut, renormalise, and the first column whose cumulated probability passes u."""
+    """The specification, in float64: sort, cut, and the first column whose cumulated share of what is kept passes u."""
     logits, cut = logits.double(), Cut(top_k, top_p, min_p)
     tau, greedy = split_greedy(temperature, logits)
     z = logits * logit_scale
@@ -177,9 +182,14 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and kept mass of some rows; where all are greedy nothing is drawn."""
     if greedy is True:
-        return logits.argmax(-1), torch.ones_like(noise)
+        return first_largest(logits), torch.ones_like(noise)
     tokens, kept = kernels.draw(logits, noise, cut=cut, **scaling)
-    return (tokens, kept) if greedy is False else as_greedy(greedy, logits.argmax(-1), tokens, kept)
+    return (tokens, kept) if greedy is False else as_greedy(greedy, first_largest(logits), tokens, kept)
+
+
+def first_largest(logits: Tensor) -> Tensor:
+    """``[n]`` the first of the largest logits; of 16 bits a CPU finds it five times faster when they are widened."""
+    return (logits.float() if logits.device.type == "cpu" and logits.dtype.itemsize == 2 else logits).argmax(-1)
 
 
 def as_greedy(greedy: bool | Tensor, first: Tensor, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,15 +269,16 @@ def sample(
     """A token of each row with its log-prob, entropy and kept mass; for inference, nothing is differentiable.
 
     ``z = softcap(logits)``; the token is drawn from ``softmax(z / temperature)``, truncated, by inverse CDF: the first
-    column, in index order, whose cumulated probability exceeds ``uniforms(key, position)``. It depends on nothing but its
-    row, key and position. ``logps`` has the bits of ``token_logps`` for the same row and temperature.
+    column, in index order, whose cumulated probability exceeds ``uniforms(key, position)``. It depends on nothing but
+    its row, key and position; backends differ only where the uniform falls within rounding (about 1e-7) of the boundary
+    of two columns. Without truncation ``logps`` has the bits of ``token_logps`` for the same row and temperature.
 
     Args:
         logits: ``[B, V]`` fp32, bf16, fp16 or fp64, any strides; -inf bans a column.
         keys: ``[B]`` int64 of ``sample_keys``: one key for each sequence.
         positions: ``[B]`` integers, the place of the token in its sequence.
-        temperature: a number or ``[B]``, which is rounded to the precision of the outputs: pass the number where training
-            has one. 0 is greedy: the first of the largest logits, with its log-prob at temperature 1 and kept mass 1.
+        temperature: a number, or ``[B]`` (rounded to the precision of the outputs: pass the number where training has
+            one). 0 is greedy: the first of the largest logits, with its log-prob at temperature 1 and kept mass 1.
         top_k, top_p, min_p: truncation, off by default; see ``Cut``.
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         backend: "torch", "cpp", "triton" or None for the best one here.

@@ -48,7 +48,9 @@ class Sampler(Protocol):
     exact: bool
     """Its log-probs are bit for bit those that training computes of the same tokens."""
 
-    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as it ends; with ``greedy`` sample 0 is that of temperature 0."""
         ...
 
@@ -86,11 +88,11 @@ class Stops:
         return None
 
 
-def stops_of(policy: Policy, tokenizer: Any, texts: Sequence[str] = ()) -> Stops:
+def stops_of(policy: Policy | None, tokenizer: Any, texts: Sequence[str] = ()) -> Stops:
     """The EOS tokens of the tokenizer and of the model's generation config, and the texts of `sampler.stop`."""
     if "" in texts:
         raise ValueError("sampler.stop holds an empty text, which would end every completion at once: leave it out")
-    settings = getattr(policy.model, "generation_config", None)
+    settings = policy and getattr(policy.model, "generation_config", None)
     found = getattr(tokenizer, "eos_token_id", None), getattr(settings, "eos_token_id", None)
     eos = [token for each in found for token in (each if isinstance(each, list) else [each]) if token is not None]
 
@@ -159,7 +161,9 @@ class NativeSampler:
         """The weights are the policy's own: only their version is new."""
         self.policy, self.version = policy, version
 
-    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as it ends.
 
         Args:
@@ -171,7 +175,7 @@ class NativeSampler:
         Raises:
             ValueError: a prompt that is empty or as long as the model can read.
         """
-        self._check(prompts)
+        check_prompts(self.policy, prompts)
         with gathered(self.policy):
             yield from self._run(prompts, n, seed, greedy)
 
@@ -290,20 +294,6 @@ class NativeSampler:
             kept_mass=np.array(row.kept, dtype=np.float32) if truncates(self.settings) else None,
         )
 
-    def _check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts that cannot be continued."""
-        if self.policy.has_scalar_head:
-            raise ValueError("a reward model gives scores, not tokens: sample from a causal LM")
-        limit, why = self.policy.max_length or (None, "")
-        for prompt in prompts:
-            if len(prompt.ids) == 0:
-                raise ValueError(f"prompt {prompt.row} is empty: there is nothing to continue; leave it out")
-            if limit is not None and len(prompt.ids) >= limit:
-                raise ValueError(
-                    f"prompt {prompt.row} has {len(prompt.ids)} tokens, which leaves none of {limit} ({why}) for a "
-                    "completion: shorten it or leave it out"
-                )
-
     def _forest(self) -> Forest:
         """An empty forest of the model's shapes and of the dtype that its layers make keys and values in."""
         batch = prompt_batch([np.zeros(1, dtype=np.int64)], 1, self._device)
@@ -339,6 +329,21 @@ def check_settings(settings: SamplerConfig) -> None:
         if value is not None and not (low <= value <= high and (name != "top_p" or value > 0)):
             bounds = f"from {low:g} to {high:g}" if high < float("inf") else f"of {low:g} or more"
             raise ValueError(f"sampler.{name}: expected a number {bounds}, got {value}")
+
+
+def check_prompts(policy: Policy | None, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that cannot be continued, and a policy that cannot continue any."""
+    if policy is not None and policy.has_scalar_head:
+        raise ValueError("a reward model gives scores, not tokens: sample from a causal LM")
+    limit, why = (policy and policy.max_length) or (None, "")
+    for prompt in prompts:
+        if len(prompt.ids) == 0:
+            raise ValueError(f"prompt {prompt.row} is empty: there is nothing to continue; leave it out")
+        if limit is not None and len(prompt.ids) >= limit:
+            raise ValueError(
+                f"prompt {prompt.row} has {len(prompt.ids)} tokens, which leaves none of {limit} ({why}) for a "
+                "completion: shorten it or leave it out"
+            )
 
 
 def truncates(settings: SamplerConfig) -> bool:

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from fastalign.ops.backends.cpp import product
 from fastalign.ops.backends.torch import onednn
-from fastalign.ops.head.plan import UPCAST_ROWS
+from fastalign.ops.head.plan import CPU_ROWS, UPCAST_ROWS
 
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
+FEW_ROWS = 12
+"""In fp32 on a CPU fewer rows are padded to so many, as then a row's bits are those that it has among more: measured,
+oneDNN's products have them from 2 rows on and MKL's from 12, on 1 and 2 threads."""
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
@@ -23,25 +26,27 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
 
     Batch-invariant: in products of one shape, whatever the number of rows.
     """
-    if batch_invariant:
-        for rows, part in padded(a):
-            tile = out.new_empty(INVARIANT_ROWS, b.shape[1])
+    few = 0 < len(a) < FEW_ROWS and out.dtype == torch.float32 and out.device.type == "cpu"
+    if batch_invariant or few:
+        size = INVARIANT_ROWS if batch_invariant else FEW_ROWS
+        for rows, part in padded(a, size):
+            tile = out.new_empty(size, b.shape[1])
             tile[: rows.stop - rows.start] = out[rows]
             multiply(part, b, tile, tile if plus is out else plus, False)
             out[rows] = tile[: rows.stop - rows.start]
         return out
-    large = a.numel() * b.shape[1] >= onednn.LEAST_WORK
+    large = max(len(a), CPU_ROWS) * b.numel() >= onednn.LEAST_WORK  # by the weight: few rows go where many would
     if large and (plus is None or plus is out) and onednn.multiplies(a, b, out):
         onednn.multiply(a, b, out, add=plus is out)
         return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
 
 
-def padded(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows, each with its rows followed by zeros."""
-    for start in range(0, a.shape[0], INVARIANT_ROWS):
-        rows = slice(start, min(a.shape[0], start + INVARIANT_ROWS))
-        part = a.new_zeros(INVARIANT_ROWS, a.shape[1])
+def padded(a: Tensor, size: int = INVARIANT_ROWS) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of ``size`` rows, each with its rows followed by zeros."""
+    for start in range(0, a.shape[0], size):
+        rows = slice(start, min(a.shape[0], start + size))
+        part = a.new_zeros(size, a.shape[1])
         part[: rows.stop - start] = a[rows]
         yield rows, part
 

@@ -48,8 +48,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether `multiply` takes ``a [m, k]`` and ``b [k, n]``, and is worth its calls."""
-    return a.numel() * b.shape[1] >= LEAST_WORK and serves(a, b) and type(out) is Tensor and out.dtype == a.dtype
+    """Whether `multiply` takes ``a [m, k]`` and ``b [k, n]``."""
+    return serves(a, b) and type(out) is Tensor and out.dtype == a.dtype
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:

@@ -1,0 +1,249 @@
+"""The sampler that `sampler.backend` names; those beside the native one, whose log-probs are near those of training.
+
+`transformers`: the continuous batching of the installed release, in this process. `vllm`: a server that speaks OpenAI's
+API and takes and gives token ids, as vLLM's does; the user starts it, see `examples/vllm_server.sh`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from fastalign.config import SamplerConfig
+from fastalign.models.policy import Policy
+from fastalign.models.verify import stock_attention
+from fastalign.ops import sample_keys
+from fastalign.parallel.shard import gathered
+from fastalign.rl.exact import settle
+from fastalign.rl.sampler import Finish, NativeSampler, Sampler, Stops, check_prompts, check_settings, stops_of
+from fastalign.types import Prompt, Rollout
+
+log = logging.getLogger(__name__)
+
+PAGE = 32
+"""Tokens of a page of transformers' cache: a completion leaves half of one unused."""
+MOST_REQUESTS = 64
+"""Requests at a time to a server, which batches them, where `sampler.max_rows` does not say."""
+PATIENCE = 600
+"""Seconds that a request may take."""
+
+
+def make_sampler(
+    policy: Policy | None,
+    settings: SamplerConfig,
+    tokenizer: Any,
+    *,
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+) -> Sampler:
+    """The sampler that the section `sampler` describes; all ranks of a sharded policy must call it.
+
+    Args:
+        policy: what is sampled from; None for a server, which has weights of its own.
+        settings: the section.
+        tokenizer: the policy's.
+        precision: makes the context in which training runs its forward, autocast's for example.
+
+    Raises:
+        ValueError: settings that nothing can be sampled with, a server that does not answer, or `sampler.exact:
+            require` where it is not exact.
+    """
+    check_settings(settings)
+    stops = stops_of(policy, tokenizer, settings.stop)
+    if settings.exact == "require" and settings.backend != "native":
+        raise ValueError(f"sampler.exact: require, but only sampler.backend native can be, got {settings.backend}")
+    if settings.backend == "vllm":
+        return ServerSampler(settings, stops)
+    assert policy is not None, "only a server samples without a policy"
+    if settings.backend == "transformers":
+        return TransformersSampler(policy, settings, stops)
+    native = NativeSampler(policy, settings, stops, precision=precision)
+    settle(native)
+    return native
+
+
+def rollout(
+    prompt: Prompt, sample: int, tokens: list[int], logps: list[float], finish: Finish, version: int
+) -> Rollout:
+    """A completion of another sampler."""
+    ids, logps_ = np.asarray(prompt.ids, dtype=np.int64), np.array(logps, dtype=np.float32)
+    return Rollout(ids, np.array(tokens, dtype=np.int64), logps_, prompt.row, sample, finish, version)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+class TransformersSampler:
+    """transformers' continuous batching, with its own attention; in the dtype of the weights, without autocast.
+
+    Its draws depend on what is sampled together. A stop text is found when a completion is whole.
+
+    Args:
+        policy: is put back as it was after each call.
+        settings: the `sampler` section.
+        stops: what ends a completion.
+    """
+
+    exact = False
+
+    def __init__(self, policy: Policy, settings: SamplerConfig, stops: Stops) -> None:
+        self.policy, self.settings, self.stops, self.version = policy, settings, stops, 0
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """The weights are the policy's own: only their version is new."""
+        self.policy, self.version = policy, version
+
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
+        """Samples 0 to n - 1 of each prompt, each as it ends."""
+        check_prompts(self.policy, prompts)
+        wanted = {f"{i}/{sample}": (prompt, sample) for i, prompt in enumerate(prompts) for sample in range(n)}
+        cold = {key: x for key, x in wanted.items() if (greedy and x[1] == 0) or self.settings.temperature == 0}
+        warm = {key: x for key, x in wanted.items() if key not in cold}
+        training = self.policy.training
+        for requests, draws in ((cold, False), (warm, True)):
+            if requests:
+                with gathered(self.policy), stock_attention(self.policy):
+                    yield from self._run(requests, draws, seed)
+        self.policy.train(training)
+
+    def _run(self, requests: dict[str, tuple[Prompt, int]], draws: bool, seed: int) -> Iterator[Rollout]:
+        rows = min(len(requests), self.settings.max_rows or MOST_REQUESTS)
+        longest = max(len(prompt.ids) for prompt, _ in requests.values())
+        pages = rows * -(-(longest + self.settings.max_new_tokens + 1) // PAGE)
+        cache = ContinuousBatchingConfig(  # what is left out is guessed from the memory, which takes it
+            page_size=PAGE,
+            num_blocks=pages + rows,
+            max_batch_tokens=max(longest, rows, 512),
+            max_requests_per_batch=rows,
+            return_logprobs=True,
+            seed=seed,
+        )
+        options = {"generation_config": self._options(draws), "continuous_batching_config": cache, "warmup": False}
+        with self.policy.model.continuous_batching_context_manager(**options) as manager:
+            for key, (prompt, _) in requests.items():
+                room = self.settings.max_new_tokens
+                if self.policy.max_length is not None:
+                    room = min(room, self.policy.max_length[0] - len(prompt.ids))
+                ends = sorted(self.stops.eos) or -1
+                manager.add_request(prompt.ids.tolist(), key, max_new_tokens=room, eos_token_id=ends)
+            for _ in requests:
+                yield self._rollout(*self._next(manager, requests))
+
+    def _next(self, manager: Any, requests: dict[str, tuple[Prompt, int]]) -> tuple[Prompt, int, Any]:
+        """The next completion that is whole."""
+        while (found := manager.get_result(timeout=1)) is None or not found.is_finished():
+            if found is None and not manager.is_running():
+                raise RuntimeError("transformers' continuous batching has stopped by itself: see its log")
+        if found.error is not None:
+            raise RuntimeError(f"transformers' continuous batching: {found.error}")
+        return *requests[found.request_id], found
+
+    def _rollout(self, prompt: Prompt, sample: int, found: Any) -> Rollout:
+        tokens, logps = list(found.generated_tokens), list(found.logprobs)
+        for count in range(1, len(tokens) + 1):
+            if finish := self.stops.reason(tokens[:count]):
+                return rollout(prompt, sample, tokens[:count], logps[:count], finish, self.version)
+        return rollout(prompt, sample, tokens, logps, "length", self.version)
+
+    def _options(self, draws: bool) -> GenerationConfig:
+        settings = self.settings
+        cut: dict[str, Any] = {}
+        if draws:
+            cut = {"temperature": settings.temperature, "top_k": settings.top_k or None, "top_p": settings.top_p}
+            cut["min_p"] = settings.min_p or None
+        return GenerationConfig(do_sample=draws, max_new_tokens=settings.max_new_tokens, **cut)
+
+
+# --- a server --------------------------------------------------------------------------------------------------------
+
+
+class ServerSampler:
+    """A server that completes token ids, such as vLLM's; a request per completion, with a seed of its own.
+
+    The server's weights are those that it was started with: rollouts carry version 0 as long as nobody renews them.
+
+    Args:
+        settings: the `sampler` section; `url` is where the API begins.
+        stops: what ends a completion.
+    """
+
+    exact = False
+
+    def __init__(self, settings: SamplerConfig, stops: Stops) -> None:
+        if settings.url is None:
+            raise ValueError("sampler.url is not set: sampler.backend vllm needs the server's, http://localhost:8000/v1")
+        self.settings, self.stops, self.version, self.told = settings, stops, 0, False
+        self.model = self._ask("models")["data"][0]["id"]
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Say once that the server goes on with its own weights."""
+        if version != self.version and not self.told:
+            self.told = True
+            log.warning("sampler.backend vllm: the server keeps its weights, of version %d", self.version)
+
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
+        """Samples 0 to n - 1 of each prompt, each as it ends."""
+        check_prompts(None, prompts)
+        pool = ThreadPoolExecutor(self.settings.max_rows or MOST_REQUESTS)
+        try:
+            asked = [
+                pool.submit(self._complete, prompt, sample, seed, greedy and sample == 0)
+                for prompt in prompts
+                for sample in range(n)
+            ]
+            for done in as_completed(asked):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _complete(self, prompt: Prompt, sample: int, seed: int, cold: bool) -> Rollout:
+        settings = self.settings
+        key = sample_keys(seed, torch.tensor([prompt.row]), torch.tensor([sample])).item()
+        body = {
+            "model": self.model,
+            "prompt": prompt.ids.tolist(),
+            "max_tokens": settings.max_new_tokens,
+            "temperature": 0.0 if cold else settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,
+            "min_p": settings.min_p,
+            "seed": int(key) & (2**31 - 1),
+            "stop": list(self.stops.texts),
+            "stop_token_ids": sorted(self.stops.eos),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        choice = self._ask("completions", body)["choices"][0]
+        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not tokens or logps is None or len(tokens) != len(logps):
+            raise ValueError(
+                f"sampler.url: {settings.url} gives no token_ids with log-probs: expected a server that knows "
+                "return_token_ids, such as vLLM 0.11 or later"
+            )
+        ended: Finish = "eos" if tokens[-1] in self.stops.eos else "stop"
+        finish = "length" if choice["finish_reason"] == "length" else ended
+        return rollout(prompt, sample, tokens, logps, finish, self.version)
+
+    def _ask(self, what: str, body: dict[str, Any] | None = None) -> Any:
+        url = f"{str(self.settings.url).rstrip('/')}/{what}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read(500).decode(errors="replace").split())
+            raise ValueError(f"sampler.url: {url} answers {error.code}: {said}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"sampler.url: {url} does not answer ({error}): start the server, or mend the url") from error
