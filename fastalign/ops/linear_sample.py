@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastalign.ops import dispatch
 from fastalign.ops.backends.torch import onednn
 from fastalign.ops.checks import Lora
 from fastalign.ops.head.head import (
@@ -34,7 +33,16 @@ from fastalign.ops.head.head import cut as select_rows
 from fastalign.ops.head.options import Call, gemm_dtype, make_call
 from fastalign.ops.head.plan import CPU_ROWS
 from fastalign.ops.parallel import localise
-from fastalign.ops.sample import Cut, check_drawable, check_sampling, draw, sample_stats, split_greedy, uniforms
+from fastalign.ops.sample import (
+    Cut,
+    check_drawable,
+    check_sampling,
+    draw,
+    drawing_kernels,
+    sample_stats,
+    split_greedy,
+    uniforms,
+)
 from fastalign.ops.sample import reference as sample_reference
 from fastalign.ops.sample_shards import draw_together
 from fastalign.types import SampleStats
@@ -139,7 +147,7 @@ def padding(hidden: Tensor, weight: Tensor, lora: Lora | None) -> int:
 def _draw(call: Call, noise: Tensor, greedy: bool | Tensor, cut: Cut) -> tuple[Tensor, SampleStats]:
     """Tokens and statistics of a call's first rows, one for each noise; its labels are written chunk by chunk."""
     rows, head = len(noise), make_head("linear_logps", call)
-    kernels = dispatch.kernels("sample", call.backend, call.hidden.device, call.dtype)
+    kernels = drawing_kernels("linear_sample", call.backend, call.hidden.device, call.dtype, cut)
     plan = plan_for(head, "none", trained=None, wanted=Wanted(True, False))
     buffer, parts = workspace(head, plan.chunk_rows, len(head.weight)), []
     tokens, kept = noise.new_empty(rows, dtype=torch.int64), torch.ones_like(noise)

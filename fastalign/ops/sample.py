@@ -177,6 +177,12 @@ def split_greedy(temperature: float | Tensor, rows: Tensor) -> tuple[float | Ten
     return temperature.masked_fill(greedy, 1).to(stats_dtype(rows)), greedy
 
 
+def drawing_kernels(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, cut: Cut) -> ModuleType:
+    """The module with ``draw``; Triton's kernels do not truncate, there PyTorch's sort serves in their place."""
+    chosen = dispatch.choose(op, backend, device.type, dtype == torch.float64)
+    return dispatch.kernels(op, "torch" if cut.active and chosen == "triton" else backend, device, dtype)
+
+
 def draw(
     kernels: ModuleType, logits: Tensor, noise: Tensor, greedy: bool | Tensor, cut: Cut, **scaling: Any
 ) -> tuple[Tensor, Tensor]:
@@ -301,7 +307,7 @@ def sample(
     check_sampling(logits, keys, positions, temperature, cut)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    kernels = dispatch.kernels("sample", backend, logits.device, logits.dtype)
+    kernels = drawing_kernels("sample", backend, logits.device, logits.dtype, cut)
     sweep = dispatch.kernels("token_logps", backend, logits.device, logits.dtype)
     tau, greedy = split_greedy(temperature, logits)
     scaling = {"temperature": tau, "softcap": softcap, "logit_scale": 1.0}
