@@ -38,15 +38,32 @@ def load(name: str, default: Loss) -> Loss:
     Raises:
         ValueError: with the file and the line, or what is wrong with the function.
     """
-    place, _, attribute = name.rpartition(":")
-    module = import_file(place) if place.endswith(".py") else import_named(place)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"loss.name: {place} has no function {attribute!r}{nearest(attribute, own)}")
+    found = find(name, "loss.name")
     loss = found if isinstance(found, Loss) else inherit(found, default)
     check_signature(name, loss.fn, default.fn)
     return replace(loss, read=loss.read or default.read)
+
+
+def find(name: str, setting: str) -> Callable[..., Any]:
+    """The function at an import path.
+
+    Args:
+        name: ``module:function`` or ``file.py:function``; a relative file is looked for in the working directory.
+        setting: what errors call the setting that names it.
+
+    Raises:
+        ValueError: there is none, or its module cannot be imported: the setting, the file and the line.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = import_file(place) if place.endswith(".py") else import_named(place)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error.__cause__
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{setting}: {place} has no function {attribute!r}{nearest(attribute, own)}")
+    return found
 
 
 def inherit(function: Callable[..., Any], default: Loss) -> Loss:
@@ -59,7 +76,7 @@ def import_file(place: str) -> ModuleType:
     """The module in a file; the file's folder is searched for what it imports."""
     path = Path(place).expanduser().resolve()
     if not path.is_file():
-        raise ValueError(f"loss.name: no file at {path}")
+        raise ValueError(f"no file at {path}")
     search(path.parent)
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # files of one name may stand in several folders
     spec = importlib.util.spec_from_file_location(name, path)
@@ -69,7 +86,7 @@ def import_file(place: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(f"loss.name: cannot import {place}: {reason(error, str(path))}") from error
+        raise ValueError(f"cannot import {place}: {reason(error, str(path))}") from error
     return module
 
 
@@ -81,11 +98,11 @@ def import_named(place: str) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise ValueError(f"loss.name: cannot import {place}: {reason(error)}") from error
+            raise ValueError(f"cannot import {place}: {reason(error)}") from error
         where = f"in {Path.cwd()} or among the installed packages"
-        raise ValueError(f"loss.name: no module {place!r} {where}; a file is named with its .py") from error
+        raise ValueError(f"no module {place!r} {where}; a file is named with its .py") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(f"loss.name: cannot import {place}: {reason(error)}") from error
+        raise ValueError(f"cannot import {place}: {reason(error)}") from error
 
 
 def search(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,11 +53,25 @@ def shape_scores(scores: Tensor, *, scale: float = 1.0, bias: float = 0.0, clip:
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
-def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted sum of the ``[B]`` scores of several reward functions."""
-    if len(scores) != len(weights):
-        raise ValueError(f"expected one weight per reward function, got {len(weights)} for {len(scores)}")
-    return torch.stack([weight * score for weight, score in zip(weights, scores, strict=True)]).sum(0)
+def combine(table: Tensor | np.ndarray, weights: Sequence[float]) -> Tensor:
+    """Weighted sum of several reward functions; one that gave a sample no reward is left out of that sample's sum.
+
+    Args:
+        table: ``[B, F]`` reward of each sample by each function; nan where a function gave none.
+        weights: one per function.
+
+    Returns:
+        ``[B]``; nan for a sample without any reward, which belongs in no batch.
+
+    Example:
+        >>> combine(torch.tensor([[1.0, 0.5], [torch.nan, 0.5], [torch.nan, torch.nan]]), [1.0, 2.0])
+        tensor([2., 1., nan])
+    """
+    table = torch.as_tensor(table)
+    if table.shape[1] != len(weights):
+        raise ValueError(f"expected one weight per reward function, got {len(weights)} for {table.shape[1]}")
+    total = (table * table.new_tensor(weights)).nansum(1)
+    return total.masked_fill(table.isnan().all(1), torch.nan)
 
 
 def overlong_penalty(answer_lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:

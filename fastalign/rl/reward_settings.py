@@ -1,0 +1,176 @@
+"""The setting ``rewards``: a list of mappings, each one reward function with its weight.
+
+    rewards:
+      - {function: my_rewards.py:accuracy, weight: 2.0}      # or package.module:function
+      - {builtin: overlong, max_length: 512, buffer: 128}    # see fastalign.rl.builtins; its settings beside it
+      - {model: runs/reward/model}                           # ours, or a sequence classifier with one label
+      - {code: {tests: input_output, timeout: 5}}            # see fastalign.rl.code
+
+Every one takes ``weight`` (default 1), ``name`` (default the function's), ``on_error`` (``raise``, or ``exclude``: a
+failure leaves the function out of the sample's reward) and ``timeout`` in seconds of one call. A function also takes
+``per``: it is called for all samples of a prompt (``group``, the default), or for each alone (``sample``), all at the
+same time.
+
+A function is called as TRL calls it, ``f(prompts=, completions=, completion_ids=, **columns) -> list``, with those
+arguments that it takes. It returns for each completion a number; None for no reward; or for a process reward a list
+with a number for each token of ``completion_ids``, None for tokens without one, such as all but the last of a step.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.losses import custom
+from fastalign.rl.answers import Group
+from fastalign.rl.builtins import BUILTINS
+from fastalign.words import describe_type, kind_of, members, nearest, spelled
+
+COMMON = {
+    "weight": "float",
+    "name": "str",
+    "on_error": "Literal['raise', 'exclude']",
+    "timeout": "float",
+}
+"""What every reward takes, with its type."""
+FUNCTION_ONLY = {"per": "Literal['group', 'sample']"}
+EXAMPLE = "[{function: my_rewards.py:accuracy, weight: 1.0}]"
+PYTHON = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward function, ready to be called.
+
+    Attributes:
+        kind: the key that names it: function, builtin, model or code.
+        call: gives what the function returns for a group.
+        needs: names of arguments that it cannot do without.
+        is_async: `call` returns a coroutine.
+        file: where its code is, for errors.
+        name, weight, on_error, timeout, per: the settings; a timeout of None is none.
+    """
+
+    kind: str
+    name: str
+    call: Callable[[Group], Any]
+    needs: frozenset[str] = frozenset()
+    is_async: bool = False
+    file: str | None = None
+    weight: float = 1.0
+    on_error: str = "raise"
+    timeout: float | None = 300.0
+    per: str = "group"
+
+
+def read_rewards(
+    entries: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[Reward, ...]:
+    """The reward functions that the setting names.
+
+    Raises:
+        ValueError: what is wrong with the setting, in one line.
+    """
+    if not isinstance(entries, list | tuple) or not entries:
+        raise ValueError(f"rewards: expected a list such as {EXAMPLE}, got {kind_of(entries) if entries else 'none'}")
+    rewards = tuple(read_entry(entry, f"rewards[{i}]") for i, entry in enumerate(entries))
+    name, count = Counter(reward.name for reward in rewards).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"rewards: {count} of them are named {name!r}: give each a `name` of its own")
+    return rewards
+
+
+def read_entry(entry: Any, setting: str) -> Reward:
+    """One entry of the list."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{setting}: expected a mapping such as {EXAMPLE[1:-1]}, got {kind_of(entry)}")
+    kinds = [kind for kind in KINDS if kind in entry]
+    if len(kinds) != 1:
+        got = f"got {' and '.join(kinds)}" if kinds else f"got the keys {', '.join(map(str, entry))}"
+        raise ValueError(f"{setting}: expected one of {', '.join(KINDS)} such as {EXAMPLE[1:-1]}, {got}")
+    kind = kinds[0]
+    reward, own = KINDS[kind](entry, setting)
+    check_keys({k: v for k, v in entry.items() if k != kind}, {**own, **COMMON}, setting)
+    options = {key: entry[key] for key in (*COMMON, *FUNCTION_ONLY) if key in entry}
+    if not math.isfinite(options.get("weight", 1.0)):
+        raise ValueError(f"{setting}.weight: expected a finite number, got {options['weight']}")
+    if options.get("timeout", 1.0) <= 0:
+        raise ValueError(f"{setting}.timeout: expected seconds above 0, got {options['timeout']:g}")
+    return replace(reward, **options)
+
+
+def check_keys(given: Mapping[str, Any], types: Mapping[str, str], setting: str) -> None:
+    """Refuse a key that is not known, and a value of another type."""
+    for key, value in given.items():
+        if key not in types:
+            raise ValueError(f"unknown key {key!r} in {setting}{nearest(str(key), types)}")
+        if not is_of(value, types[key]):
+            raise ValueError(f"{setting}.{key}: expected {describe_type(types[key])}, got {kind_of(value)}")
+
+
+def is_of(value: Any, annotation: str) -> bool:
+    """Whether a value is of a type as the code spells it, such as ``int | None`` or ``Literal['a', 'b']``."""
+    for node in members(ast.parse(annotation, mode="eval").body):
+        if isinstance(node, ast.Subscript):
+            if value in ast.literal_eval(node.slice):
+                return True
+        elif isinstance(value, PYTHON[ast.unparse(node)]) and (not isinstance(value, bool) or "bool" in annotation):
+            return True
+    return False
+
+
+def function_reward(entry: Mapping[str, Any], setting: str) -> tuple[Reward, dict[str, str]]:
+    """A user's function, and which keys it takes."""
+    path = entry["function"]
+    if not isinstance(path, str) or ":" not in path:
+        hint = f": a built-in one is named {{builtin: {path}}}" if path in BUILTINS else ""
+        raise ValueError(f"{setting}.function: expected file.py:function or module:function, got {path!r}{hint}")
+    found = custom.find(path, f"{setting}.function")
+    return make_function("function", path.rpartition(":")[2], found), FUNCTION_ONLY
+
+
+def builtin_reward(entry: Mapping[str, Any], setting: str) -> tuple[Reward, dict[str, str]]:
+    """A built-in function with its settings, and which they are."""
+    name = entry["builtin"]
+    if name not in BUILTINS:
+        raise ValueError(f"{setting}.builtin: no reward {name!r}{nearest(str(name), BUILTINS)} ({', '.join(BUILTINS)})")
+    found = BUILTINS[name]
+    settings = [p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if missing := [p.name for p in settings if p.default is p.empty and p.name not in entry]:
+        raise ValueError(f"{setting}: {name} needs {missing[0]!r}, such as {{builtin: {name}, {missing[0]}: 100}}")
+    own = {p.name: spelled(p.annotation) for p in settings}
+    check_keys({p: entry[p] for p in own if p in entry}, own, setting)
+    chosen = partial(found, **{p: entry[p] for p in own if p in entry})
+    return make_function("builtin", name, chosen, settings=own), own
+
+
+def make_function(kind: str, name: str, function: Callable[..., Any], settings: Iterable[str] = ()) -> Reward:
+    """A function with TRL's signature, called with the arguments that it takes."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in settings]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+    def call(group: Group) -> Any:
+        return function(**{key: values for key, values in group.arguments.items() if takes_all or key in named})
+
+    return Reward(
+        kind,
+        name,
+        call,
+        needs=frozenset(name for name, required in named.items() if required),
+        is_async=any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))),  # noqa: B004
+        file=getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None),
+    )
+
+
+KINDS = {"function": function_reward, "builtin": builtin_reward}
+"""How the reward of each kind is made: with the keys besides the common ones that it takes."""

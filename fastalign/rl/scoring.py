@@ -1,0 +1,236 @@
+"""Scoring samples while others are still sampled: Python functions, built-in rewards, reward models and code tests.
+
+All samples of a prompt, its group, are scored as soon as they are handed in. One thread orders the calls and watches
+their timeouts. Each call has a thread of its own, since one that hangs must not keep the others waiting; ``async``
+functions share one event loop, apart from the first, since one of them may block it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.losses.custom import reason
+from fastalign.rl.answers import Group, RewardError, Scores, make_scores, one_line, read_answer, sample_words
+from fastalign.rl.reward_settings import Reward, read_rewards
+from fastalign.types import Rollout
+from fastalign.words import nearest
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = {"function": 64, "builtin": 1, "model": 1, "code": os.cpu_count() or 1}
+"""Calls that run at the same time: slow functions mostly wait for a server, all others for a core."""
+SLOW = 1.0
+"""Seconds of a call after which one line tells how to score a prompt's samples at once."""
+
+
+class Scorer:
+    """The reward functions of a run.
+
+    Args:
+        rewards: the setting `rewards`: a list of mappings, see `fastalign.rl.reward_settings`.
+        tokenizer: of the policy; turns tokens to text.
+        device: where reward models compute.
+
+    Attributes:
+        names: of the functions, in order.
+        weights: one each, for `fastalign.rl.rewards.combine`.
+        failures: how many samples each function has left out by ``on_error: exclude``.
+
+    Raises:
+        ValueError: a setting that cannot be used, in one line.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rewards = read_rewards(rewards, tokenizer, torch.device(device))
+        self.names = tuple(reward.name for reward in self.rewards)
+        self.weights = tuple(reward.weight for reward in self.rewards)
+        self.failures: Counter[str] = Counter()
+        self.tokenizer = tokenizer
+        self._order, self._users = start_loop("rewards"), start_loop("async rewards")
+        self._free = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
+        self._advised: set[str] = set()
+
+    def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Scores]:
+        """Begin to score all samples of one prompt.
+
+        Args:
+            rollouts: the samples.
+            columns: the prompt's row of the dataset; ``prompt`` is its text or messages, by default the decoded tokens.
+
+        Returns:
+            The scores to come; ``result()`` raises what a function with ``on_error: raise`` did wrong, a `RewardError`.
+
+        Raises:
+            ValueError: a function needs an argument that is no column of the row.
+        """
+        group = self.group(rollouts, columns)
+        for reward in self.rewards:
+            if missing := sorted(reward.needs - group.arguments.keys()):
+                hint = nearest(missing[0], columns, cutoff=0.6) or ": name one so with data.columns"
+                raise ValueError(f"reward {reward.name} reads {missing[0]!r}, which is no column of the data{hint}")
+        return asyncio.run_coroutine_threadsafe(self._score(group), self._order)
+
+    def group(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Group:
+        """The samples of one prompt in TRL's words."""
+        texts = [self.tokenizer.decode(one.tokens.tolist(), skip_special_tokens=True) for one in rollouts]
+        prompt = columns.get("prompt")
+        if prompt is None:
+            prompt = self.tokenizer.decode(rollouts[0].prompt.tolist(), skip_special_tokens=True)
+        chat = not isinstance(prompt, str)
+        rest = {name: [value] * len(texts) for name, value in columns.items() if name not in ("prompt", "completion")}
+        own = {
+            "prompts": [prompt] * len(texts),
+            "completions": [[{"role": "assistant", "content": text}] if chat else text for text in texts],
+            "completion_ids": [one.tokens.tolist() for one in rollouts],
+        }
+        return Group(tuple(rollouts), {**rest, **own})
+
+    @staticmethod
+    def collect(futures: Sequence[Future[Scores]]) -> np.ndarray:
+        """``[B, F]`` float64 rewards of all samples of several prompts, in order; waits for them.
+
+        Raises:
+            RewardError: what a function did wrong, of the first prompt where one did.
+        """
+        return np.concatenate([future.result().table for future in futures])
+
+    @staticmethod
+    def collect_tokens(futures: Sequence[Future[Scores]]) -> list[np.ndarray] | None:
+        """``[R, F]`` rewards of the tokens of each of the B samples, see `Scores`; None where no token is rewarded."""
+        parts = [future.result() for future in futures]
+        if all(part.tokens is None for part in parts):
+            return None
+        return [tokens for part in parts for tokens in part.all_tokens()]
+
+    def close(self) -> None:
+        """End the threads; what is not collected is lost."""
+        for loop in (self._order, self._users):
+            loop.call_soon_threadsafe(loop.stop)
+
+    async def _score(self, group: Group) -> Scores:
+        given = await asyncio.gather(*(self._reward(reward, group) for reward in self.rewards))
+        return make_scores(given, [len(one.tokens) for one in group.rollouts])
+
+    async def _reward(self, reward: Reward, group: Group) -> list[Any]:
+        """What one function gives each sample of a group."""
+        parts = group.singles() if reward.per == "sample" else [group]
+        given = await asyncio.gather(*(self._call(reward, part) for part in parts))
+        return [value for part in given for value in part]
+
+    async def _call(self, reward: Reward, group: Group) -> list[Any]:
+        """What one call gives; nan for all of its samples where it fails and may."""
+        try:
+            return read_answer(reward.name, group, await self._answer(reward, group))
+        except RewardError as error:
+            if reward.on_error == "raise":
+                raise
+            if not self.failures[reward.name]:
+                log.warning("%s; left out (on_error: exclude), as later failures of it, without a line", error)
+            self.failures[reward.name] += len(group.rollouts)
+            return [np.nan] * len(group.rollouts)
+
+    async def _answer(self, reward: Reward, group: Group) -> Any:
+        """What the function returns.
+
+        Raises:
+            RewardError: it raised, or took too long.
+        """
+        run = self._run_async if reward.is_async else self._run_in_thread
+        try:
+            result, error = await run(reward, group)
+        except asyncio.TimeoutError:
+            what = f"{sample_words(group)}: no result within {reward.timeout:g} seconds (timeout)"
+            raise RewardError(f"reward {reward.name} hangs on {what}") from None
+        if error is None:
+            return result
+        raise await self._explain(reward, group, error) from error
+
+    async def _run_async(self, reward: Reward, group: Group) -> tuple[Any, BaseException | None]:
+        called = asyncio.run_coroutine_threadsafe(attempt_async(reward.call, group), self._users)
+        return await asyncio.wait_for(asyncio.wrap_future(called), reward.timeout)
+
+    async def _run_in_thread(self, reward: Reward, group: Group) -> tuple[Any, BaseException | None]:
+        async with self._free[reward.kind]:
+            start = self._order.time()
+            done = await asyncio.wait_for(in_thread(lambda: attempt(reward.call, group)), reward.timeout)
+        self._advise(reward, len(group.rollouts), self._order.time() - start)
+        return done
+
+    def _advise(self, reward: Reward, samples: int, seconds: float) -> None:
+        if reward.kind == "function" and seconds > SLOW and samples > 1 and reward.name not in self._advised:
+            self._advised.add(reward.name)
+            remedy = "with `per: sample`, or as an `async` function, it would score them at once"
+            log.info("reward %s took %.1f s for %d samples of a prompt: %s", reward.name, seconds, samples, remedy)
+
+    async def _explain(self, reward: Reward, group: Group, error: BaseException) -> RewardError:
+        """What a function raised, in words: called anew on single samples, the first that fails is named."""
+        for one in group.singles() if len(group.rollouts) > 1 else ():
+            try:
+                await self._answer(reward, one)
+            except RewardError as alone:
+                return alone
+        cause = str(error) if isinstance(error, RewardError) else reason(error, reward.file)
+        return RewardError(f"reward {reward.name} fails on {sample_words(group)}: {one_line(cause)}")
+
+
+def start_loop(name: str) -> asyncio.AbstractEventLoop:
+    """An event loop in a thread of its own, which keeps no process alive."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return loop
+
+
+def in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """What a call returns, made in a new thread; one that hangs ends with the process."""
+    done: Future[Any] = Future()
+    done.set_running_or_notify_cancel()  # nothing can cancel a thread
+    threading.Thread(target=lambda: done.set_result(work()), name="reward", daemon=True).start()
+    return asyncio.wrap_future(done)
+
+
+def attempt(call: Callable[[Group], Any], group: Group) -> tuple[Any, BaseException | None]:
+    """What a call returns, or what it raises; ``SystemExit`` too, which would end the thread without a word."""
+    try:
+        result = call(group)
+        return asyncio.run(as_coroutine(result)) if inspect.isawaitable(result) else result, None
+    except BaseException as error:
+        return None, error
+
+
+async def attempt_async(call: Callable[[Group], Any], group: Group) -> tuple[Any, BaseException | None]:
+    """As `attempt`, of an ``async`` function."""
+    try:
+        return await call(group), None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+async def as_coroutine(awaitable: Any) -> Any:
+    """An awaitable of any kind as what ``asyncio.run`` takes."""
+    return await awaitable
