@@ -228,18 +228,21 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
 
-def load_tokenizer(model: ModelConfig, fallback: Callable[[str], Any] | None = None) -> Any:
+def load_tokenizer(
+    model: ModelConfig, fallback: Callable[[str], Any] | None = None, *, setting: str = "model.path"
+) -> Any:
     """The tokenizer of a model section.
 
     Args:
         model: `tokenizer` names it, else `path` does.
         fallback: makes the tokenizer of a `builtin:NAME`, called with that name.
+        setting: what errors call the setting that names the path.
 
     Raises:
         ValueError: when none is named, it cannot be found, or a built-in one is asked for without a fallback.
     """
     name = model.tokenizer or _tokenizer_home(model)
-    setting = "model.tokenizer" if model.tokenizer else "model.path"
+    setting = "model.tokenizer" if model.tokenizer else setting
     if name is None:
         check_named(model)
         raise ValueError(

@@ -4,7 +4,7 @@
       - {function: my_rewards.py:accuracy, weight: 2.0}      # or package.module:function
       - {builtin: overlong, max_length: 512, buffer: 128}    # see fastalign.rl.builtins; its settings beside it
       - {model: runs/reward/model}                           # ours, or a sequence classifier with one label
-      - {code: {tests: input_output, timeout: 5}}            # see fastalign.rl.code
+      - {code: {tests: input_output, timeout: 5}}            # see fastalign.rl.code_rewards
 
 Every one takes ``weight`` (default 1), ``name`` (default the function's), ``on_error`` (``raise``, or ``exclude``: a
 failure leaves the function out of the sample's reward) and ``timeout`` in seconds of one call. A function also takes
@@ -21,11 +21,12 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,9 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.losses import custom
 from fastalign.rl.answers import Group
 from fastalign.rl.builtins import BUILTINS
+from fastalign.rl.code_rewards import CodeReward, CodeSettings
+from fastalign.rl.reward_models import load_reward_model
+from fastalign.rl.sandbox import refusal
 from fastalign.words import describe_type, kind_of, members, nearest, spelled
 
 COMMON = {
@@ -58,6 +62,7 @@ class Reward:
         is_async: `call` returns a coroutine.
         file: where its code is, for errors.
         name, weight, on_error, timeout, per: the settings; a timeout of None is none.
+        counts: samples by what became of them, for metrics: ``excluded`` by ``on_error``, or the status of a program.
     """
 
     kind: str
@@ -70,6 +75,14 @@ class Reward:
     on_error: str = "raise"
     timeout: float | None = 300.0
     per: str = "group"
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Surroundings(NamedTuple):
+    """What reward models need to know of the run: the policy's tokenizer, and where they compute."""
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
 
 
 def read_rewards(
@@ -82,14 +95,15 @@ def read_rewards(
     """
     if not isinstance(entries, list | tuple) or not entries:
         raise ValueError(f"rewards: expected a list such as {EXAMPLE}, got {kind_of(entries) if entries else 'none'}")
-    rewards = tuple(read_entry(entry, f"rewards[{i}]") for i, entry in enumerate(entries))
+    around = Surroundings(tokenizer, device)
+    rewards = tuple(read_entry(entry, f"rewards[{i}]", around) for i, entry in enumerate(entries))
     name, count = Counter(reward.name for reward in rewards).most_common(1)[0]
     if count > 1:
         raise ValueError(f"rewards: {count} of them are named {name!r}: give each a `name` of its own")
     return rewards
 
 
-def read_entry(entry: Any, setting: str) -> Reward:
+def read_entry(entry: Any, setting: str, around: Surroundings) -> Reward:
     """One entry of the list."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{setting}: expected a mapping such as {EXAMPLE[1:-1]}, got {kind_of(entry)}")
@@ -97,15 +111,14 @@ def read_entry(entry: Any, setting: str) -> Reward:
     if len(kinds) != 1:
         got = f"got {' and '.join(kinds)}" if kinds else f"got the keys {', '.join(map(str, entry))}"
         raise ValueError(f"{setting}: expected one of {', '.join(KINDS)} such as {EXAMPLE[1:-1]}, {got}")
-    kind = kinds[0]
-    reward, own = KINDS[kind](entry, setting)
-    check_keys({k: v for k, v in entry.items() if k != kind}, {**own, **COMMON}, setting)
-    options = {key: entry[key] for key in (*COMMON, *FUNCTION_ONLY) if key in entry}
+    own, make = KINDS[kinds[0]](entry, setting)
+    options = {key: value for key, value in entry.items() if key != kinds[0]}
+    check_keys(options, {**own, **COMMON}, setting)
     if not math.isfinite(options.get("weight", 1.0)):
         raise ValueError(f"{setting}.weight: expected a finite number, got {options['weight']}")
     if options.get("timeout", 1.0) <= 0:
         raise ValueError(f"{setting}.timeout: expected seconds above 0, got {options['timeout']:g}")
-    return replace(reward, **options)
+    return replace(make(around), **{key: options[key] for key in (*COMMON, *FUNCTION_ONLY) if key in options})
 
 
 def check_keys(given: Mapping[str, Any], types: Mapping[str, str], setting: str) -> None:
@@ -128,32 +141,67 @@ def is_of(value: Any, annotation: str) -> bool:
     return False
 
 
-def function_reward(entry: Mapping[str, Any], setting: str) -> tuple[Reward, dict[str, str]]:
-    """A user's function, and which keys it takes."""
+Maker = tuple[dict[str, str], Callable[[Surroundings], Reward]]
+"""Which keys an entry takes besides the common ones, with their types, and what makes its reward."""
+
+
+def function_reward(entry: Mapping[str, Any], setting: str) -> Maker:
+    """A user's function."""
     path = entry["function"]
     if not isinstance(path, str) or ":" not in path:
         hint = f": a built-in one is named {{builtin: {path}}}" if path in BUILTINS else ""
         raise ValueError(f"{setting}.function: expected file.py:function or module:function, got {path!r}{hint}")
     found = custom.find(path, f"{setting}.function")
-    return make_function("function", path.rpartition(":")[2], found), FUNCTION_ONLY
+    return FUNCTION_ONLY, lambda _: make_function("function", path.rpartition(":")[2], found)
 
 
-def builtin_reward(entry: Mapping[str, Any], setting: str) -> tuple[Reward, dict[str, str]]:
-    """A built-in function with its settings, and which they are."""
+def builtin_reward(entry: Mapping[str, Any], setting: str) -> Maker:
+    """A built-in function; its settings are its keyword-only arguments."""
     name = entry["builtin"]
     if name not in BUILTINS:
         raise ValueError(f"{setting}.builtin: no reward {name!r}{nearest(str(name), BUILTINS)} ({', '.join(BUILTINS)})")
     found = BUILTINS[name]
-    settings = [p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if missing := [p.name for p in settings if p.default is p.empty and p.name not in entry]:
+    settings = {p.name: p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if missing := [key for key, p in settings.items() if p.default is p.empty and key not in entry]:
         raise ValueError(f"{setting}: {name} needs {missing[0]!r}, such as {{builtin: {name}, {missing[0]}: 100}}")
-    own = {p.name: spelled(p.annotation) for p in settings}
-    check_keys({p: entry[p] for p in own if p in entry}, own, setting)
-    chosen = partial(found, **{p: entry[p] for p in own if p in entry})
-    return make_function("builtin", name, chosen, settings=own), own
+    chosen = partial(found, **{key: entry[key] for key in settings if key in entry})
+    own = {key: spelled(p.annotation) for key, p in settings.items()}
+    return own, lambda _: make_function("builtin", name, chosen, settings)
 
 
-def make_function(kind: str, name: str, function: Callable[..., Any], settings: Iterable[str] = ()) -> Reward:
+def model_reward(entry: Mapping[str, Any], setting: str) -> Maker:
+    """A reward model; its calls wait for each other, so that none has a timeout unless it is given."""
+    path = entry["model"]
+    if not isinstance(path, str):
+        raise ValueError(f"{setting}.model: expected a directory or hub name, got {kind_of(path)}")
+    path = os.path.expanduser(path)
+
+    def make(around: Surroundings) -> Reward:
+        model = load_reward_model(path, around.tokenizer, around.device, f"{setting}.model")
+        return Reward("model", os.path.normpath(path), model, timeout=None)
+
+    return {}, make
+
+
+def code_reward(entry: Mapping[str, Any], setting: str) -> Maker:
+    """Tests of programs; every one of them has a time limit of its own."""
+    place, given = f"{setting}.code", entry["code"]
+    if not isinstance(given, Mapping) or "tests" not in given:
+        raise ValueError(f"{place}: expected a mapping that names the column of tests, such as {{tests: input_output}}")
+    check_keys(given, {field.name: str(field.type) for field in fields(CodeSettings)}, place)
+    settings = CodeSettings(**given)
+    for name in ("timeout", "memory_mb"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"{place}.{name}: expected a number above 0, got {getattr(settings, name):g}")
+    if not settings.unsafe and (reason := refusal()):
+        remedy = "run where user namespaces are allowed, or trust the programs with `unsafe: true`"
+        raise ValueError(f"{place}: programs cannot be isolated here ({reason}): {remedy}")
+    reward = CodeReward(settings)
+    needs = frozenset([settings.tests])
+    return {}, lambda _: Reward("code", "code", reward, needs, timeout=None, per="sample", counts=reward.counts)
+
+
+def make_function(kind: str, name: str, function: Callable[..., Any], settings: Container[str] = ()) -> Reward:
     """A function with TRL's signature, called with the arguments that it takes."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in settings]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -172,5 +220,5 @@ def make_function(kind: str, name: str, function: Callable[..., Any], settings: 
     )
 
 
-KINDS = {"function": function_reward, "builtin": builtin_reward}
-"""How the reward of each kind is made: with the keys besides the common ones that it takes."""
+KINDS = {"function": function_reward, "builtin": builtin_reward, "model": model_reward, "code": code_reward}
+"""By the key that names the reward."""

@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -46,7 +45,6 @@ class Scorer:
     Attributes:
         names: of the functions, in order.
         weights: one each, for `fastalign.rl.rewards.combine`.
-        failures: how many samples each function has left out by ``on_error: exclude``.
 
     Raises:
         ValueError: a setting that cannot be used, in one line.
@@ -61,7 +59,6 @@ class Scorer:
         self.rewards = read_rewards(rewards, tokenizer, torch.device(device))
         self.names = tuple(reward.name for reward in self.rewards)
         self.weights = tuple(reward.weight for reward in self.rewards)
-        self.failures: Counter[str] = Counter()
         self.tokenizer = tokenizer
         self._order, self._users = start_loop("rewards"), start_loop("async rewards")
         self._free = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
@@ -119,6 +116,10 @@ class Scorer:
             return None
         return [tokens for part in parts for tokens in part.all_tokens()]
 
+    def counts(self) -> dict[str, int]:
+        """Samples so far by what became of them, as ``name/excluded`` (by ``on_error``) and ``name/compile_error``."""
+        return {f"{one.name}/{what}": count for one in self.rewards for what, count in dict(one.counts).items()}
+
     def close(self) -> None:
         """End the threads; what is not collected is lost."""
         for loop in (self._order, self._users):
@@ -141,9 +142,9 @@ class Scorer:
         except RewardError as error:
             if reward.on_error == "raise":
                 raise
-            if not self.failures[reward.name]:
+            if not reward.counts["excluded"]:
                 log.warning("%s; left out (on_error: exclude), as later failures of it, without a line", error)
-            self.failures[reward.name] += len(group.rollouts)
+            reward.counts["excluded"] += len(group.rollouts)
             return [np.nan] * len(group.rollouts)
 
     async def _answer(self, reward: Reward, group: Group) -> Any:

@@ -9,14 +9,19 @@ from transformers import PreTrainedTokenizerFast
 from fastalign.types import Rollout
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 @functools.cache
-def tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with EOS and a chat template."""
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The policy's."""
+    return train("the answer of the sum is a number and not a letter, so it is right", 300)
+
+
+def train(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with EOS and a chat template, trained on a text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -24,7 +29,7 @@ def tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(["the answer of the sum is a number and not a letter, so it is right"] * 9, trainer)
+    backend.train_from_iterator([text] * 9, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     made.chat_template = TEMPLATE
     return made

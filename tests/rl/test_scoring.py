@@ -172,7 +172,7 @@ def test_what_goes_wrong_is_one_line_with_function_prompt_and_sample(mine, score
     two = scorer({**entry, "on_error": "exclude"}, {"builtin": "length", "target": 1})
     group, caplog.records[:] = rollouts("p", "good", "bad", "fine", row=7), []
     given = two.collect([two.submit(group, {"prompt": "p"}) for _ in range(2)])
-    assert np.isnan(given[:, 0]).all() and not np.isnan(given[:, 1]).any() and two.failures == {name: 6}
+    assert np.isnan(given[:, 0]).all() and not np.isnan(given[:, 1]).any() and two.counts() == {f"{name}/excluded": 6}
     assert len(caplog.records) == 1 and "left out (on_error: exclude)" in caplog.text
 
 
@@ -210,7 +210,10 @@ REFUSED = [
     ([], r"rewards: expected a list such as \[\{function: my_rewards.py:accuracy, weight: 1.0\}\], got none"),
     ({"function": "a:b"}, "rewards: expected a list such as .*, got a mapping"),
     (["gsm8k"], r"rewards\[0\]: expected a mapping such as \{function: .*\}, got a string"),
-    ([{"fuction": "a:b"}], r"rewards\[0\]: expected one of function, builtin.*, got the keys fuction"),
+    (
+        [{"fuction": "a:b"}],
+        r"rewards\[0\]: expected one of function, builtin, model, code such as .*, got the keys fuction",
+    ),
     ([{"function": "a:b", "builtin": "gsm8k"}], "got function and builtin"),
     ([{"function": "gsm8k"}], r"got 'gsm8k': a built-in one is named \{builtin: gsm8k\}"),
     (
