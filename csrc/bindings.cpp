@@ -22,7 +22,7 @@ void bind_cuda(py::module_& m);  // in cuda/bindings.cpp
 namespace {
 
 // Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/backends/cpp/__init__.py.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -109,6 +109,18 @@ void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsAr
                std::get<2>(shape), static_cast<float>(scale), pointer<AttentionCall>(calls), num_calls,
                pointer<Span>(spans), pointer<int64_t>(trees), num_trees};
   kernels().attention(op, grad_k != 0, threads);
+}
+
+void run_forest_decode(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                       const HeadsArgument& out, Address keys, Address values, int dtype,
+                       const std::tuple<int64_t, int64_t, int64_t>& shape, double scale, double softcap,
+                       Address chains, int64_t width, Address lengths, Address order, Address groups,
+                       int64_t num_groups, int threads) {
+  kernels().forest_decode({heads(q), heads(k), heads(v), heads(out), pointer(keys), pointer(values),
+                           computed_in_fp32(dtype), std::get<0>(shape), std::get<1>(shape), std::get<2>(shape),
+                           static_cast<float>(scale), static_cast<float>(softcap), pointer<int32_t>(chains), width,
+                           pointer<int64_t>(lengths), pointer<int64_t>(order), pointer<ForestGroup>(groups),
+                           num_groups}, threads);
 }
 
 using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
@@ -198,6 +210,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("spans"), py::arg("trees"), py::arg("num_trees"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
         "Causal attention over a packed row, or, with grad_k, its gradients.");
+  m.def("forest_decode", &run_forest_decode, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+        py::arg("keys"), py::arg("values"), py::arg("dtype"), py::arg("shape"), py::arg("scale"), py::arg("softcap"),
+        py::arg("chains"), py::arg("width"), py::arg("lengths"), py::arg("order"), py::arg("groups"),
+        py::arg("num_groups"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "Write one new token's key and value of each row, and attend to its whole sequence.");
   const RowsArgument no_rows{};
   m.def("rms_norm", &run_rms_norm, py::kw_only(), py::arg("x"), py::arg("y") = no_rows, py::arg("weight"),
         py::arg("inverse"), py::arg("grad_y") = no_rows, py::arg("grad_x") = no_rows, py::arg("grad_weight") = 0,

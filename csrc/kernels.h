@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "divergence.h"
+#include "forest_decode.h"
 #include "layers.h"
 #include "policy_loss.h"
 #include "token_logps.h"
@@ -14,6 +15,7 @@ struct Kernels {
   void (*policy_loss)(const PolicyLoss& op, int threads);
   void (*divergence)(const Divergence& op, Walk walk, int threads);
   void (*attention)(const Attention& op, bool backward, int threads);
+  void (*forest_decode)(const ForestDecode& op, int threads);
   void (*rms_norm)(const RmsNorm& op, bool backward, int threads);
   void (*silu_mul)(const SiluMul& op, bool backward, int threads);
   void (*rotate)(const Rotation& op, bool adjoint, int threads);

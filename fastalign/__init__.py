@@ -7,16 +7,21 @@ if TYPE_CHECKING:
     from fastalign.ops import (
         divergence,
         entropy_from_logits,
+        forest_decode,
         gae,
         linear_divergence,
         linear_logps,
         linear_loss,
+        linear_sample,
         packed_attention,
         policy_loss,
         preference_loss,
+        sample,
+        sample_keys,
         segment_scan,
         selective_log_softmax,
         token_logps,
+        uniforms,
         whiten,
     )
 
@@ -25,16 +30,21 @@ __version__ = "0.1.0"
 __all__ = [
     "divergence",
     "entropy_from_logits",
+    "forest_decode",
     "gae",
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "linear_sample",
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 

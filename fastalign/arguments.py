@@ -99,6 +99,45 @@ def parse_config(method: str, argv: list[str]) -> Config:
     )
 
 
+def parse_sections(command: str, purpose: str, argv: list[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The sections of a command that trains nothing, by name; what else a run's file holds is passed over.
+
+    Settings of the section that is named like the command are flags without a section; true needs no value there.
+
+    Args:
+        command: its name.
+        purpose: what help says of it.
+        argv: its arguments.
+        kinds: the dataclass of each section.
+    """
+    paths, flags, others = split_config(argv)
+    schema = {f"{name}.{field.name}": str(field.type) for name, cls in kinds.items() for field in fields(cls)}
+    settings = {name: vars(cls()) for name, cls in kinds.items()}
+    if {"-h", "--help"} & set(others):
+        texts = section_texts(kinds)
+        print(written_help(command, purpose, settings, schema, texts, command), end="")
+        raise SystemExit(0)
+    for path in paths:
+        tree = read_yaml(path)
+        unread = {"method", *(field.name for field in fields(Config))} - kinds.keys()
+        tree = {key: value for key, value in tree.items() if str(key).partition(".")[0] not in unread}
+        check_sections(path, tree, schema, kinds)
+        check_keys(dict(flatten(tree)), schema, command, {}, f" in {path}")
+        take_file(settings, path, tree, schema)
+    own = {field.name for field in fields(kinds[command])}
+    flags = [flag._replace(key=f"{command}.{flag.key}") if flag.key in own else flag for flag in flags]
+    check_keys((flag.key for flag in flags), schema, command, {})
+    for flag in flags:
+        on = flag.text is None and schema.get(flag.key) == "bool"
+        take_flag(settings, flag._replace(text="true") if on else flag, schema)
+    if strange := [word for word in others if word != "--print_config"]:
+        raise UsageError(f"unrecognized arguments: {' '.join(strange)}")
+    if others:
+        print(as_yaml(settings), end="")
+        raise SystemExit(0)
+    return {name: cls(**settings[name]) for name, cls in kinds.items()}
+
+
 def defaults(losses: Losses) -> dict[str, dict[str, Any]]:
     """All settings by section, as they are when nothing is given."""
     from fastalign.losses.mixture import settings  # brings torch
@@ -215,9 +254,11 @@ def check_method(path: str, tree: dict[str, Any], method: str) -> None:
         raise UsageError(f"{path} is for '{named}', not {method!r}: run fastalign {named} --config {path}")
 
 
-def check_sections(path: str, tree: dict[str, Any], schema: dict[str, str]) -> None:
+def check_sections(
+    path: str, tree: dict[str, Any], schema: dict[str, str], names: Iterable[str] | None = None
+) -> None:
     """Refuse a section that is not a mapping of settings."""
-    for section in ("loss", *sections()):
+    for section in ("loss", *sections()) if names is None else names:
         value = tree.get(section, ...)
         if value is not ... and not (isinstance(value, dict) and value):
             key = next(key for key in schema if key.startswith(f"{section}.")).partition(".")[2]
@@ -262,34 +303,56 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 
 def help_text(method: str, losses: Losses) -> str:
     """What ``--help`` prints: every setting with its docstring, what it accepts and its default."""
+    return written_help(
+        method, METHODS[method].help, defaults(losses), schema_of(losses), docstrings(method, losses)
+    )
+
+
+def written_help(
+    command: str,
+    purpose: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    schema: Mapping[str, str],
+    texts: Mapping[str, str | None],
+    own: str = "",
+) -> str:
+    """The help of a command; settings of the section ``own`` are flags without it."""
     parser = argparse.ArgumentParser(
-        prog=f"fastalign {method}",
-        usage=f"fastalign {method} [--config run.yaml] [--section.key value ...]",
-        description=f"{METHODS[method].help.capitalize()}.",
+        prog=f"fastalign {command}",
+        usage=f"fastalign {command} [--config run.yaml] [--section.key value ...]",
+        description=f"{purpose.capitalize()}.",
     )
     parser.add_argument("--config", help="YAML file of the settings below; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML and exit.")
-    schema, texts = schema_of(losses), docstrings(method, losses)
-    for section, settings in defaults(losses).items():
+    for section, values in settings.items():
         group = parser.add_argument_group((texts[section] or section).rstrip("."))
-        for name, default in settings.items():
+        for name, default in values.items():
             key = f"{section}.{name}"
             written_default = default if isinstance(default, str) else in_yaml(default)
             text = f"{texts.get(key, '')} (type: {describe_type(schema[key], key)}, default: {written_default})"
-            group.add_argument(f"--{key}", metavar=name.upper(), help=text.replace("%", "%%"))
+            flag = name if section == own else key
+            group.add_argument(f"--{flag}", metavar=name.upper(), help=text.replace("%", "%%"))
     return parser.format_help()
 
 
 def docstrings(method: str, losses: Losses) -> dict[str, str | None]:
     """What the docstrings of the dataclasses and the losses say of every section and setting."""
-    from docstring_parser import parse, parse_from_object
+    from docstring_parser import parse
 
-    documents = {name: parse_from_object(cls) for name, cls in sections().items()}
-    texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
+    texts = section_texts(sections())
     for loss in reversed([*losses.values()]):  # of a setting of several losses, the first one's counts
         texts |= {f"loss.{p.arg_name}": p.description for p in parse(loss.fn.__doc__ or "").params}
     names = f"One of {', '.join(METHODS[method].losses)}; or your own, file.py:function."
     texts["loss.name"] = f"{names} Each has its own settings. A list is a weighted sum."
     texts["loss.loss_weights"] = "One weight per loss; default: 1 each."
     texts["loss"] = (next(iter(losses.values())).fn.__doc__ or "").partition("\n")[0]
-    return {**{name: document.short_description for name, document in documents.items()}, **texts}
+    return texts
+
+
+def section_texts(kinds: Mapping[str, type]) -> dict[str, str | None]:
+    """What the docstrings of dataclasses say of them and of each setting."""
+    from docstring_parser import parse_from_object
+
+    documents = {name: parse_from_object(cls) for name, cls in kinds.items()}
+    texts = {f"{name}.{p.arg_name}": p.description for name, document in documents.items() for p in document.params}
+    return {**texts, **{name: document.short_description for name, document in documents.items()}}

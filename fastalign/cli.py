@@ -19,7 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastalign.arguments import UsageError, asked_method, nearest, parse_config
+from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
+from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
 
@@ -166,6 +167,17 @@ def ref_logps(argv: list[str]) -> int:
     return 0
 
 
+def generate(argv: list[str]) -> int:
+    """Sample completions of prompts into a file: fastalign generate --model.path DIR --prompts FILE."""
+    prepare_process()
+    kinds = {"generate": GenerateConfig, "model": ModelConfig, "sampler": SamplerConfig, "data": DataConfig}
+    settings = parse_sections("generate", "sample completions of prompts into a file", argv, kinds)
+    from fastalign.pipelines.generate import generate as run  # brings transformers and datasets
+
+    print(run(settings["generate"], settings["model"], settings["sampler"], settings["data"]))
+    return 0
+
+
 def prepare_process() -> None:
     """Set what must be set before the losses or the engine are imported: bars and logs of this process."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
@@ -285,6 +297,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "methods": methods,
     "ref-logps": ref_logps,
+    "generate": generate,
     "report": report,
     "torchrun": torchrun,
     "bench": bench,

@@ -272,6 +272,23 @@ class TokenStats:
 
 
 @dataclass(frozen=True)
+class SampleStats:
+    """What is known of tokens that were drawn, each ``[B]`` fp32 (fp64 for fp64 inputs), detached.
+
+    Attributes:
+        logps: log-prob of the token under the distribution that it was drawn from: after temperature, over what
+            truncation has kept.
+        entropy: in nats, after temperature, before truncation.
+        kept_mass: probability that top-k, top-p and min-p have kept, 1 without these; ``logps + ln kept_mass`` is the
+            log-prob before truncation.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    kept_mass: Tensor
+
+
+@dataclass(frozen=True)
 class PairLogps:
     """Sequence log-probs of P preference pairs: sums over completion tokens, fp32 ``[P]``.
 

@@ -126,16 +126,21 @@ def test_the_command_line_starts_without_heavy_imports():
 PUBLIC = [
     "divergence",
     "entropy_from_logits",
+    "forest_decode",
     "gae",
     "linear_divergence",
     "linear_logps",
     "linear_loss",
+    "linear_sample",
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "sample",
+    "sample_keys",
     "segment_scan",
     "selective_log_softmax",
     "token_logps",
+    "uniforms",
     "whiten",
 ]
 """A name leaves or joins the public surface here first."""

@@ -8,9 +8,9 @@
 
 #include <optional>
 
+#include "cpu/heads.h"
 #include "cpu/scratch.h"
 #include "cpu/tiles.h"
-#include "cpu/typed.h"
 
 namespace fastalign::LEVEL {
 namespace {
@@ -28,21 +28,11 @@ Floats floats(int64_t count) {
   return data;
 }
 
-template <class T>
-T* row_of(const Heads& x, int64_t row, int64_t head, T*) {
-  return static_cast<T*>(x.data) + row * x.row_stride + head * x.head_stride;
-}
-
 // out [rows, width] = factor * x[start : start + rows, head]
 void read_rows(const Heads& x, int64_t start, int64_t rows, int64_t head, int64_t size, int64_t width, float factor,
                float* out) {
   with_type(x.dtype, [&](auto* type) {
-    for (int64_t i = 0; i < rows; ++i, out += width) {
-      auto* from = row_of(x, start + i, head, type);
-      int64_t j = 0;
-      for (; j + kLanes <= size; j += kLanes) store(out + j, set(factor) * load(from + j));
-      if (j < size) store(out + j, set(factor) * load(from + j, size - j), size - j);
-    }
+    for (int64_t i = 0; i < rows; ++i, out += width) scaled(row_of(x, start + i, head, type), out, size, factor);
   });
 }
 
@@ -51,13 +41,7 @@ template <class Factor>
 void write_rows(const Heads& x, int64_t start, int64_t rows, int64_t head, int64_t size, int64_t width, Factor factor,
                 const float* from) {
   with_type(x.dtype, [&](auto* type) {
-    for (int64_t i = 0; i < rows; ++i, from += width) {
-      auto* to = row_of(x, start + i, head, type);
-      vec by = set(factor(i));
-      int64_t j = 0;
-      for (; j + kLanes <= size; j += kLanes) store(to + j, by * load(from + j));
-      if (j < size) store(to + j, by * load(from + j), size - j);
-    }
+    for (int64_t i = 0; i < rows; ++i, from += width) scaled(from, row_of(x, start + i, head, type), size, factor(i));
   });
 }
 
@@ -122,33 +106,6 @@ void make_scores(Room& room, int64_t start, int64_t rows, int64_t head, int64_t 
   read_rows(op.q, start, rows, head, op.size, room.width, op.scale, room.q.get());
   product(rows, to_strips(seen), op.size, room.rows_of(room.q, room.width), room.strips_of(room.k_columns),
           room.scores.get(), room.columns, false);
-}
-
-float max_of(const float* x, int64_t n) {
-  vec best = set(-std::numeric_limits<float>::infinity());
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) best = max_(load(x + j), best);
-  if (j < n) best = max_(keep(load(x + j), n - j, -std::numeric_limits<float>::infinity()), best);
-  return max_lane(best);
-}
-
-// x[j] = exp(x[j] - shift) for j < n, 0 up to `end`, a whole number of vectors; returns the sum.
-float exponentials(float* x, int64_t n, int64_t end, float shift) {
-  vec sum = set(0), by = set(shift);
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    vec e = exp_in_range(clamp_low(load(x + j) - by));
-    store(x + j, e);
-    sum = sum + e;
-  }
-  if (j < n) {
-    vec e = keep(exp_in_range(clamp_low(load(x + j) - by)), n - j, 0);
-    store(x + j, e);
-    sum = sum + e;
-    j += kLanes;
-  }
-  for (; j < end; j += kLanes) store(x + j, set(0));
-  return sum_lanes(sum);
 }
 
 void forward_task(Room& room, const Task& task) {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
+from fastalign.models.decoding import Cached
 from fastalign.models.head import head_of, scores
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, layout, packed_attention
@@ -107,7 +108,9 @@ class Policy(nn.Module):
         """The HF config."""
         return self.model.config
 
-    def forward(self, batch: PackedBatch, head_fn: Callable[..., Any], *, values: bool = False) -> Any:
+    def forward(
+        self, batch: PackedBatch, head_fn: Callable[..., Any], *, values: bool = False, cached: Cached | None = None
+    ) -> Any:
         """Hidden states of the scored rows through a head function.
 
         Args:
@@ -116,11 +119,13 @@ class Policy(nn.Module):
                 of `bias`, `lora`, `softcap`, `logit_scale` that the model defines. It runs inside the module, where
                 FSDP has gathered the weights and autocast is on.
             values: give it the value head's outputs too, as `values [N]`, connected to the graph.
+            cached: keep the keys and values of the row, or read those of earlier tokens, in place of the attention that
+                the batch's segments describe.
 
         Returns:
             What `head_fn` returns.
         """
-        hidden = self.hidden_states(batch)
+        hidden = self.hidden_states(batch, cached)
         weight, bias, lora = head_of(self.head)
         options: dict[str, Any] = {name: x for name, x in (("bias", bias), ("lora", lora)) if x is not None}
         if values:
@@ -128,9 +133,9 @@ class Policy(nn.Module):
             options["values"] = scores(hidden, self.value_head.weight, bias=self.value_head.bias)
         return head_fn(hidden, weight, batch.labels, **options, **self.head_options)
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, cached: Cached | None = None) -> Tensor:
         """`[N, D]` hidden states that predict the batch's labels; the engine calls `forward`, which FSDP hooks."""
-        plan = layout(batch.segments)
+        plan = layout(batch.segments) if cached is None else cached
         self.check_batch(plan)
         output = self.backbone(
             input_ids=batch.input_ids[None],
@@ -154,7 +159,7 @@ class Policy(nn.Module):
             return self.head(self.backbone(**row).last_hidden_state[:, positions])
         return self.model(**row, logits_to_keep=positions).logits
 
-    def check_batch(self, plan: Layout) -> None:
+    def check_batch(self, plan: Layout | Cached) -> None:
         """Refuses a batch that the model cannot compute exactly."""
         active = self.model.config._attn_implementation
         if active != self.attention:
@@ -168,7 +173,7 @@ class Policy(nn.Module):
                 f"a sequence of {plan.longest} tokens is longer than {limit}, {why}: lower data.max_length"
             )
 
-    def _note_window(self, plan: Layout) -> None:
+    def _note_window(self, plan: Layout | Cached) -> None:
         """Keep in `max_length` the narrowest window that a layer asked for, which not every config names."""
         window = plan.cache.get("window")
         if window is not None and (self.max_length is None or window < self.max_length[0]):
@@ -221,17 +226,26 @@ def _attention_function(backend: str | None) -> Callable[..., tuple[Tensor, None
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        packed_layout: Layout | None = None,
+        packed_layout: Layout | Cached | None = None,
         **other: Any,
     ) -> tuple[Tensor, None]:
         if packed_layout is None:
             raise ValueError("this model's attention reads packed rows only: call it through Policy")
         check_call(module, query, key, value, attention_mask, dropout, sliding_window, packed_layout, other)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = packed_attention(q, k, v, packed_layout, scale=scaling, softcap=softcap, backend=backend)
-        return out[None], None
+        options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "backend": backend}
+        if isinstance(packed_layout, Cached):
+            return packed_layout.attend(layer_of(module), q, k, v, **options)[None], None
+        return packed_attention(q, k, v, packed_layout, **options)[None], None
 
     return attention
+
+
+def layer_of(module: Any) -> int:
+    """Which layer an attention module is of: under that number its keys and values are kept."""
+    if (layer := getattr(module, "layer_idx", None)) is None:
+        raise ValueError(f"{type(module).__name__} does not say which layer it is (layer_idx): it cannot be sampled from")
+    return layer
 
 
 def check_call(
@@ -242,7 +256,7 @@ def check_call(
     mask: Tensor | None,
     dropout: float,
     window: int | None,
-    plan: Layout,
+    plan: Layout | Cached,
     other: dict[str, Any],
 ) -> None:
     """Refuses what the packed attention would silently leave out."""

@@ -26,6 +26,8 @@ OPS = {
     **{"policy_loss": "policy_loss", "preference_loss": "token_logps"},
     **{"segment_scan": "scan", "gae": "scan"},
     **{"divergence": "divergence", "linear_divergence": "divergence"},
+    "forest_decode": "forest_decode",
+    **{"sample": "sample", "linear_sample": "sample"},
 }
 """op -> the file of its kernels; the linear ops are GEMMs around the sweep of ``token_logps`` or ``divergence``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -140,3 +141,28 @@ def reshard(model: nn.Module) -> None:
     """Free the weights that a forward without backward left gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Keep all weights of a sharded model whole on every rank meanwhile, so that forwards need no other rank.
+
+    All ranks must enter it together; inside each runs as many forwards as it likes, without gradients. A model that is
+    not sharded is left as it is.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    states = [module._get_fsdp_state() for module in modules]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    was = [state._auto_reshard_after_forward for state in states], [group.post_forward_mesh_info for group in groups]
+    try:
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for state, automatic in zip(states, was[0], strict=True):
+            state._auto_reshard_after_forward = automatic
+        for group, mesh in zip(groups, was[1], strict=True):
+            group.post_forward_mesh_info = mesh
+        for module in modules:
+            module.reshard()

@@ -6,8 +6,8 @@ the table of registers, shared memory and spills.
 
 On sm_90 and gfx942 all of {bf16, fp32, fp64} x {entropy} x {total} x {soft-cap} are compiled; on sm_80 and sm_100 bf16
 and fp32 with nothing and with everything; the narrow variants (fp16, int32 labels, a temperature per row, an odd
-vocabulary, a small one) on sm_90 and gfx942, with everything. The policy losses with nothing and with everything, and
-the scans, are compiled for every target.
+vocabulary, a small one) on sm_90 and gfx942, with everything. The policy losses with nothing and with everything, the
+scans, and decoding with heads of several shapes, are compiled for every target.
 """
 
 import ast
@@ -18,6 +18,7 @@ import pkgutil
 import re
 import subprocess
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
 from fastalign.ops.functors import Knobs
-from fastalign_kernels import divergence, launch, policy_loss, scan, token_logps
+from fastalign_kernels import divergence, forest_decode, launch, policy_loss, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
@@ -85,6 +86,13 @@ def launch_divergence(
     divergence.backward(torch.zeros_like(logits), *streams, stats, value, row, **options)
 
 
+def launch_forest_decode(dtype=torch.bfloat16, heads=8, key_heads=4, size=32, softcap=None, rows=2):
+    q, k = torch.zeros(rows, heads, size, dtype=dtype), torch.zeros(rows, key_heads, size, dtype=dtype)
+    arenas = torch.zeros(3, key_heads, size, 16, dtype=dtype), torch.zeros(3, key_heads, 16, size, dtype=dtype)
+    step = SimpleNamespace(chains=torch.zeros(rows, 2, dtype=torch.int32), lengths=torch.ones(rows, dtype=torch.int64))
+    forest_decode.decode(q, k, k, *arenas, step, 0.1, softcap, dtype)
+
+
 PLAIN = {"entropy": False, "total": False, "softcap": None}
 FULL = [
     {"dtype": dtype, "entropy": entropy, "total": total, "softcap": softcap}
@@ -109,6 +117,10 @@ DIVERGENCES += [{"kind": kind, "algebra": True, "entropy": True} for kind in ("f
 DIVERGENCES += [{"dtype": torch.float64, "algebra": True, "entropy": True}]
 DIVERGENCES += [{"ref_dtype": torch.float32, "vocab_size": 8191}, {"algebra": True, "softcap": None}]
 CASES += [(target, launch_divergence, options) for target in TARGETS for options in DIVERGENCES]
+DECODES = [{}, {"dtype": torch.float32, "softcap": 50.0}, {"heads": 14, "key_heads": 2, "size": 64}]
+DECODES += [{"heads": 32, "key_heads": 8, "size": 128, "softcap": 50.0}, {"size": 256}, {"size": 33, "heads": 4}]
+DECODES += [{"dtype": torch.float64, "size": 128}]
+CASES += [(target, launch_forest_decode, options) for target in TARGETS for options in DECODES]
 """Target, a function that launches kernels, its arguments: a new kernel gets its entry here."""
 
 
@@ -250,3 +262,12 @@ def test_no_policy_loss_compiles_again_for_another_size_or_setting(target):
     expected = keys(16, 8192, 0, 1.0)
     assert len(set(expected)) == 2
     assert keys(1, 8192, 0, 0.5) == keys(7, 9008, 1, 2.0) == expected
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_decoding_compiles_again_for_another_number_of_rows(target):
+    def keys(rows):
+        launches = record(launch_forest_decode, TARGETS[target], rows=rows)
+        return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in launches]
+
+    assert keys(1) == keys(2) == keys(48)

@@ -15,6 +15,8 @@ from fastalign.losses.preference import LOSSES as PAIR_LOSSES
 from fastalign.ops import dispatch
 from fastalign.ops.attention import reference as attention_reference
 from fastalign.ops.divergence import reference as divergence_reference
+from fastalign.ops.forest_decode import Forest
+from fastalign.ops.forest_decode import reference as decode_reference
 from fastalign.ops.functors import FUNCTORS, Knobs
 from fastalign.ops.linear_divergence import reference as linear_divergence_reference
 from fastalign.ops.linear_logps import reference as linear_reference
@@ -172,6 +174,51 @@ def define_linear_loss(x):
     return {"loss": (logps.square() + entropy.sin()).sum(), "logps": logps.detach(), "entropy": entropy.detach()}
 
 
+PROMPTS, PROMPT_OF, NUM_OWN = (5, 16, 37), [2, 0, 1, 0, 2, 2], 2
+"""Prompts shorter and longer than a block and as long; rows of each, in no order, and the tokens they already have."""
+
+
+def decode_case(_, dtype, heads, key_heads, size, **options):
+    new, num_rows = torch.Generator().manual_seed(0), len(PROMPT_OF)
+    counts = {"q": (num_rows, heads), "k": (num_rows, key_heads), "v": (num_rows, key_heads)}
+    tensors = {name: torch.randn(*shape, size, generator=new).to(dtype) for name, shape in counts.items()}
+    past = {name: torch.randn(sum(PROMPTS) + NUM_OWN * num_rows, key_heads, size, generator=new) for name in ("k", "v")}
+    return Example(
+        tensors, torch.zeros(num_rows), options, constants={f"past_{n}": x.to(dtype) for n, x in past.items()}
+    )
+
+
+def past_of(x):
+    """Keys and values of the prompts, back to back, and of each row's own tokens ``[NUM_OWN, B, K, d]``."""
+    whole = [x.constants["past_k"], x.constants["past_v"]]
+    prompts = [part[: sum(PROMPTS)] for part in whole]
+    return prompts, [part[sum(PROMPTS) :].unflatten(0, (NUM_OWN, -1)) for part in whole]
+
+
+@torch.no_grad()
+def run_forest_decode(x, backend):
+    (q, k, v), (prompts, own) = x.tensors.values(), past_of(x)
+    forest = Forest(1, *k.shape[1:], k.dtype, k.device)
+    ids = forest.add_prompts(PROMPTS)
+    forest.write_prompts(0, ids, *prompts)
+    rows = [forest.add_row(ids[i]) for i in PROMPT_OF]
+    for new in (*zip(*own, strict=True), (k, v)):
+        step = forest.step(rows)
+        out = ops.forest_decode(q, *new, forest, 0, step, **x.options, backend=backend)
+        forest.advance(step)
+    return {"out": out}
+
+
+@torch.no_grad()
+def define_forest_decode(x):
+    (q, *new), (prompts, own) = x.tensors.values(), past_of(x)
+    whole = [
+        [torch.cat([past.split(PROMPTS)[i], tokens[:, row], last[row : row + 1]]) for row, i in enumerate(PROMPT_OF)]
+        for past, tokens, last in zip(prompts, own, new, strict=True)
+    ]
+    return {"out": decode_reference(q, *whole, scale=q.shape[-1] ** -0.5, **x.options)}
+
+
 HEADS = {"one_head": (1, 1, 3), "grouped": (6, 3, 16)}
 OPS = {
     "token_logps": Op(
@@ -226,9 +273,19 @@ OPS = {
         lambda x: {"out": attention_reference(**given(x))},
         list(dispatch.ATTENTION),
     ),
+    "forest_decode": Op(
+        {
+            **{name: partial(decode_case, heads=a, key_heads=b, size=c) for name, (a, b, c) in HEADS.items()},
+            "softcap": partial(decode_case, heads=4, key_heads=2, size=24, softcap=2.0),
+        },
+        run_forest_decode,
+        define_forest_decode,
+        serving("forest_decode"),
+    ),
 }
 
 RICHEST = {"token_logps": "objectives", "segment_scan": "per_token", "gae": "bootstrap", "packed_attention": "grouped"}
+RICHEST["forest_decode"] = "softcap"
 
 
 def example_of(name, dtype, backend, num_rows=11):

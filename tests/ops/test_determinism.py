@@ -188,7 +188,7 @@ def test_a_pair_alone_has_the_bits_it_has_in_a_batch(backend):
 
 # --- threads and instruction sets -------------------------------------------------------------------------------------
 
-NATIVE = ["token_logps", "divergence", "policy_loss", "preference_loss", "segment_scan", "gae"]
+NATIVE = ["token_logps", "divergence", "policy_loss", "preference_loss", "segment_scan", "gae", "forest_decode"]
 
 
 def wide(name, dtype, num_rows):

@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {2: "a5831ed028e0e288"}
+BINDINGS = {3: "972135933870c288"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""

@@ -140,6 +140,18 @@ OTHER_OPS = {
         *("segment_scan", "scan", "per_token"),
         lambda f: lambda x, offsets, decay, **options: f(x, offsets, decay.nan_to_num(0.9).roll(1), **options),
     ),
+    "forest_decode: the last token is left out": (
+        *("forest_decode", "decode", "grouped"),
+        lambda f: lambda *x: f(*x[:5], replace(x[5], lengths=x[5].lengths - 1), *x[6:]),
+    ),
+    "forest_decode: a row reads another's blocks": (
+        *("forest_decode", "decode", "grouped"),
+        lambda f: lambda *x: f(*x[:5], replace(x[5], chains=x[5].chains.roll(1, 0)), *x[6:]),
+    ),
+    "forest_decode: drop the softcap": (
+        *("forest_decode", "decode", "softcap"),
+        lambda f: lambda *x: f(*x[:7], None, *x[8:]),
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CPU = torch.device("cpu")
-ABI = 2
+ABI = 3
 """The bindings that this package calls: ``kAbi`` in csrc/bindings.cpp, raised with every change to them."""
 
 

@@ -1,0 +1,206 @@
+// One new token per row against a forest of cached keys and values; compiled once per instruction set.
+//
+// The bits are those of attention.cpp for the same sequence: the scores of a query lie side by side from its first
+// position, one maximum, exponentials and a sum lane by lane, then the values added in the order of positions, in one
+// chain of multiply-adds per number. A chain that leaves the prompt's blocks for the row's own is stored in between,
+// which rounds nothing. How many queries share a tile changes no chain, so a prompt's block is read for all of them.
+#include "forest_decode.h"
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+
+#include "cpu/heads.h"
+#include "cpu/scratch.h"
+#include "cpu/tiles.h"
+
+namespace fastalign::LEVEL {
+namespace {
+
+constexpr int64_t kQueries = 48;                   // of one task, or those of one row where they are more
+constexpr int64_t kParts = kForestBlock / kLanes;  // vectors of a block's positions
+constexpr int64_t kWork = 1 << 18;                 // multiply-adds for which a thread is worth waking
+
+// Sums [rows][vectors] of a[i, p] * b(run, j)[p], run after run; `per_run` terms each, `depth` in all. They begin at 0 or
+// go on from what is in `out`.
+template <int rows, int vectors, class From>
+FORCE_INLINE void sum_tile(const float* a, int64_t a_row, int64_t depth, int64_t per_run, int64_t step, From from,
+                           float* out, int64_t out_row, int64_t out_step, bool go_on) {
+  vec sums[rows][vectors];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) sums[i][j] = go_on ? load(out + i * out_row + j * out_step) : set(0);
+  for (int64_t run = 0; depth > 0; ++run, depth -= per_run) {
+    decltype(from(0, 0)) b[vectors];
+    for (int j = 0; j < vectors; ++j) b[j] = from(run, j);
+    for (int64_t p = 0, n = std::min(depth, per_run); p < n; ++p, ++a) {
+      vec columns[vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) columns[j] = load(b[j] + p * step);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; ++i) {
+        vec x = set(a[i * a_row]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) sums[i][j] = fma(x, columns[j], sums[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) store(out + i * out_row + j * out_step, sums[i][j]);
+}
+
+// f(first, number as a type) over `count` in pieces of `most`, then of half of what was too large, down to 1.
+template <int most, class F>
+FORCE_INLINE void in_pieces(int64_t first, int64_t count, F f) {
+  for (; count - first >= most; first += most) f(first, std::integral_constant<int, most>());
+  if constexpr (most > 1) in_pieces<(most > 4 ? 4 : most / 2)>(first, count, f);
+}
+
+struct Task {
+  const ForestGroup* group;
+  int64_t first, last, head;  // of its rows, and the key head
+};
+
+// What one thread works in: `queries` rows of `columns` scores, and of `width` numbers of q and of sums.
+struct Room {
+  int64_t columns, width, heads;
+  Scratch<float> scores, q, sums, totals;
+
+  Room(const ForestDecode& op, int64_t queries, int64_t longest)
+      : columns((longest + kForestBlock - 1) / kForestBlock * kForestBlock),
+        width((op.size + kLanes - 1) / kLanes * kLanes), heads(op.heads / op.key_heads),
+        scores(scratch<float>("forest_decode", queries * columns)),
+        q(scratch<float>("forest_decode", queries * width)), sums(scratch<float>("forest_decode", queries * width)),
+        totals(scratch<float>("forest_decode", queries)) {}
+};
+
+// The new token's key becomes a column of its block, its value a row.
+template <class T>
+void append(const ForestDecode& op, int64_t row, int64_t head, T*) {
+  int64_t place = op.lengths[row] - 1, at = place % kForestBlock;
+  int64_t block = (op.chains[row * op.width + place / kForestBlock] * op.key_heads + head) * op.size * kForestBlock;
+  T* value = static_cast<T*>(op.values) + block + at * op.size;
+  T* column = static_cast<T*>(op.keys) + block + at;
+  with_type(op.v.dtype, [&](auto* type) { scaled(row_of(op.v, row, head, type), value, op.size, 1); });
+  with_type(op.k.dtype, [&](auto* type) {
+    auto* key = row_of(op.k, row, head, type);
+    for (int64_t j = 0; j < op.size; j += kLanes) {
+      T lanes[kLanes];
+      int64_t n = std::min<int64_t>(kLanes, op.size - j);
+      store(lanes, n == kLanes ? load(key + j) : load(key + j, n));
+      for (int64_t i = 0; i < n; ++i) column[(j + i) * kForestBlock] = lanes[i];
+    }
+  });
+}
+
+// Blocks of one key head along a chain.
+template <class T>
+struct Blocks {
+  const T* data;
+  const int32_t* chain;
+  int64_t stride;  // from block to block
+
+  FORCE_INLINE const T* operator[](int64_t i) const { return data + chain[i] * stride; }
+};
+
+// scores [rows, ...] of `rows` queries against positions first to last (exclusive, up to the end of its vector).
+template <class T>
+void score(const Room& room, int64_t row, int64_t rows, int64_t size, Blocks<T> keys, int64_t first, int64_t last) {
+  in_pieces<kTileVectors>(first / kLanes, (last + kLanes - 1) / kLanes, [&](int64_t at, auto vectors) {
+    auto from = [&](int64_t, int64_t j) { return keys[(at + j) / kParts] + (at + j) % kParts * kLanes; };
+    in_pieces<int(kTileRows)>(0, rows, [&](int64_t i, auto count) {
+      sum_tile<count(), vectors()>(&room.q[(row + i) * room.width], room.width, size, size, kForestBlock, from,
+                                   &room.scores[(row + i) * room.columns + at * kLanes], room.columns, kLanes, false);
+    });
+  });
+}
+
+// sums [rows, width] of weights times values of positions first to last (exclusive); first begins a block.
+template <class T>
+void add_values(const Room& room, int64_t row, int64_t rows, int64_t size, Blocks<T> values, int64_t first,
+                int64_t last) {
+  if (last <= first) return;
+  values.chain += first / kForestBlock;
+  in_pieces<kTileVectors>(0, room.width / kLanes, [&](int64_t at, auto vectors) {
+    auto from = [&](int64_t run, int64_t j) { return values[run] + (at + j) * kLanes; };
+    in_pieces<int(kTileRows)>(0, rows, [&](int64_t i, auto count) {
+      sum_tile<count(), vectors()>(&room.scores[(row + i) * room.columns + first], room.columns, last - first,
+                                   kForestBlock, size, from, &room.sums[(row + i) * room.width + at * kLanes],
+                                   room.width, kLanes, first > 0);
+    });
+  });
+}
+
+template <class T>
+void decode(const ForestDecode& op, const Room& room, const Task& task, T* type) {
+  int64_t stride = op.key_heads * op.size * kForestBlock, head = task.head * op.size * kForestBlock;
+  int64_t heads = room.heads, shared = task.group->shared * kForestBlock, rows = task.last - task.first;
+  auto blocks = [&](const void* data, int64_t i) {
+    return Blocks<T>{static_cast<const T*>(data) + head, op.chains + op.order[task.first + i] * op.width, stride};
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t row = op.order[task.first + i];
+    append(op, row, task.head, type);
+    for (int64_t h = 0; h < heads; ++h)
+      with_type(op.q.dtype, [&](auto* q_type) {
+        scaled(row_of(op.q, row, task.head * heads + h, q_type), &room.q[(i * heads + h) * room.width], op.size,
+               op.scale);
+      });
+  }
+  score(room, 0, rows * heads, op.size, blocks(op.keys, 0), 0, shared);
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t length = op.lengths[op.order[task.first + i]];
+    score(room, i * heads, heads, op.size, blocks(op.keys, i), shared, length);
+    for (int64_t h = i * heads; h < (i + 1) * heads; ++h) {
+      float* x = &room.scores[h * room.columns];
+      if (op.softcap > 0) cap(x, length, op.softcap);
+      room.totals[h] = exponentials(x, length, length, max_of(x, length));
+    }
+  }
+  add_values(room, 0, rows * heads, op.size, blocks(op.values, 0), 0, shared);
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t row = op.order[task.first + i];
+    add_values(room, i * heads, heads, op.size, blocks(op.values, i), shared, op.lengths[row]);
+    for (int64_t h = 0; h < heads; ++h)
+      with_type(op.out.dtype, [&](auto* out_type) {
+        scaled(&room.sums[(i * heads + h) * room.width], row_of(op.out, row, task.head * heads + h, out_type), op.size,
+               1 / room.totals[i * heads + h]);
+      });
+  }
+}
+
+// For each key head up to `rows` rows of a group. Returns how many, and writes them where there is room.
+int64_t list_tasks(const ForestDecode& op, int64_t rows, Task* tasks) {
+  int64_t count = 0;
+  for (const ForestGroup* group = op.groups; group < op.groups + op.num_groups; ++group)
+    for (int64_t first = group->first; first < group->last; first += rows)
+      for (int64_t head = 0; head < op.key_heads; ++head, ++count)
+        if (tasks) tasks[count] = {group, first, std::min(group->last, first + rows), head};
+  return count;
+}
+
+}  // namespace
+
+void forest_decode(const ForestDecode& op, int threads) {
+  int64_t heads = op.heads / op.key_heads, rows = std::max<int64_t>(1, kQueries / heads), longest = 0, positions = 0;
+  int64_t count = list_tasks(op, rows, nullptr), num_rows = 0;
+  Scratch<Task> tasks = scratch<Task>("forest_decode", count);
+  list_tasks(op, rows, tasks.get());
+  for (int64_t g = 0; g < op.num_groups; ++g) num_rows = std::max(num_rows, op.groups[g].last);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    longest = std::max(longest, op.lengths[i]);
+    positions += op.lengths[i];
+  }
+  threads = int(std::min<int64_t>({threads, count, 1 + 2 * positions * op.heads * op.size / kWork}));
+  OutOfMemory missing{};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::optional<Room> room;
+    keep_failure(missing, [&] { room.emplace(op, rows * heads, longest); });
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i)
+      if (room) with_type(op.dtype, [&](auto* type) { decode(op, *room, tasks[i], type); });
+  }
+  throw_failure(missing);
+}
+
+}  // namespace fastalign::LEVEL

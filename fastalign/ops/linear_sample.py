@@ -1,0 +1,169 @@
+"""Draws of tokens straight from hidden states: no ``[B, V]`` tensor outlives a chunk of rows.
+
+    z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature,    then as in ``sample``
+
+The logits come from the head's own product and the log-probs from the same sweep as training's: equal bits. Of a split
+vocabulary each rank adds up its own columns; the rank on whose columns the draw falls answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastalign.ops import dispatch
+from fastalign.ops.backends.torch import onednn
+from fastalign.ops.checks import Lora
+from fastalign.ops.head.head import (
+    Head,
+    Wanted,
+    hidden_rows,
+    join,
+    make_head,
+    plan_for,
+    project,
+    scaling_of,
+    sweep,
+    workspace,
+)
+from fastalign.ops.head.head import cut as select_rows
+from fastalign.ops.head.options import Call, gemm_dtype, make_call
+from fastalign.ops.head.plan import CPU_ROWS
+from fastalign.ops.parallel import localise
+from fastalign.ops.sample import Cut, check_drawable, check_sampling, draw, sample_stats, split_greedy, uniforms
+from fastalign.ops.sample import reference as sample_reference
+from fastalign.ops.sample_shards import draw_together
+from fastalign.types import SampleStats
+
+MKL_ROWS = 12
+"""Rows from which MKL's fp32 products give each row the same bits, measured on 1 and 2 threads; oneDNN's do from 2."""
+
+
+@torch.no_grad()
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    process_group: dist.ProcessGroup | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, SampleStats]:
+    """``sample`` from hidden states and the head's weight, in chunks of rows.
+
+    On a CPU ``logps`` has the bits of ``linear_logps`` and ``linear_loss`` for the same hidden states, tokens and
+    temperature, whatever rows are around them, as far as the products of the matrix library do not depend on the number
+    of rows: in bf16 they do not, in fp32 few rows are padded to a number from which they do not.
+
+    Args:
+        hidden: ``[B, D]``.
+        weight: ``[V, D]``.
+        keys, positions, temperature, top_k, top_p, min_p: as of ``sample``.
+        bias, lora, softcap, logit_scale, memory: as of ``linear_logps``; ``logit_scale`` must be positive.
+        process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process
+            unless the draw falls within rounding (about 1e-7) of the boundary of two columns. For truncation the ranks
+            exchange each chunk's logits, otherwise a few numbers per row.
+        backend: "torch", "cpp", "triton" or None for the best one here.
+
+    Returns:
+        tokens ``[B]`` int64 and ``SampleStats``, the same on every rank.
+
+    Raises:
+        ValueError: as of ``sample`` and ``linear_logps``.
+
+    >>> weight = torch.tensor([[0.0], [9.0]])
+    >>> linear_sample(torch.ones(1, 1), weight, torch.tensor([0]), torch.tensor([0]), temperature=0)[0]
+    tensor([1])
+    """
+    cut = Cut(top_k, top_p, min_p)
+    check_sampling(hidden, keys, positions, temperature, cut)
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+    tau, greedy = split_greedy(temperature, hidden)
+    rows, extra = len(hidden), padding(hidden, weight, lora)
+    more = {"truncation": tuple(cut), "greedy rows": greedy, "keys": keys, "positions": positions}
+    given = {"bias": bias, "lora": lora, "softcap": softcap, "logit_scale": logit_scale, "memory": memory}
+    given |= {"process_group": process_group, "backend": backend, "num_scored": rows + extra}
+    given["temperature"] = pad(tau, (0, extra), value=1.0) if isinstance(tau, Tensor) else tau
+    labels = torch.zeros(rows + extra, dtype=torch.int64, device=hidden.device)
+    call, _ = make_call("linear_sample", pad(hidden, (0, 0, 0, extra)), weight, labels, given, more)
+    return _draw(call, uniforms(keys, positions), greedy, cut)
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    **options: Any,
+) -> tuple[Tensor, SampleStats]:
+    """The specification: the logits in full and in float64, then the reference of ``sample``."""
+    linear = torch.nn.functional.linear
+    logits = linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    if lora is not None:
+        logits = logits + linear(linear(hidden.double(), lora[0].double()), lora[1].double()) * lora[2]
+    return sample_reference(logits, keys, positions, **options)
+
+
+def padding(hidden: Tensor, weight: Tensor, lora: Lora | None) -> int:
+    """Rows to add, so that the bits of fp32 products on a CPU do not depend on how many rows there are.
+
+    At least so many that each product goes to the library that a chunk of a training batch goes to.
+    """
+    if hidden.device.type != "cpu" or gemm_dtype(hidden, weight) != torch.float32 or not len(hidden):
+        return 0
+    least = MKL_ROWS
+    if onednn.preferred() and onednn.enabled():
+        for terms in (weight.shape[1], *([] if lora is None else [len(lora[0])])):
+            enough = -(-onednn.LEAST_WORK // max(1, terms * len(weight)))
+            least = max(least, enough if enough <= CPU_ROWS else 0)
+    return max(0, least - len(hidden))
+
+
+def _draw(call: Call, noise: Tensor, greedy: bool | Tensor, cut: Cut) -> tuple[Tensor, SampleStats]:
+    """Tokens and statistics of a call's first rows, one for each noise; its labels are written chunk by chunk."""
+    rows, head = len(noise), make_head("linear_logps", call)
+    kernels = dispatch.kernels("sample", call.backend, call.hidden.device, call.dtype)
+    plan = plan_for(head, "none", trained=None, wanted=Wanted(True, False))
+    buffer, parts = workspace(head, plan.chunk_rows, len(head.weight)), []
+    tokens, kept = noise.new_empty(rows, dtype=torch.int64), torch.ones_like(noise)
+    for start, stop in plan.chunks:
+        logits, here = project(head, hidden_rows(head, start, stop), buffer), slice(start, min(stop, rows))
+        if here.start >= here.stop:
+            break
+        logits, flags = logits[: here.stop - start], greedy[here] if isinstance(greedy, Tensor) else greedy
+        scaling = scaling_of(head, start, here.stop)
+        if head.shard is None:
+            found = draw(kernels, logits, noise[here], flags, cut, **scaling)
+        else:
+            found = draw_together(head.shard, kernels, logits, noise[here], flags, cut, **scaling)
+        tokens[here], kept[here] = found
+        write_labels(head, here, tokens[here])
+        parts.append(sweep(head, start, here.stop, logits, True))
+    stats = select_rows(join(head, parts, True), slice(0, rows))
+    check_drawable(stats)
+    return tokens, sample_stats(stats, kept, cut, head.out_dtype)
+
+
+def write_labels(head: Head, rows: slice, tokens: Tensor) -> None:
+    """The drawn tokens as the sweep's labels."""
+    if head.shard is None or head.owners is None:
+        head.labels[rows] = tokens
+    else:
+        head.labels[rows], head.owners[rows] = localise(head.shard, tokens)

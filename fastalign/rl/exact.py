@@ -1,0 +1,191 @@
+"""Whether the log-probs of sampling are bit for bit those of training: tried on the model itself, with random prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastalign.data.examples import TokenExample
+from fastalign.data.pack import build_batch
+from fastalign.models.policy import Policy, register_attention
+from fastalign.ops import linear_loss
+from fastalign.parallel.shard import gathered
+from fastalign.rl.sampler import NativeSampler, Stops
+from fastalign.types import PackedBatch, Prompt, Rollout, TokenStats
+
+log = logging.getLogger(__name__)
+
+PROMPTS = (1, 5, 16, 23, 70)
+"""Tokens of the prompts that are tried: of blocks of keys, none, a part, one, more."""
+SAMPLES = 7
+"""Completions of each, so that more rows are decoded than products are padded to, and not a round number."""
+TOKENS = 20
+"""Of each completion: it goes on past the end of a block of keys, wherever its prompt ends."""
+
+
+def probe(sampler: NativeSampler) -> str | None:
+    """Sample from random prompts and compare with the log-probs of training, bit for bit.
+
+    All ranks of a sharded policy must call it.
+
+    Returns:
+        None when they are equal, else by how much they differ and the first layer whose output does.
+    """
+    tried = _without_limits(sampler)
+    limit = (sampler.policy.max_length or (max(PROMPTS) + TOKENS + 1, ""))[0]
+    lengths = [length for length in PROMPTS if length + TOKENS <= limit] or [1]
+    with gathered(sampler.policy):
+        prompts = _prompts(sampler.policy, lengths)
+        apart = 0.0
+        for some, n in ((prompts[-1:], 1), (prompts, SAMPLES)):  # padded to more rows, and not
+            rollouts = sorted(tried.generate(some, n, 0), key=lambda r: (r.row, r.sample))
+            apart = max(apart, largest_difference(rollouts, trained_logps(tried, rollouts)))
+        if apart == 0:
+            return None
+        where = _first_difference(tried, prompts[-1:])
+    return f"log-probs of sampling and training differ by up to {apart:.2g}, first in {where}"
+
+
+def settle(sampler: NativeSampler) -> None:
+    """Set whether a sampler is exact as `sampler.exact` asks for, and log it.
+
+    Raises:
+        ValueError: `sampler.exact` is require and it is not.
+    """
+    wanted = sampler.settings.exact
+    if wanted == "off":
+        return
+    found = probe(sampler)
+    sampler.exact = found is None
+    if found is None:
+        log.info("sampler: exact, log-probs of sampling are bit for bit those of training")
+        return
+    text = f"{found}{_advice(sampler)}"
+    if wanted == "require":
+        raise ValueError(f"sampler.exact: require, but {text}")
+    log.warning("sampler: not exact: %s", text)
+
+
+def trained_logps(sampler: NativeSampler, rollouts: Sequence[Rollout]) -> Tensor:
+    """Log-probs of the sampled tokens by the packed forward and `linear_loss`, as training computes them, ``[N]``."""
+    batch = batch_of(rollouts).to(next(sampler.policy.parameters()).device)
+    temperature = sampler.settings.temperature or 1.0
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> TokenStats:
+        loss = {"loss_fn": lambda stats: stats.logps.sum(), "entropy": True, "temperature": temperature}
+        return linear_loss(hidden, weight, labels, **loss, **options)[1]
+
+    with torch.enable_grad(), sampler.precision():
+        return sampler.policy(batch, head).logps
+
+
+def batch_of(rollouts: Sequence[Rollout]) -> PackedBatch:
+    """Rollouts as one packed batch, the samples of a prompt behind it; sorted by prompt."""
+    examples = []
+    for row in dict.fromkeys(rollout.row for rollout in rollouts):
+        sequences = tuple(_sequence(rollout) for rollout in rollouts if rollout.row == row)
+        examples.append(TokenExample(sequences, row))
+    return build_batch(examples, True)
+
+
+def _sequence(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.concatenate([rollout.prompt, rollout.tokens])
+    return ids, np.arange(len(ids)) >= len(rollout.prompt)
+
+
+def largest_difference(rollouts: Sequence[Rollout], logps: Tensor) -> float:
+    """Between log-probs of sampling and others; 0 when all bits are equal."""
+    sampled = torch.from_numpy(np.concatenate([rollout.sampler_logps for rollout in rollouts]))
+    logps = logps.detach().cpu()
+    return 0.0 if torch.equal(sampled, logps) else (sampled.double() - logps).abs().nan_to_num(torch.inf).max().item()
+
+
+def _without_limits(sampler: NativeSampler) -> NativeSampler:
+    """A sampler of the same policy whose completions all have `TOKENS` tokens, drawn from the whole vocabulary."""
+    whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    rows = {"max_rows": len(PROMPTS) * SAMPLES, "max_new_tokens": TOKENS}
+    settings = replace(sampler.settings, **whole, **rows)
+    return NativeSampler(sampler.policy, settings, Stops(), precision=sampler.precision)
+
+
+def _prompts(policy: Policy, lengths: Sequence[int]) -> list[Prompt]:
+    random, size = np.random.default_rng(0), policy.model.get_input_embeddings().weight.shape[0]
+    return [Prompt(random.integers(size, size=length), row) for row, length in enumerate(lengths)]
+
+
+# --- where they differ -----------------------------------------------------------------------------------------------
+
+
+Calls = list[tuple[Tensor, Tensor]]
+"""Input and output ``[T, ...]`` of each call of a module."""
+
+
+def _first_difference(sampler: NativeSampler, prompts: Sequence[Prompt]) -> str:
+    """The first module that makes other outputs from equal inputs when it samples than when it trains."""
+    with _watched(sampler.policy) as sampling:
+        rollouts = sorted(sampler.generate(prompts, SAMPLES, 0), key=lambda rollout: rollout.sample)
+    with _watched(sampler.policy) as training:
+        trained_logps(sampler, rollouts)
+    batch = batch_of(rollouts)
+    begins = batch.cu_seqlens[:-1].long()
+    rows = [torch.arange(len(prompts[0].ids)), *(batch.rows[begins + t] for t in range(1, TOKENS))]
+    for name, ((inputs, outputs), *_) in training.items():
+        calls = sampling.get(name, [])[-TOKENS:]
+        if _alike(inputs, [x for x, _ in calls], rows) and not _alike(outputs, [x for _, x in calls], rows):
+            return name
+    return "the head"
+
+
+def _alike(whole: Tensor, parts: Sequence[Tensor], rows: Sequence[Tensor]) -> bool:
+    """Whether the rows of a packed batch equal those of the forwards that sampled them, padding left out."""
+    return all(torch.equal(whole[at], part[: len(at)]) for at, part in zip(rows, parts, strict=False))
+
+
+@contextmanager
+def _watched(policy: Policy) -> Iterator[dict[str, Calls]]:
+    """Notes what goes into and comes out of every module below the policy's head, by name in the order of their end."""
+    seen: dict[str, Calls] = {}
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+            found = [_first_tensor((*arguments, *options.values())), _first_tensor((output,))]
+            if all(x is not None and x.dim() > 1 and len(x) == 1 for x in found):
+                pair = [x[0].detach().clone() for x in found if x is not None]
+                seen.setdefault(name, []).append((pair[0], pair[1]))
+
+        return note
+
+    modules = dict(policy.backbone.named_modules())
+    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items() if name]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_tensor(values: Sequence[Any]) -> Tensor | None:
+    parts = [x for value in values for x in (value if isinstance(value, tuple | list) else [value])]
+    return next((x for x in parts if isinstance(x, Tensor) and x.is_floating_point()), None)
+
+
+def _advice(sampler: NativeSampler) -> str:
+    """The setting of the attention that makes it exact, where one does."""
+    policy, was, cpp = sampler.policy, sampler.policy.attention, register_attention("cpp")
+    if was in (cpp, register_attention("auto")):  # which is cpp where that can be
+        return ""
+    try:
+        policy.use_attention(cpp)
+        helps = probe(sampler) is None
+    except ValueError:  # it cannot serve this model here
+        helps = False
+    finally:
+        policy.use_attention(was)
+    return ": it is exact with model.attention cpp" if helps else ""
