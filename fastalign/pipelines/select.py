@@ -11,7 +11,6 @@ import importlib
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from fastalign.config import DataConfig, ModelConfig, SelectConfig, as_yaml
 from fastalign.data import columns, coreset, formats
+from fastalign.data.encode import spell_counts
 from fastalign.data.examples import TokenExample
 from fastalign.data.messages import Text
 from fastalign.data.pack import build_batch, pack
@@ -64,12 +64,14 @@ class Choice:
     Attributes:
         texts: of each row what is said in it, and the answer alone.
         reasons: why a row was dropped; None for those that are left.
+        counts: how many were dropped for each reason.
         clusters: size of each cluster of the core set, and how many rows were taken from it.
         radius: largest distance of a row to the nearest one of the core set, between embeddings of length 1.
     """
 
     texts: list[Texts]
     reasons: list[str | None]
+    counts: dict[str, int] = field(default_factory=dict)
     clusters: list[tuple[int, int]] = field(default_factory=list)
     radius: float | None = None
 
@@ -80,12 +82,12 @@ class Choice:
 
     def drop(self, reason: str, keep: Iterable[bool]) -> None:
         """Give the rows that are left and not kept their reason; ``keep`` has a value for each that is left."""
-        for row, kept in zip(self.left, keep, strict=True):
+        for row, kept in zip(left := self.left, keep, strict=True):
             self.reasons[row] = None if kept else reason
+        self.counts[reason] = len(left) - len(self.left)
 
     def __str__(self) -> str:
-        dropped = Counter(filter(None, self.reasons))
-        return ", ".join([f"rows {len(self.reasons)}", *(f"{reason} {n}" for reason, n in dropped.items())])
+        return spell_counts({"rows": len(self.reasons), **self.counts, "kept": len(self.left)})
 
 
 def select(settings: SelectConfig, data: DataConfig, model: ModelConfig) -> str:
@@ -105,7 +107,7 @@ def select(settings: SelectConfig, data: DataConfig, model: ModelConfig) -> str:
     if settings.report:
         sections = {"select": asdict(settings), "data": asdict(data), "model": asdict(model)}
         write_whole(Path(settings.report), page(choice, as_yaml(sections)), "the report")
-    log.info("dropped: %s", choice)
+    log.info("select: %s", choice)
     return f"done: {settings.out} holds {len(chosen)} of {len(rows)} rows"
 
 
@@ -234,7 +236,7 @@ def are_in(texts: Sequence[Texts], languages: Sequence[str]) -> list[bool]:
 
 def are_new(texts: Sequence[Texts]) -> list[bool]:
     """Whether no earlier row says the same but for case and white space."""
-    plain = [" ".join(whole.casefold().split()) for whole, _ in texts]
+    plain = ["".join(whole.casefold().split()) for whole, _ in texts]
     first = {text: i for i, text in reversed([*enumerate(plain)])}
     return [first[text] == i for i, text in enumerate(plain)]
 
@@ -295,6 +297,7 @@ def narrow(choice: Choice, embeddings: Tensor, settings: SelectConfig) -> None:
 def are_diverse(x: Tensor, limit: float) -> Tensor:
     """``[S]`` bool: whether a row of ``[S, D]`` has a cosine below the limit with all earlier ones that stay."""
     stay = torch.zeros(len(x), dtype=torch.bool)
+    limit -= coreset.ROUNDING * torch.finfo(x.dtype).eps  # a row is like itself
     for start in range(0, len(x), TOGETHER):
         block, mine = x[start : start + TOGETHER], stay[start : start + TOGETHER]
         free, close = ~(block @ x[stay].T >= limit).any(1), block @ block.T >= limit
@@ -338,7 +341,7 @@ def as_example(number: int, ids: Sequence[int], predicted: bool = False) -> Toke
 
 def page(choice: Choice, settings: str) -> str:
     """The report: what was dropped and why, lengths before and after, and what the core set covers."""
-    counts = Counter(reason or "selected" for reason in choice.reasons)
+    counts = {"selected": len(choice.left), **choice.counts}
     answers = [len(answer) for _, answer in choice.texts]
     lengths = {"all": answers, "selected": [answers[i] for i in choice.left]}
     spans = [(name, *np.percentile(found, [0, 10, 50, 90, 100]).astype(int)) for name, found in lengths.items()]
@@ -347,7 +350,7 @@ def page(choice: Choice, settings: str) -> str:
         + table(("rows", "number", "share"), [(r, n, f"{n / len(answers):.1%}") for r, n in counts.items()]),
         "<h2>Characters of the answers</h2>" + table(("rows", "least", "10 %", "median", "90 %", "most"), spans),
         clusters_part(choice),
-        *(examples_part(choice, reason) for reason in counts if reason != "selected"),
+        *(examples_part(choice, reason) for reason, number in choice.counts.items() if number),
         f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>",
     ]
     title = f"select: {len(choice.left)} of {len(answers)} rows"

@@ -66,7 +66,7 @@ def test_rows_are_written_unchanged_and_every_other_is_counted_with_its_reason(
     with caplog.at_level(logging.INFO, "fastalign"):
         kept = run(tmp_path, ROWS, min_chars=3, max_chars=20, report=str(tmp_path / "report.html"))
     assert kept == [ROWS[0], ROWS[5]]
-    assert "dropped: rows 6, empty 1, too_short 1, duplicate 1, too_long 1" in caplog.text
+    assert "select: rows 6, empty 1, too short 1, too long 1, duplicate 1, kept 2" in caplog.text
     page = (tmp_path / "report.html").read_text()
     assert "select: 2 of 6 rows" in page and "<td>too short<td>1<td>16.7%" in page and "It is Zoë" not in page
     first = (tmp_path / "out.jsonl").read_bytes()
@@ -163,7 +163,7 @@ def test_rows_like_an_earlier_one_are_left_out(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"min_chars": 99}, "no row is left to select: rows 6, empty 1, too_short 5"),
+        ({"min_chars": 99}, "no row is left to select: rows 6, empty 1, too short 5"),
         ({"min_chars": 9, "max_chars": 8}, "max_chars: expected at least min_chars, 9, got 8"),
         ({"near_duplicates": 2}, "near_duplicates: expected a number above 0 and up to 1, got 2"),
         ({"budget": -1}, "budget: expected a share below 1 or a number of rows, got -1"),
