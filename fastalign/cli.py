@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
-from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig, SelectConfig
+from fastalign.commands import SelectConfig
+from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
 

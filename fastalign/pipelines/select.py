@@ -21,7 +21,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fastalign.config import DataConfig, ModelConfig, SelectConfig, as_yaml
+from fastalign.commands import SelectConfig
+from fastalign.config import DataConfig, ModelConfig, as_yaml
 from fastalign.data import columns, coreset, formats
 from fastalign.data.encode import spell_counts
 from fastalign.data.examples import TokenExample

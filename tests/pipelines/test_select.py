@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastalign import cli
-from fastalign.config import DataConfig, ModelConfig, SelectConfig
+from fastalign.commands import SelectConfig
+from fastalign.config import DataConfig, ModelConfig
 from fastalign.data import builtin
 from fastalign.models.load import load_policy, save_pretrained
 from fastalign.pipelines import select as module
@@ -18,7 +19,7 @@ from fastalign.pipelines.select import Choice, are_diverse, embed, select
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-WORDS = "the quick brown fox jumps over the lazy dog while a small cat sleeps on the warm mat by the door".split()
+WORDS = [*"abcdefghijklmnopqrstuvwxyz"]
 
 
 @pytest.fixture(scope="module", autouse=True)
