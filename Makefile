@@ -73,7 +73,7 @@ $(VENV)/.torch: | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-demo: EXTRAS :=
-$(VENV)/.installed-test: EXTRAS := [test,peers]
+$(VENV)/.installed-test: EXTRAS := [test,peers,select]
 $(VENV)/.installed-check: EXTRAS := [check]
 # A compiler's warning fails our own checks, and never a user's build.
 $(VENV)/.installed-check: export FASTALIGN_WERROR := 1

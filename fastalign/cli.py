@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
+from fastalign.commands import SelectConfig
 from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
@@ -178,6 +179,17 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+def select(argv: list[str]) -> int:
+    """Select rows worth training on, by filters and a core set: fastalign select --data.path FILE --out FILE."""
+    prepare_process()
+    kinds = {"select": SelectConfig, "data": DataConfig, "model": ModelConfig}
+    settings = parse_sections("select", "select rows worth training on", argv, kinds)
+    from fastalign.pipelines.select import select as run  # brings transformers and datasets
+
+    print(run(settings["select"], settings["data"], settings["model"]))
+    return 0
+
+
 def prepare_process() -> None:
     """Set what must be set before the losses or the engine are imported: bars and logs of this process."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
@@ -299,6 +311,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "methods": methods,
     "ref-logps": ref_logps,
     "generate": generate,
+    "select": select,
     "report": report,
     "torchrun": torchrun,
     "bench": bench,

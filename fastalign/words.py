@@ -16,6 +16,7 @@ EXAMPLES = {
     "optim.betas": "[0.9, 0.95]",
     "loss.loss_weights": "[1, 0.2]",
     "data.columns": "{prompt: question}",
+    "select.languages": "[en, de]",
     "model.config": "{model_type: llama, hidden_size: 256}",
     "model.lora": "{r: 16, lora_alpha: 32}",
     "model.quantization": "{load_in_4bit: true}",

@@ -24,7 +24,7 @@ from fastalign.losses.traits import canonical as canonical_names
 from fastalign.losses.traits import keywords
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys):
     assert "unknown command 'dp': did you mean 'dpo'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.name for path in EXAMPLES])
+@pytest.mark.parametrize("path", EXAMPLES, ids=[str(path.relative_to(ROOT / "examples")) for path in EXAMPLES])
 def test_examples_are_valid(path):
     method = yaml.safe_load(path.read_text())["method"]
     assert parse_config(method, ["--config", str(path)]).method == method

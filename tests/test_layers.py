@@ -21,7 +21,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 TIERS = [
     {"_C", "fastalign_kernels"},
     {"config", "types", "words", "hub", "disk"},
-    {"ops"},
+    {"ops", "commands"},
     {"losses", "data", "models"},
     {"parallel"},
     {"rl"},

@@ -92,9 +92,10 @@ ROWS = {
     "kto": Reading(("unpaired", "preference"), unit="completion"),
     "rrhf": Reading(("ranked", "preference"), unit="candidate"),
     "prompt": Reading(("prompt",)),
+    "select": Reading(("prompt_completion", "text", "preference", "prompt"), imitates=True),
 }
 """Kinds of rows, by method, or by method and loss; kto and rrhf read a preference as a good and a bad completion. All
-on-policy methods read ``prompt``."""
+on-policy methods read ``prompt``; ``select`` is for `fastalign select`, which reads texts alone."""
 
 CONTEXT = ("question", "instruction", "query", "input", "messages", "conversations", "system", "context", "history")
 """Columns that hold what the completions answer, or a part of it, unless the data repeat it elsewhere."""

@@ -1,0 +1,39 @@
+"""Settings of commands that train nothing; those of runs are in `fastalign.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastalign.config import expand_homes
+
+
+@dataclass
+class SelectConfig:
+    """Which rows `fastalign select` keeps, and where it writes them. The filters work in the order they have here."""
+
+    out: str = "selected.jsonl"
+    """File that gets a line of JSON per row that is kept, unchanged and in the order of the data."""
+    report: str | None = None
+    """Page that says what was dropped and why, e.g. `report.html`."""
+    overwrite: bool = False
+    """Replace `out` and `report` where they are there."""
+    min_chars: int = 0
+    """Fewest characters of an answer: a completion, the chosen one of a preference, what the assistant says."""
+    max_chars: int | None = None
+    """Most characters of an answer."""
+    languages: list[str] = field(default_factory=list)
+    """Codes of the languages that are kept, e.g. `[en, de]`; py3langid tells the whole row's. Default: all."""
+    keep_duplicates: bool = False
+    """Keep rows that say the same as an earlier one but for case and white space."""
+    near_duplicates: float | None = None
+    """Drop a row that has this share of its word triples in common with an earlier one, e.g. 0.8."""
+    max_similarity: float | None = None
+    """Drop a row whose embedding by the model has this cosine, or a larger one, with that of an earlier one."""
+    budget: float | None = None
+    """Rows of the core set: a share of those left below 1, a number from 1 on. They are taken from clusters of the
+    embeddings, from each those that cover it best. Default: all that are left."""
+    clusters: int | None = None
+    """Clusters of the core set; default: the square root of the number of its rows."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "out", "report")
