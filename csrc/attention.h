@@ -30,7 +30,7 @@ struct Attention {
   Heads grad_out, grad_q;
   float *grad_k, *grad_v;  // [T, key_heads, size], zeros that backward adds to
   int64_t heads, key_heads, size;
-  float scale;
+  float scale, softcap;  // scores become softcap tanh(scores / softcap); 0: they do not
   const AttentionCall* calls;
   int64_t num_calls;
   const Span* spans;

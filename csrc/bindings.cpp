@@ -109,12 +109,12 @@ Heads heads(const HeadsArgument& x) {
 
 void run_attention(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
                    Address lse, const HeadsArgument& grad_out, const HeadsArgument& grad_q, Address grad_k,
-                   Address grad_v, const std::tuple<int64_t, int64_t, int64_t>& shape, double scale, Address calls,
-                   int64_t num_calls, Address spans, Address trees, int64_t num_trees, int threads) {
+                   Address grad_v, const std::tuple<int64_t, int64_t, int64_t>& shape, double scale, double softcap,
+                   Address calls, int64_t num_calls, Address spans, Address trees, int64_t num_trees, int threads) {
   Attention op{heads(q), heads(k), heads(v), heads(out), pointer<float>(lse), heads(grad_out), heads(grad_q),
                pointer<float>(grad_k), pointer<float>(grad_v), std::get<0>(shape), std::get<1>(shape),
-               std::get<2>(shape), static_cast<float>(scale), pointer<AttentionCall>(calls), num_calls,
-               pointer<Span>(spans), pointer<int64_t>(trees), num_trees};
+               std::get<2>(shape), static_cast<float>(scale), static_cast<float>(softcap),
+               pointer<AttentionCall>(calls), num_calls, pointer<Span>(spans), pointer<int64_t>(trees), num_trees};
   kernels().attention(op, grad_k != 0, threads);
 }
 
@@ -216,13 +216,13 @@ PYBIND11_MODULE(_C, m) {
   const HeadsArgument no_heads{};
   m.def("attention", &run_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out") = no_heads,
         py::arg("lse"), py::arg("grad_out") = no_heads, py::arg("grad_q") = no_heads, py::arg("grad_k") = 0,
-        py::arg("grad_v") = 0, py::arg("shape"), py::arg("scale"), py::arg("calls"), py::arg("num_calls"),
-        py::arg("spans"), py::arg("trees"), py::arg("num_trees"), py::arg("threads"),
+        py::arg("grad_v") = 0, py::arg("shape"), py::arg("scale"), py::arg("softcap") = 0.0, py::arg("calls"),
+        py::arg("num_calls"), py::arg("spans"), py::arg("trees"), py::arg("num_trees"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
         "Causal attention over a packed row, or, with grad_k, its gradients.");
   m.def("forest_decode", &run_forest_decode, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-        py::arg("keys"), py::arg("values"), py::arg("dtype"), py::arg("shape"), py::arg("scale"), py::arg("softcap"),
-        py::arg("chains"), py::arg("width"), py::arg("lengths"), py::arg("order"), py::arg("groups"),
+        py::arg("keys"), py::arg("values"), py::arg("dtype"), py::arg("shape"), py::arg("scale"),
+        py::arg("softcap") = 0.0, py::arg("chains"), py::arg("width"), py::arg("lengths"), py::arg("order"), py::arg("groups"),
         py::arg("num_groups"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "Write one new token's key and value of each row, and attend to its whole sequence.");
   const RowsArgument no_rows{};

@@ -62,7 +62,7 @@ struct Task {
 struct Room {
   const Attention& op;
   int64_t width, keys, columns;
-  Floats k, v, k_columns, v_columns, q, scores, out, grad_out, grad_scores, grad_k, grad_v;
+  Floats k, v, k_columns, v_columns, q, scores, out, grad_out, grad_scores, grad_k, grad_v, slopes;
 
   Room(const Attention& op, int64_t longest, bool backward)
       : op(op), width(to_strips(op.size)), keys(longest), columns(to_strips(longest)),
@@ -70,7 +70,7 @@ struct Room {
         v_columns(floats(backward ? columns * op.size : 0)), q(floats(kBlock * width)),
         scores(floats(kBlock * columns)), out(floats(kBlock * width)), grad_out(floats(backward ? kBlock * width : 0)),
         grad_scores(floats(backward ? kBlock * columns : 0)), grad_k(floats(backward ? keys * width : 0)),
-        grad_v(floats(backward ? keys * width : 0)) {}
+        grad_v(floats(backward ? keys * width : 0)), slopes(floats(op.softcap > 0 ? columns : 0)) {}
 
   void read_keys(const AttentionCall& call, int64_t head, bool backward) {
     int64_t n = 0;
@@ -122,6 +122,7 @@ void forward_task(Room& room, const Task& task) {
       for (int64_t i = 0; i < rows; ++i) {
         float* row = &room.scores[i * room.columns];
         int64_t own = before + at + i + 1;
+        if (op.softcap > 0) cap(row, own, op.softcap);
         float max = max_of(row, own);
         sums[i] = exponentials(row, own, to_strips(seen), max);
         op.lse[(call.start + at + i) * op.heads + head] = max + std::log(sums[i]);
@@ -133,12 +134,13 @@ void forward_task(Room& room, const Task& task) {
     }
 }
 
-// Weights p and the gradient dp of each row become ds = p (dp - sum p dp).
-void differentiate_row(const float* p, float* dp, int64_t end) {
+// Weights p and the gradient dp of a row become ds = p (dp - sum p dp), times the scores' slopes where they are capped.
+void differentiate_row(const float* p, float* dp, int64_t end, const float* slopes) {
   vec sum = set(0);
   for (int64_t j = 0; j < end; j += kLanes) sum = fma(load(p + j), load(dp + j), sum);
   vec delta = set(sum_lanes(sum));
   for (int64_t j = 0; j < end; j += kLanes) store(dp + j, load(p + j) * (load(dp + j) - delta));
+  for (int64_t j = 0; slopes && j < end; j += kLanes) store(dp + j, load(dp + j) * load(slopes + j));
 }
 
 void backward_block(Room& room, int64_t head, int64_t start, int64_t rows, int64_t seen) {
@@ -150,8 +152,10 @@ void backward_block(Room& room, int64_t head, int64_t start, int64_t rows, int64
           room.grad_scores.get(), room.columns, false);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = &room.scores[i * room.columns];
-    exponentials(row, seen - rows + i + 1, end, op.lse[(start + i) * op.heads + head]);
-    differentiate_row(row, &room.grad_scores[i * room.columns], end);
+    int64_t own = seen - rows + i + 1;
+    if (op.softcap > 0) cap(row, own, op.softcap, room.slopes.get());
+    exponentials(row, own, end, op.lse[(start + i) * op.heads + head]);
+    differentiate_row(row, &room.grad_scores[i * room.columns], end, op.softcap > 0 ? room.slopes.get() : nullptr);
   }
   product(seen, width, rows, room.columns_of(room.scores), room.wide(room.grad_out), room.grad_v.get(), width, true);
   product(seen, width, rows, room.columns_of(room.grad_scores), room.wide(room.q), room.grad_k.get(), width, true);

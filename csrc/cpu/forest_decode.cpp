@@ -18,6 +18,7 @@ namespace fastalign::LEVEL {
 namespace {
 
 constexpr int64_t kQueries = 48;                   // of one task, or those of one row where they are more
+constexpr int64_t kScores = 65536;                 // of one task likewise: what the second-level cache holds
 constexpr int64_t kParts = kForestBlock / kLanes;  // vectors of a block's positions
 constexpr int64_t kWork = 1 << 18;                 // multiply-adds for which a thread is worth waking
 
@@ -130,43 +131,74 @@ void add_values(const Room& room, int64_t row, int64_t rows, int64_t size, Block
   });
 }
 
+// One task with its keys and values as T.
 template <class T>
-void decode(const ForestDecode& op, const Room& room, const Task& task, T* type) {
-  int64_t stride = op.key_heads * op.size * kForestBlock, head = task.head * op.size * kForestBlock;
-  int64_t heads = room.heads, shared = task.group->shared * kForestBlock, rows = task.last - task.first;
-  auto blocks = [&](const void* data, int64_t i) {
-    return Blocks<T>{static_cast<const T*>(data) + head, op.chains + op.order[task.first + i] * op.width, stride};
-  };
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t row = op.order[task.first + i];
-    append(op, row, task.head, type);
-    for (int64_t h = 0; h < heads; ++h)
-      with_type(op.q.dtype, [&](auto* q_type) {
-        scaled(row_of(op.q, row, task.head * heads + h, q_type), &room.q[(i * heads + h) * room.width], op.size,
-               op.scale);
-      });
+struct Decode {
+  const ForestDecode& op;
+  const Room& room;
+  const Task& task;
+  int64_t heads = room.heads, rows = task.last - task.first, shared = task.group->shared * kForestBlock;
+
+  int64_t row(int64_t i) const { return op.order[task.first + i]; }
+  int64_t length(int64_t i) const { return op.lengths[row(i)]; }
+
+  Blocks<T> blocks(const void* data, int64_t i) const {
+    int64_t block = op.size * kForestBlock;
+    return {static_cast<const T*>(data) + task.head * block, op.chains + row(i) * op.width, op.key_heads * block};
   }
-  score(room, 0, rows * heads, op.size, blocks(op.keys, 0), 0, shared);
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t length = op.lengths[op.order[task.first + i]];
-    score(room, i * heads, heads, op.size, blocks(op.keys, i), shared, length);
+
+  // What a row does not share comes from far: it is asked for while the row before is computed.
+  void prefetch(const void* data, int64_t i) const {
+    if (i >= rows) return;
+    Blocks<T> own = blocks(data, i);
+    for (int64_t b = task.group->shared; b * kForestBlock < length(i); ++b)
+      for (int64_t j = 0; j < op.size * kForestBlock; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(own[b] + j);
+  }
+
+  void read_queries(int64_t i) const {
+    with_type(op.q.dtype, [&](auto* type) {
+      for (int64_t h = 0; h < heads; ++h)
+        scaled(row_of(op.q, row(i), task.head * heads + h, type), &room.q[(i * heads + h) * room.width], op.size,
+               op.scale);
+    });
+  }
+
+  // The weights of a row's queries, but for the factor 1 / total, from the scores of what it shares and of its own.
+  void make_weights(int64_t i) const {
+    append(op, row(i), task.head, static_cast<T*>(nullptr));
+    score(room, i * heads, heads, op.size, blocks(op.keys, i), shared, length(i));
     for (int64_t h = i * heads; h < (i + 1) * heads; ++h) {
       float* x = &room.scores[h * room.columns];
-      if (op.softcap > 0) cap(x, length, op.softcap);
-      room.totals[h] = exponentials(x, length, length, max_of(x, length));
+      if (op.softcap > 0) cap(x, length(i), op.softcap);
+      room.totals[h] = exponentials(x, length(i), length(i), max_of(x, length(i)));
     }
   }
-  add_values(room, 0, rows * heads, op.size, blocks(op.values, 0), 0, shared);
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t row = op.order[task.first + i];
-    add_values(room, i * heads, heads, op.size, blocks(op.values, i), shared, op.lengths[row]);
-    for (int64_t h = 0; h < heads; ++h)
-      with_type(op.out.dtype, [&](auto* out_type) {
-        scaled(&room.sums[(i * heads + h) * room.width], row_of(op.out, row, task.head * heads + h, out_type), op.size,
+
+  void write_result(int64_t i) const {
+    add_values(room, i * heads, heads, op.size, blocks(op.values, i), shared, length(i));
+    with_type(op.out.dtype, [&](auto* type) {
+      for (int64_t h = 0; h < heads; ++h)
+        scaled(&room.sums[(i * heads + h) * room.width], row_of(op.out, row(i), task.head * heads + h, type), op.size,
                1 / room.totals[i * heads + h]);
-      });
+    });
   }
-}
+
+  void run() const {
+    prefetch(op.keys, 0);
+    for (int64_t i = 0; i < rows; ++i) read_queries(i);
+    score(room, 0, rows * heads, op.size, blocks(op.keys, 0), 0, shared);
+    for (int64_t i = 0; i < rows; ++i) {
+      prefetch(op.keys, i + 1);
+      make_weights(i);
+    }
+    prefetch(op.values, 0);
+    add_values(room, 0, rows * heads, op.size, blocks(op.values, 0), 0, shared);
+    for (int64_t i = 0; i < rows; ++i) {
+      prefetch(op.values, i + 1);
+      write_result(i);
+    }
+  }
+};
 
 // For each key head up to `rows` rows of a group. Returns how many, and writes them where there is room.
 int64_t list_tasks(const ForestDecode& op, int64_t rows, Task* tasks) {
@@ -181,15 +213,16 @@ int64_t list_tasks(const ForestDecode& op, int64_t rows, Task* tasks) {
 }  // namespace
 
 void forest_decode(const ForestDecode& op, int threads) {
-  int64_t heads = op.heads / op.key_heads, rows = std::max<int64_t>(1, kQueries / heads), longest = 0, positions = 0;
-  int64_t count = list_tasks(op, rows, nullptr), num_rows = 0;
-  Scratch<Task> tasks = scratch<Task>("forest_decode", count);
-  list_tasks(op, rows, tasks.get());
+  int64_t heads = op.heads / op.key_heads, num_rows = 0, longest = 0, positions = 0;
   for (int64_t g = 0; g < op.num_groups; ++g) num_rows = std::max(num_rows, op.groups[g].last);
   for (int64_t i = 0; i < num_rows; ++i) {
     longest = std::max(longest, op.lengths[i]);
     positions += op.lengths[i];
   }
+  int64_t rows = std::max<int64_t>(1, std::min({kQueries / heads, kScores / longest / heads, num_rows}));
+  int64_t count = list_tasks(op, rows, nullptr);
+  Scratch<Task> tasks = scratch<Task>("forest_decode", count);
+  list_tasks(op, rows, tasks.get());
   threads = int(std::min<int64_t>({threads, count, 1 + 2 * positions * op.heads * op.size / kWork}));
   OutOfMemory missing{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -198,7 +231,7 @@ void forest_decode(const ForestDecode& op, int threads) {
     keep_failure(missing, [&] { room.emplace(op, rows * heads, longest); });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i)
-      if (room) with_type(op.dtype, [&](auto* type) { decode(op, *room, tasks[i], type); });
+      if (room) with_type(op.dtype, [&](auto* type) { Decode<std::decay_t<decltype(*type)>>{op, *room, tasks[i]}.run(); });
   }
   throw_failure(missing);
 }

@@ -20,10 +20,13 @@ FORCE_INLINE void scaled(const From* from, To* to, int64_t size, float factor) {
   if (j < size) store(to + j, by * load(from + j, size - j), size - j);
 }
 
-// x[j] = softcap tanh(x[j] / softcap) for j < n, and for what fills the last vector.
-inline void cap(float* x, int64_t n, float softcap) {
-  vec most = set(softcap), scale = set(1 / softcap);
-  for (int64_t j = 0; j < n; j += kLanes) store(x + j, most * tanh_slope(load(x + j) * scale).tanh);
+// x[j] = softcap tanh(x[j] / softcap) for j < n, and for what fills the last vector; the slopes where they are wanted.
+inline void cap(float* x, int64_t n, float softcap, float* slopes = nullptr) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    TanhSlope capped = tanh_slope(load(x + j) * set(1 / softcap));
+    store(x + j, set(softcap) * capped.tanh);
+    if (slopes) store(slopes + j, capped.slope);
+  }
 }
 
 inline float max_of(const float* x, int64_t n) {

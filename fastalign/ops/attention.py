@@ -159,7 +159,7 @@ def packed_attention(
         v: `[T, K, d]` values, likewise.
         segments: the segments of the row, or their `layout`, which many layers can share.
         scale: factor of the scores; default `d ** -0.5`.
-        softcap: scores become `softcap * tanh(scores / softcap)`; `sdpa` (slower) and `flash` know it.
+        softcap: scores become `softcap * tanh(scores / softcap)`; all but `varlen` know it, `sdpa` is slower then.
         backend: `sdpa`, `cpp`, `varlen`, `flash` or None for the best one here.
 
     Returns:

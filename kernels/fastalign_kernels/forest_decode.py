@@ -16,8 +16,8 @@ from torch import Tensor
 from fastalign_kernels import launch
 from fastalign_kernels.rows import _exp, _tanh
 
-NUMBERS = 256
-"""Most numbers of queries that a program keeps: what its registers hold beside a block."""
+QUERIES = 1024
+"""Bytes of queries that a program keeps: what its registers hold beside a block."""
 
 # Neither other rows, heads or lengths nor a slice compile a kernel again.
 STRIDES = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "width", "key_heads"]
@@ -129,7 +129,8 @@ def decode(
     (num_rows, num_heads, size), key_heads = q.shape, k.shape[1]
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     group, cols = num_heads // key_heads, triton.next_power_of_2(size)
-    heads = min(triton.next_power_of_2(group), max(1, NUMBERS // cols))
+    wide = torch.float64 if torch.float64 in (q.dtype, keys.dtype) else torch.float32
+    heads = min(triton.next_power_of_2(group), max(1, QUERIES // (wide.itemsize * cols)))
     strides = {f"{name}_{kind}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, kind in AXES}
     with launch.device(q):
         decode_kernel[(num_rows, key_heads, triton.cdiv(group, heads))](
@@ -152,7 +153,7 @@ def decode(
             SIZE=size,
             COLS=cols,
             BLOCK=keys.shape[-1],
-            DTYPE=tl.float64 if torch.float64 in (q.dtype, keys.dtype) else tl.float32,
+            DTYPE=tl.float64 if wide == torch.float64 else tl.float32,
             **launch.options(q),
         )
     return out

@@ -174,7 +174,7 @@ def define_linear_loss(x):
     return {"loss": (logps.square() + entropy.sin()).sum(), "logps": logps.detach(), "entropy": entropy.detach()}
 
 
-PROMPTS, PROMPT_OF, NUM_OWN = (5, 16, 37), [2, 0, 1, 0, 2, 2], 2
+PROMPTS, PROMPT_OF, NUM_OWN = (5, 16, 18), [2, 0, 1, 2], 1
 """Prompts shorter and longer than a block and as long; rows of each, in no order, and the tokens they already have."""
 
 

@@ -63,6 +63,12 @@ def test_long_segments_and_head_shapes(heads, kv_heads, size, level):
     assert_right(LONG, tensors(LONG.offsets[-1], heads, kv_heads, size))
 
 
+def test_softcap(level):
+    segments = segments_of("pair")
+    assert_right(segments, tensors(14, size=16), scale=0.7, softcap=2.0)
+    assert_right(LONG, tensors(LONG.offsets[-1], 4, 2, 24), scale=0.3, softcap=3.0)
+
+
 @pytest.mark.parametrize(
     "dtypes", [(torch.bfloat16,), (torch.float16,), (torch.float32, torch.float32, torch.bfloat16)]
 )
@@ -123,8 +129,7 @@ def test_it_is_the_choice_on_a_cpu_where_it_serves():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert dispatch.choose_attention(None, "cpu", dtype) == "cpp"
     assert dispatch.choose_attention(None, "cpu", torch.float64) == "sdpa"
-    assert dispatch.choose_attention(None, "cpu", torch.float32, True) == "sdpa"
-    assert "no softcap" in dispatch.without_attention("cpp", "cpu", torch.float32, True)
+    assert dispatch.choose_attention(None, "cpu", torch.float32, True) == "cpp"
     assert "CPU tensors" in dispatch.without_attention("cpp", "cuda", torch.float32)
 
 

@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {3: "972135933870c288"}
+BINDINGS = {3: "6d11d4244d249b79"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""
@@ -114,6 +114,14 @@ def attention(length, heads, **more):
     C.attention(**each, **tables, scale=1.0, num_calls=1, num_trees=1, **more, **threads)
 
 
+def decode(length, heads):
+    q, lengths, order, groups = (at, 0, heads * 64, 64), table(length), table(0), table(0, 1, 0)
+    tables = {"lengths": lengths, "order": order, "groups": groups}
+    tables = {name: ctypes.addressof(value) for name, value in tables.items()}
+    each = {"q": q, "k": q, "v": q, "out": q, "keys": at, "values": at, "dtype": 0, "shape": (heads, heads, 64)}
+    C.forest_decode(**each, **tables, chains=at, width=1, scale=1.0, num_groups=1, **threads)
+
+
 def product():
     sizes = {"m": 48, "n": many, "k": 2, "out_stride": 1, "a_row_stride": 1, "a_col_stride": 1, "b_stride": 1}
     C.add_product(out=at, a=at, b=at, accumulate=False, **sizes, **threads)
@@ -129,6 +137,8 @@ ASKS = {
     "rms_norm, backward": lambda: norm(64 * 65536, 1024, grad_weight=at),
     "attention, its tasks": lambda: attention(1, many),
     "attention": lambda: attention(many, 1),
+    "forest_decode, its tasks": lambda: decode(1, many),
+    "forest_decode": lambda: decode(many, 1),
     "attention, backward": lambda: attention(many, 1, grad_k=at, grad_v=at),
 }
 if C.has_bf16_product():

@@ -131,9 +131,9 @@ MIXTURES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "rotated": (FP32, FP32, BF
 LENGTHS = torch.randint(0, 71, (48,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def assert_same_bits(x, **options):
-    together = packed_attention(x.q, x.k, x.v, x.segments, backend="cpp")[x.segments.offsets[len(x.prompts)] :]
-    assert torch.equal(decoded(x, **options), together)
+def assert_same_bits(x, softcap=None, **options):
+    together = packed_attention(x.q, x.k, x.v, x.segments, softcap=softcap, backend="cpp")
+    assert torch.equal(decoded(x, softcap=softcap, **options), together[x.segments.offsets[len(x.prompts)] :])
 
 
 ROWS = [(1, (4, 2, 32), 1), (2, (3, 3, 33), 2), (5, (2, 1, 128), 1), (16, (14, 2, 24), 2), (48, (8, 4, 32), 2)]
@@ -150,6 +150,13 @@ def test_the_bits_are_those_of_the_packed_attention(num_rows, shape, threads, le
     )
     with settings(threads, level):
         assert_same_bits(x, late=num_rows if num_rows < 16 else 7)
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_softcap_has_the_same_bits_too(level):
+    with settings(level=level):
+        assert_same_bits(grove([5, 37], [20, 3, 33]), softcap=2.0)
 
 
 @native

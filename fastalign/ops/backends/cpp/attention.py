@@ -20,7 +20,7 @@ def unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
         return f"needs CPU tensors, got {device}"
     if dtype not in NARROW:
         return f"computes in fp32, got {str(dtype).removeprefix('torch.')}"
-    return "the native attention has no softcap" if softcap else cpp.unavailable()
+    return cpp.unavailable()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float | None) -> Tensor:
@@ -30,22 +30,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap:
         q: ``[T, H, d]`` fp32, bf16 or fp16; so are ``k`` and ``v``, ``[T, K, d]``, each in a dtype of its own.
         plan: the `Layout`.
         scale: factor of the scores.
-        softcap: None.
+        softcap: None or the cap.
 
     Returns:
         ``[T, H, d]``, in autocast's dtype where it is on.
     """
-    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, out_dtype(q))
+    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, softcap or 0.0, out_dtype(q))
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, dtype):
+    def forward(ctx, q, k, v, plan, scale, softcap, dtype):
         out = torch.empty(q.shape, dtype=dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        _call(q, k, v, plan, scale, lse, out=_heads(out))
+        _call(q, k, v, plan, scale, softcap, lse, out=_heads(out))
         ctx.save_for_backward(q, k, v, lse)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.options = plan, scale, softcap
         return out
 
     @staticmethod
@@ -55,11 +55,13 @@ class _Attend(torch.autograd.Function):
         grad_out, grad_q = _neighbours(grads[0]), torch.empty(q.shape, dtype=q.dtype)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
         new = {"grad_out": _heads(grad_out), "grad_q": _heads(grad_q)}
-        _call(q, k, v, ctx.plan, ctx.scale, lse, **new, grad_k=grad_k.data_ptr(), grad_v=grad_v.data_ptr())
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        _call(q, k, v, *ctx.options, lse, **new, grad_k=grad_k.data_ptr(), grad_v=grad_v.data_ptr())
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, lse: Tensor, **more: Any) -> None:
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap: float, lse: Tensor, **more: Any
+) -> None:
     from fastalign import _C
 
     calls, spans, trees = _tables(plan)
@@ -70,6 +72,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, lse: Tens
         lse=lse.data_ptr(),
         shape=(q.shape[1], k.shape[1], q.shape[2]),
         scale=scale,
+        softcap=softcap,
         calls=calls.data_ptr(),
         num_calls=len(calls),
         spans=spans.data_ptr(),
