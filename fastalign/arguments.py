@@ -337,9 +337,7 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 def help_text(method: str, losses: Losses) -> str:
     """What ``--help`` prints: every setting with its docstring, what it accepts and its default."""
     settings = defaults(losses, method, asked_algorithm(method, [], []))
-    return written_help(
-        method, METHODS[method].help, settings, schema_of(losses, method), docstrings(method, losses)
-    )
+    return written_help(method, METHODS[method].help, settings, schema_of(losses, method), docstrings(method, losses))
 
 
 def written_help(

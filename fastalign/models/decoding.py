@@ -107,7 +107,9 @@ class Shapes(Cached):
         """A forest for these layers of a model, which is called ``name`` in errors."""
         kinds = {*self.seen.values()}
         if len(kinds) != 1 or sorted(self.seen) != list(range(len(self.seen))):
-            raise ValueError(f"{name} has layers with keys of different shapes ({self.seen}): it cannot be sampled from")
+            raise ValueError(
+                f"{name} has layers with keys of different shapes ({self.seen}): it cannot be sampled from"
+            )
         return Forest(len(self.seen), *kinds.pop(), device)
 
 
@@ -117,7 +119,9 @@ def prompt_batch(prompts: Sequence[np.ndarray], copies: int, device: torch.devic
     parts = [*prompts, np.zeros(max(0, LEAST_ROWS - sum(lengths)), dtype=np.int64)]
     rows = (np.cumsum(lengths) - 1).repeat(copies)
     offsets = np.cumsum([0, *(len(part) for part in parts if len(part))])
-    return _batch(np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts]), rows, offsets, device)
+    return _batch(
+        np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts]), rows, offsets, device
+    )
 
 
 def token_batch(tokens: Sequence[int], positions: Sequence[int], device: torch.device) -> PackedBatch:

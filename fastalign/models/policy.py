@@ -244,7 +244,9 @@ def _attention_function(backend: str | None) -> Callable[..., tuple[Tensor, None
 def layer_of(module: Any) -> int:
     """Which layer an attention module is of: under that number its keys and values are kept."""
     if (layer := getattr(module, "layer_idx", None)) is None:
-        raise ValueError(f"{type(module).__name__} does not say which layer it is (layer_idx): it cannot be sampled from")
+        raise ValueError(
+            f"{type(module).__name__} does not say which layer it is (layer_idx): it cannot be sampled from"
+        )
     return layer
 
 

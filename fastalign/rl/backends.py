@@ -180,7 +180,9 @@ class ServerSampler:
 
     def __init__(self, settings: SamplerConfig, stops: Stops) -> None:
         if settings.url is None:
-            raise ValueError("sampler.url is not set: sampler.backend vllm needs the server's, http://localhost:8000/v1")
+            raise ValueError(
+                "sampler.url is not set: sampler.backend vllm needs the server's, http://localhost:8000/v1"
+            )
         self.settings, self.stops, self.version, self.told = settings, stops, 0, False
         self.model = self._ask("models")["data"][0]["id"]
 
@@ -246,4 +248,6 @@ class ServerSampler:
             said = " ".join(error.read(500).decode(errors="replace").split())
             raise ValueError(f"sampler.url: {url} answers {error.code}: {said}") from error
         except (OSError, ValueError) as error:
-            raise ValueError(f"sampler.url: {url} does not answer ({error}): start the server, or mend the url") from error
+            raise ValueError(
+                f"sampler.url: {url} does not answer ({error}): start the server, or mend the url"
+            ) from error

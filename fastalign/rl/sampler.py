@@ -48,9 +48,7 @@ class Sampler(Protocol):
     exact: bool
     """Its log-probs are bit for bit those that training computes of the same tokens."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
-    ) -> Iterator[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as it ends; with ``greedy`` sample 0 is that of temperature 0."""
         ...
 
@@ -161,9 +159,7 @@ class NativeSampler:
         """The weights are the policy's own: only their version is new."""
         self.policy, self.version = policy, version
 
-    def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False
-    ) -> Iterator[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as it ends.
 
         Args:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from fastalign.config import ModelConfig
 from fastalign.data.ref_cache import KEY_BYTES, RefCache, example_key
 from fastalign.engine import train
+from fastalign.engine import update as updates
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.output.checkpoint import rng_state
@@ -48,13 +49,13 @@ def cached(configure, tmp_path):
 def orders(monkeypatch):
     """The examples of every micro-batch that a step of training saw, in order."""
     seen: list[tuple[int, ...]] = []
-    step = train.accumulate_gradients
+    step = updates.accumulate_gradients
 
     def watched(models, batches, *args):
         seen.extend(batch.example_ids for batch in batches)
         return step(models, batches, *args)
 
-    monkeypatch.setattr(train, "accumulate_gradients", watched)
+    monkeypatch.setattr(updates, "accumulate_gradients", watched)
     return seen
 
 

@@ -72,7 +72,7 @@ def test_an_attention_without_native_kernel_is_not_called_exact(kind, options, c
     with caplog.at_level("INFO"):
         settle(sampler)
     said = caplog.records[-1].getMessage()
-    assert sampler.exact or "sampler: not exact: " in said and "first in layers.0.self_attn" in said
+    assert sampler.exact or ("sampler: not exact: " in said and "first in layers.0.self_attn" in said)
     assert sampler.exact or ("exact with model.attention cpp" in said) == (kind == "llama")
     rollouts = in_order(sampler.generate(make_prompts(9, 33), 2, 3))
     assert largest_difference(rollouts, trained_logps(sampler, rollouts)) < 1e-5
@@ -192,7 +192,7 @@ def test_a_completion_of_one_token_and_one_that_fills_the_model():
 def test_truncated_sampling_keeps_its_mass():
     sampler = make_sampler(make_policy(), top_k=5)
     for rollout in sampler.generate(make_prompts(6), 2, 0):
-        assert rollout.kept_mass is not None and ((0 < rollout.kept_mass) & (rollout.kept_mass < 1)).all()
+        assert rollout.kept_mass is not None and ((rollout.kept_mass > 0) & (rollout.kept_mass < 1)).all()
         whole = rollout.sampler_logps + np.log(rollout.kept_mass)
         expected = trained_logps(make_sampler(make_policy()), [rollout]).detach().numpy()
         np.testing.assert_allclose(whole, expected, atol=1e-5)

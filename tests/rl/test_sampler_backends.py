@@ -98,7 +98,10 @@ def test_a_sampler_conforms(backend, sampler):
             assert (len(tokens) == settings.get("max_new_tokens", 12)) or ended != "length"
         native = in_order(sampler("native", **settings).generate(prompts, 1, 0, greedy=True))
         assert [r.tokens.tolist() for r in rollouts if r.sample == 0] == [r.tokens.tolist() for r in native]
-        for some, temperature in ((rollouts[::3], 1.0), (rollouts[1:3] + rollouts[4:], settings.get("temperature", 1.0))):
+        for some, temperature in (
+            (rollouts[::3], 1.0),
+            (rollouts[1:3] + rollouts[4:], settings.get("temperature", 1.0)),
+        ):
             found = np.concatenate([rollout.sampler_logps for rollout in in_order(some)])
             np.testing.assert_allclose(found, expected_logps(some, temperature), atol=1e-5)
 
@@ -137,6 +140,8 @@ def test_servers_that_do_not_serve_are_refused_in_one_line(sampler, url, monkeyp
     with pytest.raises(ValueError, match="only sampler.backend native can be, got vllm"):
         make_sampler(None, SamplerConfig(backend="vllm", url=url, exact="require"), Letters())
     kept = Server.answer
-    monkeypatch.setattr(Server, "answer", lambda self, x: kept(self, json.loads(json.dumps(x).replace("token_ids", "ids"))))
+    monkeypatch.setattr(
+        Server, "answer", lambda self, x: kept(self, json.loads(json.dumps(x).replace("token_ids", "ids")))
+    )
     with pytest.raises(ValueError, match=r"gives no token_ids with log-probs"):
         list(sampler("vllm").generate(make_prompts(4), 1, 0))
