@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {2: "a5831ed028e0e288"}
+BINDINGS = {3: "c77b0aa3b6316cab"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""
@@ -115,8 +115,8 @@ def attention(length, heads, **more):
 
 
 def product():
-    sizes = {"m": 48, "n": many, "k": 2, "out_stride": 1, "a_row_stride": 1, "a_col_stride": 1, "b_stride": 1}
-    C.add_product(out=at, a=at, b=at, accumulate=False, **sizes, **threads)
+    strides = dict.fromkeys(("out_stride", "a_row_stride", "a_col_stride", "b_row_stride", "b_col_stride"), 1)
+    C.add_product(out=at, a=at, b=at, accumulate=False, m=48, n=many, k=2, **strides, **threads)
 
 
 ASKS = {

@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
 @contextmanager
 def on_stream(x: Tensor) -> Iterator[tuple[Any, int]]:
-    """The kernels, and the handle of the current stream of the device that holds ``x``, which is in use meanwhile."""
+    """The kernels and the current stream's handle; inside the block the device of ``x`` is the current one."""
     from fastalign import _C
 
     with torch.cuda.device(x.device):
