@@ -144,7 +144,7 @@ def _write_gradient(out: Tensor, call: _Call, table: Tensor) -> None:
 
 
 def _row_scale(call: _Call, table: Tensor) -> Tensor | None:
-    """``[N]`` the power of two that a row's fp16 gradient carries until its upstream comes (``half``), or None."""
+    """``[N]`` the power of two by which a row's fp16 gradient is scaled until backward (``half``), or None."""
     if call.logits.dtype != torch.float16:
         return None
     column, tau = columns(table), call.tokens.scaling["temperature"]
@@ -194,7 +194,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The same outside of a trace, where the gradient is handed over, not copied, and may take the logits' place."""
+    """The op outside of tracing: the gradient is returned without a copy and may overwrite the logits."""
 
     @staticmethod
     def forward(ctx, inplace, *args):
@@ -234,7 +234,7 @@ def _again(ctx) -> tuple[Tensor, Tensor | None]:
 
 
 def _scaled(grad: Tensor, scale: Tensor | None, upstream: Tensor) -> Tensor:
-    """``grad / scale * upstream`` in place, for nothing when that is 1; the device never waits for the host to know.
+    """``grad / scale * upstream`` in place, skipped where the factor is 1; on CUDA without a host sync.
 
     An fp16 gradient is multiplied in fp32, block of rows by block of rows.
     """
