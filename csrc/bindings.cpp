@@ -29,7 +29,7 @@ int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dty
 void advise_fresh_gradient(const TokenLogps& op) {
   bool in_place = op.grad.data == op.logits.data, contiguous = op.grad.row_stride == op.vocabulary;
   if (op.grad.data && !in_place && contiguous)
-    advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.dtype));
+    advise_huge_pages(op.grad.data, op.rows * op.vocabulary * size_of(op.grad_dtype));
 }
 
 // A dtype that is computed in fp32; any other would be read as one of them.
@@ -41,7 +41,12 @@ Dtype computed_in_fp32(int dtype) {
 }
 
 // Logits that the CPU's kernels read: what is described may also be for CUDA, which has fp64.
-void check(const TokenLogps& op) { computed_in_fp32(static_cast<int>(op.dtype)); }
+void check(const TokenLogps& op) {
+  computed_in_fp32(static_cast<int>(op.dtype));
+  computed_in_fp32(static_cast<int>(op.grad_dtype));
+  if (op.grad_dtype != op.dtype && op.dtype != Dtype::float32)
+    throw std::invalid_argument("expected a gradient in the dtype of the logits, or of fp32 logits in bf16 or fp16");
+}
 
 void run_token_logps(const TokenLogps& op, bool backward, int threads) {
   check(op);
@@ -73,11 +78,12 @@ Matrix matrix(const MatrixArgument& m) { return {pointer(std::get<0>(m)), std::g
 TokenLogps describe(const MatrixArgument& logits, int dtype, int64_t rows, int64_t vocabulary, Address labels,
                     bool labels_are_int64, Address temperatures, double temperature, double softcap,
                     double logit_scale, Address logps, Address entropy, Address max, Address logsum, Address total,
-                    Address top1, Address g, Address alpha, Address beta, Address delta, const MatrixArgument& grad) {
+                    Address top1, Address g, Address alpha, Address beta, Address delta, const MatrixArgument& grad,
+                    int grad_dtype) {
   return {matrix(logits),    static_cast<Dtype>(dtype), rows,  vocabulary,  pointer(labels), labels_are_int64,
           pointer<double>(temperatures), temperature,   logit_scale, softcap, pointer(logps), pointer(entropy),
           pointer(max),      pointer(logsum), pointer(total), pointer(top1), pointer(g), pointer(alpha), pointer(beta),
-          pointer(delta), matrix(grad)};
+          pointer(delta), matrix(grad), static_cast<Dtype>(grad_dtype < 0 ? dtype : grad_dtype)};
 }
 
 PolicyLoss describe_policy(const TokenLogps& rows, int surrogate, bool k2, Address table, Address weights,
@@ -175,13 +181,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_level", [](const std::string& level) { cpu_level() = level_named(level); },
         "Use a lower instruction set from now on; not while a kernel runs.");
 
-  const MatrixArgument none{};
   py::class_<TokenLogps>(m, "TokenLogps", "The arguments of token_logps; dtype 0..3: float32, bfloat16, float16, float64.")
-      .def(py::init(&describe), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
-           py::arg("vocabulary"), py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0,
-           py::arg("temperature") = 1.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0,
-           py::arg("entropy") = 0, py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("top1") = 0,
-           py::arg("g") = 0, py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = none)
+      .def(py::init(&describe), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocabulary"),
+           py::arg("labels"), py::arg("labels_are_int64"), py::arg("temperatures") = 0, py::arg("temperature") = 1.0,
+           py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0, py::arg("logps") = 0, py::arg("entropy") = 0,
+           py::arg("max") = 0, py::arg("logsum") = 0, py::arg("total") = 0, py::arg("top1") = 0, py::arg("g") = 0,
+           py::arg("alpha") = 0, py::arg("beta") = 0, py::arg("delta") = 0, py::arg("grad") = MatrixArgument{},
+           py::arg("grad_dtype") = -1)
       .def("forward", [](const TokenLogps& op, int threads) { run_token_logps(op, false, threads); },
            py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("backward", [](const TokenLogps& op, int threads) { run_token_logps(op, true, threads); },
@@ -205,13 +211,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "add_product",
       [](Address out, Address a, Address b, int64_t m, int64_t n, int64_t k, int64_t out_stride, int64_t a_row_stride,
-         int64_t a_col_stride, int64_t b_stride, bool accumulate, int threads) {
+         int64_t a_col_stride, int64_t b_row_stride, int64_t b_col_stride, bool accumulate, int threads) {
         add_product({pointer<float>(out), pointer<uint16_t>(a), pointer<uint16_t>(b), m, n, k, out_stride,
-                     a_row_stride, a_col_stride, b_stride, accumulate}, threads);
+                     a_row_stride, a_col_stride, b_row_stride, b_col_stride, accumulate}, threads);
       },
       py::kw_only(), py::arg("out"), py::arg("a"), py::arg("b"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("out_stride"), py::arg("a_row_stride"), py::arg("a_col_stride"), py::arg("b_stride"),
-      py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+      py::arg("out_stride"), py::arg("a_row_stride"), py::arg("a_col_stride"), py::arg("b_row_stride"),
+      py::arg("b_col_stride"), py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
       "A product of bf16 matrices into, or added to, an fp32 one.");
   const HeadsArgument no_heads{};
   m.def("attention", &run_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out") = no_heads,

@@ -7,7 +7,7 @@
 
 extern "C" {
 
-// Of this thread, for all that follows. The runtime that is linked in here has a mind of its own about the device in use.
+// Sets this thread's device for the calls that follow: the CUDA runtime linked in here does not see torch's choice.
 const char* fastalign_use_device_cuda(int device);
 
 // How many blocks share a row, so that few rows occupy the device; a power of two.

@@ -25,8 +25,8 @@ enum class Walk : int { forward, mixture, backward };
 // value, stats and grad_value point to float.
 // `apart`, of a forward KL walk: value is [2, rows], the sum over the columns that the second distribution does not ban and
 // the largest ln of the first's probability among those that it bans: what a slab of the vocabulary knows.
-// The streams' logps and the policy's entropy are written where there is room for them; the policy's coefficients add to the
-// gradient what token_logps makes of them.
+// The streams' logps and the policy's entropy are written if their pointers are given; the policy's coefficients add their
+// gradient of token_logps.
 struct Divergence {
   TokenLogps policy, reference;  // the policy's labels say which rows are masked or invalid; backward writes its grad
   Kind kind;

@@ -26,8 +26,8 @@ struct RmsNorm {
   double eps;
 };
 
-// y = gate sigmoid(gate) up; backward: gate and up get gradients, and y is made again where there is room for it, which
-// may be grad_y's.
+// y = gate sigmoid(gate) up; backward: gate and up get gradients, and y is recomputed if its memory is given, which may be
+// grad_y's.
 struct SiluMul {
   Rows gate, up, y;
   Rows grad_y, grad_gate, grad_up;

@@ -5,12 +5,12 @@
 
 namespace fastalign {
 
-// out [m, n] = a [m, k] b [k, n], or += when it holds something already. Strides count elements; columns of `out` and
-// `b` are neighbours, those of `a` or its rows are.
+// out [m, n] = a [m, k] b [k, n], or += when it holds something already. Strides count elements; columns of `out` are
+// neighbours; of `a` and of `b` either rows or columns are.
 struct Product {
   float* out;
   const uint16_t *a, *b;
-  int64_t m, n, k, out_stride, a_row_stride, a_col_stride, b_stride;
+  int64_t m, n, k, out_stride, a_row_stride, a_col_stride, b_row_stride, b_col_stride;
   bool accumulate;
 };
 

@@ -1,7 +1,7 @@
 // How long the threads of a team spin before they sleep, while they wait for one another.
 //
 // GNU's OpenMP runtime, which torch brings, lets them spin for some milliseconds: right while every thread has a core.
-// Beside another busy process one of them is often without, and the others burn the time that it needs. The runtime
+// Beside another busy process one of them often has no core, and the others waste the time that it needs. The runtime
 // shortens the spinning three-thousandfold while it has more threads than there are cores. Its other knobs are read once,
 // when it is loaded; so this makes it have more threads, which sleep.
 #pragma once

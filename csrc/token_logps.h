@@ -41,6 +41,7 @@ struct TokenLogps {
   void *logps, *entropy, *max, *logsum, *total, *top1;  // forward writes them; backward reads max and logsum
   const void *g, *alpha, *beta, *delta;                 // backward only; null: 0 everywhere
   Matrix grad;                                          // backward only; may be the logits themselves
+  Dtype grad_dtype;                                     // that of the logits; on a CPU, of fp32 logits, a narrower one too
 
   HOST_DEVICE int64_t label(int64_t row) const {
     return labels_are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];

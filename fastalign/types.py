@@ -269,8 +269,8 @@ class TokenStats:
         entropy: ``[n]`` entropy in nats, when asked for.
         is_top1: ``[n]`` bool, the label is the argmax: the first column that has the largest logit, over the vocabulary
             of all ranks. Compared are logits as the op scales them, after softcap and temperature and in the precision
-            of its maximum (fp32, fp64 for fp64 inputs), from products rounded to their dtype: bf16 often ties. False
-            where the row has no log-prob (NaN). Detached.
+            of its maximum (fp32, fp64 for fp64 inputs), from products rounded to their dtype: bf16 often ties (with
+            ``logits="float32"`` they are not rounded). False where the row has no log-prob (NaN). Detached.
         sequences: ``[b]`` int64 global sequence ids of the chunk, when aligned.
         cu_seqlens: ``[b+1]`` int64 offsets of those sequences in the chunk's rows, when aligned.
         metrics: sums of the metrics that ``loss_fn`` returned, over all chunks.

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
 from bench import ablation, sharing, workload
-from bench.ablation_lines import lines
+from bench.ablation import lines
 from bench.workload import Workload
 from fastalign.config import ModelConfig
 from fastalign.models.load import load_policy

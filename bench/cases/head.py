@@ -178,6 +178,8 @@ def cross_entropy(
     field.runs[BARE] = gemms(3)
     field.add_loss("eager", partial(eager, softcap=softcap))
     field.add_loss(OURS, partial(ours, scored=scored, softcap=softcap))
+    if dtype in (BF16, FP16):
+        field.add_loss("fastalign, logits in fp32", partial(ours, scored=scored, softcap=softcap, logits="float32"))
     field.add_loss("fastalign linear_logps", partial(ours_composable, scored=scored, softcap=softcap))
     add_heads(field, softcap)
     if frozen:

@@ -1,4 +1,4 @@
-// Divergence of two rows of logits, and what else is known of them in the same read. Compiled once per instruction set.
+// Divergence of two rows of logits, with their statistics, in one read. Compiled once per instruction set.
 #include "cpu/streams.h"
 
 namespace fastalign::LEVEL {
@@ -142,7 +142,7 @@ Apart take_apart(const TokenLogps& a, const TokenLogps& b, int64_t row, const Wh
   return found;
 }
 
-// Of a row of b without any probability nothing is known.
+// A row of b without any probability: all is NaN.
 double whole_divergence(const Apart& s, double b_logsum) {
   return b_logsum == -kInfinity ? double(kNaN) : s.banned < kNegligible ? s.sum : double(kInfinity);
 }

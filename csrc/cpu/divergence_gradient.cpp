@@ -1,4 +1,4 @@
-// The gradient of a divergence and of what token_logps is about, from a row's five coefficients. Compiled once per
+// The gradient of a divergence and of the statistics of token_logps, from a row's five coefficients. Compiled once per
 // instruction set.
 #include "cpu/streams.h"
 

@@ -78,7 +78,7 @@ struct Row {
     int64_t begin = slab * kSlab, n = width(slab), label = rows.label(row);
     const RowGradient<form, false, false> gradient(rows, row);
     if (label == kIgnored || gradient.zero() || label < 0 || label >= rows.vocabulary || !keeps())
-      return differentiator<T, form>(rows)(rows, row, begin, n);
+      return differentiator<T, T, form>(rows)(rows, row, begin, n);
     T* out = at<T>(rows.grad, row, begin);
     bool labelled = label >= begin && label < begin + n;
     vec at_label = labelled ? load(at<const T>(rows.logits, row, label), 1) : set(0.0f);  // before it is overwritten

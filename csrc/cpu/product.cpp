@@ -41,14 +41,31 @@ BF16 __m512i interleave(const uint16_t* low, const uint16_t* high, __mmask16 low
   return _mm512_or_si512(below, _mm512_slli_epi32(above, 16));
 }
 
-// A strip of b: [pairs][kCols].
+// A strip of b, whose columns are neighbours: [pairs][kCols].
 BF16 void pack_columns(const Product& op, int64_t k, int64_t depth, int64_t column, Word* out) {
   for (int64_t p = 0; p < depth; p += 2, out += kCols) {
-    const uint16_t* low = op.b + (k + p) * op.b_stride + column;
-    const uint16_t* high = p + 1 < depth ? low + op.b_stride : low;
+    const uint16_t* low = op.b + (k + p) * op.b_row_stride + column;
+    const uint16_t* high = p + 1 < depth ? low + op.b_row_stride : low;
     for (int64_t j = 0; j < kCols; j += kLanes) {
       __mmask16 mask = lanes(op.n - column - j);
       _mm512_store_si512(out + j, interleave(low + j, high + j, mask, p + 1 < depth ? mask : 0));
+    }
+  }
+}
+
+// The same of a b whose rows are neighbours, as a weight's are that multiplies from the right: there a pair of k is one
+// word, and blocks of words are transposed.
+BF16 void pack_transposed(const Product& op, int64_t k, int64_t depth, int64_t column, Word* out) {
+  int64_t pairs = blocks(depth, 2), columns = std::min(kCols, op.n - column);
+  if (columns < kCols) std::memset(out, 0, size_t(pairs * kCols) * sizeof(Word));
+  for (int64_t p = 0; p < pairs; p += kLanes) {
+    int64_t width = std::min(kLanes, pairs - p);
+    __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << std::min(2 * kLanes, depth - 2 * p)) - 1);
+    for (int64_t j = 0; j < columns; ++j) {
+      alignas(64) Word words[kLanes];
+      const uint16_t* x = op.b + (column + j) * op.b_col_stride + k + 2 * p;
+      _mm512_store_si512(words, _mm512_maskz_loadu_epi16(mask, x));
+      for (int64_t i = 0; i < width; ++i) out[(p + i) * kCols + j] = words[i];
     }
   }
 }
@@ -76,10 +93,12 @@ void pack_rows(const Product& op, int64_t k, int64_t depth, int64_t row, Word* o
   for (int64_t i = 0; i < kBlock; ++i) {
     Word* words = out + i / kRows * kRows * pairs + i % kRows;
     const uint16_t* x = op.a + (row + i) * op.a_row_stride + k * op.a_col_stride;
-    for (int64_t p = 0; p < pairs; ++p, words += kRows) {
+    int64_t whole = i < rows && op.a_col_stride == 1 ? depth / 2 : 0;
+    for (int64_t p = 0; p < whole; ++p) std::memcpy(words + p * kRows, x + 2 * p, sizeof(Word));
+    for (int64_t p = whole; p < pairs; ++p) {
       Word low = i < rows ? x[2 * p * op.a_col_stride] : 0;
       Word high = i < rows && 2 * p + 1 < depth ? x[(2 * p + 1) * op.a_col_stride] : 0;
-      *words = low | high << 16;
+      words[p * kRows] = low | high << 16;
     }
   }
 }
@@ -121,7 +140,7 @@ bool has_bf16_product() { return __builtin_cpu_supports("avx512bf16"); }
 
 void add_product(const Product& op, int threads) {
   int64_t strips = blocks(op.n, kCols), row_blocks = blocks(op.m, kBlock);
-  Words b = words(strips * kCols * kDepth / 2);
+  Words b = words(strips * kCols * blocks(std::min(op.k, kDepth), 2));
   OutOfMemory missing{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -130,7 +149,8 @@ void add_product(const Product& op, int threads) {
     for (int64_t k = 0; k < op.k; k += kDepth) {
       int64_t depth = std::min(kDepth, op.k - k), pairs = blocks(depth, 2);
 #pragma omp for
-      for (int64_t s = 0; s < strips; ++s) pack_columns(op, k, depth, s * kCols, &b[s * kCols * pairs]);
+      for (int64_t s = 0; s < strips; ++s)
+        (op.b_col_stride == 1 ? pack_columns : pack_transposed)(op, k, depth, s * kCols, &b[s * kCols * pairs]);
 #pragma omp for
       for (int64_t r = 0; r < row_blocks; ++r) {
         if (!a) continue;

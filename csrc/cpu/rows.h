@@ -264,8 +264,8 @@ struct RowGradient {
   }
 };
 
-template <class T, class Gradient>
-FORCE_INLINE void differentiate(const Gradient& gradient, const T* x, T* out, int64_t n) {
+template <class T, class Out, class Gradient>
+FORCE_INLINE void differentiate(const Gradient& gradient, const T* x, Out* out, int64_t n) {
   int64_t v = 0;
 #pragma GCC unroll 4
   for (; v + kLanes <= n; v += kLanes) store(out + v, gradient(load(x + v)));
@@ -279,10 +279,10 @@ void fill(T* out, int64_t stride, int64_t n, float value) {
   for (int64_t v = 0; v < n; ++v) out[v * stride] = filler;
 }
 
-template <class T, Form form, bool has_beta, bool has_delta>
+template <class T, class Out, Form form, bool has_beta, bool has_delta>
 void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_t n) {
   const T* x = at<const T>(op.logits, row, begin);
-  T* out = at<T>(op.grad, row, begin);
+  Out* out = at<Out>(op.grad, row, begin);
   int64_t stride = op.logits.col_stride, out_stride = op.grad.col_stride, label = op.label(row);
   RowGradient<form, has_beta, has_delta> gradient(op, row);
   if (label == kIgnored || gradient.zero()) return fill(out, out_stride, n, 0);
@@ -291,13 +291,14 @@ void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_
   bool labelled = label >= begin && label < begin + n;
   vec at_label = labelled ? load(x + (label - begin) * stride, 1) : set(0.0f);  // before `out` may overwrite it
   T chunk[kChunk];
+  Out made[kChunk];
   bool neighbours = stride == 1 && out_stride == 1;
   int64_t step = neighbours ? n : kChunk;
   for (int64_t v = 0; v < n; v += step) {
     int64_t width = std::min(step, n - v);
     const T* from = neighbours ? x : gather(x + v * stride, stride, width, chunk);
-    differentiate(gradient, from, neighbours ? out : chunk, width);
-    for (int64_t i = 0; i < width && !neighbours; ++i) out[(v + i) * out_stride] = chunk[i];
+    differentiate(gradient, from, neighbours ? out : made, width);
+    for (int64_t i = 0; i < width && !neighbours; ++i) out[(v + i) * out_stride] = made[i];
   }
   if (labelled) store(out + (label - begin) * out_stride, set(gradient.at_label(at_label)), 1);
 }
@@ -305,10 +306,11 @@ void differentiate_slab(const TokenLogps& op, int64_t row, int64_t begin, int64_
 using Differentiate = void (*)(const TokenLogps& op, int64_t row, int64_t begin, int64_t n);
 
 // A row's gradient costs what its coefficients need: alpha nothing, beta and delta an operation each.
-template <class T, Form form>
+template <class T, class Out, Form form>
 Differentiate differentiator(const TokenLogps& op) {
-  if (op.beta) return op.delta ? differentiate_slab<T, form, true, true> : differentiate_slab<T, form, true, false>;
-  return op.delta ? differentiate_slab<T, form, false, true> : differentiate_slab<T, form, false, false>;
+  if (op.beta)
+    return op.delta ? differentiate_slab<T, Out, form, true, true> : differentiate_slab<T, Out, form, true, false>;
+  return op.delta ? differentiate_slab<T, Out, form, false, true> : differentiate_slab<T, Out, form, false, false>;
 }
 
 }  // namespace

@@ -129,7 +129,7 @@ float reached_by(const float* mass, int64_t vocabulary, int64_t top_k, float* to
   int64_t strips = (vocabulary + kStrip - 1) / kStrip;
   if (top_k > strips) return 0;
   for (int64_t s = 0; s < strips; ++s) tops[s] = largest(mass + s * kStrip, std::min(kStrip, vocabulary - s * kStrip));
-  std::nth_element(tops, tops + top_k - 1, tops + strips, std::greater<float>());
+  std::nth_element(tops, tops + top_k - 1, tops + strips, [](float a, float b) { return a > b; });
   return tops[top_k - 1] * kSlack;
 }
 

@@ -1,6 +1,8 @@
 // Row statistics and their gradient, rows and slabs of columns over threads. Compiled once per instruction set.
 #include "token_logps.h"
 
+#include <type_traits>
+
 #include "cpu/rows.h"
 #include "cpu/typed.h"
 
@@ -22,10 +24,20 @@ void forward_rows(const TokenLogps& op, int threads) {
   parallel_for(op.rows, items, threads, [&](int64_t row) { finish_row<T, form>(op, row, &partials[row * slabs]); });
 }
 
+// The kernel for the gradient's dtype, which is the logits' unless those are fp32.
+template <class T, Form form>
+Differentiate differentiator_of(const TokenLogps& op) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (op.grad_dtype == Dtype::bfloat16) return differentiator<T, bfloat16, form>(op);
+    if (op.grad_dtype == Dtype::float16) return differentiator<T, float16, form>(op);
+  }
+  return differentiator<T, T, form>(op);
+}
+
 template <class T, Form form>
 void backward_rows(const TokenLogps& op, int threads) {
   int64_t slabs = num_slabs(op.vocabulary);
-  Differentiate differentiate = differentiator<T, form>(op);
+  Differentiate differentiate = differentiator_of<T, form>(op);
   parallel_for(op.rows * slabs, op.rows * op.vocabulary, threads, [&](int64_t item) {
     int64_t begin = item % slabs * kSlab;
     differentiate(op, item / slabs, begin, std::min(kSlab, op.vocabulary - begin));

@@ -1,4 +1,4 @@
-// Launches on the current device, whose limits are asked for and not assumed.
+// Launches on the current device; its limits are queried, not assumed.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// What the kernels ask of the hardware beyond plain CUDA C++, each under a name. On the CPU, the tests put another file in
-// the place of this one.
+// The hardware features that the kernels use beyond plain CUDA C++, each behind a function. Tests that run the kernels on a
+// CPU replace this file.
 #pragma once
 
 #include <cuda_bf16.h>

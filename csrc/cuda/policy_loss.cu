@@ -39,7 +39,7 @@ __device__ Shared<R>& shared() {
 }
 
 // The segments of this block are combined into those of the row, in the first warp.
-// It is the last look at the row's logits before the gradient may take their place.
+// After this the gradient may overwrite the row's logits.
 template <class T, bool capped>
 __device__ __forceinline__ void reduce_own(Partial<Real<T>>* segments, int begin, int end, const TokenLogps& op, int64_t row) {
   __syncthreads();  // every team has left its sums
@@ -47,7 +47,7 @@ __device__ __forceinline__ void reduce_own(Partial<Real<T>>* segments, int begin
   if (s < end) segments[s] = settle<T, capped>(op, row, reduce_team(shared<Real<T>>().warps[s]));
 }
 
-// Rows where they are: a block takes every gridDim.x-th.
+// Rows in global memory: a block takes every gridDim.x-th.
 template <class T>
 struct InGlobalMemory {
   const TokenLogps& op;
@@ -244,7 +244,7 @@ int resident_clusters(const PolicyLoss& op, int size) {
   cudaLaunchConfig_t config = how.config(attributes);
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) clusters = 0;
-  cudaGetLastError();  // a size that the device refuses is an answer, not an error
+  cudaGetLastError();  // the device may refuse a size: that is not an error here
   return clusters;
 }
 

@@ -262,7 +262,7 @@ __device__ __forceinline__ bool is_top1(int64_t label, R target, R logps, const 
 
 // --- gradient --------------------------------------------------------------------------------------------------------
 
-// What the loss says about a row: d loss / d z_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta.
+// The gradient of the loss in a row: d loss / d z_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta.
 template <class R>
 struct RowCoefficients {
   R g, alpha, beta, delta;
@@ -338,7 +338,7 @@ __device__ __forceinline__ void differentiate(const Columns<T, unroll, copied>& 
   if (mine) out[y * stride] = narrow<T>(gradient.at_label(at_label, row()));
 }
 
-// One value in n columns, without a look at the logits.
+// One value in n columns; the logits are not read.
 template <class T>
 __device__ __forceinline__ void fill(Real<T> value, int n, T* out, int64_t stride, int thread, int threads) {
   Stores<T> stores(out, stride == 1 ? n : 0);

@@ -1,5 +1,5 @@
-// Row statistics of logits and their gradient on the GPU. With rows enough a block takes one; few rows are shared by
-// blocks, a share of the segments each, and a warp per row puts the segments together.
+// Row statistics of logits and their gradient on the GPU. With enough rows each block takes one. Few rows are shared by
+// several blocks, each with some of the segments, and a warp per row combines the segments.
 #include "token_logps.h"
 
 #include "cuda.h"
@@ -20,7 +20,7 @@ struct Shared {
   R target;
 };
 
-// What the blocks that share a row leave of it.
+// The partial results of the blocks that share a row.
 template <class R>
 struct Scratch {
   Partial<R> segments[kMaxSegments];

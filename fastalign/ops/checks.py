@@ -1,4 +1,4 @@
-"""What the ops require of their arguments, and what they say when it is not met."""
+"""Checks of the ops' arguments, with their error messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_matrix(name: str, x: Tensor, shape: str) -> None:
 
 
 def check_in_place(name: str, wanted: bool, x: Tensor) -> None:
-    """A gradient that takes the place of ``x [N, V]`` finds a place for each element.
+    """Each element of ``x [N, V]`` has its own memory, so that a gradient can be written in its place.
 
     Elements ``i`` rows and ``j`` columns apart share memory where ``i`` row strides are ``j`` column strides; the first
     such distance is ``(column stride, row stride)`` over their greatest common divisor.
@@ -87,13 +87,21 @@ def kernel_labels(labels: Tensor, vocab: int) -> Tensor:
     """
     if labels.device.type != "cpu":
         return torch.where(labels == -1, vocab, labels)
-    if not len(labels) or (bool(labels.amin() >= 0) and bool(labels.amax() < vocab)):
+    if in_vocabulary(labels, vocab):
         return labels
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(f"label {int(labels[row])} at row {row} is neither in [0, {vocab}) nor {IGNORE_INDEX}")
     return labels
+
+
+def in_vocabulary(labels: Tensor, vocab: int) -> bool:
+    """Whether each CPU label is a column: all rows are scored."""
+    if not labels.shape[0]:
+        return True
+    least, largest = labels.aminmax()
+    return least.item() >= 0 and largest.item() < vocab
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
@@ -157,17 +165,17 @@ def check_num_scored(num_scored: int | None, labels: Tensor) -> None:
 
 
 def check_deterministic(device: torch.device, process_group: dist.ProcessGroup | None) -> None:
-    """Equal calls give equal bits from run to run here; what cannot promise it is refused.
+    """Refuse devices and settings under which equal calls may give different bits from run to run.
 
-    On a CPU that holds as long as the number of threads stays (it matters to the GEMMs, not to our kernels). On CUDA
-    torch answers for GEMMs and for what ``loss_fn`` does, in its deterministic mode only.
+    On a CPU bits are equal for an equal number of threads (the GEMMs depend on it, our kernels do not). On CUDA only
+    torch's deterministic mode covers the GEMMs and what ``loss_fn`` does.
     """
     if device.type == "cpu":
         return
     promise = "batch_invariant=True cannot be kept"
     if device.type != "cuda":
         raise ValueError(f"{promise} on {device.type}: move the tensors to the CPU or to CUDA")
-    tracing = torch.compiler.is_compiling()  # which can ask no more than this one
+    tracing = torch.compiler.is_compiling()  # it can trace only the first of these questions
     strict = torch.are_deterministic_algorithms_enabled()
     if not strict or (not tracing and torch.is_deterministic_algorithms_warn_only_enabled()):
         raise ValueError(f"{promise} outside torch's deterministic mode: call torch.use_deterministic_algorithms(True)")

@@ -32,6 +32,7 @@ from fastalign.ops.checks import (
     stats_dtype,
 )
 from fastalign.ops.divergence_shards import measure
+from fastalign.ops.final import no_double_backward
 from fastalign.ops.parallel import Shard, agree, checked_together, localise, make_shard
 from fastalign.ops.rows import NEGLIGIBLE
 from fastalign.ops.token_logps import ELSEWHERE, facts
@@ -179,12 +180,8 @@ def _backward(ctx, grad, _stats):
     return _backward_op(*tensors, *ctx.options, stats, grad), *(None,) * 11
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
-
-
 _op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_no_double_backward)
+_backward_op.register_autograd(no_double_backward)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

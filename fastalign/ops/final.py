@@ -38,6 +38,11 @@ def final(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+def no_double_backward(_ctx: Any, *_: Any) -> Any:
+    """The backward of a custom op that computes gradients."""
+    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
+
+
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """One gradient, or several."""
     return value if isinstance(value, tuple) else (value,)

@@ -35,7 +35,7 @@ def columns(table: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Knobs:
-    """What the functors are given besides the token: absolute bounds of the ratio, sapo's gates, coefficients."""
+    """Parameters of the functors: absolute bounds of the ratio, sapo's gates, coefficients."""
 
     ratio_low: float = 0.0
     ratio_high: float = math.inf

@@ -1,8 +1,8 @@
 """Gradients in fp16: scaled by a power of two before they meet a logit, unscaled in fp32 behind the products.
 
-What is below 6e-8 is 0 in fp16. A gradient made for an upstream of 1 holds ``p_v / N`` and less, so that a loss scaler,
-which multiplies later, would multiply zeros. Scaled, the largest element lies just below 2^14: nothing overflows, and
-what is lost is 2^-38 of the largest. A power of two changes no digit.
+fp16 rounds numbers below 6e-8 to 0. A gradient for an upstream of 1 has elements of ``p_v / N`` and less, which would
+be 0 before a loss scaler multiplies them. Scaled, the largest element lies just below 2^14: nothing overflows, and only
+elements below 2^-38 of the largest are lost. A power of two changes no digit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ LARGEST_EXPONENT = 100
 
 
 def power_of_two(bound: Tensor) -> Tensor:
-    """What brings ``bound`` just below 2^14, element by element; 1 where it is 0 or not finite. No host sync."""
+    """The factor that brings ``bound`` just below 2^14, per element; 1 where it is 0 or not finite. No host sync."""
     exponent = (CEILING - torch.frexp(bound.float()).exponent).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     scale = ((exponent.int() + 127) << 23).view(torch.float32)  # its bits: exp2 need not be exact
     return torch.where((bound > 0) & bound.isfinite(), scale, 1.0)
 
 
 def row_bound(row: Coefficients, chain: float | Tensor) -> Tensor:
-    """``[n]`` what no element of a row's gradient exceeds; ``chain`` is ``logit_scale / temperature``.
+    """``[n]`` an upper bound of the elements of a row's gradient; ``chain`` is ``logit_scale / temperature``.
 
     ``|g (1 - p)|``, ``|p alpha|`` and ``|p ln p beta|`` are at most the coefficient's absolute value.
     """
@@ -37,7 +37,7 @@ def row_bound(row: Coefficients, chain: float | Tensor) -> Tensor:
 
 
 def one_for_all(bound: Tensor) -> Tensor:
-    """The power of two for rows whose products are summed; rows that are not finite have no say."""
+    """One power of two for rows whose products are summed; rows that are not finite are ignored."""
     if not len(bound):
         return bound.new_ones(())
     return power_of_two(torch.where(bound.isfinite(), bound, 0.0).amax())

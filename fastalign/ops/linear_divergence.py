@@ -2,7 +2,7 @@
 
 Chunks of rows, two GEMMs into two reused workspaces, one sweep over both. With a frozen head the forward keeps
 ``U_i = d value_i / d hidden_i`` and backward is one scale per row. Else it keeps five numbers per row, and backward
-makes both logits again, slab by slab of the vocabulary, so that a slab of the weight's gradient is finished in fp32
+recomputes both logits, slab by slab of the vocabulary, so that a slab of the weight's gradient is finished in fp32
 before the next begins.
 """
 
@@ -16,10 +16,12 @@ from torch import Tensor
 from fastalign.ops.checks import check_device, check_linear, check_memory, split_temperature, stats_dtype
 from fastalign.ops.divergence import Kind, check_choice, check_rows
 from fastalign.ops.divergence import reference as logits_reference
+from fastalign.ops.final import no_double_backward
 from fastalign.ops.head.dtensor import vocabulary_slices, whole
-from fastalign.ops.head.head import Leaves, Needs, held_in, spread
+from fastalign.ops.head.head import Leaves, Needs, held_in, scatter_rows
 from fastalign.ops.head.options import facts, gemm_dtype
 from fastalign.ops.head.streams import Call, forward, make_streams, plan_for, recomputed_gradients
+from fastalign.ops.linear_logps import scale_directions_op
 from fastalign.ops.parallel import agree, checked_together
 from fastalign.ops.rows import Coefficients
 from fastalign.types import IGNORE_INDEX
@@ -80,8 +82,9 @@ def _op(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     value, stats = forward(streams, plan, directions, found)
     logps, others = value.new_empty(0, dtype=out), value.new_empty(0, 2, dtype=out)
     if found is not None:
-        logps, others = spread(head, found[0], out), spread(head, found[1].t().contiguous(), out)
-    return spread(head, value, out), logps, others, spread(head, stats.t(), stats.dtype).contiguous(), directions
+        logps, others = scatter_rows(head, found[0], out), scatter_rows(head, found[1].t().contiguous(), out)
+    kept = scatter_rows(head, stats.t(), stats.dtype).contiguous()
+    return scatter_rows(head, value, out), logps, others, kept, directions
 
 
 @_op.register_fake
@@ -95,20 +98,6 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, *rest):
     seen = hidden.shape[0] if tokens else 0
     rest = value.new_empty(seen, 2), hidden.new_empty(hidden.shape[0], 5, dtype=wide), directions
     return value, value.new_empty(seen), *rest
-
-
-@torch.library.custom_op("fastalign::scale_rows", mutates_args=())
-def _scale_rows(hidden: Tensor, directions: Tensor, grad: Tensor) -> Tensor:
-    """``g_i U_i``; where ``g_i`` is 0 whatever the direction holds is selected out.
-
-    Of ``hidden`` the dtype alone is read: through it autograd knows that the result must not be differentiated again.
-    """
-    return torch.where(grad[:, None] == 0, 0.0, grad[:, None] * directions).to(hidden.dtype)
-
-
-@_scale_rows.register_fake
-def _(hidden, directions, grad):
-    return torch.empty_like(directions, dtype=hidden.dtype)
 
 
 @torch.library.custom_op(
@@ -149,7 +138,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(others, stats, directions, *(() if tokens else (logps,)))
     ctx.set_materialize_grads(False)
     ctx.frozen, ctx.options = gradient and not trainable and not tokens, inputs[8:]
-    ctx.save_for_backward(*((inputs[0], directions) if ctx.frozen else (*inputs[:8], stats)))
+    ctx.save_for_backward(*((inputs[0], inputs[6], directions) if ctx.frozen else (*inputs[:8], stats)))
 
 
 def _backward(ctx, grad, grad_logps, *_):
@@ -157,7 +146,7 @@ def _backward(ctx, grad, grad_logps, *_):
     if grad is None and grad_logps is None:
         return (None,) * arguments
     if ctx.frozen:
-        return _scale_rows(*ctx.saved_tensors, grad), *(None,) * (arguments - 1)
+        return scale_directions_op(*ctx.saved_tensors, grad), *(None,) * (arguments - 1)
     *tensors, stats = ctx.saved_tensors
     grad = torch.zeros_like(grad_logps) if grad is None else grad
     needs = ctx.needs_input_grad[:3]
@@ -165,13 +154,8 @@ def _backward(ctx, grad, grad_logps, *_):
     return *(x if needed else None for x, needed in zip(grads, needs, strict=True)), *(None,) * (arguments - 3)
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
-
-
 _op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_no_double_backward)
-_scale_rows.register_autograd(_no_double_backward)
+_backward_op.register_autograd(no_double_backward)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

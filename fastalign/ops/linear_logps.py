@@ -3,7 +3,7 @@
     z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature,    logps = z_y - lse(z)
 
 Without gradients: one GEMM. With a frozen head the forward keeps ``U_i = d logps_i / d hidden_i`` and backward is one
-scale per row. Else the forward keeps three numbers per row, and backward makes the logits again, slab by slab.
+scale per row. Else the forward keeps three numbers per row, and backward recomputes the logits, slab by slab.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.checks import Lora, stats_dtype
-from fastalign.ops.final import final
+from fastalign.ops.final import final, no_double_backward
 from fastalign.ops.head.backward import needed, recomputed_gradients, write_rows
 from fastalign.ops.head.head import (
     Head,
@@ -31,8 +31,9 @@ from fastalign.ops.head.head import (
     project,
     reported,
     row_coefficients,
+    rows_of,
     scaled,
-    spread,
+    scatter_rows,
     sweep,
     trained_columns,
     workspace,
@@ -82,8 +83,8 @@ def compute(*args):
     directions = _new_directions(call.hidden, plan.mode == "frozen")
     stats = _forward(head, plan, directions, entropy)
     none, out = stats.logps.new_empty, head.out_dtype
-    seen = [none(0, dtype=out) if x is None else spread(head, x, out) for x in reported(head, stats, wanted)]
-    saved = [spread(head, x, x.dtype) for x in (stats.top1 != 0, stats.max, stats.logsum)]
+    seen = [none(0, dtype=out) if x is None else scatter_rows(head, x, out) for x in reported(head, stats, wanted)]
+    saved = [scatter_rows(head, x, x.dtype) for x in (stats.top1, stats.max, stats.logsum)]
     return *seen, *saved, directions
 
 
@@ -112,7 +113,7 @@ def _new_directions(hidden: Tensor, wanted: bool) -> Tensor:
 
 
 def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats:
-    """Statistics of all scored rows; with a frozen head also each row's direction, while its logits are hot."""
+    """Statistics of all scored rows; with a frozen head also each row's direction, while its logits are in memory."""
     buffer, parts = workspace(head, plan.chunk_rows, head.weight.shape[0]), []
     for start, stop in plan.chunks:
         logits = project(head, hidden_rows(head, start, stop), buffer)
@@ -121,25 +122,30 @@ def _forward(head: Head, plan: Plan, directions: Tensor, entropy: bool) -> Stats
         if plan.mode == "frozen":
             row = row_coefficients(head, stats, {"logps": torch.ones_like(stats.logps)})
             row, alpha = scaled(head, start, stop, row)
-            dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
+            dz = differentiate(head, start, stop, logits, rows_of(head.labels, start, stop), stats, row)
             write_rows(head, directions, start, stop, dz, alpha)()
     return join(head, parts, entropy)
 
 
-def scale_directions(hidden: Tensor, labels: Tensor, directions: Tensor, grad_logps: Tensor) -> Tensor:
-    """``g_i U_i``; a row without a coefficient is selected out, whatever its direction holds.
+def scale_directions(hidden: Tensor, labels: Tensor | None, directions: Tensor, grad: Tensor) -> Tensor:
+    """``g_i U_i``; a row that is not scored or whose ``g_i`` is 0 is exactly 0, whatever its direction holds.
 
-    Of ``hidden`` the dtype alone is read: through it autograd knows that the result must not be differentiated again.
+    Only the dtype of ``hidden`` is read: through it autograd knows that the result must not be differentiated again.
     """
-    skipped = ((labels == IGNORE_INDEX) | (grad_logps == 0))[:, None]
-    return torch.where(skipped, 0.0, grad_logps[:, None] * directions).to(hidden.dtype)
+    skipped = grad == 0 if labels is None else (labels == IGNORE_INDEX) | (grad == 0)
+    return torch.where(skipped[:, None], 0.0, grad[:, None] * directions).to(hidden.dtype)
 
 
-_scale_directions = torch.library.custom_op("fastalign::scale_directions", scale_directions, mutates_args=())
+scale_directions_op = torch.library.custom_op(
+    "fastalign::scale_directions",
+    scale_directions,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? labels, Tensor directions, Tensor grad) -> Tensor",
+)
 
 
-@_scale_directions.register_fake
-def _(hidden, labels, directions, grad_logps):
+@scale_directions_op.register_fake
+def _(hidden, labels, directions, grad):
     return torch.empty_like(directions, dtype=hidden.dtype)
 
 
@@ -194,7 +200,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*call[:TENSORS], entropies if entropy else None, maximum, logsum)
 
 
-def _backward(ctx, *upstream: Any, scale: Any = _scale_directions, make: Any = _backward_op):
+def _backward(ctx, *upstream: Any, scale: Any = scale_directions_op, make: Any = _backward_op):
     upstream = upstream[:3]  # of logps, entropy and lse; the other outputs have none
     if all(grad is None for grad in upstream):
         grads = (None,) * 4
@@ -208,17 +214,13 @@ def _backward(ctx, *upstream: Any, scale: Any = _scale_directions, make: Any = _
     return *grads, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
-
-
 _op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_no_double_backward)
-_scale_directions.register_autograd(_no_double_backward)
+_backward_op.register_autograd(no_double_backward)
+scale_directions_op.register_autograd(no_double_backward)
 
 
 class _Eager(torch.autograd.Function):
-    """The op without PyTorch's dispatcher, which costs more than small products do."""
+    """The op without PyTorch's dispatcher, which takes longer than a small product."""
 
     forward = staticmethod(compute)
     setup_context = staticmethod(_setup_context)
@@ -226,12 +228,12 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @final("linear_logps")
     def backward(ctx, *upstream):
-        """That of the op, from the same functions."""
+        """The backward of the custom op, from the same functions."""
         return _backward(ctx, *upstream, scale=scale_directions, make=gradients)
 
 
 def is_plain(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether nobody watches the dispatcher: no trace, no mode, no tensor that has no data or is of another class."""
+    """Whether the dispatcher may be skipped: no tracing, no dispatch mode, no meta tensor, no tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return type(hidden) in PLAIN and type(weight) in PLAIN and hidden.device.type != "meta"
@@ -266,7 +268,7 @@ def linear_logps(
         entropy: also return the entropy in nats, differentiable.
         lse: also return the log-sum-exp of z, differentiable, as z-losses want it.
         options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
-            label_smoothing, process_group, memory, backend, batch_invariant, num_scored.
+            label_smoothing, process_group, memory, backend, batch_invariant, logits, num_scored.
 
     Returns:
         logps ``[N]`` in fp32 (fp64 if an input is fp64), or a tuple of it and what else was asked for: entropy, lse.

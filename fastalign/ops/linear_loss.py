@@ -7,7 +7,7 @@
         dZ    = g (1[v=y] - p) - e p (ln p + H) + zeta p      in place of Z
         d hidden[I] = dZ @ weight;   d weight += dZ.T @ hidden[I]      in fp32
 
-Backward hands these gradients over, times its upstream scalar.
+Backward returns these gradients, multiplied by its upstream scalar.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ from fastalign.ops.head.head import (
     project,
     reported,
     row_coefficients,
+    rows_of,
     scaled,
+    scatter_rows,
     select,
-    spread,
     sweep,
     trained_columns,
     workspace,
@@ -83,7 +84,8 @@ def linear_loss(
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature;  logps = z_y - lse(z)``; three GEMMs per row
     (two when the weight is frozen, one under ``no_grad``, which runs the same chunks and still evaluates ``loss_fn``).
-    Gradients of fp16 inputs wait in fp32 for what comes upstream, so that a loss scaler finds them whole.
+    Gradients of fp16 inputs stay in fp32 until backward has multiplied them by its upstream gradient: they do not
+    underflow before a loss scaler multiplies them.
 
     Args:
         hidden: ``[N, D]``; a row labelled -100 is never read.
@@ -92,15 +94,15 @@ def linear_loss(
         loss_fn: gets a ``TokenStats`` of scored rows and returns the chunk's share of the loss, a scalar sum whose
             normalisers are fixed beforehand, or (scalar, dict of metric sums). It runs once per chunk, possibly never,
             and may index its own detached tensors by ``stats.rows`` and ``stats.sequences``.
-        cu_seqlens: ``[B+1]`` offsets of the sequences in the N rows; needed unless ``align="token"``. The host reads
-            them: next to CUDA tensors keep them on the CPU.
+        cu_seqlens: ``[B+1]`` offsets of the sequences in the N rows; needed unless ``align="token"``. Keep them on the
+            CPU, also when the other tensors are on CUDA: the host reads them.
         cu_groups: ``[G+1]`` offsets of the groups in the B sequences, for ``align="group"``.
         align: what a chunk never splits. "pair": sequences 2p (chosen) and 2p+1 (rejected). Aligned stats carry
             ``sequences`` and ``cu_seqlens``; each sequence comes exactly once, empty ones included.
-        entropy, lse: give ``loss_fn`` these too; their gradients flow.
+        entropy, lse: also give ``loss_fn`` the entropy, the log-sum-exp; both are differentiable.
         options: the fields of ``fastalign.ops.head.options.Options``: bias, lora, temperature, softcap, logit_scale,
-            label_smoothing, process_group, memory, backend, batch_invariant, num_scored. An aligned call needs
-            ``num_scored=N``, the rows selected already, to spare the host's wait.
+            label_smoothing, process_group, memory, backend, batch_invariant, logits, num_scored. An aligned call
+            avoids a host-device sync only with ``num_scored=N``, where all rows are scored.
 
     Returns:
         loss ``[]`` in fp32 (fp64 if an input is fp64), connected to the graph, and the ``TokenStats`` of all N rows,
@@ -135,7 +137,7 @@ def linear_loss(
         loss, metrics, stats, row = one_pass(head, plan, units, loss_fn, wanted, grads)
         grads = None if grads is None else in_input_dtypes(grads, inputs)
     if grads is not None:
-        loss = _Attach.apply(loss, grads, plan, stats, row, needs, *call)
+        loss = _Attach.apply(*inputs, (loss, grads, plan, stats, row, needs, call))
     return loss, all_rows(head, stats, metrics, wanted, units, cu_seqlens)  # pyright: ignore  # apply is not typed
 
 
@@ -148,26 +150,26 @@ Outcome = tuple[Tensor, dict[str, Tensor], Stats, "Coefficients | None"]
 def one_pass(
     head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, grads: Leaves | None
 ) -> Outcome:
-    """Every group of chunks from hidden states to gradients while its logits are hot.
+    """Run each group of chunks from hidden states to gradients while its logits are still in memory.
 
-    A chunk of a group has its slot of the buffer; those beyond share the last, so that their logits are made again. The
-    gradients begin with the last chunk, whose logits are there.
+    Each chunk of a group keeps its logits in a slot of the buffer. Chunks beyond the last slot share it: their logits
+    are computed twice. The gradients start with the last chunk, whose logits are still there.
     """
-    buffer, vocab = workspace(head, plan.held_rows, len(head.weight)), len(head.weight)
-    loss, metrics = torch.zeros((), dtype=torch.float64, device=head.hidden.device), {}
-    every_stats, every_row = [], []
+    vocab = head.weight.shape[0]
+    buffer = workspace(head, plan.held_rows, vocab)
+    losses, metrics, every_stats, every_row = [], {}, [], []
     for index, group in enumerate(plan.groups):
         begin, size = group[0][0], vocab * (plan.held_rows // min(plan.slots, len(group)))
         logits, parts = [], []
         for i, (start, stop) in enumerate(group):
-            slot = buffer[min(i, plan.slots - 1) * size :]
+            slot = buffer[min(i, plan.slots - 1) * size :] if i else buffer
             logits.append(project(head, hidden_rows(head, start, stop), slot))
             parts.append(sweep(head, start, stop, logits[i], wanted.entropy))
         stats = join(head, parts, wanted.entropy)
         span = plan.unit_spans[index] if plan.unit_spans else None
-        seen = token_stats(head, stats, wanted, begin, group[-1][1], units, span)
+        seen = token_stats(head, stats, wanted, begin, group[-1][1], units, span, grads is not None)
         part, sums, upstream = evaluate(loss_fn, seen, grads is not None)
-        loss += part  # in fp64: the sum must not depend on the number of chunks
+        losses.append(part)
         for name, x in sums.items():
             metrics[name] = metrics[name] + x if name in metrics else x
         every_stats.append(stats)
@@ -183,56 +185,78 @@ def one_pass(
             add_chunk(head, grads, logits[i], *both, start, first=first)
     stats = join(head, every_stats, wanted.entropy)
     row = every_row[0] if len(every_row) == 1 else joined(every_row, stats.max)
+    loss = losses[0] if len(losses) == 1 else added(losses, head.hidden.device)
     return loss.to(head.out_dtype), metrics, stats, None if grads is None else row
+
+
+def added(losses: list[Tensor], device: torch.device) -> Tensor:
+    """The chunks' losses as one, in fp64: their sum must not depend on the number of chunks."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for loss in losses:
+        total += loss
+    return total
 
 
 def add_chunk(
     head: Head, grads: Leaves, logits: Tensor, stats: Stats, row: Coefficients, start: int, *, first: bool
 ) -> None:
-    """The logits of the scored rows from ``start`` on become their gradient; then the two GEMMs of the chunk.
+    """Turn the logits of the scored rows from ``start`` on into their gradient, then run the chunk's two GEMMs.
 
     Rows of ``d hidden`` are written; ``d weight``, ``d up`` and ``d bias`` accumulate, or are set by the ``first``.
     """
-    stop, hidden = start + len(logits), hidden_rows(head, start, start + len(logits))
+    stop = start + logits.shape[0]
+    hidden = hidden_rows(head, start, stop)
     keep = kept_rows(row, WORTH_COMPACTING)
     if keep is not None:
+        if grads.hidden is not None and head.rows is None:
+            grads.hidden[start:stop] = 0
         head, start, stop, hidden = select(head, keep + start), 0, len(keep), hidden[keep]
         logits, stats, row = moved_up(logits, keep), cut(stats, keep), pick(row, keep)
     row, alpha = scaled(head, start, stop, row)
-    dz = differentiate(head, start, stop, logits, head.labels[start:stop], stats, row)
+    dz = differentiate(head, start, stop, logits, rows_of(head.labels, start, stop), stats, row)
     finish = nothing_left if grads.hidden is None else write_rows(head, grads.hidden, start, stop, dz, alpha)
     add_weight_gradients(head, (grads.weight, grads.up), grads.bias, dz, hidden, alpha, first=first)
     finish()
 
 
 def two_phase(head: Head, plan: Plan, units: Units | None, loss_fn: LossFn, wanted: Wanted, gradient: bool) -> Outcome:
-    """Statistics of all chunks, then one call of ``loss_fn``; gradients are made from its coefficients afterwards."""
+    """Statistics of all chunks, then one call of ``loss_fn``; the caller computes gradients from its coefficients."""
     buffer, parts = workspace(head, plan.chunk_rows, len(head.weight)), []
     for start, stop in plan.chunks:
         parts.append(sweep(head, start, stop, project(head, hidden_rows(head, start, stop), buffer), wanted.entropy))
     stats, every = join(head, parts, wanted.entropy), None if units is None else (0, len(units.lengths))
-    seen = token_stats(head, stats, wanted, 0, len(head.labels), units, every)
+    seen = token_stats(head, stats, wanted, 0, len(head.labels), units, every, gradient)
     loss, metrics, upstream = evaluate(loss_fn, seen, gradient)
     row = None if upstream is None else row_coefficients(head, stats, upstream)
     return loss.to(head.out_dtype), metrics, stats, row
 
 
 def recompute(head: Head, plan: Plan, stats: Stats, row: Coefficients, inputs: Leaves, needs: Needs) -> Leaves:
-    """The gradients from the coefficients, through recomputed logits."""
+    """The gradients from the coefficients; the logits are recomputed."""
     head, stats, row = needed(head, stats, row)
     return recomputed_gradients(head, plan, stats, row, inputs, needs, held=True)
 
 
 def token_stats(
-    head: Head, stats: Stats, wanted: Wanted, start: int, stop: int, units: Units | None, span: tuple[int, int] | None
+    head: Head,
+    stats: Stats,
+    wanted: Wanted,
+    start: int,
+    stop: int,
+    units: Units | None,
+    span: tuple[int, int] | None,
+    gradient: bool,
 ) -> TokenStats:
-    """What ``loss_fn`` sees of the scored rows ``start:stop``."""
+    """What ``loss_fn`` sees of the scored rows ``start:stop``; with ``gradient`` leaves that require one."""
     device, sequences, cu_seqlens = head.hidden.device, None, None
-    rows = torch.arange(start, stop, device=device) if head.rows is None else head.rows[start:stop]
+    rows = torch.arange(start, stop, device=device) if head.rows is None else rows_of(head.rows, start, stop)
     if units is not None and span is not None:
         sequences, cu_seqlens = units.sequences(*span, device)
     logps, entropy, lse = reported(head, stats, wanted)
-    return TokenStats(logps, rows, entropy, stats.top1 != 0, sequences, cu_seqlens, lse=lse)
+    logps = logps.detach().requires_grad_(gradient)
+    entropy = None if entropy is None else entropy.detach().requires_grad_(gradient)
+    lse = None if lse is None else lse.detach().requires_grad_(gradient)
+    return TokenStats(logps, rows, entropy, stats.top1, sequences, cu_seqlens, lse=lse)
 
 
 def all_rows(
@@ -245,46 +269,47 @@ def all_rows(
 ) -> TokenStats:
     """The statistics of the N rows, zero where a row is not scored."""
     device, (logps, entropy, lse) = head.hidden.device, reported(head, stats, wanted)
-    entropy = None if entropy is None else spread(head, entropy, entropy.dtype)
-    lse = None if lse is None else spread(head, lse, lse.dtype)
+    entropy = None if entropy is None else scatter_rows(head, entropy, entropy.dtype)
+    lse = None if lse is None else scatter_rows(head, lse, lse.dtype)
     sequences = None if units is None else torch.arange(len(units.cu_scored) - 1, device=device)
     offsets = None if cu_seqlens is None else on_device(cu_seqlens, device)
-    rows, top1 = torch.arange(len(head.hidden), device=device), spread(head, stats.top1 != 0, torch.bool)
-    return TokenStats(spread(head, logps, logps.dtype), rows, entropy, top1, sequences, offsets, metrics, lse)
+    rows, top1 = torch.arange(head.hidden.shape[0], device=device), scatter_rows(head, stats.top1, torch.bool)
+    return TokenStats(scatter_rows(head, logps, logps.dtype), rows, entropy, top1, sequences, offsets, metrics, lse)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
 class _Attach(torch.autograd.Function):
-    """Puts a loss whose gradients exist already into the graph: the first backward hands them over, a later one makes
-    them again. All tensors are saved through autograd, which lets go of them behind a backward that is the last."""
+    """Connects a loss whose gradients are already computed to the graph: the first backward returns them, a later one
+    recomputes them. All tensors are saved through autograd, which frees them after the last backward."""
 
     @staticmethod
-    def forward(ctx, loss, grads: Leaves, plan: Plan, stats: Stats, row: Coefficients, needs: Needs, *call):
-        ctx.save_for_backward(*call[:TENSORS], *stats, *row)
+    def forward(ctx, hidden, weight, up, bias, made: tuple[Tensor, Leaves, Plan, Stats, Coefficients, Needs, Call]):
+        loss, grads, plan, stats, row, needs, call = made
+        ctx.save_for_backward(hidden, weight, up, bias, *call[len(grads) : TENSORS], *stats, *row)
         ctx.grads, ctx.settings = [grads], (plan, needs, call[TENSORS:])
         ctx.dtypes = []
-        for x in call[: len(grads)]:
+        for x in (hidden, weight, up, bias):
             ctx.dtypes.append(None if x is None else x.dtype)
-        return loss.clone()
+        return loss
 
     @staticmethod
     def backward(ctx, *upstream):
         saved = ctx.saved_tensors if torch.is_grad_enabled() or not ctx.grads else (None,) * len(ctx.dtypes)
         with torch.no_grad():
-            made = ctx.grads.pop() if ctx.grads else made_again(ctx.settings, saved)
+            made = ctx.grads.pop() if ctx.grads else recomputed(ctx.settings, saved)
             if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:  # free where reading it costs no sync
                 made = [None if grad is None else grad.mul_(upstream[0]) for grad in made]
             made = [None if grad is None else grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():
             both = zip(made, saved, strict=False)
             made = [g if g is None or x is None else mark("linear_loss", g, x) for g, x in both]
-        return *(None,) * 6, *made, *(None,) * (len(Call._fields) - len(made))
+        return *made, None
 
 
-def made_again(settings: tuple[Plan, Needs, tuple], saved: tuple[Any, ...]) -> Leaves:
-    """The gradients a second time, from what was saved."""
+def recomputed(settings: tuple[Plan, Needs, tuple], saved: tuple[Any, ...]) -> Leaves:
+    """The gradients, recomputed from what was saved for a second backward."""
     (plan, needs, options), tensors, rest = settings, saved[:TENSORS], saved[TENSORS:]
     split, call = len(Stats._fields), Call(*tensors, *options)
     stats, row = Stats(*rest[:split]), Coefficients(*rest[split:])

@@ -78,13 +78,13 @@ def is_split(process_group: dist.ProcessGroup | None) -> bool:
 
 @contextmanager
 def checked_together(process_group: dist.ProcessGroup | None, local: Tensor) -> Iterator[None]:
-    """Around the checks before ``agree``, where the other ranks wait: what one rank refuses, all refuse."""
+    """Wrap the checks that come before ``agree``: where one rank raises, the others raise too instead of waiting."""
     try:
         yield
     except Exception as error:
         if isinstance(process_group, dist.ProcessGroup) and process_group.size() > 1:
             _gather(torch.tensor([[0, 0, 0, REFUSED]], device=local.device), process_group)
-            _told(f"{type(error).__name__}: {error}", process_group, local.device)
+            _texts(f"{type(error).__name__}: {error}", process_group, local.device)
         raise
 
 
@@ -100,7 +100,7 @@ def agree(
 
     Ranks whose arguments differ would wait for each other in collectives that the others never reach, or that have
     another shape there. So they compare first: one all-gather of four integers per call, the last of them a checksum
-    of all that must be equal, however much that is. Only where it differs do they tell each other the words.
+    of all that must be equal, however much that is. Only where it differs do they exchange the values as text.
 
     Args:
         process_group: the ranks that share the vocabulary; None, or a group of one, needs no collective.
@@ -123,7 +123,7 @@ def agree(
         mine[0] = _checksum(labels)
     checksums, sizes, flags, digests = _gather(mine[None], process_group)[:, 0].t().tolist()
     if REFUSED in digests or len(set(digests)) > 1:
-        raise ValueError(_difference(_told(json.dumps(words), process_group, local.device), digests))
+        raise ValueError(_difference(_texts(json.dumps(words), process_group, local.device), digests))
     if len(set(checksums)) > 1:
         raise ValueError(
             "process_group: the ranks that share a vocabulary need the same rows, their labels differ; where each rank "
@@ -137,7 +137,7 @@ REFUSED = -1
 
 
 def _in_words(x: Any) -> str:
-    """A value as the ranks compare it: offsets whole, temperatures per row by their presence."""
+    """A value as the ranks compare it: offsets by a checksum, per-row temperatures only by being given."""
     if not isinstance(x, Tensor):
         return str(x)
     if x.is_floating_point():
@@ -151,20 +151,20 @@ def _checksum(labels: Tensor) -> Tensor:
     return (labels.long() * (place ^ (place >> 29)) * -4658895280553007687).sum()
 
 
-def _difference(told: list[str], digests: list[int]) -> str:
+def _difference(texts: list[str], digests: list[int]) -> str:
     """One line about the first thing that is not the same on every rank, or that a rank refused."""
     if REFUSED in digests:
         rank = digests.index(REFUSED)
-        who = f"rank {rank} of the {len(told)} that share the vocabulary"
-        return f"process_group: {who} refused its arguments: {told[rank]}"
-    words = [json.loads(text) for text in told]
+        who = f"rank {rank} of the {len(texts)} that share the vocabulary"
+        return f"process_group: {who} refused its arguments: {texts[rank]}"
+    words = [json.loads(text) for text in texts]
     name = next(name for name in words[0] if len({rank.get(name) for rank in words}) > 1)
     values = ", ".join(str(rank.get(name, "nothing")) for rank in words)
     return f"process_group: every rank needs the same {name}, got {values} in rank order"
 
 
-def _told(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
-    """What every rank says, in rank order."""
+def _texts(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """The text of every rank, in rank order."""
     mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
     sizes = _gather(torch.tensor([[len(mine)]], device=device), group).flatten().tolist()
     padded = torch.nn.functional.pad(mine, (0, max(sizes) - len(mine)))[None].to(device)
@@ -251,7 +251,7 @@ def _top1(firsts: Tensor, owners: Tensor, maxima: Tensor, top: Tensor) -> Tensor
 
 
 def _named(group: str) -> dist.ProcessGroup:
-    """Operator schemas know strings, not groups."""
+    """The group of this name: operator schemas can pass a string but no process group."""
     return distributed_c10d._resolve_process_group(group)  # pyright: ignore  # the name's type is private too
 
 

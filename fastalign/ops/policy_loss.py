@@ -144,7 +144,7 @@ def _write_gradient(out: Tensor, call: _Call, table: Tensor) -> None:
 
 
 def _row_scale(call: _Call, table: Tensor) -> Tensor | None:
-    """``[N]`` the power of two that a row's fp16 gradient carries until its upstream comes (``half``), or None."""
+    """``[N]`` the power of two by which a row's fp16 gradient is scaled until backward (``half``), or None."""
     if call.logits.dtype != torch.float16:
         return None
     column, tau = columns(table), call.tokens.scaling["temperature"]
@@ -194,7 +194,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The same outside of a trace, where the gradient is handed over, not copied, and may take the logits' place."""
+    """The op outside of tracing: the gradient is returned without a copy and may overwrite the logits."""
 
     @staticmethod
     def forward(ctx, inplace, *args):
@@ -234,7 +234,7 @@ def _again(ctx) -> tuple[Tensor, Tensor | None]:
 
 
 def _scaled(grad: Tensor, scale: Tensor | None, upstream: Tensor) -> Tensor:
-    """``grad / scale * upstream`` in place, for nothing when that is 1; the device never waits for the host to know.
+    """``grad / scale * upstream`` in place, skipped where the factor is 1; on CUDA without a host sync.
 
     An fp16 gradient is multiplied in fp32, block of rows by block of rows.
     """
@@ -296,7 +296,7 @@ def policy_loss(
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64, any strides.
         labels: ``[N]`` int64 or int32; -100 marks a row that is not scored: its gradient is exactly 0, and neither its
             logits nor anything else of it is read.
-        old_logps: ``[N]`` log-probs under the policy that sampled; None when that is this one: the ratio is exactly 1.
+        old_logps: ``[N]`` log-probs under the policy that sampled; None for the current policy: the ratio is exactly 1.
         advantages: ``[N]``; None for "sft" alone.
         ref_logps: ``[N]`` log-probs under the reference, for the KL; with ``kl_coef=0`` it is a metric only.
         loss: the name of the loss.
@@ -310,8 +310,8 @@ def policy_loss(
         softcap: ``cap * tanh(logits / cap)`` before the temperature.
         entropy: return the entropy also when it has no weight.
         process_group: as in ``token_logps``: ``logits`` are then this rank's columns, all else is the same everywhere.
-            Loss and statistics have the same bits on every rank. The logits are read twice there, as are fp16 ones
-            everywhere, whose gradient waits for its upstream scaled by a power of two per row.
+            Loss and statistics have the same bits on every rank. The logits are then read twice. (So are fp16 logits
+            in any case: their gradient is kept scaled by a power of two per row until backward.)
         inplace: overwrite ``logits`` with their gradient, in this call, instead of allocating ``[N, V]``: nothing else
             may use them. An earlier op that needs them in its backward raises; logits whose elements share memory are
             refused. Ignored where no gradient is recorded, and under ``torch.compile``, which plans memory.

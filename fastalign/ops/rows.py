@@ -1,4 +1,4 @@
-"""The row algebra: whatever the objective, it reaches a row of logits through four numbers.
+"""The row algebra: the gradient of any objective in a row of logits follows from four coefficients.
 
     dz_v = g (1[v=y] - p_v) + p_v (alpha + beta ln p_v) + delta
 
@@ -40,7 +40,7 @@ class Stats(NamedTuple):
         entropy: in nats.
         max, logsum: ``max_v z_v`` and ``ln sum_v exp(z_v - max)``.
         total: ``sum_v (z_v - max)``.
-        top1: 1 where the label is the first of the largest z over the vocabulary of all ranks, else 0.
+        top1: 1 (True behind ``head.sweep``) where the label is the first of the largest z over all ranks, else 0.
     """
 
     logps: Tensor
@@ -86,8 +86,8 @@ def smoothed(logps: Tensor, logsum: Tensor, total: Tensor, label_smoothing: floa
     return (1 - label_smoothing) * logps + label_smoothing * (total / vocab - logsum)
 
 
-def idle(coefficients: Coefficients) -> Tensor:
-    """``[N]`` whether a row has no coefficient besides zeros: its logits are not read. A NaN is not zero."""
+def zero_rows(coefficients: Coefficients) -> Tensor:
+    """``[N]`` whether all coefficients of a row are 0: its logits are not read. A NaN is not zero."""
     zero = coefficients.g == 0
     for x in coefficients[1:]:
         zero = zero if x is None else zero & (x == 0)

@@ -26,6 +26,7 @@ from fastalign.ops.checks import (
     split_temperature,
     stats_dtype,
 )
+from fastalign.ops.final import no_double_backward
 from fastalign.ops.parallel import (
     agree,
     checked_together,
@@ -220,12 +221,8 @@ def _gradient(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, grad_
     return logits.detach()
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("fastalign ops do not support double backward: their gradients are final")
-
-
 _op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.register_autograd(_no_double_backward)
+_backward_op.register_autograd(no_double_backward)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ def token_logps(
 def facts(
     op: str, logits: Tensor, process_group: torch.distributed.ProcessGroup | None, backend: str | None
 ) -> dict[str, Any]:
-    """What the ranks of a split vocabulary need in common beside the options of an op on logits.
+    """What must be equal on the ranks of a split vocabulary, beside the options of an op on logits.
 
     Raises:
         ValueError: the backend does not serve ``op`` here.

@@ -1,4 +1,4 @@
-"""Integers of the host on the device, without waiting for it."""
+"""Integers from the host to the device, without a sync."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def on_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """``[n]`` int64. Captured in a CUDA graph they are written by kernels: host memory may be gone at its replay."""
+    """``[n]`` int64. In a CUDA graph kernels write them: the host memory of a copy may be freed before the replay."""
     source = torch.as_tensor(values, dtype=torch.int64)
     if source.device == device or device.type != "cuda":
         return source.to(device)

@@ -312,7 +312,7 @@ def run(
 
 
 def scale(grad: Tensor, upstream: Tensor) -> None:
-    """``grad *= upstream`` in place; the device finds out by itself that a factor of 1 leaves nothing to do.
+    """``grad *= upstream`` in place; where the factor is 1, the kernel returns early, without a host sync.
 
     Args:
         grad: ``[N, V]`` with adjacent columns, or of any strides, which costs the multiplication even for 1.

@@ -7,7 +7,7 @@ from fastalign.ops import linear_logps, linear_loss, token_logps
 from fastalign.ops.head.options import Call
 from fastalign.ops.linear_logps import _backward_op as linear_backward
 from fastalign.ops.linear_logps import _op as linear_op
-from fastalign.ops.linear_logps import _scale_directions
+from fastalign.ops.linear_logps import scale_directions_op
 from fastalign.ops.rows import coefficients
 from fastalign.ops.token_logps import _backward_op as token_backward
 from fastalign.ops.token_logps import _op as token_op
@@ -54,7 +54,9 @@ def test_linear_op(trainable, entropy, rank):
     backward = (*inputs, *call[len(tensors) :], *saved, *upstream, needs)
     torch.library.opcheck(linear_backward, backward, test_utils=CHECKS)
     if not trainable and not entropy:
-        torch.library.opcheck(_scale_directions, (hidden.detach(), LABELS, directions, upstream[0]), test_utils=CHECKS)
+        torch.library.opcheck(
+            scale_directions_op, (hidden.detach(), LABELS, directions, upstream[0]), test_utils=CHECKS
+        )
 
 
 def from_logits(hidden, weight, labels):

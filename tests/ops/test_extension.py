@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {3: "6d11d4244d249b79"}
+BINDINGS = {3: "6e879a7bed02ac3c"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""
@@ -123,8 +123,8 @@ def decode(length, heads):
 
 
 def product():
-    sizes = {"m": 48, "n": many, "k": 2, "out_stride": 1, "a_row_stride": 1, "a_col_stride": 1, "b_stride": 1}
-    C.add_product(out=at, a=at, b=at, accumulate=False, **sizes, **threads)
+    strides = dict.fromkeys(("out_stride", "a_row_stride", "a_col_stride", "b_row_stride", "b_col_stride"), 1)
+    C.add_product(out=at, a=at, b=at, accumulate=False, m=48, n=many, k=2, **strides, **threads)
 
 
 ASKS = {

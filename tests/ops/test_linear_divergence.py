@@ -8,9 +8,9 @@ from fastalign.ops import dispatch, divergence, linear_divergence
 from fastalign.ops.divergence import _backward_op, _op
 from fastalign.ops.linear_divergence import _backward_op as linear_backward
 from fastalign.ops.linear_divergence import _op as linear_op
-from fastalign.ops.linear_divergence import _scale_rows
 from fastalign.ops.linear_divergence import reference as linear_eager
 from fastalign.ops.linear_logps import reference as logps_eager
+from fastalign.ops.linear_logps import scale_directions_op
 from fastalign.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -166,7 +166,9 @@ def test_linear_custom_ops(trainable):
         plain = (hidden.detach(), weight.detach(), *args[2:], stats, torch.randn(N), g, True, trainable, False)
         torch.library.opcheck(linear_backward, plain, test_utils=CHECKS)
     if not trainable:
-        torch.library.opcheck(_scale_rows, (hidden.detach(), directions, torch.randn(N)), test_utils=CHECKS)
+        torch.library.opcheck(
+            scale_directions_op, (hidden.detach(), None, directions, torch.randn(N)), test_utils=CHECKS
+        )
 
 
 @pytest.mark.parametrize("op", ["logits", "hidden"])

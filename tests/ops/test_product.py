@@ -20,13 +20,13 @@ SHAPES = [(1, 1, 1), (5, 63, 2), (6, 64, 7), (49, 65, 33), (131, 200, 1), (97, 1
 def operands(m: int, n: int, k: int, layout: str):
     """bf16 matrices between NaN-filled margins, that a read outside would find."""
     generator = torch.Generator().manual_seed(m + n + k)
-    a_shape = (k, m) if layout == "columns" else (m, k)
-    rooms = [torch.full((rows + 2, columns + 3), torch.nan).bfloat16() for rows, columns in (a_shape, (k, n))]
-    views = [room[1:-1, 1:-2].copy_(torch.randn(room[1:-1, 1:-2].shape, generator=generator)) for room in rooms]
-    return views[0].t() if layout == "columns" else views[0], views[1]
+    a_shape, b_shape = (k, m) if layout == "columns" else (m, k), (n, k) if layout == "weight" else (k, n)
+    rooms = [torch.full((rows + 2, columns + 3), torch.nan).bfloat16() for rows, columns in (a_shape, b_shape)]
+    a, b = (room[1:-1, 1:-2].copy_(torch.randn(room[1:-1, 1:-2].shape, generator=generator)) for room in rooms)
+    return a.t() if layout == "columns" else a, b.t() if layout == "weight" else b
 
 
-@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize("layout", ["columns", "rows", "weight"])
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_sums_are_those_of_fp32(m, n, k, layout):
     a, b = operands(m, n, k, layout)
@@ -71,4 +71,4 @@ def test_other_operands_are_left_to_torch():
     acc, a, b = torch.empty(4, 6), torch.empty(4, 8).bfloat16(), torch.empty(8, 6).bfloat16()
     assert not product.serves(acc, a.float(), b)
     assert not product.serves(acc.double(), a, b)
-    assert not product.serves(acc, a, torch.empty(6, 8).bfloat16().t())
+    assert not product.serves(acc, a, torch.empty(8, 12).bfloat16()[:, ::2])

@@ -9,7 +9,7 @@ import torch
 from op_table import HERE, INTERPRETED, place
 
 from fastalign.ops import dispatch, token_logps
-from fastalign.ops.rows import Coefficients, coefficients, idle
+from fastalign.ops.rows import Coefficients, coefficients, zero_rows
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -143,7 +143,7 @@ def test_what_is_zero_is_not_read_and_nan_is_not_zero(backend, dtype, names):
     kernels.backward(out, logits, labels, top, logsum, four)
     assert (out[[0, MASKED, 7]] == 0).all() and out[8].isnan().all()
     assert torch.equal(out[2:6], expected[2:6])
-    assert idle(four).tolist() == [row in (0, 7) for row in range(9)]
+    assert zero_rows(four).tolist() == [row in (0, 7) for row in range(9)]
 
 
 @on_backends
@@ -192,7 +192,7 @@ def test_objectives_add_up():
 
 def test_a_row_that_asks_for_nothing_is_free_of_its_entropy():
     zero, bad = torch.zeros(1), torch.tensor([torch.nan])
-    assert idle(coefficients(zero, entropy=bad, grad_entropy=zero)).all()
+    assert zero_rows(coefficients(zero, entropy=bad, grad_entropy=zero)).all()
 
 
 @on_backends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,14 +20,15 @@ from fastalign.ops.head.head import (
     kernel_dtype,
     multiply_back,
     project,
+    rows_of,
     scaled,
+    scatter_rows,
     select,
-    spread,
     workspace,
 )
 from fastalign.ops.head.plan import Plan
 from fastalign.ops.parallel import begin_sum
-from fastalign.ops.rows import Coefficients, Stats, idle, pick
+from fastalign.ops.rows import Coefficients, Stats, pick, zero_rows
 from fastalign.ops.token_logps import ELSEWHERE
 from fastalign.types import TokenStats
 
@@ -43,7 +43,7 @@ def kept_rows(row: Coefficients, least: float = 0.0) -> Tensor | None:
     """
     if row.g.device.type != "cpu" or row.g.all():  # a NaN counts as not zero
         return None
-    keep = (~idle(row)).nonzero().squeeze(1)
+    keep = (~zero_rows(row)).nonzero().squeeze(1)
     skipped = len(row.g) - len(keep)
     return keep if skipped and skipped >= least * len(row.g) else None
 
@@ -63,13 +63,15 @@ DIFFERENTIABLE = ("logps", "entropy", "lse")
 
 
 def evaluate(loss_fn: LossFn, stats: TokenStats, gradient: bool) -> tuple[Tensor, dict[str, Tensor], Upstream | None]:
-    """The chunk's loss and metrics, detached, and its gradients per row (None when they are not wanted)."""
+    """The chunk's loss and metrics, detached, and its gradients per row (None when they are not wanted).
+
+    With ``gradient`` the differentiable statistics are leaves that require one.
+    """
     leaves = {}
     for name in DIFFERENTIABLE if gradient else ():
         if (x := getattr(stats, name)) is not None:
-            leaves[name] = x.detach().requires_grad_()
-    with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
-        loss, metrics = checked(loss_fn(replace(stats, **leaves) if leaves else stats))
+            leaves[name] = x
+    loss, metrics = checked(loss_fn(stats))
     refuse_captured_parameters(loss, list(leaves.values()))
     if not gradient:
         return loss.detach(), metrics, None
@@ -106,11 +108,11 @@ def refuse_captured_parameters(loss: Tensor, leaves: list[Tensor]) -> None:
             stack.append(parent)
 
 
-# --- while the logits are hot ----------------------------------------------------------------------------------------
+# --- while the logits are in memory ----------------------------------------------------------------------------------
 
 
 def new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leaves:
-    """Buffers of a one-pass call: rows that need no gradient stay 0, weight, adapter and bias are summed in fp32."""
+    """Buffers of a one-pass call: rows that are not scored are 0; weight, adapter and bias are summed in fp32."""
     gemm, device = head.options.dtype, head.hidden.device
     wide, single = kernel_dtype(gemm), len(plan.chunks) == 1 and gemm != torch.float16
     new, hidden, totals = torch.empty if plan.chunks else torch.zeros, None, []
@@ -118,13 +120,14 @@ def new_gradients(head: Head, plan: Plan, inputs: Leaves, needs: Needs) -> Leave
         dtype = gemm if single and like is not None and like.dtype == gemm else wide
         totals.append(new(like.shape, dtype=dtype, device=device) if need and like is not None else None)
     if needs.hidden:
-        hidden = torch.zeros(head.hidden.shape, dtype=held_in(head.hidden.dtype), device=device)
-    bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needs.bias else None
+        hidden = new if head.rows is None else torch.zeros
+        hidden = hidden(head.hidden.shape, dtype=held_in(head.hidden.dtype), device=device)
+    bias = torch.zeros(head.weight.shape[0], dtype=wide, device=device) if needs.bias else None
     return Leaves(hidden, totals[0], totals[1], bias)
 
 
 def in_input_dtypes(grads: Leaves, inputs: Leaves) -> Leaves:
-    """Each gradient in its input's dtype; that of an fp16 input waits for its upstream in fp32."""
+    """Each gradient in its input's dtype; that of an fp16 input stays in fp32 until backward."""
     made: list[Tensor | None] = []
     for g, x in zip(grads, inputs, strict=True):
         made.append(None if g is None or x is None else g.to(held_in(x.dtype)))
@@ -146,7 +149,7 @@ def write_rows(
         add_back(head, dz, product, alpha)
         _store(head, target, start, stop, product)
     elif head.rows is None and target.dtype == dz.dtype:
-        multiply_back(head, dz, target[start:stop])
+        multiply_back(head, dz, rows_of(target, start, stop))
     else:
         product = torch.empty(stop - start, head.width, dtype=dz.dtype, device=dz.device)
         _store(head, target, start, stop, multiply_back(head, dz, product))
@@ -203,7 +206,8 @@ def add_weight_gradients(
     """``dz.T @ hidden``, in its parts, and the column sums of dz; ``first`` sets the products instead of adding."""
     for (_, columns), total in zip(head.parts, sums, strict=False):
         if total is not None:
-            add_product(total, dz.t(), hidden[:, columns], first=first, alpha=alpha)
+            part = hidden if head.up is None else hidden[:, columns]
+            add_product(total, dz.t(), part, first=first, alpha=alpha)
     if bias is not None:
         total = dz.sum(0, dtype=bias.dtype)
         bias += total if alpha is None else total * alpha
@@ -213,7 +217,7 @@ def add_weight_gradients(
 
 
 MakeGradient = Callable[[Tensor, slice, int, int], Tensor]
-"""``d logits`` of a block of rows and a slab of columns, from the rows' hidden states: their logits are made again."""
+"""``d logits`` of a block of rows and a slab of columns, from the rows' hidden states, through recomputed logits."""
 
 
 def recomputed_gradients(
@@ -240,10 +244,10 @@ def slab_by_slab(
     *,
     held: bool = False,
 ) -> Leaves:
-    """What ``make`` makes, slab by slab, into the gradients of the inputs, each in its input's dtype.
+    """The gradients of the inputs, each in its input's dtype, from the ``d logits`` that ``make`` returns per slab.
 
-    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. ``held``: the
-    upstream is yet to come, and what would be fp16 waits for it in fp32.
+    A slab of the weight's gradient is finished before the next begins: no ``[V, D]`` accumulator. ``held``: backward
+    has yet to multiply by its upstream gradient; until then fp16 gradients stay in fp32.
     """
     num_rows, vocab, wide = len(head.labels), head.weight.shape[0], kernel_dtype(head.options.dtype)
     new = {"dtype": wide, "device": head.hidden.device}
@@ -293,7 +297,9 @@ def _dense(
     head: Head, inputs: Leaves, held: bool, d_hidden: Tensor | None, d_weight, d_up, d_bias: Tensor | None
 ) -> Leaves:
     """``d hidden`` over all rows, and the sums in their inputs' dtypes."""
-    hidden = None if d_hidden is None or inputs.hidden is None else spread(head, d_hidden, _dtype(inputs.hidden, held))
+    hidden = (
+        None if d_hidden is None or inputs.hidden is None else scatter_rows(head, d_hidden, _dtype(inputs.hidden, held))
+    )
     bias = None if d_bias is None or inputs.bias is None else d_bias.to(_dtype(inputs.bias, held))
     return Leaves(hidden, d_weight, d_up, bias)
 

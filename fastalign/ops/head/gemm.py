@@ -22,7 +22,7 @@ oneDNN's products have them from 2 rows on and MKL's from 12, on 1 and 2 threads
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
-    """``out = a @ b + plus``, where ``plus`` is a row, ``out`` itself or None.
+    """``out = a @ b + plus``, where ``plus`` is a row, ``out`` itself or None; ``out`` may be wider than a and b.
 
     Batch-invariant: in products of one shape, whatever the number of rows.
     """
@@ -35,11 +35,27 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
             multiply(part, b, tile, tile if plus is out else plus, False)
             out[rows] = tile[: rows.stop - rows.start]
         return out
+    if out.dtype != a.dtype:
+        return _multiply_wide(a, b, out, plus)
     large = max(len(a), CPU_ROWS) * b.numel() >= onednn.LEAST_WORK  # by the weight: few rows go where many would
     if large and (plus is None or plus is out) and onednn.multiplies(a, b, out):
         onednn.multiply(a, b, out, add=plus is out)
         return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
+
+
+def _multiply_wide(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None) -> Tensor:
+    """`multiply` of half precision into fp32: the sums are never rounded. On a CPU some columns at a time."""
+    if out.device.type != "cpu":
+        if plus is None:
+            return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return torch.addmm(plus.to(out.dtype), a, b, out_dtype=out.dtype, out=out)
+    if plus is not None and plus is not out:
+        out.copy_(plus)
+    for start in range(0, out.shape[1], UPCAST_ROWS):
+        part = slice(start, start + UPCAST_ROWS)
+        add_product(out[:, part], a, b[:, part], first=plus is None)
+    return out
 
 
 def padded(a: Tensor, size: int = INVARIANT_ROWS) -> Iterator[tuple[slice, Tensor]]:
@@ -63,7 +79,7 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor
         onednn.multiply(a, b, acc, add=not first)
         return
     if a.dtype == acc.dtype:
-        acc.addmm_(a, b, beta=0 if first else 1)
+        torch.mm(a, b, out=acc) if first else acc.addmm_(a, b)
         return
     if product.serves(acc, a, b):
         product.add_product(acc, a, b, first=first)

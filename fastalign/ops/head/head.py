@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastalign.ops import dispatch
 from fastalign.ops.backends.torch.token_logps import BLOCK_BYTES
-from fastalign.ops.checks import kernel_labels, stats_dtype
+from fastalign.ops.checks import in_vocabulary, kernel_labels, stats_dtype
 from fastalign.ops.half import one_for_all, row_bound, times
 from fastalign.ops.head.gemm import INVARIANT_ROWS, add_product, multiply, padded
 from fastalign.ops.head.options import Call
+from fastalign.ops.head.plan import UPCAST_ROWS, Plan, cached_plan, log
 from fastalign.ops.head.plan import Coefficients as Known
-from fastalign.ops.head.plan import Plan, cached_plan, log
 from fastalign.ops.parallel import Shard, combine, localise, make_shard, nothing
 from fastalign.ops.rows import Coefficients, Stats, coefficients, smoothed
 from fastalign.types import IGNORE_INDEX
@@ -95,13 +95,12 @@ class Head(NamedTuple):
 def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
     """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once.
 
-    ``dtypes``: of all the logits that the kernels read, where the call's are not the only ones.
+    ``dtypes``: of all logits that the kernels read, where they read others beside this call's.
     """
     sweep = dispatch.kernels(op, call.backend, call.hidden.device, *(dtypes or (call.dtype,)))
     shard, owners = None if call.group is None else make_shard(call.group, call.shards), None
-    labels = kernel_labels(call.labels, call.weight.shape[0] if shard is None else shard.vocab)
+    labels, rows = select_rows(call.labels, call.weight.shape[0] if shard is None else shard.vocab, call.num_scored)
     tau = call.temperature if call.temperatures is None else call.temperatures.to(kernel_dtype(call.dtype))
-    rows = scored_rows(labels, call.num_scored)
     if rows is not None:
         labels, tau = labels[rows], tau[rows] if isinstance(tau, Tensor) else tau
     if shard is not None:
@@ -114,6 +113,18 @@ def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
     width = weight.shape[1]
     parts = ((weight, slice(0, width)), *(() if up is None else ((up, slice(width, None)),)))
     return Head(hidden, rows, labels, weight, bias, tau, call, sweep, out, shard, owners, up, cast, parts)
+
+
+def select_rows(labels: Tensor, vocab: int, num_scored: int | None) -> tuple[Tensor, Tensor | None]:
+    """All labels as the kernels read them, and the positions of those that are not -100, None for all of them.
+
+    Raises:
+        ValueError: as `kernel_labels` and `scored_rows`.
+    """
+    if labels.device.type == "cpu" and num_scored in (None, labels.shape[0]) and in_vocabulary(labels, vocab):
+        return labels, None
+    labels = kernel_labels(labels, vocab)
+    return labels, scored_rows(labels, num_scored)
 
 
 def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
@@ -130,7 +141,7 @@ def scored_rows(labels: Tensor, num_scored: int | None) -> Tensor | None:
         torch.ops.aten._assert_async.msg(right, f"num_scored is {num_scored}, but not so many labels differ from -100")
     elif not right:
         raise ValueError(f"num_scored is {num_scored}, but {int(scored.sum())} labels are not {IGNORE_INDEX}")
-    if num_scored == len(labels):
+    if num_scored == labels.shape[0]:
         return None
     return torch.nonzero_static(scored, size=num_scored).squeeze(1)
 
@@ -157,14 +168,16 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def held_in(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which a gradient for an upstream of 1 waits for the upstream that there is."""
+    """Dtype in which a gradient for an upstream of 1 is kept until backward multiplies it by the real one."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def scratch_bytes(head: Head) -> int:
-    """What does not depend on the rows of a chunk: the cast weight, the widened hidden, the torch sweep's blocks."""
+    """Workspace that no chunk's rows add to: cast weight, hidden with adapter columns, blocks of the sweep."""
     options, columns = head.options, planned_columns(head)
     cast = columns * head.cast * options.dtype.itemsize + (0 if head.up is None else head.hidden.nbytes)
+    if options.logits_dtype != options.dtype:
+        cast += 4 * UPCAST_ROWS * head.width
     if head.sweep.__name__ != "fastalign.ops.backends.torch.token_logps":
         return cast
     row = columns * kernel_dtype(options.dtype).itemsize
@@ -178,11 +191,15 @@ def plan_for(
     """The plan of a call on this head, of which ``trained`` columns get a gradient; None: nothing of it does."""
     device, options = head.hidden.device, head.options
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    logit_bytes, itemsize = options.logits_dtype.itemsize, options.dtype.itemsize
+    if logit_bytes != itemsize:  # a gradient in another dtype cannot take the logit's place
+        logit_bytes += itemsize
     plan = cached_plan(
-        len(head.labels),
+        head.labels.shape[0],
         planned_columns(head),
         head.hidden.shape[1],
-        itemsize=options.dtype.itemsize,
+        itemsize=itemsize,
+        logit_bytes=logit_bytes,
         coefficients=coefficients,
         units=units,
         head_gradient=trained is not None,
@@ -206,43 +223,53 @@ def trained_columns(inputs: Leaves, needs: Needs) -> int | None:
     return width + (0 if inputs.up is None or not needs.up else inputs.up.shape[1])
 
 
+def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows ``start:stop``; in a small call they are mostly all, and a view costs more than this question."""
+    return x if start == 0 and stop == x.shape[0] else x[start:stop]
+
+
 def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
     """``[n, D]`` hidden states of scored rows, in the GEMM dtype; the others are not read."""
-    picked = head.hidden[start:stop] if head.rows is None else head.hidden.index_select(0, head.rows[start:stop])
+    picked = (
+        rows_of(head.hidden, start, stop)
+        if head.rows is None
+        else head.hidden.index_select(0, rows_of(head.rows, start, stop))
+    )
     return picked.to(head.options.dtype)
 
 
 def workspace(head: Head, rows: int, columns: int) -> Tensor:
-    """Flat room for ``rows * columns`` logits, used again for every tile."""
-    return torch.empty(rows * columns, dtype=head.options.dtype, device=head.hidden.device)
+    """Flat memory for ``rows * columns`` logits, reused for every tile."""
+    return torch.empty(rows * columns, dtype=head.options.logits_dtype, device=head.hidden.device)
 
 
 def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> Stats:
-    """Statistics of the scored rows ``start:stop`` from their logits, over the vocabulary of all ranks."""
-    labels, shard, total = head.labels[start:stop], head.shard, head.options.label_smoothing != 0
+    """Statistics of the scored rows ``start:stop`` from their logits, over all ranks' columns; top1 as bool."""
+    labels, shard, total = rows_of(head.labels, start, stop), head.shard, head.options.label_smoothing != 0
     if logits.shape[1]:
         wanted = {"entropy": entropy, "total": total, "top1": True}
-        found = Stats(*head.sweep.forward(logits, labels, **wanted, **scaling_of(head, start, stop)))
+        found = head.sweep.forward(logits, labels, **wanted, **scaling_of(head, start, stop))
     else:
         found = nothing(labels, kernel_dtype(logits.dtype), entropy, total, True)
-    if shard is None or head.owners is None:
-        return found
-    return combine(shard, head.owners[start:stop], *found)
+    if shard is not None and head.owners is not None:
+        found = combine(shard, head.owners[start:stop], *found)
+    return Stats(*found[:-1], found[-1] != 0)
 
 
 def differentiate(
     head: Head, start: int, stop: int, logits: Tensor, labels: Tensor, stats: Stats, row: Coefficients
 ) -> Tensor:
-    """Turns logits of the scored rows ``start:stop`` into their gradient, in place."""
+    """From logits of the scored rows ``start:stop`` to their gradient, as the GEMMs take it: in place where it fits."""
+    out = logits if logits.dtype == head.options.dtype else torch.empty_like(logits, dtype=head.options.dtype)
     if logits.numel():
-        head.sweep.backward(logits, logits, labels, stats.max, stats.logsum, row, **scaling_of(head, start, stop))
-    return logits
+        head.sweep.backward(out, logits, labels, stats.max, stats.logsum, row, **scaling_of(head, start, stop))
+    return out
 
 
 def scaled(head: Head, start: int, stop: int, row: Coefficients) -> tuple[Coefficients, Tensor | None]:
-    """Coefficients of the rows ``start:stop`` as their products want them, and the factor that the products need.
+    """The rows' coefficients scaled so that fp16 gradients do not underflow, and the inverse factor for the products.
 
-    In fp16 a power of two and its inverse; else the coefficients as they are, and None.
+    In other dtypes the coefficients as they are, and None.
     """
     if head.options.dtype != torch.float16:
         return row, None
@@ -252,7 +279,7 @@ def scaled(head: Head, start: int, stop: int, row: Coefficients) -> tuple[Coeffi
 
 
 def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | None]) -> Coefficients:
-    """What gradients ``[n]`` of logps, entropy and lse ask of the rows' logits, as the kernels read it."""
+    """Coefficients of the rows from the gradients ``[n]`` of logps, entropy and lse, as the kernels read them."""
     g, dtype = upstream.get("logps"), stats.max.dtype
     g = torch.zeros_like(stats.max) if g is None else g.to(dtype).contiguous()
     if upstream.get("entropy") is None and upstream.get("lse") is None and not head.options.label_smoothing:
@@ -294,12 +321,14 @@ def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        return nothing(head.labels, kernel_dtype(head.options.dtype), entropy, head.options.label_smoothing != 0, True)
+        total = head.options.label_smoothing != 0
+        none = nothing(head.labels, kernel_dtype(head.options.dtype), entropy, total, True)
+        return none._replace(top1=none.top1 != 0)
     columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return Stats(*columns)
 
 
-def spread(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
+def scatter_rows(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
     """``[n, ...]`` over scored rows to ``[N, ...]``, zero elsewhere."""
     if head.rows is None:
         return values.to(dtype)
@@ -316,12 +345,14 @@ def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: in
     Half precision rounds between the products. The adapter's part, small, goes first, unless there is a bias: that
     joins the weight's product before any rounding, as in a linear layer; the two may be large and cancel.
     """
-    columns = len(head.weight[first:last])
-    out = buffer[: hidden.shape[0] * columns].view(hidden.shape[0], columns)
-    plus = None if head.bias is None else head.bias[first:last]
+    last = head.weight.shape[0] if last is None else last
+    shape = hidden.shape[0], last - first
+    out = rows_of(buffer, 0, shape[0] * shape[1]).view(shape)
+    plus = None if head.bias is None else rows_of(head.bias, first, last)
     joined = plus is not None and out.dtype.itemsize < 4
     for weight, part in head.parts if joined else reversed(head.parts):
-        multiply(hidden[:, part], weight[first:last].t(), out, plus, head.options.batch_invariant)
+        factor = hidden if head.up is None else hidden[:, part]
+        multiply(factor, rows_of(weight, first, last).t(), out, plus, head.options.batch_invariant)
         plus = out
     return out
 
@@ -329,7 +360,8 @@ def project(head: Head, hidden: Tensor, buffer: Tensor, first: int = 0, last: in
 def multiply_back(head: Head, dz: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> Tensor:
     """``out [n, D + r] = dz @ [weight, up][first:last]``."""
     for weight, part in head.parts:
-        multiply(dz, weight[first:last], out[:, part], None, head.options.batch_invariant)
+        factor = rows_of(weight, first, weight.shape[0] if last is None else last)
+        multiply(dz, factor, out if head.up is None else out[:, part], None, head.options.batch_invariant)
     return out
 
 

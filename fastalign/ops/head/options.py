@@ -1,11 +1,11 @@
-"""What the linear ops are called with: the options, checked, and the call that is made of them."""
+"""The options that the linear ops share, their checks, and the ``Call`` made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from fastalign.types import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Options:
-    """What the linear ops may be told, as their keyword arguments.
+    """The keyword arguments that the linear ops share.
 
     Attributes:
         bias: ``[V]``.
@@ -52,9 +52,11 @@ class Options:
             their local tensors. Gradients are placed like their inputs.
         memory: bound on the workspace in bytes (chunk logits and temporaries, not outputs).
         backend: "torch", "cpp", "triton", "cuda" or None for the best one here.
-        batch_invariant: a row's outputs do not depend, in any bit, on the rows around it, nor on the run (with equal
-            threads, on the same hardware); slower GEMMs. Refused where nobody can promise it: on CUDA outside of
+        batch_invariant: a row's outputs have the same bits whatever the other rows are, and in every run (with equal
+            threads, on the same hardware); slower GEMMs. Refused where that cannot be guaranteed: on CUDA without
             ``torch.use_deterministic_algorithms(True)``.
+        logits: "float32" keeps the logits of bf16 or fp16 products in fp32, as they are summed, and adds a bias there:
+            they are never rounded. None keeps them in the dtype of the products, in a third of the memory.
         num_scored: the number of labels that are not -100, if the host knows it: on CUDA the call then never waits for
             the device, and can be captured in a CUDA graph; but the ranks of a process group still tell each other
             their sizes. N when the rows are selected already.
@@ -70,6 +72,7 @@ class Options:
     memory: int | None = None
     backend: str | None = None
     batch_invariant: bool = False
+    logits: Literal["float32"] | None = None
     num_scored: int | None = None
 
 
@@ -86,7 +89,7 @@ def with_options(op: Op) -> Op:
 
 
 class Call(NamedTuple):
-    """The seventeen arguments of the linear ops, checked; the tensors come first, the differentiable ones before.
+    """The arguments of the linear ops, checked; the tensors come first, the differentiable ones before.
 
     Attributes:
         hidden: ``[N, D]``, with an adapter ``[N, D + r]``: beside each hidden state its image under the adapter's A.
@@ -95,7 +98,7 @@ class Call(NamedTuple):
         bias: ``[V]``.
         labels: ``[N]``, over the columns of all ranks.
         temperatures, temperature: ``[N]``, or the number.
-        dtype: of the GEMMs.
+        dtype, logits_dtype: of the GEMMs' operands, and of the logits that they make.
         num_scored: how many labels are not -100, where the caller knows.
         group, shards: the process group's name and the columns of each of its ranks.
     """
@@ -111,6 +114,7 @@ class Call(NamedTuple):
     logit_scale: float
     label_smoothing: float
     dtype: torch.dtype
+    logits_dtype: torch.dtype
     memory: int | None
     backend: str | None
     batch_invariant: bool
@@ -170,12 +174,13 @@ def make_call(
         same |= {"bias": "None" if bias is None else bias.dtype, "lora": None if down is None else (len(down), scale)}
         same |= {name: getattr(options, name) for name in SHARED} | {"temperature": tau, **more}
         group, shards, trainable = agree(group, weight, weight.shape[0], same, trainable, labels)
-    scaling = (rows, number, options.softcap, float(options.logit_scale), float(options.label_smoothing), dtype)
+    scaling = (rows, number, options.softcap, float(options.logit_scale), float(options.label_smoothing))
+    dtypes = (dtype, torch.float32 if options.logits and dtype.itemsize == 2 else dtype)
     run = (options.memory, options.backend, options.batch_invariant, options.num_scored, group, shards)
-    return Call(hidden, weight, up, bias, labels, *scaling, *run), trainable
+    return Call(hidden, weight, up, bias, labels, *scaling, *dtypes, *run), trainable
 
 
-SHARED = ("softcap", "logit_scale", "label_smoothing", "memory", "backend", "batch_invariant", "num_scored")
+SHARED = ("softcap", "logit_scale", "label_smoothing", "memory", "backend", "batch_invariant", "logits", "num_scored")
 """Options that the ranks of a split vocabulary compare as they are."""
 
 
@@ -201,6 +206,8 @@ def check(
         check_num_scored(options.num_scored, labels)
     if options.batch_invariant:
         check_deterministic(hidden.device, group)
+    if options.logits not in (None, "float32"):
+        raise ValueError(f'logits must be "float32" or None, the dtype of the products; got {options.logits!r}')
     if down is not None and up is not None:
         check_lora(down, up, hidden, weight)
 
@@ -234,7 +241,7 @@ def facts(
     memory: int | None,
     backend: str | None,
 ) -> dict[str, Any]:
-    """What the ranks of a split vocabulary need in common beside options: it decides about chunks and collectives.
+    """What must be equal on the ranks of a split vocabulary beside options, because chunks and collectives follow it.
 
     Raises:
         ValueError: the backend does not serve ``op`` here.

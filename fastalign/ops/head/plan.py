@@ -3,10 +3,10 @@
 Modes (N rows, V vocabulary, D hidden; one GEMM over the head costs 2NVD):
 
     stats     2NVD   no gradient is wanted: chunks of rows, statistics only
-    one_pass  6NVD   coefficients are known while the chunk's logits are hot (4NVD when the head is frozen)
-    retained  6NVD + 2(1 - phi)NVD   units longer than a chunk: the logits of a share phi are kept, others made again
+    one_pass  6NVD   coefficients are known while the chunk's logits are in memory (4NVD when the head is frozen)
+    retained  6NVD + 2(1 - phi)NVD   units longer than a chunk: a share phi of the logits is kept, others are recomputed
     frozen    4NVD   frozen head, any upstream gradient: the forward keeps one direction per row
-    slabs     8NVD   everything else: statistics first, then logits again, one vocabulary slab after the other
+    slabs     8NVD   everything else: statistics first, then recomputed logits, one vocabulary slab after the other
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Plan:
         groups: the chunks that each call of the loss sees, ``(start, stop)`` over the scored rows; all rows, in order.
         unit_spans: for aligned calls with whole groups ``(start, stop)`` over the units of each group, else None.
         slots: chunks of a group whose logits are held at once; those beyond share the last slot.
-        phi: share of the rows whose logits are made once.
+        phi: share of the rows whose logits are computed once.
         slab, block: columns and rows at a time when a backward recomputes logits.
         workspace_bytes: bound on chunk logits and temporaries, GEMM library scratch excluded.
         accumulator_bytes: the fp32 weight gradient of a trainable head, reported beside the workspace.
@@ -105,6 +105,7 @@ def make_plan(
     width: int,
     *,
     itemsize: int = 4,
+    logit_bytes: int | None = None,
     coefficients: Coefficients = "token",
     units: Sequence[int] | None = None,
     head_gradient: bool = True,
@@ -121,7 +122,8 @@ def make_plan(
     Args:
         num_rows: scored rows n.
         vocab, width: V, and D (with an adapter of rank r: D + r).
-        itemsize: bytes of a stored logit, the GEMM dtype's.
+        itemsize: bytes of an operand of the GEMMs.
+        logit_bytes: of a logit and its gradient; None: one in the place of the other, in the operands' dtype.
         coefficients: when the rows' coefficients are known: "none" (no gradient wanted), "token" or "unit" (inside the
             call), "upstream" (only in backward).
         units: scored rows of each coupling unit, in order, for "unit".
@@ -133,7 +135,8 @@ def make_plan(
         scratch: bytes that do not depend on the rows of a chunk (casts of the weight, the sweep's temporaries).
         batch_invariant: the slab must not depend on the number of rows.
     """
-    row_bytes = row_bytes_of(vocab, width, itemsize)
+    logit_bytes = logit_bytes or itemsize
+    row_bytes = row_bytes_of(vocab, width, itemsize, logit_bytes)
     scratch += 64 * num_rows
     limit = _rows_that_fit(row_bytes, itemsize, memory, scratch, device, total_memory)
     starved = device == "cuda" and memory is not None and limit < min(num_rows, GPU_ROWS)
@@ -149,12 +152,13 @@ def make_plan(
     if not whole or spans is None:
         chunks, spans = _balanced(0, num_rows, limit), None
         groups = (chunks,) if mode == "slabs" else tuple((chunk,) for chunk in chunks)
-    slab, block = _tile(num_rows, vocab, itemsize, budget, batch_invariant)
+    slab, block = _tile(num_rows, vocab, logit_bytes, budget, batch_invariant)
     accumulator = 4 * vocab * trained if whole else 0
     plan = Plan(
         mode, groups, spans, slots if mode == "retained" else 1, phi, slab, block, 0, accumulator, flops, reason
     )
-    workspace = scratch + max(plan.held_rows * row_bytes, _slab_bytes(mode, num_rows, width, itemsize, slab, block))
+    tile = logit_bytes * slab * block + _slab_bytes(num_rows, width, itemsize, slab, block)
+    workspace = scratch + max(plan.held_rows * row_bytes, tile if mode == "slabs" else 0)
     return replace(plan, workspace_bytes=workspace)
 
 
@@ -162,10 +166,10 @@ cached_plan = lru_cache(maxsize=64)(make_plan)
 """``make_plan`` for arguments that can be hashed."""
 
 
-def row_bytes_of(vocab: int, width: int, itemsize: int) -> int:
+def row_bytes_of(vocab: int, width: int, itemsize: int, logit_bytes: int | None = None) -> int:
     """One row of a chunk: its logits, hidden state and hidden gradient, and fp32 copies made for narrow products."""
     upcast = 4 * (UPCAST_ROWS + width) if itemsize < 4 else 0
-    return itemsize * (vocab + 2 * width) + upcast
+    return (logit_bytes or itemsize) * vocab + 2 * itemsize * width + upcast
 
 
 def _default_bytes(device: str, total_memory: int) -> int:
@@ -235,7 +239,7 @@ def _thinnest(device: str) -> int:
 
 
 def _share_made_once(groups: Sequence[Sequence[Chunk]], slots: int, piece: int, device: str) -> float:
-    """The rows whose logits are still there when their coefficients come; none where pieces are too thin."""
+    """Share of the rows whose logits are still in memory when their coefficients are known; 0 for too thin pieces."""
     if piece < _thinnest(device) and any(len(group) > 1 for group in groups):
         return 0.0
     again = sum(stop - start for group in groups for start, stop in group[slots - 1 : -1])
@@ -264,18 +268,16 @@ def _unit_groups(
     return tuple(_balanced(*span, piece) if span[1] - span[0] > limit else (span,) for span in rows)
 
 
-def _tile(num_rows: int, vocab: int, itemsize: int, budget: int, batch_invariant: bool) -> tuple[int, int]:
+def _tile(num_rows: int, vocab: int, logit_bytes: int, budget: int, batch_invariant: bool) -> tuple[int, int]:
     """Columns and rows of a recomputed tile: all rows and wide slabs if they fit, else narrower, else blocks."""
-    elements = max(1, budget // (2 * itemsize))
+    elements = max(1, budget // (2 * logit_bytes))
     widest = MIN_SLAB if batch_invariant else min(SLAB, elements // max(1, num_rows))
     slab = min(vocab, max(MIN_SLAB, widest))
     block = max(1, min(num_rows, elements // max(1, slab)))
     return slab, block
 
 
-def _slab_bytes(mode: Mode, num_rows: int, width: int, itemsize: int, slab: int, block: int) -> int:
-    """The tile, the rows' hidden states and fp32 gradient, the slab's fp32 gradient and widened operands."""
-    if mode != "slabs":
-        return 0
+def _slab_bytes(num_rows: int, width: int, itemsize: int, slab: int, block: int) -> int:
+    """Beside a tile: the rows' hidden states and fp32 gradient, the slab's fp32 gradient and widened operands."""
     upcast = 4 * (UPCAST_ROWS * max(slab, width) + block * width + slab * width) if itemsize < 4 else 0
-    return itemsize * (slab * block + num_rows * width) + 4 * num_rows * width + 4 * slab * width + upcast
+    return (itemsize + 4) * num_rows * width + 4 * slab * width + upcast

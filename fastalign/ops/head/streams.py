@@ -119,8 +119,9 @@ def make_streams(call: Call) -> Streams:
         labels = torch.zeros(call.hidden.shape[0], dtype=torch.int64, device=call.hidden.device)
     rows = labels, call.temperatures, call.temperature
     run = None, call.backend, False, None, call.group, call.shards
-    one = LinearCall(call.hidden, call.weight, None, call.bias, *rows, *ours, 0.0, call.dtype, *run)
-    other = LinearCall(call.ref_hidden, call.ref_weight, None, call.ref_bias, *rows, *theirs, 0.0, call.ref_dtype, *run)
+    one = LinearCall(call.hidden, call.weight, None, call.bias, *rows, *ours, 0.0, call.dtype, call.dtype, *run)
+    dtypes = call.ref_dtype, call.ref_dtype
+    other = LinearCall(call.ref_hidden, call.ref_weight, None, call.ref_bias, *rows, *theirs, 0.0, *dtypes, *run)
     policy, ref = (make_head("linear_divergence", x, call.dtype, call.ref_dtype) for x in (one, other))
     return Streams(policy, ref, call.kind, call.mix)
 
@@ -128,7 +129,7 @@ def make_streams(call: Call) -> Streams:
 def forward(
     streams: Streams, plan: Plan, directions: Tensor, tokens: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too, while it is hot.
+    """value ``[n]``, stats ``[5, n]``; with a frozen head each row's direction ``[N, D]`` too.
 
     ``tokens``, ``[n]`` and ``[2, n]``, is filled with the label's log-prob under the policy, that under the reference
     and the policy's entropy.
@@ -156,7 +157,7 @@ def forward(
 def scaled(
     streams: Streams, rows: slice, stats: Tensor, grad: Tensor, row: Coefficients | None
 ) -> tuple[Tensor, Coefficients | None, Tensor | None]:
-    """The upstream of some rows as their products want it, and the factor that the products need; see ``half``.
+    """The rows' upstream gradients scaled for fp16, and the inverse factor for the products; see ``half``.
 
     No element of the divergence's ``dz`` exceeds ``2 K + 1``, with K the mean that it subtracts: ``p ln(p / pi)`` is at
     least ``-pi / e``, so that none of its sum K exceeds ``K + 1 / e``.

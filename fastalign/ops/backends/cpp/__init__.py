@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops.checks import stats_dtype
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CPU = torch.device("cpu")
 ABI = 3
@@ -67,26 +69,22 @@ def check(logits: Tensor, labels: Tensor, backend: str = "cpp", device: str = "c
         )
 
 
-def check_out(out: Tensor, logits: Tensor) -> None:
-    """``out`` is laid out for a gradient of the logits."""
-    if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+def check_out(out: Tensor, logits: Tensor, *, narrower: bool = False) -> None:
+    """``out`` is laid out for a gradient of the logits; ``narrower``: of fp32 logits also for one in bf16 or fp16."""
+    served = out.dtype == logits.dtype or (narrower and logits.dtype == torch.float32 and out.dtype.itemsize == 2)
+    if out.shape != logits.shape or not served or out.device != logits.device:
         raise ValueError(
             f"out must be {logits.dtype} {tuple(logits.shape)} on {logits.device} like the logits, "
             f"not {out.dtype} {tuple(out.shape)} on {out.device}"
         )
 
 
-def stats_dtype(logits: Tensor) -> torch.dtype:
-    """That of the statistics: fp64 for fp64 logits, else fp32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def vectors(given: Mapping[str, Tensor | None], logits: Tensor) -> dict[str, Tensor]:
     """What is given, as contiguous ``[N]`` of the statistics' dtype beside the logits."""
-    dtype, found = stats_dtype(logits), {}
+    rows, dtype, found = logits.shape[0], stats_dtype(logits), {}
     for name, x in given.items():
         if x is not None:
-            found[name] = vector(name, x, len(logits), dtype, logits.device)
+            found[name] = vector(name, x, rows, dtype, logits.device)
     return found
 
 
@@ -94,12 +92,12 @@ def vector(name: str, x: Tensor, rows: int, dtype: torch.dtype, device: torch.de
     """``x`` as a contiguous ``[N]`` of ``dtype``."""
     if x.shape != (rows,) or x.device != device:
         raise ValueError(f"{name} must be [{rows}] on {device}, got {tuple(x.shape)} on {x.device}")
-    return x.detach().to(dtype).contiguous()
+    return x if x.dtype == dtype and x.is_contiguous() else x.detach().to(dtype).contiguous()
 
 
 def matrix(x: Tensor) -> tuple[int, int, int]:
     """Address and strides."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
+    return x.data_ptr(), *x.stride()
 
 
 def describe(
@@ -109,31 +107,25 @@ def describe(
     softcap: float | None,
     logit_scale: float,
     vectors: Mapping[str, Tensor | None],
-    **matrices: tuple[int, int, int],
+    grad: Tensor | None = None,
 ) -> tuple[Any, list[Tensor]]:
     """The addresses, and the copies that must stay alive until the kernel has returned."""
     from fastalign import _C
 
     rows, vocabulary = logits.shape
-    alive = [labels.contiguous()]
+    alive, per_row, dtype = [labels.contiguous()], 0, DTYPES[logits.dtype]
     if isinstance(temperature, Tensor):
         alive.append(vector("temperature", temperature.expand(rows), rows, torch.float64, logits.device))
-        settings = {"temperatures": alive[1].data_ptr()}
-    else:
-        settings = {"temperature": float(temperature)}
-    for name, x in vectors.items():
-        if x is not None:
-            settings[name] = x.data_ptr()
-    op = _C.TokenLogps(
-        logits=matrix(logits),
-        dtype=DTYPES[logits.dtype],
-        rows=rows,
-        vocabulary=vocabulary,
-        labels=alive[0].data_ptr(),
-        labels_are_int64=labels.dtype == torch.int64,
-        softcap=softcap or 0.0,
-        logit_scale=logit_scale,
-        **settings,
-        **matrices,
-    )
-    return op, alive
+        per_row, temperature = alive[1].data_ptr(), 1.0
+    places: list[int] = []
+    for name in VECTORS:
+        x = vectors.get(name)
+        places.append(0 if x is None else x.data_ptr())
+    shape = matrix(logits), dtype, rows, vocabulary, alive[0].data_ptr(), labels.dtype == torch.int64
+    scaling = per_row, temperature, softcap or 0.0, logit_scale
+    gradient = () if grad is None else (matrix(grad), DTYPES[grad.dtype])
+    return _C.TokenLogps(*shape, *scaling, *places, *gradient), alive  # 22 names would cost more than a small kernel
+
+
+VECTORS = ("logps", "entropy", "max", "logsum", "total", "top1", "g", "alpha", "beta", "delta")
+"""Statistics and coefficients ``[N]`` that a kernel reads or writes, in the order of its arguments."""

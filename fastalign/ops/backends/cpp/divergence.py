@@ -112,7 +112,7 @@ def backward(
     stats = cpp.vector("stats", stats.reshape(-1), 5 * len(labels), torch.float32)
     given = {} if coefficients is None else coefficients._asdict()
     row = {name: cpp.vector(name, x, len(labels), torch.float32) for name, x in given.items() if x is not None}
-    policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, row, grad=cpp.matrix(out))
+    policy, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, row, out)
     reference, _also = cpp.describe(ref_logits, labels, temperature, ref_softcap, ref_logit_scale, {})
     _describe(policy, reference, kind, mix, stats, grad_value=grad.data_ptr()).backward(torch.get_num_threads())
 

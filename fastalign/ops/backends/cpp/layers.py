@@ -41,7 +41,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """``(silu(gate) * up) @ weight.T``; the product of gate and up is not kept but made again for the backward.
+    """``(silu(gate) * up) @ weight.T``; the product of gate and up is not kept but recomputed in backward.
 
     Args:
         gate, up: ``[..., K]`` of one dtype.

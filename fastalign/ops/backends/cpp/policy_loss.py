@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.functors import COLUMNS, Knobs, columns
 
 SURROGATES = {"sft": 0, "pg": 0, "ppo": 1, "cispo": 2, "sapo": 3}
@@ -71,10 +72,9 @@ def describe(
 
     if out is not None:
         cpp.check_out(out, logits)
-    table = torch.empty(len(COLUMNS), logits.shape[0], dtype=cpp.stats_dtype(logits), device=logits.device)
-    vectors, matrices = cpp.vectors(rows, logits), {} if out is None else {"grad": cpp.matrix(out)}
-    fields = _statistics(table, entropy, knobs)
-    op, alive = cpp.describe(logits, labels, temperature, softcap, 1.0, fields, **matrices)
+    table = torch.empty(len(COLUMNS), logits.shape[0], dtype=stats_dtype(logits), device=logits.device)
+    vectors, fields = cpp.vectors(rows, logits), _statistics(table, entropy, knobs)
+    op, alive = cpp.describe(logits, labels, temperature, softcap, 1.0, fields, out)
     policy = _C.PolicyLoss(
         rows=op,
         surrogate=SURROGATES[loss],

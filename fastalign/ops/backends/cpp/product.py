@@ -11,7 +11,7 @@ from fastalign.ops.backends import cpp
 def serves(acc: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether `add_product` takes these: bf16 into fp32 on a processor with AVX512-BF16, layouts that need no copy."""
     narrow = a.dtype == b.dtype == torch.bfloat16 and acc.dtype == torch.float32 and acc.device.type == "cpu"
-    return narrow and acc.stride(-1) == b.stride(-1) == 1 and 1 in a.stride() and _available()
+    return narrow and acc.stride(-1) == 1 and 1 in a.stride() and 1 in b.stride() and _available()
 
 
 def _available() -> bool:
@@ -28,7 +28,7 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     Args:
         acc: ``[m, n]`` fp32 with neighbouring columns.
         a: ``[m, k]`` bf16 with neighbouring rows or columns.
-        b: ``[k, n]`` bf16 with neighbouring columns.
+        b: ``[k, n]`` bf16 with neighbouring rows or columns.
         first: ``acc`` holds nothing yet.
     """
     from fastalign import _C
@@ -45,7 +45,8 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         out_stride=acc.stride(0),
         a_row_stride=a.stride(0),
         a_col_stride=a.stride(1),
-        b_stride=b.stride(0),
+        b_row_stride=b.stride(0),
+        b_col_stride=b.stride(1),
         accumulate=not first,
         threads=torch.get_num_threads(),
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp
+from fastalign.ops.checks import stats_dtype
 from fastalign.ops.rows import Coefficients, Stats
 
 
@@ -67,7 +68,7 @@ def backward(
     scored, or whose coefficients are zero, are zeros without their logits being read.
 
     Args:
-        out: ``[N, V]`` of the dtype of the logits, of any strides.
+        out: ``[N, V]`` of the dtype of the logits, of fp32 logits also bf16 or fp16; of any strides.
         logits, labels, temperature, softcap, logit_scale: as in ``forward``.
         max, logsum: ``[N]`` from ``forward``.
         coefficients: ``[N]`` each; None is 0 everywhere and costs nothing.
@@ -76,21 +77,15 @@ def backward(
         ValueError: for a wrong shape, dtype or device.
     """
     cpp.check(logits, labels)
-    cpp.check_out(out, logits)
+    cpp.check_out(out, logits, narrower=True)
     inputs = cpp.vectors({"max": max, "logsum": logsum, **coefficients._asdict()}, logits)
-    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, inputs, grad=cpp.matrix(out))
+    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, inputs, out)
     op.backward(torch.get_num_threads())
 
 
 def new_stats(logits: Tensor, entropy: bool, total: bool, top1: bool) -> Stats:
-    """Fresh memory for the statistics, beside the logits."""
-    rows, new = len(logits), {"dtype": cpp.stats_dtype(logits), "device": logits.device}
+    """Fresh memory for the statistics, on the device of the logits."""
+    rows, new = logits.shape[0], {"dtype": stats_dtype(logits), "device": logits.device}
     logps, maximum, logsum = torch.empty(rows, **new), torch.empty(rows, **new), torch.empty(rows, **new)
-    return Stats(
-        logps,
-        torch.empty(rows, **new) if entropy else None,
-        maximum,
-        logsum,
-        torch.empty(rows, **new) if total else None,
-        torch.empty(rows, **new) if top1 else None,
-    )
+    h, t = torch.empty(rows, **new) if entropy else None, torch.empty(rows, **new) if total else None
+    return Stats(logps, h, maximum, logsum, t, torch.empty(rows, **new) if top1 else None)

@@ -1,7 +1,7 @@
 """The native CUDA kernels behind tensors: whether they are there, the caller's device and stream.
 
-Nothing here waits for the device, and nothing is allocated beside the outputs but what blocks that share rows leave for
-each other, where rows are few: a launch can be captured in a CUDA graph.
+Nothing here waits for the device. Beside the outputs only a small scratch is allocated, where few rows are shared by
+several blocks. So a launch can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
 @contextmanager
 def on_stream(x: Tensor) -> Iterator[tuple[Any, int]]:
-    """The kernels, and the handle of the current stream of the device that holds ``x``, which is in use meanwhile."""
+    """The kernels and the current stream's handle; inside the block the device of ``x`` is the current one."""
     from fastalign import _C
 
     with torch.cuda.device(x.device):

@@ -44,10 +44,16 @@ def backward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """As ``cpp.token_logps.backward``, on CUDA tensors; ``out`` may be the logits."""
+    """As ``cpp.token_logps.backward``, on CUDA tensors; ``out`` may be the logits.
+
+    The kernel writes the dtype that it reads: a narrower ``out`` is rounded from a gradient in place of the logits.
+    """
     cpp.check(logits, labels, "cuda", cuda.DEVICE)
-    cpp.check_out(out, logits)
+    cpp.check_out(out, logits, narrower=True)
+    target = out if out.dtype == logits.dtype else logits
     inputs = cpp.vectors({"max": max, "logsum": logsum, **coefficients._asdict()}, logits)
-    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, inputs, grad=cpp.matrix(out))
+    op, _alive = cpp.describe(logits, labels, temperature, softcap, logit_scale, inputs, target)
     with cuda.on_stream(logits) as (kernels, stream):
         kernels.token_logps_backward(op, kernels.blocks_per_row(*logits.shape), stream)
+    if target is not out:
+        out.copy_(target)

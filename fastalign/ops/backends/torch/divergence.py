@@ -15,7 +15,7 @@ from fastalign.ops.backends.torch.token_logps import (
     slope_of,
 )
 from fastalign.ops.checks import stats_dtype
-from fastalign.ops.rows import NEGLIGIBLE, Coefficients, idle, pick
+from fastalign.ops.rows import NEGLIGIBLE, Coefficients, pick, zero_rows
 from fastalign.types import IGNORE_INDEX
 
 
@@ -146,7 +146,7 @@ def backward(
         if coefficients is not None:
             part = pick(coefficients, rows)
             dz = dz.masked_fill_(d[:, None] == 0, 0).add_(row_gradients(log_p.clamp_(min=FLOOR), y, part))
-            skipped = (y == IGNORE_INDEX) | (idle(part) & (d == 0))
+            skipped = (y == IGNORE_INDEX) | (zero_rows(part) & (d == 0))
         out[rows] = dz.mul_(slope).masked_fill_(skipped[:, None], 0).to(out.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.checks import stats_dtype
-from fastalign.ops.rows import Coefficients, Stats, idle, pick
+from fastalign.ops.rows import Coefficients, Stats, pick, zero_rows
 from fastalign.ops.token_logps import ELSEWHERE
 from fastalign.types import IGNORE_INDEX
 
@@ -86,7 +86,7 @@ def backward(
         slope = slope_of(z, tau, softcap, logit_scale)
         log_p = z.sub_(max[rows, None]).sub_(logsum[rows, None]).clamp_(min=FLOOR)
         dz = row_gradients(log_p, y, part).mul_(slope)
-        out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | idle(part))[:, None], 0)
+        out[rows] = dz.masked_fill_(((y == IGNORE_INDEX) | zero_rows(part))[:, None], 0)
 
 
 def row_gradients(log_p: Tensor, labels: Tensor, coefficients: Coefficients) -> Tensor:
