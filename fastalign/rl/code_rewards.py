@@ -2,9 +2,9 @@
 
     rewards: [{code: {tests: input_output, timeout: 5, memory_mb: 512}}]
 
-Tests come in two kinds. Pairs of standard input and output are judged outside of the sandbox. Assertions run behind the
-program in its own process: a program that only ends early fails them, but one that is made to cheat, by objects that
-equal everything for example, can pass. Prefer pairs where there is a choice.
+What a program prints for an input, or what its function returns for arguments, is judged outside of the sandbox, which
+never sees the right answer. Assertions run behind the program in its own process: a program that only ends early fails
+them, but one that is made to cheat, by objects that equal everything for example, can pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from fastalign.rl.sandbox import Limits, Outcome, Sandbox
 from fastalign.words import kind_of
 
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+CALL = """
+import json as _json, sys as _sys
+_call = Solution().{name} if "Solution" in globals() else {name}
+print({done!r} + _json.dumps(_call(*_json.loads(_sys.stdin.read()))))
+"""
 PYTHON_TAGS = ("python", "py", "python3", "")
 
 
@@ -46,11 +51,32 @@ class CodeSettings:
 
 
 class Case(NamedTuple):
-    """What one run gets on standard input and must print, or an assertion that must hold behind the program."""
+    """One test.
+
+    Attributes:
+        stdin: what the program reads; for a function its arguments as JSON.
+        expected: what it must print, for a function the JSON of what it must return; None for an assertion.
+        assertion: code that must run to its end behind the program.
+        function: the function that is called.
+    """
 
     stdin: str = ""
     expected: str | None = None
     assertion: str = ""
+    function: str = ""
+
+    def tail(self, done: str) -> str:
+        """What runs behind the program; a line of ``done`` and maybe more is the last that it prints."""
+        if self.function:
+            return CALL.format(name=self.function, done=done)
+        return f"\n{self.assertion}\nprint({done!r})\n" if self.expected is None else ""
+
+    def passes(self, printed: str, done: str) -> bool:
+        """Whether what was printed is right."""
+        _, mark, value = last_line(printed).partition(done)
+        if self.expected is None:
+            return bool(mark)
+        return bool(mark) and same(value, self.expected) if self.function else printed.split() == self.expected.split()
 
 
 class Verdict(NamedTuple):
@@ -112,9 +138,9 @@ def read_tests(tests: Any, column: str) -> list[Case]:
     """The tests of a row.
 
     Args:
-        tests: ``{"inputs": [...], "outputs": [...]}`` as in APPS (``input`` and ``output`` as in CodeContests), a list
-            of ``{"input": ..., "output": ...}``, a list of assertions as in MBPP, or any of these as JSON; or lines
-            of assertions. None for no tests.
+        tests: ``{"inputs": [...], "outputs": [...]}`` as in APPS, with ``fn_name`` for a function that is called, or
+            with ``input`` and ``output`` as in CodeContests; a list of ``{"input": ..., "output": ...}``; a list of
+            assertions as in MBPP; any of these as JSON; or lines of assertions. None for no tests.
         column: where they come from, for errors.
 
     Raises:
@@ -122,9 +148,9 @@ def read_tests(tests: Any, column: str) -> list[Case]:
 
     Example:
         >>> read_tests('{"inputs": ["1"], "outputs": ["2"]}', "tests")
-        [Case(stdin='1', expected='2', assertion='')]
+        [Case(stdin='1', expected='2', assertion='', function='')]
         >>> read_tests("assert f(1) == 2", "tests")
-        [Case(stdin='', expected=None, assertion='assert f(1) == 2')]
+        [Case(stdin='', expected=None, assertion='assert f(1) == 2', function='')]
     """
     if isinstance(tests, str):
         tests = parse(tests, column)
@@ -157,18 +183,17 @@ def parse(text: str, column: str) -> Any:
 
 
 def pairs(tests: dict[str, Any], column: str) -> list[Case]:
-    """Pairs of input and output."""
-    if tests.get("fn_name"):
-        raise ValueError(
-            f"column {column!r}: tests that call {tests['fn_name']!r} are not supported, only programs are"
-        )
+    """Pairs of input and output: of the program, or with ``fn_name`` arguments and results of that function."""
     given = next((tests[name] for name in ("inputs", "input") if name in tests), None)
     wanted = next((tests[name] for name in ("outputs", "output") if name in tests), None)
     if not isinstance(given, list) or not isinstance(wanted, list) or len(given) != len(wanted):
-        raise ValueError(
-            f"column {column!r}: expected as many inputs as outputs, got {kind_of(given)} and {kind_of(wanted)}"
-        )
-    return [Case(lines(stdin), lines(expected)) for stdin, expected in zip(given, wanted, strict=True)]
+        got = f"{kind_of(given)} and {kind_of(wanted)}"
+        raise ValueError(f"column {column!r}: expected as many inputs as outputs, got {got}")
+    if name := tests.get("fn_name"):
+        if not str(name).isidentifier() or not all(isinstance(arguments, list) for arguments in given):
+            raise ValueError(f"column {column!r}: expected a list of arguments in each input for the function {name!r}")
+        return [Case(json.dumps(a), json.dumps(b), function=name) for a, b in zip(given, wanted, strict=True)]
+    return [Case(lines(a), lines(b)) for a, b in zip(given, wanted, strict=True)]
 
 
 def lines(text: Any) -> str:
@@ -196,15 +221,17 @@ def judge(program: str, tests: Sequence[Case], limits: Limits, stop: bool = Fals
 def run_test(sandbox: Sandbox, test: Case) -> Verdict:
     """Whether one test passes: its output has the same words, or its assertion was reached and held."""
     done = secrets.token_hex(16)
-    outcome = sandbox.run(test.stdin, f"\n{test.assertion}\nprint({done!r})\n" if test.expected is None else "")
+    outcome = sandbox.run(test.stdin, test.tail(done))
     if outcome.status != "ok":
         status = "compile_error" if is_compile_error(outcome) else outcome.status
         return Verdict(0, status, last_line(outcome.stderr))
-    if test.expected is None:
-        right = last_line(outcome.stdout).endswith(done)
-    else:
-        right = outcome.stdout.split() == test.expected.split()
-    return Verdict(1, "passed") if right else Verdict(0, "wrong", last_line(outcome.stdout))
+    return Verdict(1, "passed") if test.passes(outcome.stdout, done) else Verdict(0, "wrong", last_line(outcome.stdout))
+
+
+def same(printed: str, expected: str) -> bool:
+    """Whether two values in JSON are equal; APPS has many an expected one in a list of its own."""
+    value, right = json.loads(printed), json.loads(expected)
+    return value == right or (isinstance(right, list) and right == [value])
 
 
 def is_compile_error(outcome: Outcome) -> bool:

@@ -6,10 +6,10 @@
       - {model: runs/reward/model}                           # ours, or a sequence classifier with one label
       - {code: {tests: input_output, timeout: 5}}            # see fastalign.rl.code_rewards
 
-Every one takes ``weight`` (default 1), ``name`` (default the function's), ``on_error`` (``raise``, or ``exclude``: a
-failure leaves the function out of the sample's reward) and ``timeout`` in seconds of one call. A function also takes
-``per``: it is called for all samples of a prompt (``group``, the default), or for each alone (``sample``), all at the
-same time.
+Every one takes ``weight`` (default 1), ``name`` (default: that of the function or the directory), ``on_error``
+(``raise``, or ``exclude``: where it fails it is left out of the sample's reward) and ``timeout``, seconds of one call.
+A function also takes ``per``: it is called for all samples of a prompt (``group``, the default), or for each alone
+(``sample``), all at the same time.
 
 A function is called as TRL calls it, ``f(prompts=, completions=, completion_ids=, **columns) -> list``, with those
 arguments that it takes. It returns for each completion a number; None for no reward; or for a process reward a list
@@ -178,7 +178,7 @@ def model_reward(entry: Mapping[str, Any], setting: str) -> Maker:
 
     def make(around: Surroundings) -> Reward:
         model = load_reward_model(path, around.tokenizer, around.device, f"{setting}.model")
-        return Reward("model", os.path.normpath(path), model, timeout=None)
+        return Reward("model", os.path.basename(os.path.normpath(path)), model, timeout=None)
 
     return {}, make
 

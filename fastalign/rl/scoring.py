@@ -121,9 +121,10 @@ class Scorer:
         return {f"{one.name}/{what}": count for one in self.rewards for what, count in dict(one.counts).items()}
 
     def close(self) -> None:
-        """End the threads; what is not collected is lost."""
+        """End the threads; what is still being scored is cancelled."""
         for loop in (self._order, self._users):
-            loop.call_soon_threadsafe(loop.stop)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(loop.stop)
 
     async def _score(self, group: Group) -> Scores:
         given = await asyncio.gather(*(self._reward(reward, group) for reward in self.rewards))
@@ -198,11 +199,20 @@ def start_loop(name: str) -> asyncio.AbstractEventLoop:
     def run() -> None:
         try:
             loop.run_forever()
+            loop.run_until_complete(cancel_others())
         finally:
             loop.close()
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return loop
+
+
+async def cancel_others() -> None:
+    """End what still waits in the loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:

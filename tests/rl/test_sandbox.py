@@ -27,7 +27,7 @@ def run(program: str, stdin: str = "", **limits) -> Outcome:
         return one.run(stdin)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def victim():
     """A process of the same user with a secret in its environment and its memory."""
     code = "import time; secret = 'in the ' + 'memory'; print('up', flush=True); time.sleep(60)"
@@ -58,9 +58,12 @@ def opens(fd):
     except OSError: return False
     return True
 print([fd for fd in range(3, 64) if opens(fd)])
+for folder in ("/usr", os.path.dirname(os.__file__)):
+    try: open(f"{folder}/x", "w")
+    except OSError as error: print(error.strerror)
 print(os.path.exists("/proc/self"), os.path.exists("/dev"), os.path.exists("/etc"), os.path.exists("/home"))
 """
-    assert run(seen).stdout == "1 True True []\n[]\nFalse False False False\n"
+    assert run(seen).stdout == "1 True True []\n[]\nRead-only file system\nRead-only file system\nFalse False False False\n"
 
 
 ESCAPES = {
@@ -216,7 +219,7 @@ def test_tests_are_read_in_the_forms_they_come_in():
         (5, "column 't': expected tests such as .* got a number"),
         ("{'inputs': [1]", "expected tests as JSON or assertions, got other text"),
         ({"inputs": ["1"], "outputs": []}, "expected as many inputs as outputs, got a list of strings and a list"),
-        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, "tests that call 'f' are not supported"),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, "a list of arguments in each input for the function 'f'"),
     ):
         with pytest.raises(ValueError, match=words):
             read_tests(tests, "t")
@@ -247,6 +250,15 @@ def test_assertions_must_be_reached_and_hold():
     assert judge("def f(x): return x + 1", tests, Limits())[:2] == (2, "error")
     for early in ("exit()", "import os\nos._exit(0)", "print('done')\nraise SystemExit"):
         assert judge(early, tests[:1], Limits())[:2] == (0, "wrong")
+
+
+@isolated
+def test_functions_are_called_with_the_arguments_of_a_test():
+    tests = read_tests({"fn_name": "f", "inputs": [[1, 2], [[], [3]]], "outputs": [3, [[3]]]}, "t")
+    assert judge("def f(a, b): return a + b", tests, Limits()) == (2, "passed", "")
+    method = "class Solution:\n    def f(self, a, b): return a"
+    assert judge(method, tests, Limits())[:2] == (0, "wrong")
+    assert judge("def f(a, b): return {a}", tests, Limits())[:2] == (0, "error")
 
 
 @isolated

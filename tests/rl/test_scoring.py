@@ -1,15 +1,18 @@
 """Reward functions: what they are called with, what they may return, and one line for whatever goes wrong."""
 
+import gc
 import json
 import logging
 import math
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
 from scored import rollouts, tokenizer
 
 from fastalign.losses import custom
+from fastalign.rl import scoring
 from fastalign.rl.answers import RewardError
 from fastalign.rl.builtins import BUILTINS, gsm8k, last_number
 from fastalign.rl.rewards import combine
@@ -181,6 +184,17 @@ def test_a_sample_alone_is_left_out_alone(mine, scorer):
     np.testing.assert_array_equal(table(one, "p", "good", "bad", "fine")[:, 0], [1, math.nan, 1])
 
 
+def test_closing_cancels_what_is_still_scored(mine, scorer, caplog):
+    one = scorer({"function": f"{mine}:hangs"}, {"function": f"{mine}:waits"})
+    future = one.submit(rollouts("p", "bad"), {})
+    time.sleep(0.05)
+    one.close()
+    with pytest.raises(CancelledError):
+        future.result(timeout=5)
+    gc.collect()
+    assert not caplog.records  # asyncio would tell of tasks that it destroys
+
+
 def test_long_prompts_are_shortened(mine, scorer):
     one = scorer({"function": f"{mine}:few"})
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "word\n" * 99}]
@@ -197,13 +211,14 @@ def test_a_slow_reward_costs_a_tenth_of_its_serial_time_at_most(mine, scorer, en
     assert time.perf_counter() - start < 0.1 * 64 * 0.2
 
 
-def test_groups_are_scored_while_others_are_sampled(mine, scorer, caplog):
+def test_groups_are_scored_while_others_are_sampled(mine, scorer, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(scoring, "SLOW", 0.3)
     one = scorer({"function": f"{mine}:slow"})
-    first = one.submit(rollouts("p", *"abcdef"), {})
-    time.sleep(1.3)  # sampling goes on
+    first = one.submit(rollouts("p", "a", "b"), {})
+    time.sleep(0.6)  # sampling goes on
     assert first.done() and (first.result().table == 1).all()
-    assert "reward slow took 1.2 s for 6 samples of a prompt: with `per: sample`" in caplog.text
+    assert "reward slow took 0.4 s for 2 samples of a prompt: with `per: sample`" in caplog.text
 
 
 REFUSED = [
