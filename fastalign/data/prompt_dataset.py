@@ -32,17 +32,18 @@ class PromptDataset(TokenDataset):
     Attributes:
         rows: what the prompts were made of; ``table`` has no row for a prompt that was dropped.
         name: the column of the prompts.
+        positions: ``[n]`` the row of each prompt.
+        tokens: those of each prompt, on disk.
     """
 
     def __init__(self, table: Dataset, counts: dict[str, int], fingerprint: str, rows: Dataset, name: str) -> None:
         super().__init__(table, counts, fingerprint)
         self.rows, self.name = rows.with_format(None), name
-        self.positions = self._column("example_id").to_numpy()
+        self.positions, self.tokens = self._column("example_id").to_numpy(), self._column("input_ids")
 
     def ids(self, index: int) -> np.ndarray:
         """``[P]`` int64 tokens of a prompt."""
-        ((ids, _),) = self[index].sequences
-        return ids.astype(np.int64)
+        return self.tokens[index].values.to_numpy().astype(np.int64)
 
     def prompt(self, index: int) -> messages.Text:
         """A prompt as reward functions get it: the text, or the messages as ``{role, content}``."""
