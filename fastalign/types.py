@@ -355,7 +355,7 @@ class LabelledLogps:
 
 @dataclass(frozen=True)
 class RankedLogps:
-    """Sequence log-probs of the B scored candidates of G prompts: sums over their scored tokens, and how many these are.
+    """Sequence log-probs of the B scored candidates of G prompts: sums over scored tokens, and how many these are.
 
     ``rewards [B]`` are scores by people or a model; ``cu_groups [G+1]`` offsets of the prompts in the candidates.
     """

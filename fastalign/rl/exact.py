@@ -1,4 +1,4 @@
-"""Whether the log-probs of sampling are bit for bit those of training: tried on the model itself, with random prompts."""
+"""Whether the log-probs of sampling are bit for bit those of training: tried on the model itself."""
 
 from __future__ import annotations
 
