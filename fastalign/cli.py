@@ -218,6 +218,23 @@ def info(argv: list[str]) -> int:
     return 0
 
 
+def replay(argv: list[str]) -> int:
+    """Draw a completion of a run again from its checkpoint: fastalign replay RUN --step 120 --sample 7."""
+    parser = argparse.ArgumentParser(prog="fastalign replay", description=replay.__doc__)
+    parser.add_argument("run_dir", help="the output_dir of an on-policy run")
+    parser.add_argument("--step", type=int, required=True, help="the step that it was sampled in")
+    parser.add_argument("--sample", type=int, default=0, help="which line of the step in samples.jsonl, from 0")
+    given = parser.parse_args(argv)
+    prepare_process()
+    from fastalign.engine.replay import replay as run  # brings transformers and datasets
+
+    words = ["--config", str(Path(given.run_dir, "config.yaml"))]
+    config = parse_config(asked_method(words, default="grpo"), words)
+    text, equal = run(config, Path(given.run_dir), given.step, given.sample)
+    print(text)
+    return 0 if equal else 1
+
+
 def report(argv: list[str]) -> int:
     """Rewrite the report.html of a run directory."""
     parser = argparse.ArgumentParser(prog="fastalign report", description=report.__doc__)
@@ -312,6 +329,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ref-logps": ref_logps,
     "generate": generate,
     "select": select,
+    "replay": replay,
     "report": report,
     "torchrun": torchrun,
     "bench": bench,

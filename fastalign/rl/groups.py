@@ -22,6 +22,7 @@ class Group:
         rewards: ``[G]`` their weighted sum; nan where no function gave any.
         tokens: per completion ``[R]`` rewards of its tokens, nan where there is none; None without.
         greedy: reward of the greedy answer; None without one.
+        seed: of the sampler's draws.
     """
 
     rollouts: list[Rollout]
@@ -29,6 +30,7 @@ class Group:
     rewards: np.ndarray
     tokens: list[np.ndarray] | None = None
     greedy: float | None = None
+    seed: int = 0
 
     @property
     def row(self) -> int:
@@ -125,6 +127,7 @@ def sample_lines(
                     "reward": reward,
                     "advantage": advantages.get((one.row, one.sample)),
                     "num_tokens": len(one.tokens),
+                    "seed": group.seed,
                     "logp": float(one.sampler_logps.sum()),
                     "token_ids": one.tokens.tolist(),
                 }

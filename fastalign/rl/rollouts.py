@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -157,7 +158,7 @@ class Rollouts(Rows):
         if failures := [text for _, text in everyone if text]:
             raise ValueError(failures[0])
         groups = {group.row: group for part, _ in everyone for group in part}
-        return [groups[index] for index in indices]
+        return [replace(groups[index], seed=seed) for index in indices]
 
     def _sample(
         self, indices: Sequence[int], n: int, seed: int, greedy: bool
