@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fastalign.data.loader import TokenDataset
-from fastalign.disk import writing
+from fastalign.disk import WriteError, writing
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import Objective
-from fastalign.engine.output.metrics import read_lines
+from fastalign.engine.output.metrics import MetricsLog, read_lines
 from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
@@ -75,14 +75,19 @@ def make_source(
 # --- after the columns are filled ------------------------------------------------------------------------------------
 
 
-def sampled(job: Job, source: Rollouts, step: int, batches: Sequence[PackedBatch], work: Work) -> dict[str, float]:
+def sampled(
+    job: Job, metrics: MetricsLog, source: Rollouts, step: int, batches: Sequence[PackedBatch], work: Work
+) -> dict[str, float]:
     """What is known of a step's completions before its updates; they are written to samples.jsonl."""
     measured = credit_metrics(job.objective, batches, job.world)
     adapt(job, measured, work.sequences)
     advantages = advantages_of(batches, source, job.world)
     if job.world.is_main:
         decode = partial(job.tokenizer.decode, skip_special_tokens=False)
-        write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
+        try:
+            write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
+        except WriteError as error:
+            metrics.failure = error  # which ends the run on all ranks
     return {**source.metrics(), **measured}
 
 

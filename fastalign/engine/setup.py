@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -18,7 +20,16 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import BatchConfig, Config, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
-from fastalign.data.loader import Examples, TokenDataset, encode_dataset
+from fastalign.data.loader import (
+    Examples,
+    TokenDataset,
+    check_state,
+    encode_dataset,
+    rows_after,
+    rows_of,
+    steps_until,
+    visited,
+)
 from fastalign.data.mismatch import MismatchedDataset
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.agree import require_same
@@ -27,7 +38,8 @@ from fastalign.engine.forward import Models
 from fastalign.engine.loading import Start, load, verified
 from fastalign.engine.methods import objective_of
 from fastalign.engine.output.alarms import check_choices
-from fastalign.engine.reference.cache import Filling
+from fastalign.engine.output.checkpoints import RUN_STATE, read_state
+from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
 from fastalign.models.load import check_model, load_tokenizer, separate_padding
 from fastalign.models.policy import Policy
@@ -42,6 +54,48 @@ def seed_everything(run: RunConfig) -> None:
     np.random.seed(run.seed)
     torch.manual_seed(run.seed)
     torch.use_deterministic_algorithms(run.deterministic)
+
+
+def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
+    """The steps of the whole run and the examples that they read, counted on from where a checkpoint stands.
+
+    Every epoch reads every example once, its last step what is left. A last epoch may be a fraction; a run that is
+    resumed with more epochs has then had a short step within its epoch.
+
+    Raises:
+        ValueError: the checkpoint is beyond the end, or of other data.
+    """
+    run, size = config.run, config.batch.size
+    done = drawn = 0
+    if checkpoint is not None:
+        state = read_state(checkpoint, **RUN_STATE)
+        check_state(state["loader"], run.seed, num_examples)
+        done, drawn = state["step"], state["loader"]["drawn"]
+    if config.algorithm is not None and config.algorithm.filter_zero_std:  # steps draw more than they train on
+        return run.steps or steps_until(rows_of(run.epochs, num_examples), num_examples, size), num_examples
+    if run.steps is None:
+        rows = rows_of(run.epochs, num_examples)
+        total = done + steps_until(rows, num_examples, size, drawn)
+    else:
+        rows, total = rows_after(run.steps - done, num_examples, size, drawn), run.steps
+    if rows < drawn:
+        end = f"run.epochs {run.epochs:g}" if run.steps is None else f"run.steps {run.steps}"
+        raise ValueError(
+            f"{checkpoint} is beyond {end}: it is after {done} steps and {drawn} examples; "
+            "raise that, or name an earlier checkpoint in run.resume"
+        )
+    return total, rows
+
+
+def what_is_read(
+    config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int, rows: int
+) -> list[Demand]:
+    """The examples that a run of ``total`` steps and ``rows`` examples reads, training's first, and how often."""
+    demands = [Demand(dataset, visited(len(dataset), config.run.seed, rows), rows, "training examples")]
+    if held_out is not None:
+        times = math.ceil(total / (config.run.eval_every or total))
+        demands.append(Demand(held_out, range(len(held_out)), times * len(held_out), "held-out examples"))
+    return demands
 
 
 def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, TokenDataset | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,17 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import BatchConfig, Config, as_dict
 from fastalign.data.examples import TokenExample
-from fastalign.data.loader import (
-    Examples,
-    Rows,
-    Source,
-    TokenDataset,
-    check_state,
-    rows_after,
-    rows_of,
-    steps_until,
-    visited,
-)
+from fastalign.data.loader import Examples, Rows, Source, TokenDataset
 from fastalign.data.pack import empty_batch, share
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
@@ -44,16 +33,23 @@ from fastalign.engine.onpolicy import (
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer
 from fastalign.engine.output.accounting import Accounting, account
 from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
-from fastalign.engine.output.checkpoints import RUN_STATE, read_state
+from fastalign.engine.output.checkpoints import read_state
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
-from fastalign.engine.reference.cache import Demand
 from fastalign.engine.settings import check_settings, settle
-from fastalign.engine.setup import hash_tokens, load_data, load_models, require_same_rows, seed_everything
+from fastalign.engine.setup import (
+    hash_tokens,
+    horizon,
+    load_data,
+    load_models,
+    require_same_rows,
+    seed_everything,
+    what_is_read,
+)
 from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, total
 from fastalign.models.policy import Policy
@@ -111,6 +107,17 @@ def filled_in(config: Config, objective: Objective) -> Config:
     config = replace(config, loss={"name": objective.name, **objective.options})
     plan = objective.on_policy
     return config if plan is None else replace(config, algorithm=plan.settings, sampler=plan.sampler)
+
+
+def next_parts(job: Job, keeper: Keeper, feed: Feed, step: int) -> list[list[PackedBatch]]:
+    """The next step's micro-batches; where sampling or scoring them fails, the steps before are saved."""
+    try:
+        return feed.peek()
+    except ValueError as error:
+        if not isinstance(job.source, Rollouts) or step == 1:
+            raise
+        keeper.save(step - 1)
+        raise ValueError(f"step {step}: {error}; saved {keeper.path(step - 1)}, go on with run.resume=true") from error
 
 
 @dataclass(frozen=True)
@@ -181,46 +188,6 @@ def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Train
     return {role: Trained(m, make_optimizer(m, config.optim, tell=ranks.is_main)) for role, m in present.items()}
 
 
-def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
-    """The steps of the whole run and the examples that they read, counted on from where a checkpoint stands.
-
-    Every epoch reads every example once, its last step what is left. A last epoch may be a fraction; a run that is
-    resumed with more epochs has then had a short step within its epoch.
-
-    Raises:
-        ValueError: the checkpoint is beyond the end, or of other data.
-    """
-    run, size = config.run, config.batch.size
-    done = drawn = 0
-    if checkpoint is not None:
-        state = read_state(checkpoint, **RUN_STATE)
-        check_state(state["loader"], run.seed, num_examples)
-        done, drawn = state["step"], state["loader"]["drawn"]
-    if run.steps is None:
-        rows = rows_of(run.epochs, num_examples)
-        total = done + steps_until(rows, num_examples, size, drawn)
-    else:
-        rows, total = rows_after(run.steps - done, num_examples, size, drawn), run.steps
-    if rows < drawn:
-        end = f"run.epochs {run.epochs:g}" if run.steps is None else f"run.steps {run.steps}"
-        raise ValueError(
-            f"{checkpoint} is beyond {end}: it is after {done} steps and {drawn} examples; "
-            "raise that, or name an earlier checkpoint in run.resume"
-        )
-    return total, rows
-
-
-def what_is_read(
-    config: Config, dataset: TokenDataset, held_out: TokenDataset | None, total: int, rows: int
-) -> list[Demand]:
-    """The examples that a run of ``total`` steps and ``rows`` examples reads, training's first, and how often."""
-    demands = [Demand(dataset, visited(len(dataset), config.run.seed, rows), rows, "training examples")]
-    if held_out is not None:
-        times = math.ceil(total / (config.run.eval_every or total))
-        demands.append(Demand(held_out, range(len(held_out)), times * len(held_out), "held-out examples"))
-    return demands
-
-
 def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
@@ -275,7 +242,7 @@ def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
     flat = prepare(job.models, flat, job.objective, work, job.world, watch, job.carried, exact=exact)
     known = {"step": step, "epoch": feed.position["drawn"] / len(job.dataset), "lr": lr}
     if isinstance(job.source, Rollouts):
-        known |= sampled(job, job.source, step, flat, work)
+        known |= sampled(job, keeper.metrics, job.source, step, flat, work)
     updates = make_updates(job, cut(job, flat, parts), step, lr, watch)
     follow(job, step)
     job.source.after(job.models.policy, step)
@@ -315,7 +282,7 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[Pac
     while True:
         watch = Stopwatch(job.world.device)
         with watch("data"):
-            parts, memory = feed.peek(), peak_memory(job.world.device)
+            parts, memory = next_parts(job, keeper, feed, step), peak_memory(job.world.device)
             flat = [batch for part in parts for batch in part]
             work = measure_work(flat, job.world, memory, keeper.asked(step - 1))
         if isinstance(job.source, Rollouts):

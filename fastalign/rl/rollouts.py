@@ -117,7 +117,7 @@ class Rollouts(Rows):
         self.prompts, self.plan, self.sampler, self.scorer, self.world = prompts, plan, sampler, scorer, world
         self.groups: list[Group] = []
         self.seconds: dict[str, float] = {}
-        self.resampled = 0
+        self.resampled = self.num_tokens = 0
 
     def next(self) -> list[TokenExample]:
         """Sample, score and select a step; equal on all ranks."""
@@ -139,18 +139,19 @@ class Rollouts(Rows):
                 )
                 groups = groups or found  # a step of equal rewards, which moves nothing
         self.groups = groups[:wanted]
+        self.num_tokens += sum(len(one.prompt) + len(one.tokens) for group in self.groups for one in group.rollouts)
         return select(self.plan, self.groups)
 
     def roll_out(self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False) -> list[Group]:
         """The groups of prompts, in their order; every rank makes a share and all get all."""
         mine = indices[self.world.data.rank :: self.world.data.size]
-        start = time.perf_counter()
-        pending = self._sample(mine, n, seed, greedy)
-        sampled = time.perf_counter()
+        start = sampled = time.perf_counter()
         found, failure = [], None
         try:
+            pending = self._sample(mine, n, seed, greedy)
+            sampled = time.perf_counter()
             found = [self._finish(*each) for each in pending]
-        except ValueError as error:  # all ranks learn of it, or the others would wait
+        except (ValueError, OSError) as error:  # all ranks learn of it, or the others would wait
             failure = str(error)
         self.seconds["generate"] = self.seconds.get("generate", 0.0) + sampled - start
         self.seconds["reward"] = self.seconds.get("reward", 0.0) + time.perf_counter() - sampled
@@ -210,6 +211,15 @@ class Rollouts(Rows):
         """The next step is sampled from the weights as they are now."""
         self.sampler.sync(policy, step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the tokens of all steps so far."""
+        return {**super().state_dict(), "num_tokens": self.num_tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to them."""
+        super().load_state_dict(state)
+        self.num_tokens = state.get("num_tokens", 0)
+
     def describe(self) -> str:
         """How much a step holds."""
         n, size = self.plan.settings.num_generations, min(self.size, len(self.prompts))
@@ -221,6 +231,7 @@ class Rollouts(Rows):
             **reward_metrics(self.groups, self.scorer.names),
             **length_metrics(self.groups),
             "resampled_batches": self.resampled,
+            "num_tokens": self.num_tokens,
         }
 
     def evaluate(self, prompts: Prompts, batch: int = 64) -> dict[str, float]:
