@@ -37,8 +37,9 @@ def draw(
             mass, kept[rows] = truncated(logits[rows], mass, cut)
         running = block_sums(mass, logits.shape[1]).cumsum(-1)
         block, rest = find_block(running, targets(noise[rows], running[:, -1]))
-        columns = blocks_of(mass)[torch.arange(len(block), device=block.device), block]
-        tokens[rows] = block * BLOCK + find_column(fixed_point(columns, logits.shape[1]), rest)
+        every = blocks_of(mass)
+        columns = every[torch.arange(len(block), device=block.device), block]
+        tokens[rows] = block * every.shape[2] + find_column(fixed_point(columns, logits.shape[1]), rest)
     return tokens.clamp_(max=logits.shape[1] - 1), kept
 
 
@@ -46,7 +47,7 @@ def exponentials(
     logits: Tensor, top: Tensor | None, tau: float | Tensor, softcap: float | None, logit_scale: float
 ) -> Tensor:
     """``exp(z - max z)`` in the statistics' dtype, fresh; ``top`` ``[n, 1]`` is a largest logit from elsewhere."""
-    z = scaled(logits, tau, softcap, logit_scale)
+    z = scaled(logits.contiguous(), tau, softcap, logit_scale)
     largest = z.amax(-1, keepdim=True) if top is None else scaled(top, tau, softcap, logit_scale)
     return z.sub_(largest).exp_()
 
@@ -65,14 +66,15 @@ def truncated(logits: Tensor, mass: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
 
 
 def block_sums(mass: Tensor, vocab: int) -> Tensor:
-    """``[n, ceil(V / 512)]`` sums of neighbouring columns, added in the dtype of ``mass``, in fixed point."""
+    """``[n, blocks]`` sums of neighbouring columns, added in the dtype of ``mass``, in fixed point."""
     return fixed_point(blocks_of(mass).sum(-1), vocab)
 
 
 def blocks_of(mass: Tensor) -> Tensor:
-    """``[n, ceil(V / 512), 512]``, zeros behind the last column."""
-    padded = torch.nn.functional.pad(mass, (0, -mass.shape[1] % BLOCK))
-    return padded.view(len(mass), padded.shape[1] // BLOCK, BLOCK)
+    """``[n, blocks, width]`` with a width of 512, or V where that is less; zeros behind the last column."""
+    width = min(BLOCK, mass.shape[1])
+    padded = torch.nn.functional.pad(mass, (0, -mass.shape[1] % width))
+    return padded.view(len(mass), padded.shape[1] // width, width)
 
 
 def targets(noise: Tensor, total: Tensor) -> Tensor:
@@ -88,10 +90,10 @@ def find_block(running: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_column(columns: Tensor, rest: Tensor) -> Tensor:
-    """``[n]`` the column of a block, int64 ``[n, 512]``, in which the running sum passes the rest.
+    """``[n]`` the column of a block, int64 ``[n, width]``, in which the running sum passes the rest.
 
     The columns, rounded one by one, may add up to less than their block: then it is the last that has any mass.
     """
     inside = (columns.cumsum(-1) <= rest[:, None]).sum(-1)
-    last = BLOCK - 1 - (columns > 0).flip(-1).int().argmax(-1)
+    last = columns.shape[1] - 1 - (columns > 0).flip(-1).int().argmax(-1)
     return torch.minimum(inside, last)
