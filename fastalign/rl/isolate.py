@@ -220,6 +220,8 @@ def new_root(program: str) -> None:
         file.write(program)
     os.mkdir(f"{STAGE}/tmp")
     os.chmod(f"{STAGE}/tmp", 0o777)
+    for fixed in (STAGE + PROGRAM, STAGE):
+        os.chmod(fixed, 0o555)
     os.chdir(STAGE)
     call("change the root", PIVOT_ROOT[platform.machine()], b".", b".")  # the old root now lies on the new one
     call_libc("umount2", b".", MNT_DETACH)

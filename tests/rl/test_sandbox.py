@@ -63,7 +63,8 @@ for folder in ("/usr", os.path.dirname(os.__file__)):
     except OSError as error: print(error.strerror)
 print(os.path.exists("/proc/self"), os.path.exists("/dev"), os.path.exists("/etc"), os.path.exists("/home"))
 """
-    assert run(seen).stdout == "1 True True []\n[]\nRead-only file system\nRead-only file system\nFalse False False False\n"
+    fixed = "Read-only file system\n" * 2
+    assert run(seen).stdout == f"1 True True []\n[]\n{fixed}False False False False\n"
 
 
 ESCAPES = {
@@ -97,6 +98,7 @@ for _ in range(500): threading.Thread(target=time.sleep, args=(9,), daemon=True)
     "a file in /usr": "open('/usr/lib/x', 'w').write('x')",
     "a file beside Python": "import os\nopen(os.path.dirname(os.__file__) + '/x', 'w').write('x')",
     "its own program": "open('/program.py', 'a').write('x')",
+    "the root folder": "open('/x', 'w')",
     "a secret at home": "print(open('{secret}').read())",
     "the home": "import os\nassert os.path.basename('{secret}') in os.listdir('{home}')",
     "passwords": "print(open('/etc/passwd').read())",
