@@ -12,6 +12,7 @@ COMMANDS = {
     "ops": ("bench.ops", "time every op beside its peers"),
     "train": ("bench.train", "time whole training steps beside TRL's"),
     "ablation": ("bench.ablation", "time a DPO step with one part after the other: packing, sharing and more"),
+    "rollout": ("bench.rollout", "sample beside transformers, in tokens per CPU-second"),
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
     "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),

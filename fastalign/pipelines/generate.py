@@ -28,7 +28,7 @@ from fastalign.models.load import check_model, load_policy, load_tokenizer
 from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.rl.backends import make_sampler
-from fastalign.rl.sampler import Sampler
+from fastalign.rl.sampler import Sampler, check_settings
 from fastalign.types import Prompt, Rollout
 
 PROMPTS_TOGETHER = 4096
@@ -61,6 +61,7 @@ def check(settings: GenerateConfig, sampler: SamplerConfig) -> None:
     """Refuse what would lose or mix up files, or sample nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("fastalign generate runs in one process: start it without torchrun")
+    check_settings(sampler)
     if settings.n < 1:
         raise ValueError(f"n: expected completions per prompt, 1 or more, got {settings.n}")
     if settings.resume and settings.overwrite:
@@ -91,9 +92,8 @@ def load(
 ) -> tuple[Policy, Callable[[], AbstractContextManager]]:
     """The model, compared with its plain forward on a few prompts, and the context of its forwards."""
     check_model(model, tokenizer)
+    refuse_reward_model(model)
     policy = load_policy(model, tokenizer=tokenizer)
-    if any(kind.endswith(SCORES) for kind in policy.config.architectures or ()):
-        raise ValueError(f"model.path: {model.path!r} is a reward model: it gives scores, not tokens")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy.to(device)
     autocast = wants_autocast(model, device)
@@ -104,6 +104,14 @@ def load(
     with precision():
         verify_packed(policy, build_batch(prompts.fetch(list(range(min(len(prompts), 4)))), True).to(device))
     return policy, precision
+
+
+def refuse_reward_model(model: ModelConfig) -> None:
+    """Refuse a directory whose model scores; its trunk alone might load as a causal LM with a tied head."""
+    config = Path(model.path or "", "config.json")
+    kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    if any(kind.endswith(SCORES) for kind in kinds or ()):
+        raise ValueError(f"model.path: {model.path!r} is a reward model: it gives scores, not tokens")
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastalign.ops.attention import Layout, out_dtype
 from fastalign.ops.backends import cpp
 from fastalign.ops.checks import NARROW
-from fastalign.ops.final import final
+from fastalign.ops.final import applied, final
 
 
 def unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float, softcap:
     Returns:
         ``[T, H, d]``, in autocast's dtype where it is on.
     """
-    return _Attend.apply(*(_neighbours(x) for x in (q, k, v)), plan, scale, softcap or 0.0, out_dtype(q))
+    return applied(_Attend, *(_neighbours(x) for x in (q, k, v)), plan, scale, softcap or 0.0, out_dtype(q))
 
 
 class _Attend(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastalign.ops.backends import cpp
 from fastalign.ops.backends.torch import onednn
-from fastalign.ops.final import final
+from fastalign.ops.final import applied, final
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,12 +32,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
         eps: added to the mean square.
         dtype: of the result.
     """
-    return _RmsNorm.apply(x.contiguous(), weight, eps, dtype)
+    return applied(_RmsNorm, x.contiguous(), weight, eps, dtype)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` of two ``[..., D]`` tensors of one dtype, rounded once."""
-    return _SiluMul.apply(gate.contiguous(), up.contiguous())
+    return applied(_SiluMul, gate.contiguous(), up.contiguous())
 
 
 def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         gate, up: ``[..., K]`` of one dtype.
         weight: ``[N, K]`` of that dtype.
     """
-    return _SiluMulLinear.apply(gate.contiguous(), up.contiguous(), weight)
+    return applied(_SiluMulLinear, gate.contiguous(), up.contiguous(), weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         ``[T, H, d]`` in the wider of both dtypes.
     """
-    return _Rotate.apply(x, cos, sin)
+    return applied(_Rotate, x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

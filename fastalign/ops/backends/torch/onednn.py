@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalign.ops.final import final
+from fastalign.ops.final import applied, final
 
 LEAST_WORK = 1 << 22
 """Multiply-adds from which a product is worth a fresh result that is copied."""
@@ -66,7 +66,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K] @ weight [N, K].T + bias``."""
-    return _Linear.apply(x, weight, bias)
+    return applied(_Linear, x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,134 @@
+"""``fastalign bench rollout``: tokens per CPU-second of the native sampler, of transformers, and of the products alone.
+
+All sample the same number of tokens behind the same prompts from one model in this process, in random order, round by
+round. The products are those of the model's matrices with the rows of one step, as often as there are steps: nothing
+else is computed, so nothing can be faster with this library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bench import common
+from fastalign.config import SamplerConfig
+from fastalign.models.native import use_native_layers
+from fastalign.models.policy import Policy
+from fastalign.rl.exact import probe
+from fastalign.rl.sampler import NativeSampler, Stops
+from fastalign.types import Prompt
+
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
+SIZES |= {"num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 2048}
+"""A Llama of 8.6M parameters."""
+LENGTHS = (40, 220)
+"""Tokens of prompts, as the dialogues of hh-rlhf have."""
+GOALS = {"float32": 3.5, "bfloat16": 5.0}
+"""Times as fast as transformers."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    new = parser.add_argument
+    new("--dtype", choices=list(GOALS), default="float32", help="of the weights (default float32)")
+    new("--prompts", type=common.positive, default=8, help="prompts (default 8)")
+    new("--answers", type=common.positive, default=8, help="answers to each (default 8)")
+    new("--tokens", type=common.positive, default=128, help="of each answer (default 128)")
+    new("--rounds", type=common.positive, default=5, help="of which the median counts (default 5)")
+    new("--threads", type=common.positive, default=1, help="CPU threads (default 1)")
+    common.add_records(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and print; the exit code."""
+    torch.set_num_threads(options.threads)
+    seconds = measure(sides(options), options.rounds)
+    total = options.prompts * options.answers * options.tokens
+    rates = {name: sorted(total / s for s in each) for name, each in seconds.items()}
+    rows = [row(name, rate, rates["transformers generate"]) for name, rate in rates.items()]
+    title = f"{options.prompts} x {options.answers} answers of {options.tokens} tokens, Llama 256x6, {options.dtype}"
+    goal = f"goal: fastalign at least {GOALS[options.dtype]} times as fast as transformers"
+    common.print_table(title, ["", "tokens per CPU-second", "20 % to 80 %", "against transformers"], rows, goal)
+    if options.record:
+        facts = {"task": "rollout", **{name: getattr(options, name) for name in ("dtype", "prompts", "answers", "tokens")}}
+        found = [{**facts, "side": name, "tokens_per_cpu_second": common.quantiles(rate)} for name, rate in rates.items()]
+        common.record("rollout", found, common.environment(), options.results)
+    return 0
+
+
+def row(name: str, rates: list[float], theirs: list[float]) -> tuple[str, ...]:
+    """A line of the table."""
+    low, middle, high = common.quantiles(rates)
+    return name, f"{middle:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{middle / common.quantiles(theirs)[1]:.2f}"
+
+
+def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each side in each round, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in random.Random(number).sample(list(runs), len(runs)):
+            begin = time.process_time()
+            runs[name]()
+            seconds[name] += [time.process_time() - begin] if number else []
+    return seconds
+
+
+def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name."""
+    dtype = getattr(torch, options.dtype)
+    ours, theirs = make_model(dtype), make_model(dtype)
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(*LENGTHS, size=options.prompts)
+    prompts = [Prompt(draw.integers(SIZES["vocab_size"], size=length), i) for i, length in enumerate(lengths)]
+    policy = Policy(ours)
+    use_native_layers(ours)
+    sampler = NativeSampler(policy, SamplerConfig(max_new_tokens=options.tokens), Stops())
+    if differs := probe(sampler):
+        print(f"not exact here: {differs}")
+    return {
+        "fastalign": lambda: list(sampler.generate(prompts, options.answers, 0)),
+        "transformers generate": lambda: generate(theirs, prompts, options),
+        "the products alone": products(theirs, options),
+    }
+
+
+def make_model(dtype: torch.dtype) -> PreTrainedModel:
+    """The Llama, with random weights."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).to(dtype)
+
+
+def generate(model: Any, prompts: list[Prompt], options: argparse.Namespace) -> Any:
+    """By transformers, in one batch with padding on the left."""
+    rows = [prompt.ids for prompt in prompts for _ in range(options.answers)]
+    longest = max(map(len, rows))
+    ids = torch.tensor(np.stack([np.pad(x, (longest - len(x), 0)) for x in rows]))
+    mask = torch.tensor(np.stack([np.arange(longest) >= longest - len(x) for x in rows])).long()
+    length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
+    made = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, pad_token_id=0, **length)
+    assert made.shape[1] == longest + options.tokens
+    return made
+
+
+def products(model: nn.Module, options: argparse.Namespace) -> Callable[[], Any]:
+    """The matrix products of all decode steps, each by the faster one of PyTorch's libraries, as sampling does."""
+    use_native_layers(model_copy := make_model(next(model.parameters()).dtype))
+    layers = [module for module in model_copy.modules() if isinstance(module, nn.Linear)]
+    rows = options.prompts * options.answers
+    inputs = {x.in_features: torch.randn(rows, x.in_features, dtype=x.weight.dtype) for x in layers}
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(options.tokens):
+                for layer in layers:
+                    layer(inputs[layer.in_features])
+
+    return run
