@@ -58,8 +58,13 @@ def main(options: argparse.Namespace) -> int:
     goal = f"goal: fastalign at least {GOALS[options.dtype]} times as fast as transformers"
     common.print_table(title, ["", "tokens per CPU-second", "20 % to 80 %", "against transformers"], rows, goal)
     if options.record:
-        facts = {"task": "rollout", **{name: getattr(options, name) for name in ("dtype", "prompts", "answers", "tokens")}}
-        found = [{**facts, "side": name, "tokens_per_cpu_second": common.quantiles(rate)} for name, rate in rates.items()]
+        facts = {
+            "task": "rollout",
+            **{name: getattr(options, name) for name in ("dtype", "prompts", "answers", "tokens")},
+        }
+        found = [
+            {**facts, "side": name, "tokens_per_cpu_second": common.quantiles(rate)} for name, rate in rates.items()
+        ]
         common.record("rollout", found, common.environment(), options.results)
     return 0
 

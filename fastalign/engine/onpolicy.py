@@ -20,6 +20,7 @@ from fastalign.disk import WriteError, writing
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import Objective
 from fastalign.engine.output.metrics import MetricsLog, read_lines
+from fastalign.engine.output.progress import stage
 from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
@@ -69,7 +70,8 @@ def make_source(
     sampler = NativeSampler(models.policy, sampling, stops, precision=lambda: models.precision(world.device))
     exact.settle(sampler)
     plan, batch = objective.on_policy, config.batch
-    return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world)
+    show = partial(stage, shown=world.is_main)
+    return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show)
 
 
 # --- after the columns are filled ------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def sampled(
             write_samples(job.directory, source, step, lambda ids: str(decode(ids.tolist())), advantages)
         except WriteError as error:
             metrics.failure = error  # which ends the run on all ranks
-    return {**source.metrics(), **measured}
+    return {**source.metrics(), **measured, "sampling/exact": float(source.sampler.exact)}
 
 
 def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: World) -> dict[str, float]:

@@ -90,7 +90,8 @@ def entry(name: str, method: str, family: Family) -> str:
 def command(name: str, method: str, family: Family) -> str:
     """How a loss is trained with on the example's data."""
     chosen = f" --loss.name {name}" if len(family.losses) > 1 else ""
-    return f"fastalign {method} --config examples/{method}.yaml{chosen}{family.losses[name].flags}"
+    example = family.example or f"examples/{method}.yaml"
+    return f"fastalign {method} --config {example}{chosen}{family.losses[name].flags}"
 
 
 PREFACE = """# Methods

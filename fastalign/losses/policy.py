@@ -323,5 +323,6 @@ FAMILY = Family(
     "`reward` rises; `val/ratio`, `clip_ratio/*`, `entropy` and `kl`: a collapse shows there first.",
     LOSSES,
     derive=derive,
+    example="examples/sort_letters/grpo.yaml",
 )
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}

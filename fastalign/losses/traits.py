@@ -71,6 +71,7 @@ class Family:
         watch: metrics to watch, and what they should do.
         losses: the dict at the foot of the file, the default first.
         derive: metrics that follow from the sums of others, and None for those that are not to be told themselves.
+        example: the file that its commands name; default: ``examples/METHOD.yaml``.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Family:
     watch: str
     losses: Mapping[str, Loss]
     derive: Callable[[Sums], Mapping[str, float | None]] = lambda sums: {}
+    example: str | None = None
 
 
 @cache

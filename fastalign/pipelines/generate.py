@@ -121,11 +121,10 @@ def write_all(
     file: IO[str], sampler: Sampler, prompts: PromptDataset, settings: GenerateConfig, written: int, tokenizer: Any
 ) -> int:
     """Sample what is not written yet and write it; the number of lines in the file."""
-    total = len(prompts) * settings.n
-    done = written - written % settings.n
+    total, first = len(prompts) * settings.n, written // settings.n
     with stage("sampling", total, shown=True) as show:
-        for index, rollout in in_order(sampler, prompts, settings, written // settings.n, lambda: show(done)):
-            done += 1
+        for done, (index, rollout) in enumerate(in_order(sampler, prompts, settings, first), first * settings.n + 1):
+            show(done)
             if done > written:
                 file.write(json.dumps(as_line(index, rollout, prompts, tokenizer), ensure_ascii=False) + "\n")
                 file.flush()
@@ -133,9 +132,9 @@ def write_all(
 
 
 def in_order(
-    sampler: Sampler, prompts: PromptDataset, settings: GenerateConfig, first: int, tell: Callable[[], None]
+    sampler: Sampler, prompts: PromptDataset, settings: GenerateConfig, first: int
 ) -> Iterator[tuple[int, Rollout]]:
-    """The samples of every prompt from the first on, in order, each with the prompt's place; ``tell`` after each."""
+    """The samples of every prompt from the first on, in order, each with the prompt's place."""
     for start in range(first, len(prompts), PROMPTS_TOGETHER):
         places = range(start, min(start + PROMPTS_TOGETHER, len(prompts)))
         lot = [Prompt(prompts.ids(i), int(prompts.positions[i])) for i in places]
@@ -146,7 +145,6 @@ def in_order(
             finished[rollout.row, rollout.sample] = rollout
             while (found := finished.pop((int(prompts.positions[place]), sample), None)) is not None:
                 yield place, found
-                tell()
                 place, sample = next(waiting, (place, settings.n))
 
 

@@ -46,21 +46,28 @@ def combine(table: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 def differs(group: Group) -> bool:
     """Whether the completions of a prompt have different rewards, so that there is something to learn."""
-    known = group.rewards[~np.isnan(group.rewards)]
+    return differ(group.rewards)
+
+
+def differ(rewards: np.ndarray) -> bool:
+    """Whether there are several rewards that are not all equal."""
+    known = rewards[~np.isnan(rewards)]
     return len(known) > 1 and bool(known.max() > known.min())
 
 
 def reward_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, float]:
-    """Rewards under TRL's names: over all completions, each function's, and how they spread within a prompt."""
+    """Rewards under TRL's names: over all completions, each function's, and how they spread among those that are
+    compared: the completions of a prompt, or where prompts have one each those of the step.
+    """
     if not groups:
         return {}
     table = np.concatenate([group.table for group in groups])
     rewards = np.concatenate([group.rewards for group in groups])
-    spread = [float(np.nanstd(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups]
+    compared = [group.rewards for group in groups] if len(rewards) > len(groups) else [rewards]
     found = {
         "reward": mean(rewards),
-        "reward_std": mean(np.array(spread)),
-        "frac_reward_zero_std": float(np.mean([not differs(group) for group in groups])),
+        "reward_std": mean(np.array([deviation(some) for some in compared])),
+        "frac_reward_zero_std": float(np.mean([not differ(some) for some in compared])),
     }
     for i, name in enumerate(names):
         found |= {f"rewards/{name}/mean": mean(table[:, i]), f"rewards/{name}/std": deviation(table[:, i])}

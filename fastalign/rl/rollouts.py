@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -86,6 +87,9 @@ class Sampler(Protocol):
         ...
 
 
+Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
 class Rollouts(Rows):
     """The source of an on-policy run.
 
@@ -98,6 +102,7 @@ class Rollouts(Rows):
         sampler: completes prompts with the weights that train.
         scorer: of the completions.
         world: the ranks; each completes and scores its share.
+        stage: shows how far a part of a step is: from its name and size to a context with a function of what is done.
     """
 
     reads_ahead = False
@@ -112,9 +117,11 @@ class Rollouts(Rows):
         sampler: Sampler,
         scorer: Scorer,
         world: World,
+        stage: Stage = lambda name, total: nullcontext(lambda done: None),
     ) -> None:
         super().__init__(prompts, size, seed, None if plan.settings.filter_zero_std else rows)  # pyright: ignore
         self.prompts, self.plan, self.sampler, self.scorer, self.world = prompts, plan, sampler, scorer, world
+        self.stage = stage
         self.groups: list[Group] = []
         self.seconds: dict[str, float] = {}
         self.resampled = self.num_tokens = 0
@@ -148,7 +155,8 @@ class Rollouts(Rows):
         start = sampled = time.perf_counter()
         found, failure = [], None
         try:
-            pending = self._sample(mine, n, seed, greedy)
+            with self.stage("sampling", len(mine) * (n + greedy)) as tell:
+                pending = self._sample(mine, n, seed, greedy, tell)
             sampled = time.perf_counter()
             found = [self._finish(*each) for each in pending]
         except (ValueError, OSError) as error:  # all ranks learn of it, or the others would wait
@@ -162,7 +170,7 @@ class Rollouts(Rows):
         return [replace(groups[index], seed=seed) for index in indices]
 
     def _sample(
-        self, indices: Sequence[int], n: int, seed: int, greedy: bool
+        self, indices: Sequence[int], n: int, seed: int, greedy: bool, tell: Callable[[int], None]
     ) -> list[tuple[list[Rollout], Future[Any], tuple[Rollout, Future[Any]] | None]]:
         """The rollouts of this rank's prompts, whose scoring began as soon as a prompt's were all there."""
         prompts = [Prompt(self.prompts.ids(i), i) for i in indices]
@@ -170,9 +178,11 @@ class Rollouts(Rows):
         if greedy:
             for one in self.sampler.generate(prompts, 1, seed, greedy=True):
                 greedy_ones[one.row] = one, self._score([one])
+                tell(len(greedy_ones))
         open_groups: dict[int, list[Rollout]] = {i: [] for i in indices}
         done = {}
-        for one in self.sampler.generate(prompts, n, seed):
+        for number, one in enumerate(self.sampler.generate(prompts, n, seed), len(greedy_ones) + 1):
+            tell(number)
             group = open_groups[one.row]
             group.append(one)
             if len(group) == n:

@@ -140,7 +140,11 @@ def test_a_loss_on_a_device(dtype, backend, extra):
     ours = {name: x.detach().cuda().requires_grad_(x.requires_grad) for name, x in leaves.items()}
     options, factors = {**options_of(ours), "logits": "float32", "backend": backend}, COEFFICIENTS.cuda()
     loss, stats = linear_loss(
-        ours["hidden"], ours["weight"], labels.cuda(), lambda stats: (stats.logps * factors[stats.rows]).sum(), **options
+        ours["hidden"],
+        ours["weight"],
+        labels.cuda(),
+        lambda stats: (stats.logps * factors[stats.rows]).sum(),
+        **options,
     )
     made = torch.autograd.grad(loss, [x for x in ours.values() if x.requires_grad])
     check([x.cpu() for x in (stats.logps, *made)], leaves, labels, dtype)

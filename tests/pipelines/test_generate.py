@@ -50,7 +50,9 @@ def test_completions_are_written_in_the_order_of_prompts(run, tmp_path):
     code, said = run("--seed", "3", "--sampler.max_rows", "2")
     assert code == 0 and "holds 6 completions of 3 prompts" in said.out
     made = lines(tmp_path / "samples.jsonl")
-    assert [(line["prompt_index"], line["sample_index"]) for line in made] == [(i, s) for i in (0, 2, 3) for s in (0, 1)]
+    assert [(line["prompt_index"], line["sample_index"]) for line in made] == [
+        (i, s) for i in (0, 2, 3) for s in (0, 1)
+    ]
     assert [line["prompt"] for line in made[::2]] == ["Say it.", "Sing, then.", "Go"]
     assert all(line["logp"] < 0 and 1 <= line["tokens"] <= 6 and isinstance(line["completion"], str) for line in made)
     assert {line["finish_reason"] for line in made} <= {"eos", "length"}

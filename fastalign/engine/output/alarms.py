@@ -10,6 +10,7 @@ from typing import Any
 
 from fastalign.data.loader import TokenDataset
 from fastalign.engine.errors import RunError
+from fastalign.engine.output.collapse import Collapse
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Alarms:
         self.warned: set[str] = set()
         self.first_loss: float | None = None
         self.zero_since: int | None = None
+        self.collapse = Collapse(self.say)
 
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step, once for each kind of trouble."""
@@ -43,7 +45,10 @@ class Alarms:
             self.zero_since = None
         elif self.zero_since is None:
             self.zero_since = step
-        if record["grad_norm"] == 0:
+        samples = "reward" in record
+        if samples:
+            self.collapse.check(record)
+        if record["grad_norm"] == 0 and not (samples and loss == 0):
             self.warn("solved" if loss == 0 else "no gradient", SOLVED if loss == 0 else NO_GRADIENT, step, loss)
         if self.zero_since is not None and step - self.zero_since + 1 >= PATIENCE:
             raise RunError(STUCK.format(step=step, first=self.zero_since, number=PATIENCE, loss=loss, lr=record["lr"]))
@@ -55,8 +60,12 @@ class Alarms:
 
     def warn(self, kind: str, message: str, step: int, loss: float) -> None:
         """Once for each kind."""
+        self.say(kind, message.format(step=step, loss=loss, first=self.first_loss, number=PATIENCE))
+
+    def say(self, kind: str, text: str) -> None:
+        """Once for each kind."""
         if self.speaks and kind not in self.warned:
-            log.warning(message.format(step=step, loss=loss, first=self.first_loss, number=PATIENCE))
+            log.warning(text)
         self.warned.add(kind)
 
 

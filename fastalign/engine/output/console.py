@@ -25,6 +25,11 @@ SHOWN = (
     "grad_norm",
 )
 """Metrics on the console, those that a run has; ``eval_`` ones alike."""
+SHOWN_ON_POLICY = (
+    *("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy"),
+    *("critic/vf_explained_var", "grad_norm"),
+)
+"""Those of methods that sample: their loss is near 0 whatever they learn."""
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
             if step % log_every == 0 or step == total:
                 bar.write("  ".join([f"step {step}/{total}", *words(means(since)), f"eta {left}"]))
                 since.clear()
-            if "eval_loss" in record:
+            if any(name.startswith("eval_") for name in record):
                 bar.write("  ".join([f"step {step}/{total}", *metrics(record, "eval_")]))
 
         yield sink
@@ -73,7 +78,7 @@ def console(total: int, done: int, log_every: int) -> Iterator[Sink]:
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a line says of several steps; a step in which a metric counted nothing plays no part in its mean."""
-    known = {name: [r[name] for r in records if is_number(r.get(name))] for name in SHOWN}
+    known = {name: [r[name] for r in records if is_number(r.get(name))] for name in shown(records[-1])}
     tokens, seconds = (sum(r.get(name, 0) for r in records) for name in ("tokens", "t_step"))
     speed = tokens / seconds if seconds else records[-1]["tokens_per_second"]
     return {
@@ -89,8 +94,13 @@ def words(record: dict[str, Any]) -> list[str]:
 
 def metrics(record: dict[str, Any], prefix: str = "") -> list[str]:
     """Names and values of the metrics that are shown."""
-    names = [f"{prefix}{name}" for name in SHOWN]
+    names = [f"{prefix}{name}" for name in shown(record)]
     return [f"{name} {record[name]:.4g}" for name in names if is_number(record.get(name))]
+
+
+def shown(record: dict[str, Any]) -> Sequence[str]:
+    """The metrics of a step, or of an evaluation, that are on the console."""
+    return SHOWN_ON_POLICY if "reward" in record else SHOWN
 
 
 def is_number(value: Any) -> bool:

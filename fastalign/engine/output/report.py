@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+import json
 import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from fastalign.engine.output.rundir import read_settings
 from fastalign.engine.timing import PARTS
 
 PLOTTED = (
+    *("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
+    *("objective/kl", "val/ratio_max", "val/ratio_min", "clip_ratio/region_mean", "critic/vf_explained_var"),
+    *("sampling/sampling_logp_difference/max",),
     *("loss", "accuracy", "margin", "ece", "rank_accuracy", "best_is_top1", "rank_loss", "sft_loss", "nll", "kl"),
     *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "grad_norm", "lr"),
@@ -31,12 +37,17 @@ MOST_POINTS = 2000
 """Points of a metric that are held, and drawn; beyond, each bucket keeps two."""
 BATCH = 4096
 """Lines that are in memory together."""
+SHOWN_SAMPLES = 12
+"""Completions that are shown of the first step, and of the last."""
+TAIL = 2**22
+"""Bytes at the end of samples.jsonl in which the last step is looked for."""
 NO_METRICS = {"step", "schema", "wall_time"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1, h2 { font-weight: 600 } table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: right }
 td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #eee }
 pre { background: #f6f6f6; padding: 1em }
+.samples td { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere }
 .plots { display: flex; flex-wrap: wrap; gap: 1em } .plots svg { width: 340px; height: auto }
 """
 
@@ -62,7 +73,8 @@ def write_report(run_dir: str | Path) -> Path:
         )
     settings = read_settings(directory) if (directory / "config.yaml").exists() else {}
     path = directory / "report.html"
-    write_whole(path, page(directory.name, settings, steps, curves), "the report", "run this again")
+    samples = samples_table(directory / "samples.jsonl")
+    write_whole(path, page(directory.name, settings, steps, curves, samples), "the report", "run this again")
     return path
 
 
@@ -110,13 +122,13 @@ def read_curves(path: Path) -> tuple[int, dict[str, Curve]]:
     return last, curves
 
 
-def page(name: str, settings: dict[str, Any], steps: int, curves: dict[str, Curve]) -> str:
+def page(name: str, settings: dict[str, Any], steps: int, curves: dict[str, Curve], samples: str = "") -> str:
     """The whole document."""
     title = html.escape(f"{settings.get('method', 'run')}: {name}")
     config = html.escape(as_yaml(settings))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1>{summary_table(steps, curves)}{time_table(curves)}{plots(curves)}"
+        f"<h1>{title}</h1>{summary_table(steps, curves)}{time_table(curves)}{plots(curves)}{samples}"
         f"<h2>Settings</h2><pre>{config}</pre></html>\n"
     )
 
@@ -138,6 +150,40 @@ def time_table(curves: dict[str, Curve]) -> str:
         return ""
     cells = "".join(f"<tr><td>{name}<td>{t:.4g}<td>{t / whole:.1%}" for name, t in totals.items())
     return f"<h2>Time</h2><table><tr><th>part<th>seconds<th>share{cells}</table>"
+
+
+def samples_table(path: Path) -> str:
+    """Sampled completions of the first and of the last step, with their rewards; nothing without samples.jsonl."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        first = parsed(islice(file, SHOWN_SAMPLES))
+        file.seek(max(path.stat().st_size - TAIL, 0))
+        last = parsed(file)
+    steps = {record["step"]: some for some in (first, last) for record in some[-1:]}
+    tables = [samples_of(step, [r for r in some if r["step"] == step][:SHOWN_SAMPLES]) for step, some in steps.items()]
+    return "".join(["<h2>Sampled completions</h2>", *tables]) if tables else ""
+
+
+def parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The objects of those lines that are whole: the first may begin in the middle of one, the last be cut short."""
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found += [record] if isinstance(record := json.loads(line), dict) else []
+    return found
+
+
+def samples_of(step: int, records: Sequence[dict[str, Any]]) -> str:
+    """The samples of a step as rows."""
+
+    def cell(value: Any) -> str:
+        return f"<td>{html.escape(f'{value:.4g}' if isinstance(value, float) else str(value))}"
+
+    names = ("prompt", "completion", "finish_reason", "reward", "advantage")
+    rows = "".join("<tr>" + "".join(cell(record.get(name)) for name in names) for record in records)
+    head = "".join(f"<th>{name}" for name in names)
+    return f"<h3>Step {step}</h3><table class=samples><tr>{head}{rows}</table>"
 
 
 def plots(curves: dict[str, Curve]) -> str:
