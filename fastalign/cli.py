@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
-from fastalign.commands import SelectConfig
-from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig
+from fastalign.commands import GenerateConfig, ScoreConfig, SelectConfig
+from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
 
@@ -179,6 +179,17 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+def score(argv: list[str]) -> int:
+    """Give the completions in a file rewards: fastalign score --samples FILE --rewards '[...]' --out FILE."""
+    prepare_process()
+    kinds = {"score": ScoreConfig, "model": ModelConfig, "data": DataConfig}
+    settings = parse_sections("score", "give the completions in a file rewards", argv, kinds)
+    from fastalign.pipelines.score import score as run  # brings transformers and datasets
+
+    print(run(settings["score"], settings["model"], settings["data"]))
+    return 0
+
+
 def select(argv: list[str]) -> int:
     """Select rows worth training on, by filters and a core set: fastalign select --data.path FILE --out FILE."""
     prepare_process()
@@ -328,6 +339,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "methods": methods,
     "ref-logps": ref_logps,
     "generate": generate,
+    "score": score,
     "select": select,
     "replay": replay,
     "report": report,

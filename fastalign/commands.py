@@ -3,8 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastalign.config import expand_homes
+
+
+@dataclass
+class GenerateConfig:
+    """Which completions `fastalign generate` samples, and where it writes them."""
+
+    prompts: str | None = None
+    """Prompts: a .txt file with one on each line, or what `data.path` takes; default: `data.path`."""
+    out: str = "samples.jsonl"
+    """File that gets a line of JSON per completion, in the order of the prompts."""
+    n: int = 1
+    """Completions per prompt."""
+    seed: int = 0
+    """Seed of the draws: the same seed gives a prompt the same completions."""
+    resume: bool = False
+    """Keep the completions that `out` has already, and go on behind them."""
+    overwrite: bool = False
+    """Replace `out` where it is there."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "prompts", "out")
+
+
+@dataclass
+class ScoreConfig:
+    """Which completions `fastalign score` gives rewards, and where it writes them."""
+
+    samples: str = "samples.jsonl"
+    """File of completions, as `fastalign generate` writes it; columns for reward functions come from `data.path`."""
+    out: str = "scored.jsonl"
+    """File that gets every line with its rewards; rows for `fastalign sft`, by their `prompt` and `completion`."""
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    """What scores completions: `[{function: file.py:name}, {model: directory}, {builtin: name}, {code: {...}}]`."""
+    best: int | None = None
+    """Write only so many completions of each prompt, those with the highest rewards; default: all."""
+    overwrite: bool = False
+    """Replace `out` where it is there."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "samples", "out")
 
 
 @dataclass

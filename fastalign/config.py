@@ -244,27 +244,6 @@ class SamplerConfig:
 
 
 @dataclass
-class GenerateConfig:
-    """Which completions `fastalign generate` samples, and where it writes them."""
-
-    prompts: str | None = None
-    """Prompts: a .txt file with one on each line, or what `data.path` takes; default: `data.path`."""
-    out: str = "samples.jsonl"
-    """File that gets a line of JSON per completion, in the order of the prompts."""
-    n: int = 1
-    """Completions per prompt."""
-    seed: int = 0
-    """Seed of the draws: the same seed gives a prompt the same completions."""
-    resume: bool = False
-    """Keep the completions that `out` has already, and go on behind them."""
-    overwrite: bool = False
-    """Replace `out` where it is there."""
-
-    def __post_init__(self) -> None:
-        expand_homes(self, "prompts", "out")
-
-
-@dataclass
 class AlgorithmConfig:
     """What is made of the rewards. A setting that is null is the algorithm's own; see `fastalign.rl.algorithms`."""
 

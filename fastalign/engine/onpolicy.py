@@ -25,6 +25,7 @@ from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World
+from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
 from fastalign.rl.groups import sample_lines
@@ -56,19 +57,9 @@ def make_source(
     Raises:
         ValueError: rewards or sampler settings that cannot be used.
     """
-    from fastalign.rl import exact
-    from fastalign.rl.sampler import NativeSampler, stops_of
-
     assert objective.on_policy is not None
-    if not config.rewards:
-        raise ValueError(
-            f"{config.method} learns from rewards and none is set: e.g. rewards: [{{function: my_rewards.py:accuracy}}]"
-        )
-    scorer = Scorer(config.rewards, tokenizer, world.device)
-    sampling = objective.on_policy.sampler
-    stops = stops_of(models.policy, tokenizer, sampling.stop)
-    sampler = NativeSampler(models.policy, sampling, stops, precision=lambda: models.precision(world.device))
-    exact.settle(sampler)
+    scorer, settings = Scorer(config.rewards, tokenizer, world.device), objective.on_policy.sampler
+    sampler = make_sampler(models.policy, settings, tokenizer, precision=lambda: models.precision(world.device))
     plan, batch = objective.on_policy, config.batch
     show = partial(stage, shown=world.is_main)
     return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show)

@@ -31,6 +31,7 @@ from fastalign.data.loader import (
     visited,
 )
 from fastalign.data.mismatch import MismatchedDataset
+from fastalign.data.prompt_dataset import encode_prompts
 from fastalign.data.sources import load_train_eval
 from fastalign.engine.agree import require_same
 from fastalign.engine.fitting import check_columns, check_groups, held_out_source
@@ -138,8 +139,6 @@ def encode(
     objective = objective_of(config)
     check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
     if objective.on_policy:
-        from fastalign.data.prompt_dataset import encode_prompts
-
         return encode_prompts(rows, tokenizer, config.data, objective.on_policy.sampler.max_new_tokens)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset

@@ -28,6 +28,7 @@ from fastalign.engine.methods import Objective, minibatches_of, objective_of
 from fastalign.engine.onpolicy import (
     cut_samples,
     follow,
+    make_source,
     sampled,
 )
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer
@@ -171,8 +172,6 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     if objective.on_policy is None:
         source: Source = Rows(data, batch.size, config.run.seed, rows)
     else:
-        from fastalign.engine.onpolicy import make_source
-
         source = make_source(config, objective, models, dataset, rows, tokenizer, ranks)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs

@@ -17,7 +17,8 @@ from typing import IO, Any
 import torch
 from datasets import Dataset
 
-from fastalign.config import DataConfig, GenerateConfig, ModelConfig, SamplerConfig
+from fastalign.commands import GenerateConfig
+from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.data.pack import build_batch
 from fastalign.data.prompt_dataset import PromptDataset, encode_prompts
 from fastalign.data.sources import load_rows
