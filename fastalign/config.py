@@ -238,6 +238,11 @@ class SamplerConfig:
     """Texts that end a completion, which keeps them."""
     max_rows: int | None = None
     """Completions that are sampled at the same time; default: as memory allows."""
+    environment: str | None = None
+    """What completions of several turns talk to: `file.py:Class`, with tools or as in gym; it may pay rewards. See
+    `fastalign.rl.environments`."""
+    max_turns: int = 8
+    """Turns of the policy, with an environment; `max_new_tokens` and `stop` are of each."""
     exact: Literal["auto", "require", "off"] = "auto"
     """Log-probs of sampling are bit for bit those of training: auto checks it at the start and otherwise computes them
     again, require refuses to run otherwise, off always computes them again."""

@@ -341,10 +341,8 @@ class PairLogps:
 class LabelledLogps:
     """Sequence log-probs of B completions that were each called good or bad: sums over completion tokens, ``[B]``.
 
-    Attributes:
-        logps, ref_logps: under the policy and under the reference.
-        desirable: ``[B]`` bool, the completion is good.
-        baseline: ``[B]`` or ``[]``, what the loss measures from.
+    ``logps, ref_logps`` are under the policy and under the reference; ``desirable [B]`` bool, the completion is good;
+    ``baseline`` ``[B]`` or ``[]``, what the loss measures from.
     """
 
     logps: Tensor
@@ -368,10 +366,11 @@ class RankedLogps:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a sampler continues: ``[P]`` int64 tokens, and the row of the dataset that names them."""
+    """What a sampler continues: ``[P]`` int64 tokens, its row in the dataset, and what an environment reads there."""
 
     ids: np.ndarray
     row: int
+    columns: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -383,10 +382,10 @@ class Rollout:
         tokens: ``[R]`` int64 tokens behind it, the EOS or stop token that ended them included.
         sampler_logps: ``[R]`` fp32 log-probs under the distribution that they were drawn from.
         row, sample: position of the prompt in the dataset, and which of its samples this is.
-        finish: what ended it: an EOS token, a stop text, or ``sampler.max_new_tokens``.
-        version: optimizer updates behind the weights that sampled.
+        finish: an EOS token, a stop text or ``sampler.max_new_tokens``; ``version``: steps behind the weights.
         scored: ``[R]`` bool, False for tokens that an environment wrote; None: all were sampled.
         kept_mass: ``[R]`` fp32 probability that top-k, top-p and min-p have kept; None without these.
+        reward: what an environment paid, if there is one.
     """
 
     prompt: np.ndarray
@@ -398,3 +397,4 @@ class Rollout:
     version: int
     scored: np.ndarray | None = None
     kept_mass: np.ndarray | None = None
+    reward: float | None = None

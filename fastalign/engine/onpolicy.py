@@ -28,8 +28,9 @@ from fastalign.parallel.mesh import World
 from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
+from fastalign.rl.environments import EnvironmentSampler, load_environment
 from fastalign.rl.groups import sample_lines
-from fastalign.rl.rollouts import Rollouts
+from fastalign.rl.rollouts import NoScorer, Rollouts
 from fastalign.rl.scoring import Scorer
 from fastalign.types import PackedBatch
 
@@ -58,8 +59,12 @@ def make_source(
         ValueError: rewards or sampler settings that cannot be used.
     """
     assert objective.on_policy is not None
-    scorer, settings = Scorer(config.rewards, tokenizer, world.device), objective.on_policy.sampler
+    settings = objective.on_policy.sampler
+    scorer = Scorer(config.rewards, tokenizer, world.device) if config.rewards else NoScorer()
     sampler = make_sampler(models.policy, settings, tokenizer, precision=lambda: models.precision(world.device))
+    if settings.environment is not None:
+        make = load_environment(settings.environment, tokenizer)
+        sampler = EnvironmentSampler(sampler, make, tokenizer, settings.max_turns, config.data.max_length)
     plan, batch = objective.on_policy, config.batch
     show = partial(stage, shown=world.is_main)
     return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show)
@@ -181,8 +186,7 @@ def write_samples(
     """Append a step's completions to samples.jsonl."""
     path = directory / "samples.jsonl"
     lines = [
-        json.dumps(tidy(line)) + "\n"
-        for line in sample_lines(source.groups, source.scorer.names, step, decode, advantages)
+        json.dumps(tidy(line)) + "\n" for line in sample_lines(source.groups, source.names, step, decode, advantages)
     ]
     with writing("samples", path, then="go on with run.resume=true"), path.open("a", encoding="utf-8") as file:
         file.writelines(lines)

@@ -70,7 +70,7 @@ def check_settings(config: Config) -> None:
     if not run.output_dir.strip():
         raise ValueError("run.output_dir is empty: name a directory for the run, e.g. runs/first")
     check_trackers(run.trackers)
-    if config.method in ON_POLICY and not config.rewards:
+    if config.method in ON_POLICY and not (config.rewards or (config.sampler and config.sampler.environment)):
         example = "rewards: [{function: my_rewards.py:accuracy}]"
         raise ValueError(f"{config.method} learns from rewards of its samples, and none is set: e.g. {example}")
     if config.method not in ON_POLICY and (config.algorithm or config.sampler or config.rewards):

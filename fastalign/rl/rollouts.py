@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +72,18 @@ class Scorer(Protocol):
     def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Any]:
         """Begin; the future gives `Scores`."""
         ...
+
+
+class NoScorer:
+    """The scorer of a run whose rewards an environment pays alone."""
+
+    names, weights = (), ()
+
+    def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Any]:
+        """No reward for any."""
+        known: Future[Any] = Future()
+        known.set_result(SimpleNamespace(table=np.zeros((len(rollouts), 0)), tokens=None))
+        return known
 
 
 class Sampler(Protocol):
@@ -173,7 +186,8 @@ class Rollouts(Rows):
         self, indices: Sequence[int], n: int, seed: int, greedy: bool, tell: Callable[[int], None]
     ) -> list[tuple[list[Rollout], Future[Any], tuple[Rollout, Future[Any]] | None]]:
         """The rollouts of this rank's prompts, whose scoring began as soon as a prompt's were all there."""
-        prompts = [Prompt(self.prompts.ids(i), i) for i in indices]
+        columns = self.prompts.columns if self.plan.sampler.environment else lambda i: None
+        prompts = [Prompt(self.prompts.ids(i), i, columns(i)) for i in indices]
         greedy_ones = {}
         if greedy:
             for one in self.sampler.generate(prompts, 1, seed, greedy=True):
@@ -198,17 +212,29 @@ class Rollouts(Rows):
         self, rollouts: list[Rollout], future: Future[Any], greedy: tuple[Rollout, Future[Any]] | None
     ) -> Group:
         """Wait for the rewards of a group."""
-        scores, weights = future.result(), self.scorer.weights
+        scores, weights = future.result(), self.weights
+        table = with_paid(scores.table, rollouts)
         tokens = None
         if scores.tokens is not None:
-            tokens = [combine(each, weights) for each in scores.tokens]
+            tokens = [combine(each, self.scorer.weights) for each in scores.tokens]
         baseline = None
         if greedy is not None:
-            baseline = float(np.nan_to_num(combine(greedy[1].result().table, weights)[0]))
+            known = with_paid(greedy[1].result().table, [greedy[0]])
+            baseline = float(np.nan_to_num(combine(known, weights)[0]))
             baseline = self.shaped(baseline, greedy[0])
-        rewards = combine(scores.table, weights)
+        rewards = combine(table, weights)
         shaped = np.array([self.shaped(r, one) for r, one in zip(rewards, rollouts, strict=True)])
-        return Group(rollouts, scores.table, shaped, tokens, baseline)
+        return Group(rollouts, table, shaped, tokens, baseline)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what pays rewards: the functions, and the environment of completions of several turns."""
+        return (*self.scorer.names, *["environment"] * (self.plan.sampler.environment is not None))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One for each; an environment's is 1."""
+        return (*self.scorer.weights, *[1.0] * (len(self.names) - len(self.scorer.names)))
 
     def shaped(self, reward: float, rollout: Rollout) -> float:
         """A weighted sum of rewards as the algorithm's settings scale, clip and fine it."""
@@ -238,7 +264,7 @@ class Rollouts(Rows):
     def metrics(self) -> dict[str, float]:
         """What TRL's trainers log of the completions and rewards of the step, over all ranks."""
         return {
-            **reward_metrics(self.groups, self.scorer.names),
+            **reward_metrics(self.groups, self.names),
             **length_metrics(self.groups),
             "resampled_batches": self.resampled,
             "num_tokens": self.num_tokens,
@@ -253,12 +279,18 @@ class Rollouts(Rows):
                 groups += self.roll_out(range(len(prompts))[start : start + batch], 1, EVALUATION_SEED)
         finally:
             self.prompts = training
-        found = {**reward_metrics(groups, self.scorer.names), **length_metrics(groups)}
+        found = {**reward_metrics(groups, self.names), **length_metrics(groups)}
         return {name: value for name, value in found.items() if "std" not in name}
 
 
 EVALUATION_SEED = 0
 """Of the draws of evaluations, which can be compared that way."""
+
+
+def with_paid(table: np.ndarray, rollouts: Sequence[Rollout]) -> np.ndarray:
+    """``[G, F]`` rewards by function, and behind them what the environment has paid, where there is one."""
+    paid = [[one.reward] for one in rollouts if one.reward is not None]
+    return np.hstack([table, np.array(paid)]) if paid else table
 
 
 # --- from groups to examples -----------------------------------------------------------------------------------------
