@@ -48,7 +48,7 @@ PARTS = (
     bench(40, f"memory --only {MEMORY} --no-compile {RECORD}"),
     bench(50, f"ops --only {MORE} --seconds 2 --no-compile {RECORD}"),
     bench(25, f"ops --only divergence --seconds 1 --no-compile {RECORD}"),
-    bench(20, f"ops --only gae,segment_scan,attention --seconds 1 --no-compile {RECORD}"),
+    bench(20, f"ops --only gae,segment_scan,attention,forest_decode --seconds 1 --no-compile {RECORD}"),
     bench(40, f"ops --only {LOSSES} --seconds 2 {RECORD}"),
     bench(40, f"ops --only {LOSSES} --rounds 1 --no-compile --profile", "profile"),
 )

@@ -111,7 +111,7 @@ def decode(setting: Setting, *, rows: int, prompt: int, own: int, heads: int, d:
 
 def cases(setting: Setting) -> dict[str, Callable[[], Case]]:
     """The sampler's inner loop: 64 and 256 rows of a small model on a CPU, of a large one on a GPU."""
-    shape = {"prompt": 512, "own": 512, "heads": 32, "d": 128} if setting.gpu else {}
+    shape = {"prompt": 512, "own": 256, "heads": 16, "d": 128} if setting.gpu else {}
     shape = shape or {"prompt": 100, "own": 128, "heads": 8, "d": 32}
     return {
         f"forest_decode-{rows}-{name}": partial(decode, setting, rows=rows, **shape, dtype=dtype)

@@ -17,8 +17,9 @@
 namespace fastalign::LEVEL {
 namespace {
 
-constexpr int64_t kQueries = 48;                   // of one task, or those of one row where they are more
-constexpr int64_t kScores = 65536;                 // of one task likewise: what the second-level cache holds
+constexpr int64_t kQueries = 48;                   // of a task and key head, or those of one row where they are more
+constexpr int64_t kScores = 65536;                 // of a task likewise: what the second-level cache holds
+constexpr int64_t kTasks = 4;                      // of a thread at least, where it takes fewer heads at a time
 constexpr int64_t kParts = kForestBlock / kLanes;  // vectors of a block's positions
 constexpr int64_t kWork = 1 << 18;                 // multiply-adds for which a thread is worth waking
 
@@ -58,17 +59,17 @@ FORCE_INLINE void in_pieces(int64_t first, int64_t count, F f) {
 
 struct Task {
   const ForestGroup* group;
-  int64_t first, last, head;  // of its rows, and the key head
+  int64_t first, last, first_head, last_head;  // of its rows and key heads
 };
 
 // What one thread works in: `queries` rows of `columns` scores, and of `width` numbers of q and of sums.
 struct Room {
-  int64_t columns, width, heads;
+  int64_t columns, width;
   Scratch<float> scores, q, sums, totals;
 
   Room(const ForestDecode& op, int64_t queries, int64_t longest)
       : columns((longest + kForestBlock - 1) / kForestBlock * kForestBlock),
-        width((op.size + kLanes - 1) / kLanes * kLanes), heads(op.heads / op.key_heads),
+        width((op.size + kLanes - 1) / kLanes * kLanes),
         scores(scratch<float>("forest_decode", queries * columns)),
         q(scratch<float>("forest_decode", queries * width)), sums(scratch<float>("forest_decode", queries * width)),
         totals(scratch<float>("forest_decode", queries)) {}
@@ -131,104 +132,108 @@ void add_values(const Room& room, int64_t row, int64_t rows, int64_t size, Block
   });
 }
 
-// One task with its keys and values as T.
+// One task with its keys and values as T. The queries of a key head are neighbours, row by row.
 template <class T>
 struct Decode {
   const ForestDecode& op;
   const Room& room;
   const Task& task;
-  int64_t heads = room.heads, rows = task.last - task.first, shared = task.group->shared * kForestBlock;
+  int64_t group = op.heads / op.key_heads, rows = task.last - task.first;
+  int64_t shared = task.group->shared * kForestBlock, block = op.size * kForestBlock;
 
   int64_t row(int64_t i) const { return op.order[task.first + i]; }
   int64_t length(int64_t i) const { return op.lengths[row(i)]; }
+  int64_t query(int64_t i, int64_t head) const { return ((head - task.first_head) * rows + i) * group; }
 
-  Blocks<T> blocks(const void* data, int64_t i) const {
-    int64_t block = op.size * kForestBlock;
-    return {static_cast<const T*>(data) + task.head * block, op.chains + row(i) * op.width, op.key_heads * block};
+  Blocks<T> blocks(const void* data, int64_t i, int64_t head) const {
+    return {static_cast<const T*>(data) + head * block, op.chains + row(i) * op.width, op.key_heads * block};
   }
 
-  // What a row does not share comes from far: it is asked for while the row before is computed.
-  void prefetch(const void* data, int64_t i) const {
-    if (i >= rows) return;
-    Blocks<T> own = blocks(data, i);
-    for (int64_t b = task.group->shared; b * kForestBlock < length(i); ++b)
-      for (int64_t j = 0; j < op.size * kForestBlock; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(own[b] + j);
-  }
-
-  void read_queries(int64_t i) const {
+  void read_queries(int64_t i, int64_t head) const {
     with_type(op.q.dtype, [&](auto* type) {
-      for (int64_t h = 0; h < heads; ++h)
-        scaled(row_of(op.q, row(i), task.head * heads + h, type), &room.q[(i * heads + h) * room.width], op.size,
+      for (int64_t h = 0; h < group; ++h)
+        scaled(row_of(op.q, row(i), head * group + h, type), &room.q[(query(i, head) + h) * room.width], op.size,
                op.scale);
     });
   }
 
   // The weights of a row's queries, but for the factor 1 / total, from the scores of what it shares and of its own.
-  void make_weights(int64_t i) const {
-    append(op, row(i), task.head, static_cast<T*>(nullptr));
-    score(room, i * heads, heads, op.size, blocks(op.keys, i), shared, length(i));
-    for (int64_t h = i * heads; h < (i + 1) * heads; ++h) {
+  void make_weights(int64_t i, int64_t head) const {
+    append(op, row(i), head, static_cast<T*>(nullptr));
+    score(room, query(i, head), group, op.size, blocks(op.keys, i, head), shared, length(i));
+    for (int64_t h = query(i, head); h < query(i + 1, head); ++h) {
       float* x = &room.scores[h * room.columns];
       if (op.softcap > 0) cap(x, length(i), op.softcap);
       room.totals[h] = exponentials(x, length(i), length(i), max_of(x, length(i)));
     }
   }
 
-  void write_result(int64_t i) const {
-    add_values(room, i * heads, heads, op.size, blocks(op.values, i), shared, length(i));
+  void write_result(int64_t i, int64_t head) const {
+    add_values(room, query(i, head), group, op.size, blocks(op.values, i, head), shared, length(i));
     with_type(op.out.dtype, [&](auto* type) {
-      for (int64_t h = 0; h < heads; ++h)
-        scaled(&room.sums[(i * heads + h) * room.width], row_of(op.out, row(i), task.head * heads + h, type), op.size,
-               1 / room.totals[i * heads + h]);
+      for (int64_t h = 0, at = query(i, head); h < group; ++h, ++at)
+        scaled(&room.sums[at * room.width], row_of(op.out, row(i), head * group + h, type), op.size,
+               1 / room.totals[at]);
     });
   }
 
+  template <class F>
+  void for_heads(F f) const {
+    for (int64_t head = task.first_head; head < task.last_head; ++head) f(head);
+  }
+
+  // What rows share for one head after the other, what is their own row by row: a block's heads are neighbours.
   void run() const {
-    prefetch(op.keys, 0);
-    for (int64_t i = 0; i < rows; ++i) read_queries(i);
-    score(room, 0, rows * heads, op.size, blocks(op.keys, 0), 0, shared);
-    for (int64_t i = 0; i < rows; ++i) {
-      prefetch(op.keys, i + 1);
-      make_weights(i);
-    }
-    prefetch(op.values, 0);
-    add_values(room, 0, rows * heads, op.size, blocks(op.values, 0), 0, shared);
-    for (int64_t i = 0; i < rows; ++i) {
-      prefetch(op.values, i + 1);
-      write_result(i);
-    }
+    for_heads([&](int64_t head) {
+      for (int64_t i = 0; i < rows; ++i) read_queries(i, head);
+      score(room, query(0, head), rows * group, op.size, blocks(op.keys, 0, head), 0, shared);
+    });
+    for (int64_t i = 0; i < rows; ++i) for_heads([&](int64_t head) { make_weights(i, head); });
+    for_heads([&](int64_t head) {
+      add_values(room, query(0, head), rows * group, op.size, blocks(op.values, 0, head), 0, shared);
+    });
+    for (int64_t i = 0; i < rows; ++i) for_heads([&](int64_t head) { write_result(i, head); });
   }
 };
 
-// For each key head up to `rows` rows of a group. Returns how many, and writes them where there is room.
-int64_t list_tasks(const ForestDecode& op, int64_t rows, Task* tasks) {
+// Up to `rows` rows of a group and `heads` key heads. Returns how many, and writes them where there is room.
+int64_t list_tasks(const ForestDecode& op, int64_t rows, int64_t heads, Task* tasks) {
   int64_t count = 0;
   for (const ForestGroup* group = op.groups; group < op.groups + op.num_groups; ++group)
     for (int64_t first = group->first; first < group->last; first += rows)
-      for (int64_t head = 0; head < op.key_heads; ++head, ++count)
-        if (tasks) tasks[count] = {group, first, std::min(group->last, first + rows), head};
+      for (int64_t head = 0; head < op.key_heads; head += heads, ++count)
+        if (tasks)
+          tasks[count] = {group, first, std::min(group->last, first + rows), head,
+                          std::min(op.key_heads, head + heads)};
   return count;
 }
 
 }  // namespace
 
 void forest_decode(const ForestDecode& op, int threads) {
-  int64_t heads = op.heads / op.key_heads, num_rows = 0, longest = 0, positions = 0;
-  for (int64_t g = 0; g < op.num_groups; ++g) num_rows = std::max(num_rows, op.groups[g].last);
+  int64_t group = op.heads / op.key_heads, longest = 0, positions = 0, most = 0, num_rows = 0;
+  for (const ForestGroup* g = op.groups; g < op.groups + op.num_groups; ++g) {
+    most = std::max(most, g->last - g->first);
+    num_rows = std::max(num_rows, g->last);
+  }
   for (int64_t i = 0; i < num_rows; ++i) {
     longest = std::max(longest, op.lengths[i]);
     positions += op.lengths[i];
   }
-  int64_t rows = std::max<int64_t>(1, std::min({kQueries / heads, kScores / longest / heads, num_rows}));
-  int64_t count = list_tasks(op, rows, nullptr);
+  threads = int(std::min<int64_t>(threads, 1 + 2 * positions * op.heads * op.size / kWork));
+  int64_t rows = std::max<int64_t>(1, std::min({kQueries / group, kScores / longest / group, most}));
+  int64_t fit = kScores / longest / group / rows, wanted = threads > 1 ? kTasks * threads : 1;
+  int64_t enough = list_tasks(op, rows, op.key_heads, nullptr) * op.key_heads / wanted;
+  int64_t heads = std::max<int64_t>(1, std::min({fit, enough, op.key_heads}));
+  int64_t count = list_tasks(op, rows, heads, nullptr);
   Scratch<Task> tasks = scratch<Task>("forest_decode", count);
-  list_tasks(op, rows, tasks.get());
-  threads = int(std::min<int64_t>({threads, count, 1 + 2 * positions * op.heads * op.size / kWork}));
+  list_tasks(op, rows, heads, tasks.get());
+  threads = int(std::min<int64_t>(threads, count));
   OutOfMemory missing{};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::optional<Room> room;
-    keep_failure(missing, [&] { room.emplace(op, rows * heads, longest); });
+    keep_failure(missing, [&] { room.emplace(op, rows * heads * group, longest); });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i)
       if (room) with_type(op.dtype, [&](auto* type) { Decode<std::decay_t<decltype(*type)>>{op, *room, tasks[i]}.run(); });
