@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_table import DEVICE, INTERPRETED, place
+from op_table import INTERPRETED, place
 from test_determinism import LEVELS, settings
 
 from fastalign import linear_logps, linear_loss, linear_sample, sample, sample_keys, token_logps, uniforms
@@ -132,7 +132,12 @@ def test_frequencies_match_probabilities(backend, case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_truncation_keeps_the_first_of_equal_logits(backend):
     logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0]], device=place(backend)).expand(64, -1)
-    for cut, kept in ({"top_k": 2}, {1, 2}), ({"top_p": 0.3}, {1, 2}), ({"min_p": 0.9}, {1, 2, 3}), ({"top_p": 1e-9}, {1}):
+    for cut, kept in (
+        ({"top_k": 2}, {1, 2}),
+        ({"top_p": 0.3}, {1, 2}),
+        ({"min_p": 0.9}, {1, 2, 3}),
+        ({"top_p": 1e-9}, {1}),
+    ):
         keys, positions = noise_of(64, device=logits.device)
         tokens, stats = sample(logits, keys, positions, **cut, backend=backend)
         assert {*tokens.tolist()} == kept
@@ -152,7 +157,9 @@ def test_extreme_noise_falls_on_the_first_and_the_last_column_that_has_mass(back
         logits[2, 1:], logits[3, vocab // 2] = -40, 7.0  # exp(-40) is small, but not nothing
         for u, expected in (0.0, [0, 1, 0, vocab // 2]), (BELOW_ONE, [vocab - 1, vocab - 2, None, vocab // 2]):
             found = drawn(backend, logits, [u] * 4)
-            assert [x for x, y in zip(found, expected, strict=True) if y is not None] == [x for x in expected if x is not None]
+            assert [x for x, y in zip(found, expected, strict=True) if y is not None] == [
+                x for x in expected if x is not None
+            ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -310,5 +317,7 @@ def test_rows_without_a_distribution_are_refused(backend, value, word):
     logits, (keys, positions) = logits_of(3, 600), noise_of(3)
     logits[1, slice(None) if value == -torch.inf else 333] = value
     for cut in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="no token can be drawn from row 1: its logits hold " + word.replace("+", r"\+")):
+        with pytest.raises(
+            ValueError, match="no token can be drawn from row 1: its logits hold " + word.replace("+", r"\+")
+        ):
             sample(logits, keys, positions, **cut, backend=backend)
