@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatch
 
-from bench.cases import decode, divergences, head, log_probs, logits, packed, policy
+from bench.cases import decode, divergences, head, log_probs, logits, packed, policy, sampling
 from bench.field import Setting
 from bench.measure import Case
 
-FAMILIES = (logits, policy, head, log_probs, divergences, packed, decode)
+FAMILIES = (logits, policy, head, log_probs, divergences, packed, decode, sampling)
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], Case]]:

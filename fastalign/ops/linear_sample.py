@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastalign.ops.backends.torch import onednn
-from fastalign.ops.checks import Lora
+from fastalign.ops.checks import Lora, check_matrix
 from fastalign.ops.head.head import (
     Head,
     Wanted,
@@ -31,8 +31,8 @@ from fastalign.ops.head.head import (
 )
 from fastalign.ops.head.head import cut as select_rows
 from fastalign.ops.head.options import Call, gemm_dtype, make_call
-from fastalign.ops.head.plan import CPU_ROWS
-from fastalign.ops.parallel import localise
+from fastalign.ops.head.plan import CPU_ROWS, row_bytes_of
+from fastalign.ops.parallel import checked_together, localise
 from fastalign.ops.sample import (
     Cut,
     check_drawable,
@@ -83,7 +83,7 @@ def linear_sample(
         bias, lora, softcap, logit_scale, memory: as of ``linear_logps``; ``logit_scale`` must be positive.
         process_group: the ranks that share the vocabulary, as of ``linear_logps``. Tokens are those of one process
             unless the draw falls within rounding (about 1e-7) of the boundary of two columns. For truncation the ranks
-            exchange each chunk's logits, otherwise a few numbers per row.
+            exchange each chunk's logits, in fp32 and beyond ``memory``; otherwise a few numbers per row.
         backend: "torch", "cpp", "triton" or None for the best one here.
 
     Returns:
@@ -97,11 +97,13 @@ def linear_sample(
     tensor([1])
     """
     cut = Cut(top_k, top_p, min_p)
-    check_sampling(hidden, keys, positions, temperature, cut)
-    if not logit_scale > 0:
-        raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+    with checked_together(process_group, hidden):
+        check_matrix("hidden", hidden, "[B, D]")
+        check_sampling(hidden, keys, positions, temperature, cut)
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale must be positive, got {logit_scale}")
     tau, greedy = split_greedy(temperature, hidden)
-    rows, extra = len(hidden), padding(hidden, weight, lora)
+    rows, extra = len(hidden), missing_rows(hidden, weight)
     more = {"truncation": tuple(cut), "greedy rows": greedy, "keys": keys, "positions": positions}
     given = {"bias": bias, "lora": lora, "softcap": softcap, "logit_scale": logit_scale, "memory": memory}
     given |= {"process_group": process_group, "backend": backend, "num_scored": rows + extra}
@@ -129,19 +131,23 @@ def reference(
     return sample_reference(logits, keys, positions, **options)
 
 
-def padding(hidden: Tensor, weight: Tensor, lora: Lora | None) -> int:
-    """Rows to add, so that the bits of fp32 products on a CPU do not depend on how many rows there are.
+def missing_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Rows to add to a call in fp32 on a CPU, so that MKL's products give each row the bits that it has among many."""
+    concerned = hidden.device.type == "cpu" and gemm_dtype(hidden, weight) == torch.float32 and len(hidden) > 0
+    return max(0, MKL_ROWS - len(hidden)) if concerned else 0
 
-    At least so many that each product goes to the library that a chunk of a training batch goes to.
+
+def enough_rows(head: Head) -> int:
+    """Rows from which each product of the head goes to the library that a chunk of a training batch goes to.
+
+    ``memory`` comes first. A head so small that no chunk leaves MKL needs no more than there are.
     """
-    if hidden.device.type != "cpu" or gemm_dtype(hidden, weight) != torch.float32 or not len(hidden):
-        return 0
-    least = MKL_ROWS
-    if onednn.preferred() and onednn.enabled():
-        for terms in (weight.shape[1], *([] if lora is None else [len(lora[0])])):
-            enough = -(-onednn.LEAST_WORK // max(1, terms * len(weight)))
-            least = max(least, enough if enough <= CPU_ROWS else 0)
-    return max(0, least - len(hidden))
+    options, (columns, width) = head.options, head.weight.shape
+    if head.hidden.device.type != "cpu" or options.dtype != torch.float32 or not onednn.preferred():
+        return 1
+    counts = [-(-onednn.LEAST_WORK // max(1, weight.numel())) for weight, _ in head.parts]
+    enough = max((count for count in counts if count <= CPU_ROWS), default=1)
+    return enough if options.memory is None else min(enough, options.memory // row_bytes_of(columns, width, 4))
 
 
 def _draw(call: Call, noise: Tensor, greedy: bool | Tensor, cut: Cut) -> tuple[Tensor, SampleStats]:
@@ -149,10 +155,12 @@ def _draw(call: Call, noise: Tensor, greedy: bool | Tensor, cut: Cut) -> tuple[T
     rows, head = len(noise), make_head("linear_logps", call)
     kernels = drawing_kernels("linear_sample", call.backend, call.hidden.device, call.dtype, cut)
     plan = plan_for(head, "none", trained=None, wanted=Wanted(True, False))
-    buffer, parts = workspace(head, plan.chunk_rows, len(head.weight)), []
+    enough, parts = enough_rows(head), []
+    buffer = workspace(head, max(plan.chunk_rows, enough), len(head.weight))
     tokens, kept = noise.new_empty(rows, dtype=torch.int64), torch.ones_like(noise)
     for start, stop in plan.chunks:
-        logits, here = project(head, hidden_rows(head, start, stop), buffer), slice(start, min(stop, rows))
+        hidden, here = hidden_rows(head, start, stop), slice(start, min(stop, rows))
+        logits = project(head, pad(hidden, (0, 0, 0, max(0, enough - len(hidden)))), buffer)
         if here.start >= here.stop:
             break
         logits, flags = logits[: here.stop - start], greedy[here] if isinstance(greedy, Tensor) else greedy

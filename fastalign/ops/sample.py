@@ -280,7 +280,7 @@ def sample(
     of two columns. Without truncation ``logps`` has the bits of ``token_logps`` for the same row and temperature.
 
     Args:
-        logits: ``[B, V]`` fp32, bf16, fp16 or fp64, any strides; -inf bans a column.
+        logits: ``[B, V]`` fp32, bf16, fp16 or fp64, any strides; -inf bans a column, but not under a softcap.
         keys: ``[B]`` int64 of ``sample_keys``: one key for each sequence.
         positions: ``[B]`` integers, the place of the token in its sequence.
         temperature: a number, or ``[B]`` (rounded to the precision of the outputs: pass the number where training has

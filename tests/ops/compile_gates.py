@@ -30,7 +30,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastalign_kernels
 from fastalign.ops.functors import Knobs
-from fastalign_kernels import divergence, forest_decode, launch, policy_loss, scan, token_logps
+from fastalign.ops.sample import Cut
+from fastalign_kernels import divergence, forest_decode, launch, policy_loss, sample, scan, token_logps
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
@@ -93,6 +94,12 @@ def launch_forest_decode(dtype=torch.bfloat16, heads=8, key_heads=4, size=32, so
     forest_decode.decode(q, k, k, *arenas, step, 0.1, softcap, dtype)
 
 
+def launch_sample(dtype=torch.bfloat16, softcap=30.0, vocab_size=8192, rows=False):
+    logits, noise = torch.zeros(2, vocab_size, dtype=dtype), torch.zeros(2, dtype=torch.float64)
+    scaling = {"temperature": torch.ones(2) if rows else 0.7, "softcap": softcap, "logit_scale": 1.0}
+    sample.draw(logits, noise, cut=Cut(), **scaling)
+
+
 PLAIN = {"entropy": False, "total": False, "softcap": None}
 FULL = [
     {"dtype": dtype, "entropy": entropy, "total": total, "softcap": softcap}
@@ -112,6 +119,9 @@ POLICIES_FULL += [{"loss": loss} for loss in ("pg", "cispo", "sapo")]
 CASES += [(target, launch_policy_loss, options) for target in TARGETS for options in POLICIES]
 CASES += [(target, launch_policy_loss, options) for target in ("sm_90", "gfx942") for options in POLICIES_FULL]
 CASES += [(target, launch_scan, options) for target in TARGETS for options in SCANS]
+DRAWS = [{}, {"dtype": torch.float32, "softcap": None}, {"dtype": torch.float64}]
+DRAWS += [{"dtype": torch.float16, "rows": True, "vocab_size": 8191}]
+CASES += [(target, launch_sample, options) for target in TARGETS for options in DRAWS]
 DIVERGENCES = [{"kind": kind, "softcap": None} for kind in ("forward_kl", "reverse_kl", "jsd")]
 DIVERGENCES += [{"kind": kind, "algebra": True, "entropy": True} for kind in ("forward_kl", "reverse_kl", "jsd")]
 DIVERGENCES += [{"dtype": torch.float64, "algebra": True, "entropy": True}]
@@ -271,3 +281,18 @@ def test_no_decoding_compiles_again_for_another_number_of_rows(target):
         return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in launches]
 
     assert keys(1) == keys(2) == keys(48)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_draw_compiles_again_for_another_size_or_setting(target):
+    def keys(num_rows, vocab_size, start, knob):
+        def launcher():
+            logits, noise = torch.zeros(num_rows, vocab_size, dtype=torch.bfloat16), torch.zeros(num_rows + 1)
+            scaling = {"temperature": knob, "softcap": knob, "logit_scale": knob}
+            sample.draw(logits, noise.double()[start : start + num_rows], cut=Cut(), **scaling)
+
+        return [specialise(kernel, TARGETS[target], kwargs)[0] for kernel, kwargs in record(launcher, TARGETS[target])]
+
+    expected = keys(16, 8192, 0, 1.0)
+    assert len(set(expected)) == 2
+    assert keys(1, 8192, 0, 0.5) == keys(7, 9008, 1, 2.0) == expected

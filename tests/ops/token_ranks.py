@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import disagreements
+import draws_together
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -132,6 +133,7 @@ def work(rank, size, store):
         counts()
         check_counts(sizes)
         check_refusals(sizes)
+        draws_together.check(sizes)
         if size > 1 and 0 < sizes[0] < V:
             check_banned(sizes)
     if size == 2:
