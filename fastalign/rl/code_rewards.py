@@ -79,13 +79,16 @@ class Case(NamedTuple):
         return bool(mark) and same(value, self.expected) if self.function else printed.split() == self.expected.split()
 
 
+STATUSES = ("passed", "wrong", "error", "timeout", "output", "compile_error")
+
+
 class Verdict(NamedTuple):
     """How a program did.
 
     Attributes:
         passed: tests.
-        status: ``passed``: all; else how the first other one failed: ``wrong``, ``error``, ``timeout``, ``output`` (too
-            much of it), or ``compile_error``: Python does not read the program.
+        status: one of `STATUSES`: ``passed`` all, or how the first other one failed: with a ``wrong`` answer, an
+            ``error``, a ``timeout``, too much ``output``; or ``compile_error``, where Python cannot read the program.
         message: the last line of the error, or what was printed instead.
     """
 
@@ -99,7 +102,7 @@ class CodeReward:
 
     def __init__(self, settings: CodeSettings) -> None:
         self.settings = settings
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
         self._lock = threading.Lock()
 
     def __call__(self, group: Group) -> list[float | None]:

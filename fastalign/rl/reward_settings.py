@@ -118,7 +118,10 @@ def read_entry(entry: Any, setting: str, around: Surroundings) -> Reward:
         raise ValueError(f"{setting}.weight: expected a finite number, got {options['weight']}")
     if options.get("timeout", 1.0) <= 0:
         raise ValueError(f"{setting}.timeout: expected seconds above 0, got {options['timeout']:g}")
-    return replace(make(around), **{key: options[key] for key in (*COMMON, *FUNCTION_ONLY) if key in options})
+    reward = replace(make(around), **{key: options[key] for key in (*COMMON, *FUNCTION_ONLY) if key in options})
+    if reward.on_error == "exclude":
+        reward.counts["excluded"] = 0
+    return reward
 
 
 def check_keys(given: Mapping[str, Any], types: Mapping[str, str], setting: str) -> None:

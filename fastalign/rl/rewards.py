@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import torch
 from torch import Tensor
 
 from fastalign.losses.policy import KL_ESTIMATORS
@@ -51,27 +47,6 @@ def shape_scores(scores: Tensor, *, scale: float = 1.0, bias: float = 0.0, clip:
     """``clip(scale * scores + bias, -clip, clip)``; None for no clip."""
     shaped = scale * scores + bias
     return shaped if clip is None else shaped.clamp(-clip, clip)
-
-
-def combine(table: Tensor | np.ndarray, weights: Sequence[float]) -> Tensor:
-    """Weighted sum of several reward functions; one that gave a sample no reward is left out of that sample's sum.
-
-    Args:
-        table: ``[B, F]`` reward of each sample by each function; nan where a function gave none.
-        weights: one per function.
-
-    Returns:
-        ``[B]``; nan for a sample without any reward, which belongs in no batch.
-
-    Example:
-        >>> combine(torch.tensor([[1.0, 0.5], [torch.nan, 0.5], [torch.nan, torch.nan]]), [1.0, 2.0])
-        tensor([2., 1., nan])
-    """
-    table = torch.as_tensor(table)
-    if table.shape[1] != len(weights):
-        raise ValueError(f"expected one weight per reward function, got {len(weights)} for {table.shape[1]}")
-    total = (table * table.new_tensor(weights)).nansum(1)
-    return total.masked_fill(table.isnan().all(1), torch.nan)
 
 
 def overlong_penalty(answer_lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -73,6 +74,10 @@ class Scorer(Protocol):
         """Begin; the future gives `Scores`."""
         ...
 
+    def take_counts(self) -> dict[str, int]:
+        """Completions since the last call by what became of them, such as ``code/compile_error``."""
+        ...
+
 
 class NoScorer:
     """The scorer of a run whose rewards an environment pays alone."""
@@ -84,6 +89,10 @@ class NoScorer:
         known: Future[Any] = Future()
         known.set_result(SimpleNamespace(table=np.zeros((len(rollouts), 0)), tokens=None))
         return known
+
+    def take_counts(self) -> dict[str, int]:
+        """None."""
+        return {}
 
 
 class Sampler(Protocol):
@@ -138,10 +147,11 @@ class Rollouts(Rows):
         self.groups: list[Group] = []
         self.seconds: dict[str, float] = {}
         self.resampled = self.num_tokens = 0
+        self.counts: Counter[str] = Counter()
 
     def next(self) -> list[TokenExample]:
         """Sample, score and select a step; equal on all ranks."""
-        self.seconds, self.resampled = {"generate": 0.0, "reward": 0.0}, 0
+        self.seconds, self.resampled, self.counts = {"generate": 0.0, "reward": 0.0}, 0, Counter()
         settings, wanted, groups = self.plan.settings, self.size, list[Group]()
         for batch in range(settings.max_resample_batches if settings.filter_zero_std else 1):
             drawn, place = self.draw(), (self.seed << 32) + self.drawn
@@ -176,10 +186,12 @@ class Rollouts(Rows):
             failure = str(error)
         self.seconds["generate"] = self.seconds.get("generate", 0.0) + sampled - start
         self.seconds["reward"] = self.seconds.get("reward", 0.0) + time.perf_counter() - sampled
-        everyone = self.world.gather_objects((found, failure))
-        if failures := [text for _, text in everyone if text]:
+        everyone = self.world.gather_objects((found, failure, self.scorer.take_counts()))
+        if failures := [text for _, text, _ in everyone if text]:
             raise ValueError(failures[0])
-        groups = {group.row: group for part, _ in everyone for group in part}
+        for _, _, counts in everyone:
+            self.counts.update(counts)
+        groups = {group.row: group for part, _, _ in everyone for group in part}
         return [replace(groups[index], seed=seed) for index in indices]
 
     def _sample(
@@ -265,6 +277,7 @@ class Rollouts(Rows):
         """What TRL's trainers log of the completions and rewards of the step, over all ranks."""
         return {
             **reward_metrics(self.groups, self.names),
+            **{f"rewards/{name}": count for name, count in self.counts.items()},
             **length_metrics(self.groups),
             "resampled_batches": self.resampled,
             "num_tokens": self.num_tokens,

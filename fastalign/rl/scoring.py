@@ -44,7 +44,7 @@ class Scorer:
 
     Attributes:
         names: of the functions, in order.
-        weights: one each, for `fastalign.rl.rewards.combine`.
+        weights: one each, for `fastalign.rl.groups.combine`.
 
     Raises:
         ValueError: a setting that cannot be used, in one line.
@@ -63,6 +63,7 @@ class Scorer:
         self._order, self._users = start_loop("rewards"), start_loop("async rewards")
         self._free = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
         self._advised: set[str] = set()
+        self._excluded: set[str] = set()
 
     def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Scores]:
         """Begin to score all samples of one prompt.
@@ -116,9 +117,13 @@ class Scorer:
             return None
         return [tokens for part in parts for tokens in part.all_tokens()]
 
-    def counts(self) -> dict[str, int]:
-        """Samples so far by what became of them, as ``name/excluded`` (by ``on_error``) and ``name/compile_error``."""
-        return {f"{one.name}/{what}": count for one in self.rewards for what, count in dict(one.counts).items()}
+    def take_counts(self) -> dict[str, int]:
+        """Samples since the last call by what became of them: ``name/excluded`` by ``on_error: exclude``, and the
+        statuses of programs, as ``name/compile_error``; zeros included, so that the keys are always the same."""
+        taken = {f"{one.name}/{what}": count for one in self.rewards for what, count in one.counts.items()}
+        for one in self.rewards:
+            one.counts.subtract(dict(one.counts))
+        return taken
 
     def close(self) -> None:
         """End the threads; what is still being scored is cancelled."""
@@ -143,8 +148,9 @@ class Scorer:
         except RewardError as error:
             if reward.on_error == "raise":
                 raise
-            if not reward.counts["excluded"]:
+            if reward.name not in self._excluded:
                 log.warning("%s; left out (on_error: exclude), as later failures of it, without a line", error)
+            self._excluded.add(reward.name)
             reward.counts["excluded"] += len(group.rollouts)
             return [np.nan] * len(group.rollouts)
 

@@ -85,18 +85,9 @@ def test_process_rewards_end_with_their_steps():
     assert credit[0] == -credit[2] > 0.99
 
 
-def test_scores_are_shaped_and_combined():
+def test_scores_are_shaped():
     scores = torch.tensor([-9.0, 0.5, 9.0])
     assert rewards.shape_scores(scores, scale=2.0, bias=1.0, clip=5.0).tolist() == [-5.0, 2.0, 5.0]
-    table = torch.stack([scores, torch.ones(3)], 1)
-    assert rewards.combine(table, [0.5, 2.0]).tolist() == [-2.5, 2.25, 6.5]
-    table[0, 1] = table[1] = math.nan
-    for given in (table, table.numpy()):
-        torch.testing.assert_close(
-            rewards.combine(given, [0.5, 2.0]), torch.tensor([-4.5, math.nan, 6.5]), equal_nan=True
-        )
-    with pytest.raises(ValueError, match="one weight per reward function, got 1 for 2"):
-        rewards.combine(table, [1.0])
 
 
 def test_the_kl_controller_moves_by_a_fifth_per_horizon_at_most():

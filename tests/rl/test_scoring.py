@@ -15,7 +15,7 @@ from fastalign.losses import custom
 from fastalign.rl import scoring
 from fastalign.rl.answers import RewardError
 from fastalign.rl.builtins import BUILTINS, gsm8k, last_number
-from fastalign.rl.rewards import combine
+from fastalign.rl.groups import combine
 from fastalign.rl.scoring import Scorer
 
 CODE = """
@@ -175,7 +175,10 @@ def test_what_goes_wrong_is_one_line_with_function_prompt_and_sample(mine, score
     two = scorer({**entry, "on_error": "exclude"}, {"builtin": "length", "target": 1})
     group, caplog.records[:] = rollouts("p", "good", "bad", "fine", row=7), []
     given = two.collect([two.submit(group, {"prompt": "p"}) for _ in range(2)])
-    assert np.isnan(given[:, 0]).all() and not np.isnan(given[:, 1]).any() and two.counts() == {f"{name}/excluded": 6}
+    assert (
+        np.isnan(given[:, 0]).all() and not np.isnan(given[:, 1]).any() and two.take_counts() == {f"{name}/excluded": 6}
+    )
+    assert two.take_counts() == {f"{name}/excluded": 0}
     assert len(caplog.records) == 1 and "left out (on_error: exclude)" in caplog.text
 
 
