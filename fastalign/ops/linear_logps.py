@@ -84,7 +84,8 @@ def compute(*args):
     stats = _forward(head, plan, directions, entropy)
     none, out = stats.logps.new_empty, head.out_dtype
     seen = [none(0, dtype=out) if x is None else scatter_rows(head, x, out) for x in reported(head, stats, wanted)]
-    saved = [scatter_rows(head, x, x.dtype) for x in (stats.top1, stats.max, stats.logsum)]
+    kept: Any = stats.top1, stats.max, stats.logsum
+    saved = [scatter_rows(head, x, x.dtype) for x in kept]
     return *seen, *saved, directions
 
 

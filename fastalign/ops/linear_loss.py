@@ -273,7 +273,8 @@ def all_rows(
     lse = None if lse is None else scatter_rows(head, lse, lse.dtype)
     sequences = None if units is None else torch.arange(len(units.cu_scored) - 1, device=device)
     offsets = None if cu_seqlens is None else on_device(cu_seqlens, device)
-    rows, top1 = torch.arange(head.hidden.shape[0], device=device), scatter_rows(head, stats.top1, torch.bool)
+    rows = torch.arange(head.hidden.shape[0], device=device)
+    top1 = scatter_rows(head, stats.top1, torch.bool)  # pyright: ignore  # it was asked for
     return TokenStats(scatter_rows(head, logps, logps.dtype), rows, entropy, top1, sequences, offsets, metrics, lse)
 
 

@@ -42,7 +42,7 @@ def test_linear_op(trainable, entropy, rank):
     up = torch.randn(V, rank, requires_grad=trainable) if rank else None
     bias = torch.randn(V, requires_grad=trainable)
     tensors, lse = (hidden, weight, up, bias, LABELS, ROWS), rank > 0 and trainable
-    scaling = (1.0, None, 0.5, 0.1 if rank else 0.0, torch.float32)
+    scaling = (1.0, None, 0.5, 0.1 if rank else 0.0, torch.float32, torch.float32)
     call = Call(*tensors, *scaling, None, None, False, 7 if rank else None, None, None)
     args = (*call, entropy, lse, True, trainable)
     torch.library.opcheck(linear_op, args, test_utils=CHECKS)

@@ -70,7 +70,7 @@ def test_log_probs_read_no_data(num_scored, frozen):
     """The op's own functions, where a traced call would only ask for shapes."""
     tensors, labels, _ = example("meta", "bias")
     inputs = (tensors["hidden"], tensors["weight"], None, tensors["bias"])
-    scaling = (None, 1.0, None, 1.0, 0.1 * frozen, torch.float32)
+    scaling = (None, 1.0, None, 1.0, 0.1 * frozen, torch.float32, torch.float32)
     call = Call(*inputs, labels, *scaling, None, "torch", False, num_scored, None, None)
     asked = (not frozen, not frozen)
     with torch.no_grad():

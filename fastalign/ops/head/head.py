@@ -248,12 +248,13 @@ def sweep(head: Head, start: int, stop: int, logits: Tensor, entropy: bool) -> S
     labels, shard, total = rows_of(head.labels, start, stop), head.shard, head.options.label_smoothing != 0
     if logits.shape[1]:
         wanted = {"entropy": entropy, "total": total, "top1": True}
-        found = head.sweep.forward(logits, labels, **wanted, **scaling_of(head, start, stop))
+        found = Stats(*head.sweep.forward(logits, labels, **wanted, **scaling_of(head, start, stop)))
     else:
         found = nothing(labels, kernel_dtype(logits.dtype), entropy, total, True)
     if shard is not None and head.owners is not None:
         found = combine(shard, head.owners[start:stop], *found)
-    return Stats(*found[:-1], found[-1] != 0)
+    logps, h, maximum, logsum, total, top1 = found
+    return Stats(logps, h, maximum, logsum, total, top1 != 0)  # pyright: ignore  # it was asked for
 
 
 def differentiate(

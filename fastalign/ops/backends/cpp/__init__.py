@@ -97,7 +97,7 @@ def vector(name: str, x: Tensor, rows: int, dtype: torch.dtype, device: torch.de
 
 def matrix(x: Tensor) -> tuple[int, int, int]:
     """Address and strides."""
-    return x.data_ptr(), *x.stride()
+    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def describe(

@@ -11,6 +11,7 @@ from fastalign.ops.backends import cpp
 from fastalign.ops.checks import stats_dtype
 from fastalign.ops.functors import COLUMNS, Knobs, columns
 
+ROWS = ("weights", "advantages", "old_logps", "ref_logps")
 SURROGATES = {"sft": 0, "pg": 0, "ppo": 1, "cispo": 2, "sapo": 3}
 
 
@@ -18,26 +19,18 @@ def run(
     out: Tensor | None,
     logits: Tensor,
     labels: Tensor,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    *,
-    loss: str,
-    kl_estimator: str,
-    knobs: Knobs,
-    entropy: bool,
-    temperature: float | Tensor,
-    softcap: float | None,
+    *rows: Tensor | None,
+    **settings: Any,
 ) -> Tensor:
     """The table of ``COLUMNS``, and (unless ``out`` is None) the gradient of the summed losses, in one read.
 
     Args:
         out: ``[N, V]`` of the dtype of the logits, of any strides; may be the logits themselves.
-        logits, labels, temperature, softcap: as in ``cpp.forward``.
-        weights, advantages, old_logps, ref_logps: ``[N]``; what is None is 1, the log-probs themselves, no KL.
-        loss, kl_estimator, knobs: as in ``functors.fill``.
-        entropy: whether to compute the entropy.
+        logits, labels: as in ``cpp.token_logps.forward``.
+        rows: weights, advantages, old_logps and ref_logps, each ``[N]``; what is None is 1, the log-probs themselves,
+            no KL.
+        settings: temperature and softcap as in ``cpp.token_logps.forward``, loss, kl_estimator and knobs as in
+            ``functors.fill``, entropy: whether to compute the entropy.
 
     Returns:
         ``[13, N]`` fp32 (fp64 for fp64 logits).
@@ -46,10 +39,7 @@ def run(
         ValueError: for a wrong shape, dtype or device.
     """
     cpp.check(logits, labels)
-    rows = {"weights": weights, "advantages": advantages, "old_logps": old_logps, "ref_logps": ref_logps}
-    scaling = {"temperature": temperature, "softcap": softcap}
-    settings = {"loss": loss, "kl_estimator": kl_estimator, "knobs": knobs, "entropy": entropy}
-    op, table, _alive = describe(out, logits, labels, rows, **settings, **scaling)
+    op, table, _alive = describe(out, logits, labels, dict(zip(ROWS, rows, strict=True)), **settings)
     op.run(torch.get_num_threads())
     return table
 
