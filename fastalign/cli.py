@@ -129,7 +129,7 @@ def usage() -> str:
     """The text of ``fastalign --help``."""
     lines = [(name, method.help) for name, method in METHODS.items()]
     lines += [(name, str(command.__doc__)) for name, command in COMMANDS.items()]
-    commands = "\n".join(f"  {name:11}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
+    commands = "\n".join(f"  {name:13}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in lines)
     return (
         "usage: fastalign COMMAND [--config run.yaml] [--section.key value ...]\n\n"
         f"Align language models.\n\ncommands:\n{commands}\n\n"
