@@ -232,5 +232,5 @@ def test_prompts_that_cannot_be_continued_are_refused():
         list(sampler.generate([Prompt(np.zeros(0, dtype=np.int64), 3)], 1, 0))
     with pytest.raises(ValueError, match=r"prompt 10 has 20 tokens, which leaves none of 20 \(the model's sliding"):
         list(sampler.generate(make_prompts(20), 1, 0))
-    with pytest.raises(ValueError, match="sampler.stop holds an empty text"):
+    with pytest.raises(ValueError, match=r"sampler\.stop holds an empty text"):
         stops_of(make_policy(), Letters(), ["x", ""])

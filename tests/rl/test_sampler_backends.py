@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ class Server(BaseHTTPRequestHandler):
     """Speaks as vLLM does of `make_policy()`, with token ids."""
 
     one_at_a_time = threading.Lock()
-    seen = []
+    seen: ClassVar[list] = []
 
     def do_GET(self):
         self.answer({"object": "list", "data": [{"id": "a-model", "object": "model"}]})
@@ -137,7 +138,7 @@ def test_servers_that_do_not_serve_are_refused_in_one_line(sampler, url, monkeyp
     found.model = "another"
     with pytest.raises(ValueError, match=r"/v1/completions answers 404: .*The model `another` does not exist"):
         list(found.generate(make_prompts(4), 1, 0))
-    with pytest.raises(ValueError, match="only sampler.backend native can be, got vllm"):
+    with pytest.raises(ValueError, match=r"only sampler\.backend native can be, got vllm"):
         make_sampler(None, SamplerConfig(backend="vllm", url=url, exact="require"), Letters())
     kept = Server.answer
     monkeypatch.setattr(
