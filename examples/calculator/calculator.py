@@ -17,6 +17,7 @@ class Calculator:
     """Answers `7+2=` with `9 ####`, and pays 1 for the right answer behind them."""
 
     def init(self, answer, **row):
+        """Begin with the row of a prompt."""
         self.answer, self.paid = answer, 0.0
 
     def step(self, text):
