@@ -11,7 +11,8 @@ from fastalign.rl.rollouts import scored_part, sequence
 from fastalign.rl.sampler import Stops
 from fastalign.types import Prompt
 
-EOS = Stops(frozenset(range(0, VOCAB, 12)))
+EOS = Stops(frozenset(range(0, VOCAB, 3)))
+"""Turns are short, and few are cut off."""
 
 
 class Numbers:
