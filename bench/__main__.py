@@ -11,6 +11,7 @@ from typing import NoReturn
 COMMANDS = {
     "ops": ("bench.ops", "time every op beside its peers"),
     "train": ("bench.train", "time whole training steps beside TRL's"),
+    "learn": ("bench.learn", "see that every on-policy algorithm learns, and that a collapse is told"),
     "ablation": ("bench.ablation", "time a DPO step with one part after the other: packing, sharing and more"),
     "rollout": ("bench.rollout", "sample beside transformers, in tokens per CPU-second"),
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),

@@ -4,9 +4,11 @@
 2. DPO teaches the model which of two docstrings belongs to a signature: the worse one is another object's, or the
    true one with its sentences out of order, or the true one broken off.
 3. Both models are judged on modules that neither has seen.
+4. A smaller Llama learns to sort the letters of words, until GRPO takes over: it samples answers, and is rewarded for
+   the right ones.
 
     python examples/demo.py                        # the run directories lie under runs/demo
-    python examples/demo.py --sft.optim.lr 1e-3    # settings of either run, as on fastalign's command line
+    python examples/demo.py --sft.optim.lr 1e-3    # settings of a run (sft, dpo, letters, grpo), as on the command line
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +40,15 @@ from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.output.metrics import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent
+FILES = {
+    "sft": ("sft", "demo-sft.yaml"),
+    "dpo": ("dpo", "demo-dpo.yaml"),
+    "letters": ("sft", "sort_letters/sft.yaml"),
+    "grpo": ("grpo", "sort_letters/grpo.yaml"),
+}
+"""The runs by name: what each is trained with, and its settings."""
+GRPO_STEPS = "250"
+"""Half of what the example takes, in half a minute."""
 KINDS = {"other": "another object's docstring", "shuffled": "sentences out of order", "truncated": "broken off"}
 MIB = 2**20
 
@@ -50,11 +62,11 @@ class Run:
     records: list[dict[str, Any]]
 
 
-def train(method: str, directory: Path, settings: Sequence[str]) -> Run:
-    """Run ``fastalign METHOD --config examples/demo-METHOD.yaml`` into a fresh directory."""
+def train(name: str, directory: Path, settings: Sequence[str]) -> Run:
+    """Run ``fastalign METHOD --config FILE``, see `FILES`, into a fresh directory."""
     shutil.rmtree(directory, ignore_errors=True)
-    config = str(EXAMPLES / f"demo-{method}.yaml")
-    command = ["fastalign", method, "--config", config, "--run.output_dir", str(directory), *settings]
+    method, file = FILES[name]
+    command = ["fastalign", method, "--config", str(EXAMPLES / file), "--run.output_dir", str(directory), *settings]
     print("\n$", " ".join(command), flush=True)
     start = time.monotonic()
     status = subprocess.run([sys.executable, "-m", *command]).returncode
@@ -105,36 +117,46 @@ def show_alignment(console: Console, counts: Counter[str], scores: dict[str, tup
 
 def show_runs(console: Console, runs: dict[str, Run]) -> None:
     """What each run cost, and where its report lies."""
-    table = Table(title="Runs", title_justify="left")
-    for name in ("", "steps", "wall time", "tokens/s", "peak memory", "loss, first -> mean of last 20", "report"):
+    table = Table(title="Runs", title_justify="left", caption_justify="left")
+    table.caption = "grpo: the share of right answers among those that it sampled, which its loss does not tell"
+    for name in ("", "steps", "wall time", "tokens/s", "peak memory", "loss or reward, first -> last 20", "report"):
         table.add_column(name, justify="left" if name in ("", "report") else "right", overflow="fold")
     for method, run in runs.items():
-        ending = [r["loss"] for r in run.records[-20:]]  # a single step's loss is noise
         speed = sum(r["tokens"] for r in run.records) / sum(r["t_step"] for r in run.records)
         memory = f"{max(r['peak_memory_rank_max'] for r in run.records) / MIB:.0f} MiB"
-        losses = f"{run.records[0]['loss']:.3f} -> {sum(ending) / len(ending):.3f}"
         report = str(run.directory / "report.html")
-        table.add_row(method, str(len(run.records)), f"{run.seconds:.0f} s", f"{speed:.0f}", memory, losses, report)
+        steps = str(len(run.records))
+        table.add_row(method, steps, f"{run.seconds:.0f} s", f"{speed:.0f}", memory, learned(run.records), report)
     console.print(table)
+
+
+def learned(records: Sequence[dict[str, Any]]) -> str:
+    """How the loss began and ended, or of sampled completions the reward; means, since a single step is noise."""
+    name, first = ("reward", 20) if "reward" in records[0] else ("loss", 1)
+    begin, end = (statistics.mean(r[name] for r in some) for some in (records[:first], records[-20:]))
+    return f"{begin:.3f} -> {end:.3f}"
 
 
 def split_settings(arguments: Sequence[str]) -> dict[str, list[str]]:
     """``--sft.optim.lr 1e-3`` is the setting ``--optim.lr 1e-3`` of the sft run."""
-    settings: dict[str, list[str]] = {"sft": [], "dpo": []}
+    settings: dict[str, list[str]] = {name: [] for name in FILES}
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         method, _, key = name.removeprefix("--").partition(".")
         if method not in settings or not key:
-            raise SystemExit(f"expected --sft.SECTION.KEY VALUE or --dpo.SECTION.KEY VALUE, got {name}")
+            raise SystemExit(f"expected --sft.SECTION.KEY VALUE, or one of {', '.join(FILES)} in its place, got {name}")
         settings[method] += [f"--{key}", value]
     return settings
 
 
 def main(arguments: Sequence[str], output: Path = Path("runs/demo")) -> dict[str, tuple[dict, dict]]:
     """Train, align, judge, print; returns the scores before and after DPO."""
-    start = time.monotonic()
+    began = time.monotonic()
     settings = split_settings(arguments)
     sft = train("sft", output / "sft", settings["sft"])
     dpo = train("dpo", output / "dpo", ["--model.path", str(sft.directory / "model"), *settings["dpo"]])
+    letters = train("letters", output / "letters", settings["letters"])
+    start = ["--model.path", str(letters.directory / "model"), "--run.steps", GRPO_STEPS]
+    grpo = train("grpo", output / "grpo", [*start, *settings["grpo"]])
 
     print("\nJudging both models on held-out modules ...", flush=True)
     datasets.disable_progress_bars()
@@ -147,8 +169,8 @@ def main(arguments: Sequence[str], output: Path = Path("runs/demo")) -> dict[str
     console = Console()
     console = console if console.is_terminal else Console(width=140)
     show_alignment(console, counts, scores)
-    show_runs(console, {"sft": sft, "dpo": dpo})
-    console.print(f"{time.monotonic() - start:.0f} s in all. The aligned model: {dpo.directory / 'model'}")
+    show_runs(console, {"sft": sft, "dpo": dpo, "letters": letters, "grpo": grpo})
+    console.print(f"{time.monotonic() - began:.0f} s in all. The aligned model: {dpo.directory / 'model'}")
     return scores
 
 

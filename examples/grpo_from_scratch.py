@@ -1,7 +1,7 @@
 """GRPO from scratch: a whole run of reinforcement learning on fastalign's ops and sampler, without its engine.
 
-A small Llama with random weights first imitates words with their letters in order, `listen -> eilnst`, until it gets
-some of them right. Then it samples eight answers to each word, is rewarded for the right ones, and makes those likelier.
+A small Llama with random weights first imitates words with their letters in order, `listen -> eilnst`, until some
+answers are right. Then it samples eight answers to each word, is rewarded for the right ones, and makes those likelier.
 
     python examples/grpo_from_scratch.py
 
@@ -114,8 +114,8 @@ def reinforce(policy: Policy, tokenizer, rows: Sequence[dict], held_out: Sequenc
         advantages = grpo(rewards, torch.tensor([one.row for one in found]))
         train(policy, optimizer, groups(found, advantages), lambda logps, c: ppo(logps, c.old_logps, c.advantages))
         means.append(rewards.mean().item())
-        if step % 10 == 0 or step == steps:
-            print(f"step {step:3}: reward {np.mean(means[-10:]):.3f}", flush=True)
+        if step % 20 == 0 or step == steps:
+            print(f"step {step:3}: reward {np.mean(means[-20:]):.3f}", flush=True)
     print(f"held-out words right: {right(held_out, range(len(held_out))):.3f}", flush=True)
     return means
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Both stages; returns the mean reward of every step of the second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imitate", type=int, default=100, help="updates of the first stage")
-    parser.add_argument("--steps", type=int, default=150, help="steps of the second")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the second")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     tokenizer = letter_tokenizer()

@@ -15,48 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 from fastalign import words, written
 from fastalign.config import AlgorithmConfig, Config, SamplerConfig, as_yaml, flatten
 from fastalign.engine.methods import METHODS, ON_POLICY, choose, one_or_list, own_options
+from fastalign.trl_names import TRL_NAMES, TRL_ON_POLICY
 from fastalign.words import describe_type, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
 if TYPE_CHECKING:
     from fastalign.losses.traits import Loss
-
-TRL_NAMES = {
-    "model_name_or_path": "model.path",
-    "bf16": "model.autocast",
-    "dataset_name": "data.path",
-    "dataset_train_split": "data.split",
-    "train_batch_size": "batch.size",
-    "per_device_train_batch_size": "batch.size",
-    "gradient_accumulation_steps": "batch.tokens",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "warmup_ratio": "optim.warmup",
-    "warmup_steps": "optim.warmup",
-    "max_grad_norm": "optim.clip_norm",
-    "ref_model": "reference.path",
-    "ref_model_name_or_path": "reference.path",
-    "teacher": "reference.path",
-    "teacher_model": "reference.path",
-    "teacher_model_name_or_path": "reference.path",
-    "precompute_ref_log_probs": "reference.cache",
-    "use_peft": "model.lora",
-    "lora_r": "model.lora",
-    "lora_alpha": "model.lora",
-    "load_in_4bit": "model.quantization",
-    "loss_type": "loss.name",
-    "loss_weights": "loss.loss_weights",
-    "simpo_gamma": "loss.gamma_beta_ratio",
-    "num_train_epochs": "run.epochs",
-    "max_steps": "run.steps",
-    "logging_steps": "run.log_every",
-    "eval_steps": "run.eval_every",
-    "save_steps": "run.save_every",
-    "resume_from_checkpoint": "run.resume",
-    "report_to": "run.trackers",
-}
-"""Names that users of TRL type, and what they are called here."""
-
 
 Losses = Mapping[str, "Loss"]
 """The losses of a configuration by name; more than one for a weighted sum."""
@@ -326,11 +290,8 @@ def no_sum(method: str, name: str) -> str:
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """``: did you mean 'optim.lr'?`` or nothing; compares last parts first, then whole names."""
     accepted, last = list(accepted), name.rsplit(".", 1)[-1]
-    same = (
-        [TRL_NAMES[last]]
-        if TRL_NAMES.get(last) in accepted
-        else [key for key in accepted if key.rsplit(".", 1)[-1] == last]
-    )
+    same = [key for key in accepted if key.rsplit(".", 1)[-1] == last]
+    same += [names[last] for names in (TRL_ON_POLICY, TRL_NAMES) if names.get(last) in accepted]
     return f": did you mean {same[0]!r}?" if same else words.nearest(name, accepted)
 
 

@@ -36,6 +36,16 @@ def test_demo_in_miniature(demo, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo.subprocess, "run", in_this_process)
     monkeypatch.setattr(demo, "load_rows", lambda path, split: rows(path, split).select(range(40)))
     few = ["--sft.run.steps", "3", "--dpo.run.steps", "3", "--sft.data.limit", "60", "--dpo.data.limit", "60"]
+    few += [
+        "--letters.run.steps",
+        "3",
+        "--grpo.run.steps",
+        "2",
+        "--grpo.batch.size",
+        "4",
+        "--grpo.data.eval_path",
+        "null",
+    ]
     scores = demo.main(few, output=tmp_path)
     assert set(scores) == {"all", *demo.KINDS}
     for before, after in scores.values():
@@ -43,14 +53,14 @@ def test_demo_in_miniature(demo, tmp_path, monkeypatch, capfd):
         assert after["rewards/margins"] != 0 and after["perplexity/chosen"] > 1
     printed = capfd.readouterr().out
     assert "Held-out modules" in printed
-    for method in ("sft", "dpo"):
+    for method in ("sft", "dpo", "letters", "grpo"):
         assert (tmp_path / method / "report.html").exists()
         assert (tmp_path / method / "model" / "model.safetensors").exists()
 
 
-def test_demo_settings_are_those_of_the_two_runs(demo):
+def test_demo_settings_are_those_of_its_runs(demo):
     settings = demo.split_settings(["--sft.run.steps", "7", "--dpo.loss.beta", "0.3"])
-    assert settings == {"sft": ["--run.steps", "7"], "dpo": ["--loss.beta", "0.3"]}
+    assert settings == {"sft": ["--run.steps", "7"], "dpo": ["--loss.beta", "0.3"], "letters": [], "grpo": []}
     with pytest.raises(SystemExit, match="expected --sft"):
         demo.split_settings(["--run.steps", "7"])
 

@@ -20,7 +20,7 @@ from fastalign.engine.output import report
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 FEW = [
     *("--run.steps", "1", "--data.limit", "24", "--batch.size", "4"),
     *("--data.eval_path", "null", "--data.eval_fraction", "0.2"),
@@ -39,7 +39,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 README = [words for language, text in BLOCKS if not language for words in commands(text)]
-HEADS = {path.name: commands("".join(re.findall(r"^#.*\n", path.read_text(), re.M))) for path in EXAMPLES}
+HEADS = {
+    str(path.relative_to(ROOT / "examples")): commands("".join(re.findall(r"^#.*\n", path.read_text(), re.M)))
+    for path in EXAMPLES
+}
 
 
 def training(words: list[str]) -> tuple[str, list[str]] | None:
@@ -111,7 +114,10 @@ def test_commands_of_the_readme_run_in_order_in_a_fresh_clone(clone):
     assert {"sft", "distill", "reward", "dpo", "dpo_ranks", "lora", "more"} == {*left}
 
 
-@pytest.mark.parametrize("name", [name for name in HEADS if any(map(runs_only_here, HEADS[name]))])
+ALONE = [name for name in HEADS if "/" not in name and any(map(runs_only_here, HEADS[name]))]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_commands_at_the_head_of_an_example_run(clone, name):
     for words in filter(runs_only_here, HEADS[name]):
         run(words)
@@ -136,14 +142,25 @@ def test_training_commands_parse(words, monkeypatch):
         parse_config(method, [word for word in flags if word != "--print_config"])
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.name for path in EXAMPLES])
-def test_an_example_that_needs_the_hub_says_so_and_names_one_that_does_not(path):
+def test_the_files_of_a_task_run_after_its_sft(clone):
+    """The commands at their heads parse; an algorithm, and a reward model with what learns from it, run."""
+    for words in (words for name in HEADS if "/" in name for words in HEADS[name]):
+        parse_config(*training(words))
+    for name in ("sft", "grpo", "reward", "ppo_reward_model"):
+        run(HEADS[f"sort_letters/{name}.yaml"][-1])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_example_that_needs_the_hub_says_so_and_names_one_that_does_not(name):
+    path = ROOT / "examples" / name
     text = path.read_text()
-    if not needs_hub([f"examples/{path.name}"]):
+    if not needs_hub([f"examples/{name}"]):
         return
-    sibling = re.search(r"Needs the Hugging\s(?:# )?Face hub.*?(examples/\w+\.yaml)\s(?:# )?does the same", text, re.S)
+    sibling = re.search(
+        r"Needs the Hugging\s(?:# )?Face hub.*?(examples/\S+\.yaml)\s(?:# )?does the\s(?:# )?same", text, re.S
+    )
     assert sibling and not needs_hub([sibling[1]])
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if f"examples/{path.name}" in line]
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if f"examples/{name}" in line]
     assert lines and all("needs the hub: " in line for line in lines)
 
 

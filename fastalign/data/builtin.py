@@ -120,8 +120,8 @@ def docstring_steps(split: str = "train", seed: int = 0) -> Dataset:
 def sort_letters(split: str = "train", seed: int = 0) -> Dataset:
     """One row per common word of 4 to 7 letters, whose letters are to be sorted: ``listen -> eilnst``.
 
-    Columns: ``prompt`` (the word and `ARROW`), ``completion`` and ``answer`` (its letters in order). The words held out
-    are the same for every seed.
+    Columns: ``prompt`` (the word and `ARROW`), ``completion``, ``chosen`` and ``answer`` (its letters in order), and
+    ``rejected``: the same with one mistake. The words held out are the same for every seed.
     """
     found = Counter(word for document in corpus() for word in _WORD.findall(document.text.lower()))
     common = sorted(word for word, times in found.items() if times >= _COMMON)
@@ -129,7 +129,22 @@ def sort_letters(split: str = "train", seed: int = 0) -> Dataset:
     words = [word for word in common if (word in held_out) == (split == "test")]
     random.Random(seed).shuffle(words)
     answers = ["".join(sorted(word)) for word in words]
-    return Dataset.from_dict({"prompt": [word + ARROW for word in words], "completion": answers, "answer": answers})
+    columns = dict.fromkeys(("completion", "chosen", "answer"), answers)
+    rejected = [_mistaken(answer, random.Random(f"{seed}:{answer}")) for answer in answers]
+    return Dataset.from_dict({"prompt": [word + ARROW for word in words], **columns, "rejected": rejected})
+
+
+def _mistaken(answer: str, draw: random.Random) -> str:
+    """An answer with a letter too many, too few, another one, or two that changed places."""
+    at, other = draw.randrange(len(answer) - 1), draw.choice(string.ascii_lowercase)
+    head, pair, rest = answer[:at], answer[at : at + 2], answer[at + 2 :]
+    tries = [
+        head + pair[::-1] + rest,
+        head + pair[0] * 2 + pair[1] + rest,
+        head + pair[1] + rest,
+        head + other + pair[1] + rest,
+    ]
+    return draw.choice([text for text in tries if text != answer])
 
 
 SOURCES = {"docstrings": docstring_pairs, "docstring-steps": docstring_steps, "sort_letters": sort_letters}

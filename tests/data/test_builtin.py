@@ -111,7 +111,8 @@ def test_words_have_their_letters_sorted_and_are_split_by_word() -> None:
     for row in [*train, *test]:
         word, arrow, rest = row["prompt"].partition(builtin.ARROW)
         assert 4 <= len(word) <= 7 and arrow and not rest
-        assert row["completion"] == row["answer"] == "".join(sorted(word))
+        assert row["completion"] == row["answer"] == row["chosen"] == "".join(sorted(word))
+        assert row["rejected"] != row["answer"] and abs(len(row["rejected"]) - len(word)) <= 1
     assert {*builtin.load("sort_letters", "test", seed=1)["prompt"]} == {*test["prompt"]}, "whatever the seed"
 
 

@@ -5,6 +5,7 @@ import logging
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_interrupt import sending
 
@@ -14,8 +15,11 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.output.alarms import EXPLODED, PATIENCE, Alarms
 from fastalign.engine.output.checkpoints import whole_checkpoints
+from fastalign.engine.output.collapse import DIFFERENCE
 from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
+from fastalign.rl.groups import Group, reward_metrics
+from fastalign.types import Rollout
 from runs import records, write_yaml
 
 
@@ -166,3 +170,65 @@ def test_held_out_pairs_without_a_choice_are_told_not_refused(configure, rows_of
     config = configure("dpo", **{"data.eval_path": rows_of(8, **PAIR)})
     load_data(config)
     assert any(line.startswith("the held-out data: chosen and rejected") for line in warnings(caplog))
+
+
+def sampled(*steps, **same):
+    """Records of steps that sample: 32 prompts, rewards of 0 and 1."""
+    usual = {"loss": 0.0, "grad_norm": 1.0, "lr": 1e-4, "examples": 32, "frac_reward_zero_std": 0.2}
+    usual |= {"reward_std": 0.35, "rewards/right/std": 0.5, "entropy": 0.4, "reward": 0.5}
+    return [{"step": step, **usual, **same, **each} for step, each in enumerate(steps, 1)]
+
+
+@pytest.mark.parametrize(
+    "steps, begins",
+    [
+        (
+            [{}] * 3 + [{"reward": 0.05}] * 5,
+            "step 6: the mean reward of the last 5 steps is 0.23, that of the first 3 was 0.5:",
+        ),
+        (
+            [{}] * 3 + [{"entropy": 0.03}] * 5,
+            "step 8: the entropy over the last 5 steps is 0.03 nats a token, over the",
+        ),
+        (
+            [{}, {"kl": 0.2}, {"kl": 1.5}, {"kl": 2.0}],
+            "step 3: kl is 1.5 nats a token: the policy has left the reference",
+        ),
+        (
+            [{"val/ratio_max": 4.0}, {"val/ratio_max": 280.0}],
+            "step 2: val/ratio_max is 280: a token became so many times",
+        ),
+        (
+            [{"frac_reward_zero_std": 1.0}] * 6,
+            "step 5: since step 1, 5 steps in a row, all completions that are compared",
+        ),
+        ([{DIFFERENCE: 1e-7, "sampling/exact": 1.0}] * 2, f"step 1: {DIFFERENCE} is 1e-07 in a run whose sampler was"),
+    ],
+)
+def test_a_collapse_is_told_once_with_its_step(steps, begins, caplog):
+    alarms = Alarms()
+    for record in sampled(*steps, *steps[-1:]):
+        alarms.check(record)
+    (line,) = warnings(caplog)
+    assert line.startswith(begins) and "\n" not in line
+
+
+def test_runs_that_learn_raise_no_alarm(caplog):
+    """Rewards that rise and waver, a policy that becomes surer, exact or not; no gradient where all rewards agree."""
+    noise = [0.5, 0.3, 0.62, 0.41, 0.55, 0.36, 0.6, 0.7, 0.68, 0.8]
+    alarms = Alarms()
+    for i, record in enumerate(sampled(*({"reward": x, "entropy": 0.4 - 0.03 * i} for i, x in enumerate(noise)))):
+        alarms.check({**record, "kl": 0.01 * i, "val/ratio_max": 11.0, DIFFERENCE: 1e-6, "sampling/exact": 0.0})
+    for record in sampled(*[{"frac_reward_zero_std": 1.0, "grad_norm": 0.0}] * 4):
+        alarms.check(record)
+    assert not warnings(caplog)
+
+
+def test_rewards_of_single_completions_are_compared_over_the_step():
+    def group(row, reward):
+        rollout = Rollout(np.array([1]), np.array([2, 3]), np.zeros(2, np.float32), row, 0, "eos", 0, None, None)
+        return Group([rollout], np.array([[reward]]), np.array([reward]))
+
+    told = reward_metrics([group(0, 0.0), group(1, 1.0)], ["right"])
+    assert told["reward"] == 0.5 and told["reward_std"] == pytest.approx(0.5**0.5) and not told["frac_reward_zero_std"]
+    assert reward_metrics([group(0, 1.0), group(1, 1.0)], ["right"])["frac_reward_zero_std"] == 1

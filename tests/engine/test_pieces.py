@@ -176,6 +176,39 @@ def test_a_report_is_written_from_whatever_is_there(tmp_path, monkeypatch):
     assert "src=" not in text and "href=" not in text.replace('xlink:href="#', "")
 
 
+def test_a_report_shows_completions_of_the_first_and_the_last_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "plots", lambda curves: "")
+    (tmp_path / "config.yaml").write_text("method: grpo\n")
+    samples = [
+        {"step": step, "prompt": f"p{i}", "completion": "<script>", "finish_reason": "eos"} | {"reward": step / 3}
+        for step in (1, 2, 3)
+        for i in range(20)
+    ]
+    lines = "".join(json.dumps(line) + "\n" for line in samples)
+    (tmp_path / "samples.jsonl").write_text(lines + '{"step": 4, "prompt": "p')
+    text = report.write_report(tmp_path).read_text()
+    assert "<h3>Step 1</h3>" in text and "<h3>Step 3</h3>" in text and "<h3>Step 2</h3>" not in text
+    assert text.count("&lt;script&gt;") == 2 * report.SHOWN_SAMPLES and "<script>" not in text
+    assert "<td>p0<td>&lt;script&gt;<td>eos<td>0.3333<td>-" in text
+    (tmp_path / "samples.jsonl").write_text("")
+    assert "Sampled completions" not in report.write_report(tmp_path).read_text()
+
+
+def test_the_console_shows_rewards_where_completions_are_sampled():
+    record = {
+        "loss": 1e-9,
+        "reward": 0.5,
+        "completions/mean_length": 7.25,
+        "entropy": 0.375,
+        "kl": None,
+        "grad_norm": 1.5,
+    }
+    assert console.metrics(record) == ["reward 0.5", "completions/mean_length 7.25", "entropy 0.375", "grad_norm 1.5"]
+    assert console.metrics({**record, "eval_reward": 0.25}, "eval_") == ["eval_reward 0.25"]
+    both = console.means([{**record, "lr": 1e-3, "tokens_per_second": 2.0}] * 2)
+    assert console.words(both) == [*console.metrics(record), "lr 1.00e-03", "2 tok/s"]
+
+
 def test_a_report_says_why_it_has_no_plots(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert "pip install fastalign[report]" in PLOTS({})

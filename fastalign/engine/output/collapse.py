@@ -6,25 +6,26 @@ with those of this process.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 PATIENCE = 5
 """Steps in a row whose rewards teach nothing before it is said: one may be chance."""
-WINDOW = 10
-"""Steps of which means are compared, the first ones and the last ones."""
-FALLEN = 0.5
-"""Of the rewards' standard deviation at first: a mean that has fallen by so much. With 64 completions a step, that is
-ten times the error of such a mean."""
+FIRST, LAST = 3, 5
+"""Steps of which means are compared: the first ones, few because a collapse may be quick, and the last ones."""
+FALLEN, SURE = 0.5, 3.0
+"""A mean reward has fallen: by half of a standard deviation of rewards, and by three times what chance does to it, were
+the completions of a prompt all alike."""
 LEFT = 0.1
 """Share of the first entropy below which a policy gives the same answers again and again."""
 MOST_KL = 1.0
-"""Nats per token from the reference: a token is e times as likely as it was, on average. Runs that learn stay well below
-a tenth of that."""
-MOST_RATIO = 50.0
-"""Times a token may have become likelier, or less likely, since it was sampled. Clipped updates of usual learning rates
-stay within 10."""
+"""Nats per token from the reference: a token is e times as likely as it was, on average. Runs that learn stay far below
+that."""
+MOST_RATIO = 20.0
+"""Times that a token may have become likelier since it was sampled. Clipped updates of usual learning rates stay near
+10; how much less likely one became says little, since that is what a bad token is to become."""
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 Warn = Callable[[str, str], None]
@@ -41,12 +42,12 @@ class Collapse:
     def __init__(self, warn: Warn) -> None:
         self.warn = warn
         self.first: list[dict[str, Any]] = []
-        self.last: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.last: deque[dict[str, Any]] = deque(maxlen=LAST)
         self.alike = 0
 
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step."""
-        self.first += [record] if len(self.first) < WINDOW else []
+        self.first += [record] if len(self.first) < FIRST else []
         self.last.append(record)
         for look in (self.rewards, self.entropy, self.kl, self.ratios, self.exactness):
             look(record)
@@ -57,15 +58,17 @@ class Collapse:
         if self.alike == PATIENCE:
             self.warn("alike", ALIKE.format(**record, first=record["step"] - PATIENCE + 1, number=PATIENCE))
         first, last = mean(self.first, "reward"), mean(self.last, "reward")
+        prompts = [max(mean(some, "examples"), 1) * len(some) for some in (self.first, self.last)]
+        chance = SURE * math.sqrt(sum(1 / number for number in prompts))
         spread = max(mean(self.first, name) for name in ("reward_std", *spreads(record)))
-        if len(self.last) == WINDOW and spread and first - last > FALLEN * spread:
-            self.warn("reward", FELL.format(step=record["step"], last=last, first=first, number=WINDOW))
+        if spread and first - last > max(FALLEN, chance) * spread:
+            self.warn("reward", FELL.format(step=record["step"], last=last, first=first, many=LAST, few=FIRST))
 
     def entropy(self, record: dict[str, Any]) -> None:
         """A policy that has become certain."""
         first, last = mean(self.first, "entropy"), mean(self.last, "entropy")
-        if len(self.last) == WINDOW and last < LEFT * first:
-            self.warn("entropy", CERTAIN.format(step=record["step"], last=last, first=first, number=WINDOW))
+        if last < LEFT * first:
+            self.warn("entropy", CERTAIN.format(step=record["step"], last=last, first=first, many=LAST, few=FIRST))
 
     def kl(self, record: dict[str, Any]) -> None:
         """A policy that is far from the reference."""
@@ -74,9 +77,8 @@ class Collapse:
 
     def ratios(self, record: dict[str, Any]) -> None:
         """Tokens whose probability has changed much between sampling and an update."""
-        low, high = record.get("val/ratio_min"), record.get("val/ratio_max")
-        if low is not None and high is not None and (high > MOST_RATIO or low < 1 / MOST_RATIO):
-            self.warn("ratio", TAILS.format(step=record["step"], low=low, high=high))
+        if (record.get("val/ratio_max") or 0) > MOST_RATIO:
+            self.warn("ratio", TAILS.format(step=record["step"], high=record["val/ratio_max"]))
 
     def exactness(self, record: dict[str, Any]) -> None:
         """A sampler that was found to be exact and is not."""
@@ -97,16 +99,16 @@ def spreads(record: dict[str, Any]) -> list[str]:
 
 ALIKE = (
     "step {step}: since step {first}, {number} steps in a row, all completions that are compared have the same reward "
-    "(mean {reward:.4g}): there is nothing to learn from; print some of samples.jsonl: prompts may be too hard or too easy "
-    "for the model, or the reward function may not see what it should"
+    "(mean {reward:.4g}): there is nothing to learn from; look at samples.jsonl: the prompts may be too hard or too "
+    "easy for the model, or the reward function may not see what it should"
 )
 FELL = (
-    "step {step}: the mean reward of the last {number} steps is {last:.4g}, that of the first {number} was {first:.4g}: "
+    "step {step}: the mean reward of the last {many} steps is {last:.4g}, that of the first {few} was {first:.4g}: "
     "the policy is getting worse; start again with a lower optim.lr or a larger batch.size, or with algorithm.kl_coef "
     "above 0"
 )
 CERTAIN = (
-    "step {step}: the entropy over the last {number} steps is {last:.3g} nats a token, over the first {number} it was "
+    "step {step}: the entropy over the last {many} steps is {last:.3g} nats a token, over the first {few} it was "
     "{first:.3g}: nearly all completions of a prompt are the same; if the reward no longer rises, stop here, or start "
     "again with a lower optim.lr, algorithm.entropy_coef or algorithm.kl_coef above 0"
 )
@@ -115,11 +117,12 @@ FAR = (
     "whether its rewards are earned honestly, and start again with a lower optim.lr or a larger algorithm.kl_coef"
 )
 TAILS = (
-    "step {step}: the ratio of a token's probability to that at sampling goes from {low:.3g} to {high:.3g}: single tokens "
-    "decide the updates; lower optim.lr or algorithm.num_iterations, keep the loss's clip, or set algorithm.target_kl"
+    "step {step}: val/ratio_max is {high:.3g}: a token became so many times likelier within the step, and such "
+    "tokens decide its updates; lower optim.lr or algorithm.num_iterations, keep the loss's clip, or set "
+    "algorithm.target_kl"
 )
 MISMATCH = (
     "step {step}: " + DIFFERENCE + " is {difference:.3g} in a run whose sampler was found to be exact: sampling and "
-    "training no longer compute the same numbers; run.resume with sampler.exact: off goes on without relying on it, and "
+    "training no longer compute the same numbers; run.resume with sampler.exact off goes on without relying on it; "
     "please report this"
 )

@@ -178,7 +178,8 @@ def samples_of(step: int, records: Sequence[dict[str, Any]]) -> str:
     """The samples of a step as rows."""
 
     def cell(value: Any) -> str:
-        return f"<td>{html.escape(f'{value:.4g}' if isinstance(value, float) else str(value))}"
+        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"<td>{html.escape(text)}"
 
     names = ("prompt", "completion", "finish_reason", "reward", "advantage")
     rows = "".join("<tr>" + "".join(cell(record.get(name)) for name in names) for record in records)
