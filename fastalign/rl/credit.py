@@ -33,7 +33,8 @@ class Experience:
         values: ``[n]`` of the critic when the tokens were sampled; None without one.
         last_values: ``[B]`` of the state behind the last token, for completions that were cut off; None for 0.
         greedy_scores: ``[B]`` reward of the greedy answer to the same prompt.
-        token_rewards: ``[n]`` rewards of single tokens, or of steps at their last token; nan where there is none.
+        token_rewards: ``[n]`` rewards of single tokens, or of steps at their last token; nan where there is none. The
+            scores hold their sum.
         gamma, lam: discount per token, and lambda of `gae`.
         process_group: of the ranks that share the step.
     """
@@ -57,9 +58,12 @@ class Experience:
 
     @property
     def paid(self) -> Tensor:
-        """``[n]`` reward of each token: its KL, its own reward, and at the last one the score of the completion."""
-        own = 0.0 if self.token_rewards is None else self.token_rewards.nan_to_num(0.0)
-        return add_at_ends(self.kl_rewards + own, self.scores, self.cu_seqlens)
+        """``[n]`` reward of each token: its KL, its own reward, and at the last one what else the score holds."""
+        if self.token_rewards is None:
+            return add_at_ends(self.kl_rewards, self.scores, self.cu_seqlens)
+        own = self.token_rewards.nan_to_num(0.0)
+        rest = self.scores - segment_sum(own, self.cu_seqlens).to(self.scores.dtype)
+        return add_at_ends(self.kl_rewards + own, rest, self.cu_seqlens)
 
     def per_token(self, values: Tensor) -> Columns:
         """``[B]`` advantages of completions, given to each of their tokens."""
