@@ -23,6 +23,8 @@ BLOCK = 512
 """Columns that are added in fp32."""
 BLOCKS = 8
 """Blocks of one program."""
+PICK_THREADS = 256
+"""Threads that pick: with two columns each, fp64 too stays in registers; sums of integers do not depend on them."""
 
 VECTORS = ["row_temperature_ptr", "top_ptr", "sums_ptr"]
 
@@ -98,7 +100,6 @@ def pick_kernel(
     """The token of one row."""
     dtype: tl.constexpr = top_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
     lane = tl.arange(0, BLOCK)
     row_sums_ptr = sums_ptr + row * num_blocks
     total = tl.zeros((), tl.int64)
@@ -119,6 +120,7 @@ def pick_kernel(
     block = tl.minimum(block, num_blocks - 1)
     column = block * BLOCK + lane
     inside = column < vocab_size
+    inner, outer = _factors(row, row_temperature_ptr, temperature, softcap, logit_scale, HAS_SOFTCAP, dtype)
     x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0)
     q = _fixed(_exponential(x, inside, tl.load(top_ptr + row), inner, outer, HAS_SOFTCAP), unit)
     place = tl.sum((tl.cumsum(q, 0) <= target - before).to(tl.int32), 0)
@@ -167,8 +169,8 @@ def draw(
         "unit": 2.0 ** (62 - math.ceil(math.log2(max(vocab_size, BLOCK)))),
         "BLOCK": BLOCK,
     }
-    options = launch.options(logits)
+    more = {"noise_ptr": noise.contiguous(), "tokens_ptr": tokens}
     with launch.device(logits):
-        sums_kernel[(num_rows, -(-num_blocks // BLOCKS))](**shared, BLOCKS=BLOCKS, **aligned, **options)
-        pick_kernel[(num_rows,)](**shared, noise_ptr=noise.contiguous(), tokens_ptr=tokens, **options)
+        sums_kernel[(num_rows, -(-num_blocks // BLOCKS))](**shared, BLOCKS=BLOCKS, **aligned, **launch.options(logits))
+        pick_kernel[(num_rows,)](**shared, **more, **launch.options(logits, PICK_THREADS))
     return tokens, kept

@@ -13,6 +13,8 @@ from fastalign.ops.sample import Cut, mix, reference
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 BACKENDS = list(dispatch.available("sample"))
+SLOW = {"triton"} if INTERPRETED else set()
+"""Interpreted, a kernel takes a millisecond for a row: fewer rows, dtypes and cases."""
 ALL, BELOW_ONE = {"cut": Cut(), "temperature": 1.0, "softcap": None, "logit_scale": 1.0}, 1 - 2.0**-53
 SETTINGS = {
     "plain": {},
@@ -87,7 +89,7 @@ def test_noise_of_neighbours_is_unrelated():
 FREQUENCIES = [
     (backend, case)
     for backend in BACKENDS
-    if backend != "triton" or not INTERPRETED
+    if backend not in SLOW
     for case in (SETTINGS if backend != "torch" else ("cool", "all"))
 ]
 
@@ -99,9 +101,11 @@ FREQUENCIES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", SETTINGS)
 def test_tokens_and_statistics_match_float64(backend, dtype, case):
-    slow, device = backend == "triton" and INTERPRETED, place(backend)
-    for vocab in (1, 507) if slow else (1, 2, 507, 1024, 5003):
-        logits, (keys, positions) = logits_of(12, vocab, dtype, device), noise_of(12, device=device)
+    device, rows = place(backend), 3 if backend in SLOW else 12
+    if backend in SLOW and (case in ("top_k", "top_p", "min_p") or (dtype != torch.float32 and case != "capped")):
+        pytest.skip("interpreted; truncated draws are PyTorch's there")
+    for vocab in (1, 1025) if backend in SLOW else (1, 2, 507, 1024, 5003):
+        logits, (keys, positions) = logits_of(rows, vocab, dtype, device), noise_of(rows, device=device)
         tokens, stats = sample(logits, keys, positions, **SETTINGS[case], backend=backend)
         expected, oracle = reference(logits, keys, positions, **SETTINGS[case])
         assert torch.equal(tokens, expected)  # of these seeds no noise lies within rounding of a boundary
@@ -129,7 +133,7 @@ def test_frequencies_match_probabilities(backend, case):
     assert freedom > 4 and chi2 < freedom + 4 * (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in SLOW])
 def test_truncation_keeps_the_first_of_equal_logits(backend):
     logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0]], device=place(backend)).expand(64, -1)
     for cut, kept in (
@@ -165,16 +169,16 @@ def test_extreme_noise_falls_on_the_first_and_the_last_column_that_has_mass(back
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_one_of_many_equal_columns_is_reached(backend):
     """fp32 sums would end at 2^24; here the columns of 2^24 equal logits all have their own piece of [0, 1)."""
-    vocab = 1 << (24 if backend != "triton" or not INTERPRETED else 17)
+    vocab = 1 << (24 if backend not in SLOW else 14)
     logits = torch.zeros(1, vocab, dtype=torch.bfloat16, device=place(backend))
-    for column in (0, 1, 511, 512, vocab // 3, vocab - 2, vocab - 1):
+    for column in (0, vocab // 3, vocab - 1):
         assert drawn(backend, logits, [(column + 0.5) / vocab]) == [column]
     assert drawn(backend, logits, [BELOW_ONE]) == [vocab - 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_vocabulary(backend):
-    logits, (keys, positions) = logits_of(2, 152_064, device=place(backend)), noise_of(2, device=place(backend))
+    logits, (keys, positions) = logits_of(1, 152_064, device=place(backend)), noise_of(1, device=place(backend))
     for case in ("plain", "all"):
         tokens, _ = sample(logits, keys, positions, **SETTINGS[case], backend=backend)
         assert torch.equal(tokens, reference(logits, keys, positions, **SETTINGS[case])[0])
@@ -201,20 +205,21 @@ def test_temperature_zero_is_the_first_of_the_largest(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["plain", "all"])
 def test_a_row_does_not_depend_on_its_company(backend, case):
-    logits, (keys, positions) = logits_of(12, 1601, device=place(backend)), noise_of(12, device=place(backend))
+    rows = 4 if backend in SLOW else 12
+    logits, (keys, positions) = logits_of(rows, 1601, device=place(backend)), noise_of(rows, device=place(backend))
 
     def run(rows, x=logits):
         tokens, stats = sample(x[rows], keys[rows], positions[rows], **SETTINGS[case], backend=backend)
         return torch.stack([tokens.double(), *(value.double() for value in vars(stats).values())], 1)
 
-    whole, order = run(slice(None)), torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(torch.cat([run([i]) for i in range(12)]), whole)
+    whole, order = run(slice(None)), torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.cat([run([i]) for i in range(rows)]), whole)
     assert torch.equal(run(order), whole[order])
     strided = run(slice(None), logits.t().contiguous().t())
     assert torch.equal(strided[:, 0], whole[:, 0]) and (strided - whole).abs().max() < 1e-6
     for threads in (1, 2):
         with settings(threads=threads):
-            assert torch.equal(run(slice(None)), whole) and torch.equal(run([5]), whole[5:6])
+            assert torch.equal(run(slice(None)), whole) and torch.equal(run([3]), whole[3:4])
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="cpp is not built")
