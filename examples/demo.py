@@ -47,7 +47,7 @@ FILES = {
     "grpo": ("grpo", "sort_letters/grpo.yaml"),
 }
 """The runs by name: what each is trained with, and its settings."""
-GRPO_STEPS = "250"
+GRPO_STEPS = "150"
 """Half of what the example takes, in half a minute."""
 KINDS = {"other": "another object's docstring", "shuffled": "sentences out of order", "truncated": "broken off"}
 MIB = 2**20

@@ -30,7 +30,7 @@ from fastalign.rl.advantages import grpo
 from fastalign.rl.sampler import NativeSampler, Stops
 from fastalign.types import Columns, Prompt, Rollout, TokenStats
 
-WORDS, GENERATIONS = 32, 8
+WORDS, GENERATIONS = 64, 8
 
 
 def make_policy(tokenizer) -> Policy:
@@ -97,7 +97,7 @@ def prompts_of(tokenizer, rows: Sequence[dict], indices: Sequence[int]) -> list[
 
 def reinforce(policy: Policy, tokenizer, rows: Sequence[dict], held_out: Sequence[dict], steps: int) -> list[float]:
     """GRPO: sample, score, compare within the word, update; returns the mean reward of every step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), 2e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, weight_decay=0.0)
     sampler = NativeSampler(policy, SamplerConfig(max_new_tokens=12), Stops(frozenset([tokenizer.eos_token_id])))
     draws, means = np.random.default_rng(1), []
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Both stages; returns the mean reward of every step of the second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imitate", type=int, default=100, help="updates of the first stage")
-    parser.add_argument("--steps", type=int, default=300, help="steps of the second")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the second")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     tokenizer = letter_tokenizer()
