@@ -84,15 +84,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def judge(model: Path) -> dict[str, float]:
     """Shares of right answers to the held-out words: sampled, and greedy."""
     policy, tokenizer = load_policy(ModelConfig(path=str(model))), letter_tokenizer()
-    rows = sort_letters("test").to_dict()
     sampler = NativeSampler(policy, SamplerConfig(max_new_tokens=12), stops_of(policy, tokenizer))
-    answers = rows["answer"]
-    prompts = [Prompt(np.array(ids), i) for i, ids in enumerate(tokenizer(rows["prompt"])["input_ids"])]
+    rows = sort_letters("test").to_list()
+    encoded = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    prompts = [Prompt(np.array(ids), i) for i, ids in enumerate(encoded)]
 
     def right(n: int, *, greedy: bool) -> float:
         found = list(sampler.generate(prompts, n, 0, greedy=greedy))
-        texts = tokenizer.batch_decode([one.tokens for one in found], skip_special_tokens=True)
-        return float(np.mean([text == answers[one.row] for text, one in zip(texts, found, strict=True)]))
+        texts = tokenizer.batch_decode([one.tokens.tolist() for one in found], skip_special_tokens=True)
+        return float(np.mean([text == rows[one.row]["answer"] for text, one in zip(texts, found, strict=True)]))
 
     return {"sampled": right(DRAWS, greedy=False), "greedy": right(1, greedy=True)}
 

@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import ablation, sharing, workload
+from bench import ablation, learn, sharing, workload
 from bench.ablation import lines
 from bench.workload import Workload
+from fastalign.arguments import parse_config
 from fastalign.config import ModelConfig
 from fastalign.models.load import load_policy
 
@@ -58,3 +59,21 @@ def test_sharing_is_timed_on_equal_losses(size):
     assert 1 < row["operations_ratio"] < row["token_ratio"]
     with pytest.raises(ValueError, match="the loss with shared prompts is"):
         sharing.check({True: 1.0, False: 1.1}, autocast=False)
+
+
+def test_what_learns_is_held_to_the_goal_and_a_collapse_to_its_alarm(capsys):
+    def row(case, sampled, *alarms):
+        shares = {"before": {"sampled": 0.5, "greedy": 0.7}, "after": {"sampled": sampled, "greedy": 0.8}}
+        times = {"seconds": 60.0, "cpu_seconds": 80.0, "steps": 300}
+        return {"case": case, "seed": 0, "alarms": list(alarms), **shares, **times}
+
+    rows = [row("grpo", 0.8), row("ppo", 0.7), row("raft", 0.8, "step 3: kl"), row("collapse-lr", 0.1)]
+    assert learn.missed([*rows, row("collapse-seed", 0.3, "step 3: val/ratio_max")]) == [
+        "ppo, seed 0: 0.700 sampled, the goal is 0.75",
+        "raft, seed 0: learned with an alarm: step 3: kl",
+        "collapse-lr, seed 0: collapsed without an alarm",
+    ]
+    learn.show(rows, threads=2)
+    assert "0.500 -> 0.800" in capsys.readouterr().out
+    for case in learn.CASES.values():
+        parse_config(case.method, ["--config", str(learn.EXAMPLES / f"{case.file}.yaml"), *case.flags])
