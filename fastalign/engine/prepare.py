@@ -234,11 +234,11 @@ def fill_advantages(step: Step, batches: Batches) -> Batches:
     norm = cast(ValueNorm, step.carried["value_norm"]) if gradient.settings.normalize_values else None
     experience = gather_experience(step, batches, joined, offsets, norm)
     columns = gradient.algorithm.credit(experience)
-    assert columns.advantages is not None
+    advantages = columns.read("advantages", "the credit")
     if columns.returns is not None and norm is not None:
         columns = replace(columns, returns=norm.update(columns.returns, step.world.data))
     if gradient.settings.normalize_advantages:
-        columns = replace(columns, advantages=whiten(columns.advantages, process_group=step.world.data.group))
+        columns = replace(columns, advantages=whiten(advantages, process_group=step.world.data.group))
     ends = pairwise(accumulate((batch.num_scored for batch in batches), initial=0))
     parts = [columns.map(Tensor.float).pick({"token": slice(*end)}) for end in ends]
     return [batch.fill(**part.known()) for batch, part in zip(batches, parts, strict=True)]

@@ -126,9 +126,9 @@ def policy_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> 
     losses = losses * correction(objective, columns, old)
     metrics = {"loss/policy_avg": sum_and_count(losses), **policy.metrics(*known, **clips(objective))}
     if columns.ref_logps is not None:
-        kl = policy.KL_ESTIMATORS[settings.kl_estimator if objective.on_policy.adds_kl else "k3"]
-        costs = kl(stats.logps, columns.ref_logps)
-        losses = losses + settings.kl_coef * costs if objective.on_policy.adds_kl else losses
+        adds = objective.on_policy.adds_kl
+        costs = policy.KL_ESTIMATORS[(adds and settings.kl_estimator) or "k3"](stats.logps, columns.ref_logps)
+        losses = losses + (settings.kl_coef or 0.0) * costs if adds else losses
         metrics["kl"] = sum_and_count(costs)
     if settings.entropy_coef:
         losses = losses + policy.entropy_bonus(stats.entropy, entropy_coef=settings.entropy_coef)

@@ -235,8 +235,8 @@ class Forest:
         lengths = self._lengths[rows_] + 1
         chains = np.ascontiguousarray(self._chains[rows_, :width].clip(min=0))
         order, groups = self._groups(self._prompt_of[rows_], lengths)
-        tables = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (chains, lengths))
-        return Step(self, self.version, rows_, *tables, order, groups)
+        chained, longer = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (chains, lengths))
+        return Step(self, self.version, rows_, chained, longer, order, groups)
 
     def advance(self, step: Step) -> None:
         """Once all layers have decoded a step: each of its rows is one token longer."""

@@ -83,7 +83,8 @@ def read_samples(path: Path) -> Iterator[Line]:
         for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)
-                int(line["prompt_index"]), line["prompt"], str(line["completion"])
+                line["prompt_index"] = int(line["prompt_index"])
+                line["completion"], line["prompt"] = str(line["completion"]), line["prompt"]
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(
                     f"samples: line {number} of {str(path)!r} is no completion as fastalign generate writes it: {error}"

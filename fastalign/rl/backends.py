@@ -128,7 +128,8 @@ class TransformersSampler:
             seed=seed,
         )
         options = {"generation_config": self._options(draws), "continuous_batching_config": cache, "warmup": False}
-        with self.policy.model.continuous_batching_context_manager(**options) as manager:
+        model: Any = self.policy.model
+        with model.continuous_batching_context_manager(**options) as manager:
             for key, (prompt, _) in requests.items():
                 room = self.settings.max_new_tokens
                 if self.policy.max_length is not None:

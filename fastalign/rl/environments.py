@@ -157,12 +157,8 @@ class EnvironmentSampler:
         max_length: int,
     ) -> None:
         self.sampler, self.make, self.tokenizer = sampler, make, tokenizer
+        self.exact = sampler.exact
         self.max_turns, self.max_length = max_turns, max_length
-
-    @property
-    def exact(self) -> bool:
-        """As the sampler of single turns."""
-        return self.sampler.exact
 
     def sync(self, policy: Any, version: int) -> None:
         """Sample from these weights from now on."""

@@ -116,7 +116,7 @@ def _without_limits(sampler: NativeSampler) -> NativeSampler:
 
 
 def _prompts(policy: Policy, lengths: Sequence[int]) -> list[Prompt]:
-    random, size = np.random.default_rng(0), policy.model.get_input_embeddings().weight.shape[0]
+    random, size = np.random.default_rng(0), len(policy.model.get_input_embeddings().weight)  # pyright: ignore
     return [Prompt(random.integers(size, size=length), row) for row, length in enumerate(lengths)]
 
 

@@ -6,7 +6,8 @@ taken from registers: no program waits for what another has written.
 # A kernel's body is Triton's language, not Python's:
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
-from typing import Any
+from typing # pyright: reportArgumentType=false
+import Any
 
 import torch
 import triton

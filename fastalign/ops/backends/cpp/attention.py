@@ -55,7 +55,8 @@ class _Attend(torch.autograd.Function):
         grad_out, grad_q = _neighbours(grads[0]), torch.empty(q.shape, dtype=q.dtype)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
         new = {"grad_out": _heads(grad_out), "grad_q": _heads(grad_q)}
-        _call(q, k, v, *ctx.options, lse, **new, grad_k=grad_k.data_ptr(), grad_v=grad_v.data_ptr())
+        plan, scale, softcap = ctx.options
+        _call(q, k, v, plan, scale, softcap, lse, **new, grad_k=grad_k.data_ptr(), grad_v=grad_v.data_ptr())
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
