@@ -5,9 +5,9 @@ taken from registers: no program waits for what another has written.
 """
 # A kernel's body is Triton's language, not Python's:
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
-from typing # pyright: reportArgumentType=false
-import Any
+from typing import Any
 
 import torch
 import triton
