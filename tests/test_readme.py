@@ -136,6 +136,18 @@ def test_solutions_of_gsm8k_are_ranked_as_the_example_says(clone):
     run([*train, "--data.eval_fraction", "0.2"])
 
 
+def test_gsm8k_is_learned_from_a_file_of_it(clone):
+    shared = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared")) / "data" / "gsm8k" / "train.jsonl"
+    sums = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(30)]
+    made = map(json.dumps, sums)
+    Path("train.jsonl").write_text("\n".join(shared.read_text().splitlines()[:30] if shared.exists() else made))
+    local = ["--data.path", "train.jsonl", "--data.name", "null"]
+    run([*HEADS["gsm8k/sft.yaml"][0], *local])
+    run([*HEADS["gsm8k/grpo.yaml"][-1], *local, "--sampler.max_new_tokens", "8"])
+    (record,) = map(json.loads, Path("runs/gsm8k/grpo/metrics.jsonl").read_text().splitlines())
+    assert {"rewards/gsm8k/mean", "rewards/format/mean", "eval_reward"} <= record.keys()
+
+
 @pytest.mark.parametrize("words", [words for words in README if training(words) and "--help" not in words])
 def test_training_commands_parse(words, monkeypatch):
     monkeypatch.chdir(ROOT)
