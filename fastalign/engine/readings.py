@@ -13,6 +13,7 @@ from fastalign.engine.methods import Objective
 from fastalign.losses import policy, preference, ranking, reward, supervised, unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count, weighted
+from fastalign.ops.checks import stats_dtype
 from fastalign.types import Columns, LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
 
 Metrics = dict[str, Tensor]
@@ -189,6 +190,7 @@ def critic_loss(objective: Objective, batch: PackedBatch, values: Tensor) -> tup
     """The share of a critic's loss, a mean over scored tokens, and its metrics."""
     assert objective.on_policy is not None
     columns, clip = batch.columns, objective.on_policy.settings.value_clip
-    known = values.float(), columns.read("values", "the critic"), columns.read("returns", "the critic")
+    values = values.to(stats_dtype(values))
+    known = values, columns.read("values", "the critic"), columns.read("returns", "the critic")
     loss = weighted(policy.value_loss(*known, value_clip=clip), columns.read("value_weights", "the critic"))
     return loss, policy.value_metrics(*known, value_clip=clip)
