@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,10 @@ def make_models(critic: str = "none", *, seed: int = 0) -> Models:
     """GPT-2 in float64, whose norms and attention have no fp32 inside, a reference with other weights, and a critic."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model("gpt2", bos_token_id=None, eos_token_id=None, num_labels=1, pad_token_id=0, **SIZES)
-    policy, reference = (Policy(AutoModelForCausalLM.from_config(config).double(), value_head=n == 0 and critic == "shared") for n in range(2))
+    policy, reference = (
+        Policy(AutoModelForCausalLM.from_config(config).double(), value_head=n == 0 and critic == "shared")
+        for n in range(2)
+    )
     other = Policy(AutoModelForSequenceClassification.from_config(config).double()) if critic == "separate" else None
     for model, size in ((policy, 0.1), (reference, 0.2), (other, 0.1)):
         if model is not None:
@@ -94,7 +97,7 @@ def make_groups() -> list[Group]:
 def make_job(
     name: str, models: Models, groups: Sequence[Group], folder: Path, *, world: World = ALONE, **settings: Any
 ) -> Job:
-    """A job of one of the algorithms; keywords are settings of `algorithm`, `sampler_x`, `loss_x`, `batch_x`, `optim_x`."""
+    """A job of one of the algorithms; keywords are settings of `algorithm`, or of another section: `sampler_top_k`."""
     parts: dict[str, dict] = {"sampler": {"max_new_tokens": MOST}, "loss": {}, "batch": {"tokens": 80}, "optim": {}}
     own: dict[str, Any] = {"name": name, "num_generations": 4}
     for key, value in settings.items():
@@ -112,7 +115,7 @@ def make_job(
         algorithm=objective.on_policy.settings,
     )
     modules = {"policy": models.policy, "critic": models.critic}
-    trained = {role: Trained(m, plain_descent(m)) for role, m in modules.items() if m is not None}
+    trained = {role: Trained(m, cast(Any, Descent(m))) for role, m in modules.items() if m is not None}
     source = Given(objective.on_policy, world, groups)
     accounting = account(models.policy, config.batch.budget, world.size, world.device, False)
     tokenizer: Any = SimpleNamespace(decode=lambda ids, **options: " ".join(map(str, ids)))
@@ -121,14 +124,24 @@ def make_job(
     return Job(config, objective, world, tokenizer, models, trained, *rest, carried=first_carried())
 
 
-def plain_descent(module: torch.nn.Module) -> Any:
+class Descent(torch.optim.SGD):
     """Without moments: the weights move by the gradients, which can be compared; it too can skip an update."""
-    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0, fused=True)
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__([p for p in module.parameters() if p.requires_grad], lr=1.0, foreach=False)
+
+    def step(self, closure: Any = None) -> None:
+        skip, self.found_inf = self.found_inf, None
+        if not skip:
+            super().step(closure)
 
 
 def run(job: Job, steps: int = 1) -> dict[str, float]:
     """Steps of a job; the metrics of the last."""
-    keeper: Any = SimpleNamespace(asked=lambda step: 0)
+    metrics = SimpleNamespace(write_samples=None)
+    keeper: Any = SimpleNamespace(asked=lambda step: 0, metrics=metrics)
     for step in range(1, steps + 1):
         feed = Feed(job.source, lambda examples: pack_share(job, examples), ahead=False)
         result = iteration(job, keeper, feed, step)

@@ -38,16 +38,12 @@ class Rows:
     def counts(self) -> Tensor:
         return self.scored.sum(1)
 
-    def of(self, groups: list[int]) -> "Rows":
-        """The rows of some groups."""
-        at = torch.tensor([int(g) in groups for g in self.groups])
-        return Rows(*(getattr(self, name)[at] for name in self.__dataclass_fields__))
 
-
-def rows_of(groups, least=2, mask_cut=False) -> Rows:
+def rows_of(groups, least=2, mask_cut=False, only=None) -> Rows:
     kept = []
     for g, group in enumerate(groups):
         some = [(r, float(x)) for r, x in zip(group.rollouts, group.rewards, strict=True) if not np.isnan(x)]
+        some = some if only is None else [(r, x) for r, x in some if r.sample == only[g]]
         kept += [(one, x, g, group.greedy) for one, x in some if len(some) >= least]
     longest = max(len(one.prompt) + len(one.tokens) for one, *_ in kept)
     ids, real, scored = (torch.zeros(len(kept), longest, dtype=torch.long) for _ in range(3))
@@ -172,7 +168,7 @@ def remax(rows):
     return to_go(at_ends(rows, rows.rewards - rows.greedy) + rows.kl_rewards) * rows.scored
 
 
-def gae(rows, gamma, lam, normalise, bootstrap):
+def gae(rows, gamma, lam, normalise, bootstrap, whole=False):
     out = torch.zeros_like(rows.values)
     pay = at_ends(rows, torch.where(rows.cut, 0.0, rows.rewards) if bootstrap else rows.rewards) + rows.kl_rewards
     for i, scored in enumerate(rows.scored):
@@ -182,6 +178,9 @@ def gae(rows, gamma, lam, normalise, bootstrap):
             after = delta + gamma * lam * after
             out[i, t], following = after, rows.values[i, t]
     rows.returns = (out + rows.values) * rows.scored
+    if whole:
+        kept = rows.returns[rows.scored]
+        rows.returns = (rows.returns - kept.mean()) / kept.std(correction=0) * rows.scored
     return over_tokens(rows, out, False, lambda variance: variance.sqrt() + 1e-5) if normalise else out
 
 
@@ -192,31 +191,31 @@ def clipped(ratio, a, low, high):
     return -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
 
 
-def ppo_loss(l, old, a, rows, low=0.2, high=0.2):
-    return clipped((l - old).exp(), a, low, high)
+def ppo_loss(logps, old, a, rows, low=0.2, high=0.2):
+    return clipped((logps - old).exp(), a, low, high)
 
 
-def gspo_loss(l, old, a, rows):
-    ratio = ((l - old).sum(1) / rows.counts.clamp(min=1)).exp()
+def gspo_loss(logps, old, a, rows):
+    ratio = ((logps - old).sum(1) / rows.counts.clamp(min=1)).exp()
     return clipped(ratio[:, None].expand_as(a), a, 3e-4, 4e-4)
 
 
-def cispo_loss(l, old, a, rows):
-    return -(l - old).exp().clamp(max=1.28).detach() * a * l
+def cispo_loss(logps, old, a, rows):
+    return -(logps - old).exp().clamp(max=1.28).detach() * a * logps
 
 
-def sapo_loss(l, old, a, rows):
-    tau = torch.where(a > 0, 1.0, 1.05)
-    return -a * 4 / tau * torch.sigmoid(tau * ((l - old).exp() - 1))
+def sapo_loss(logps, old, a, rows):
+    tau = torch.where(a > 0, a.new_tensor(1.0), a.new_tensor(1.05))
+    return -a * 4 / tau * torch.sigmoid(tau * ((logps - old).exp() - 1))
 
 
-def rloo_loss(l, old, a, rows):
-    ratio = (l - old).sum(1).exp()
+def rloo_loss(logps, old, a, rows):
+    ratio = (logps - old).sum(1).exp()
     return clipped(ratio[:, None].expand_as(a), a, 0.2, 0.2) / rows.counts.clamp(min=1)[:, None]
 
 
-def pg_loss(l, old, a, rows):
-    return -a * l
+def pg_loss(logps, old, a, rows):
+    return -a * logps
 
 
 def reduce(losses: Tensor, rows: Rows, how: str) -> Tensor:
@@ -228,7 +227,16 @@ def reduce(losses: Tensor, rows: Rows, how: str) -> Tensor:
     return losses.sum() / sequences / (MOST if how == "constant" else 1)
 
 
-KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: (-d).exp() + d - 1}
+KL = {
+    "k2": lambda d: d**2 / 2,
+    "k3": lambda d: (-d).exp() + d - 1,
+    "k3+": lambda d: d**2 / 2 + ((-d).exp() + d - 1 - d**2 / 2).detach(),
+}
+CORRECTIONS = {
+    "none": torch.ones_like,
+    "truncate": lambda ratio: ratio.clamp(max=2),
+    "mask": lambda ratio: ((ratio <= 2) & (ratio >= 0.5)).double(),
+}
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -251,6 +259,7 @@ class Recipe:
     value_clip: float | None = 0.2
     temperature: float = 1.0
     entropy: float = 0.0
+    correction: str = "none"
     settings: dict = field(default_factory=dict)
 
 
@@ -292,7 +301,8 @@ def expected(plain: Plain, groups, recipe: Recipe) -> dict[str, float]:
                 s[0] += values[part.scored].sum().item()
                 s[1] += int(part.scored.sum())
     found = {name: s / n for name, (s, n) in sums.items()}
-    score, kl = rows.rewards.mean().item(), (rows.old - rows.ref).sum(1).mean().item()
+    told = rows.old if recipe.reward_kl or recipe.passes * recipe.parts > 1 else rows.sampler  # no pass for a metric
+    score, kl = rows.rewards.mean().item(), (told - rows.ref).sum(1).mean().item()
     found["objective/scores"] = score
     if recipe.reward_kl or recipe.loss_kl:
         found |= {"objective/kl": kl, "objective/non_score_reward": rows.kl_rewards.sum(1).mean().item()}
@@ -305,12 +315,13 @@ def expected(plain: Plain, groups, recipe: Recipe) -> dict[str, float]:
 
 
 def total_loss(plain: Plain, rows: Rows, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
-    l = log_probs(plain.policy, rows, recipe.temperature)
-    losses = recipe.loss(l, rows.old, rows.advantages, rows)
-    ratio = (l - rows.old).exp()
-    told = {"val/ratio": ratio, "policy/approxkl_avg": (l - rows.old) ** 2 / 2, "loss/policy_avg": losses}
+    logps = log_probs(plain.policy, rows, recipe.temperature)
+    losses = recipe.loss(logps, rows.old, rows.advantages, rows)
+    losses = losses * CORRECTIONS[recipe.correction]((rows.old - rows.sampler).exp())
+    ratio = (logps - rows.old).exp()
+    told = {"val/ratio": ratio, "policy/approxkl_avg": (logps - rows.old) ** 2 / 2, "loss/policy_avg": losses}
     if recipe.loss_kl or recipe.reward_kl:
-        kl = KL[recipe.estimator if recipe.loss_kl else "k3"](l - rows.ref)
+        kl = KL[recipe.estimator if recipe.loss_kl else "k3"](logps - rows.ref)
         told["kl"] = kl
         losses = losses + recipe.loss_kl * kl
     if recipe.entropy:
@@ -349,13 +360,41 @@ RECIPES: dict[str, Recipe] = {
     "sapo": Recipe(grpo, sapo_loss, "sequences"),
     "rloo": Recipe(rloo, rloo_loss, "sum", reward_kl=0.05),
     "reinforce_pp": Recipe(reinforce_pp, ppo_loss, "tokens", reward_kl=0.01),
-    "reinforce_pp_baseline": Recipe(
-        reinforce_pp_baseline, ppo_loss, "tokens", loss_kl=0.001, estimator="k2"
-    ),
+    "reinforce_pp_baseline": Recipe(reinforce_pp_baseline, ppo_loss, "tokens", loss_kl=0.001, estimator="k2"),
     "reinforce": Recipe(reinforce, pg_loss, "tokens", reward_kl=0.05),
     "remax": Recipe(remax, pg_loss, "tokens", reward_kl=0.05),
 }
+KL_IN_LOSS = {
+    f"grpo {kl}": Recipe(
+        grpo, ppo_loss, "sequences", loss_kl=0.04, estimator=kl, settings={"kl_coef": 0.04, "kl_estimator": kl}
+    )
+    for kl in KL
+}
+CORRECTED = {
+    f"grpo {how}": Recipe(grpo, ppo_loss, "sequences", correction=how, settings={"correction": how})
+    for how in ("truncate", "mask")
+}
 VARIANTS = {
+    **KL_IN_LOSS,
+    **CORRECTED,
+    "grpo warm": Recipe(
+        grpo,
+        ppo_loss,
+        "sequences",
+        temperature=0.7,
+        entropy=0.01,
+        settings={"sampler_temperature": 0.7, "entropy_coef": 0.01},
+    ),
+    "ppo separate": Recipe(**{**vars(PPO), "critic": "separate", "settings": {"critic": "separate"}}),
+    "ppo strong": Recipe(
+        partial(gae, gamma=1, lam=0.95, normalise=True, bootstrap=True, whole=True),
+        ppo_loss,
+        "tokens",
+        reward_kl=0.05,
+        parts=4,
+        critic="separate",
+        settings={"preset": "strong"},
+    ),
     "ppo seed": Recipe(
         partial(gae, gamma=1, lam=1, normalise=False, bootstrap=False),
         partial(ppo_loss, low=np.inf, high=np.inf),
@@ -371,7 +410,11 @@ VARIANTS = {
 
 def assert_same(job, plain: Plain, got: dict, want: dict) -> None:
     """The weights behind the step, and the metrics; the weights moved by much more than they differ."""
-    modules = [job.models.policy.model, getattr(job.models.policy, "value_head", None), job.models.critic and job.models.critic.model]
+    modules = [
+        job.models.policy.model,
+        getattr(job.models.policy, "value_head", None),
+        job.models.critic and job.models.critic.model,
+    ]
     mine = [p for m in modules if m is not None for p in m.parameters()]
     for a, b in zip(mine, plain.trained, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
@@ -381,7 +424,14 @@ def assert_same(job, plain: Plain, got: dict, want: dict) -> None:
 
 def several(name: str, recipe: Recipe) -> Recipe:
     """The same with two passes over two parts."""
-    return Recipe(**{**vars(recipe), "passes": 2, "parts": 2, "settings": {**recipe.settings, "num_iterations": 2, "num_minibatches": 2}})
+    return Recipe(
+        **{
+            **vars(recipe),
+            "passes": 2,
+            "parts": 2,
+            "settings": {**recipe.settings, "num_iterations": 2, "num_minibatches": 2},
+        }
+    )
 
 
 CASES = [*RECIPES.items(), *((key.split()[0], recipe) for key, recipe in VARIANTS.items())]
@@ -394,10 +444,42 @@ def test_a_step_is_what_its_formula_says(tmp_path, name, recipe, updates):
     models, groups = make_models(recipe.critic), make_groups()
     plain, before = Plain.of(models), copy.deepcopy(models.policy)
     want = expected(plain, groups, recipe)
-    job = make_job(name, models, groups, tmp_path, optim_lr=STEP, **recipe.settings)
+    layout = {"tokens": 80} if updates == "several" else {"tokens": 10**6, "share_prefix": False}
+    job = make_job(
+        name,
+        models,
+        groups,
+        tmp_path,
+        optim_lr=STEP,
+        **{f"batch_{key}": value for key, value in layout.items()},
+        **recipe.settings,
+    )
     got = run(job)
     assert max((a - b).abs().max() for a, b in zip(before.parameters(), models.policy.parameters(), strict=True)) > 1e-3
     assert_same(job, plain, got, want)
+
+
+@pytest.mark.parametrize("name", ["raft", "online_dpo"])
+def test_selected_completions_are_trained_on_by_their_formula(tmp_path, name):
+    models, groups = make_models(), make_groups()
+    plain = Plain.of(models)
+    chosen = [int(np.nanargmax(group.rewards)) for group in groups]
+    worst = [int(np.nanargmin(group.rewards)) for group in groups]
+    best, bad = (rows_of(groups, 1, only=places) for places in (chosen, worst))
+    logps = log_probs(plain.policy, best)
+    if name == "raft":
+        loss = -logps.sum() / best.scored.sum()
+    else:
+        ratios = [
+            log_probs(plain.policy, x).sum(1) - log_probs(plain.reference, x).sum(1).detach() for x in (best, bad)
+        ]
+        loss = -logsigmoid(0.1 * (ratios[0] - ratios[1])).mean()
+    gradients = torch.autograd.grad(loss, plain.trained)
+    with torch.no_grad():
+        for p, g in zip(plain.trained, gradients, strict=True):
+            p -= STEP * g
+    job = make_job(name, models, groups, tmp_path, optim_lr=STEP)
+    assert_same(job, plain, run(job), {"loss": loss.item()})
 
 
 def test_every_algorithm_has_its_formula():
