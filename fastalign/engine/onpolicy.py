@@ -27,8 +27,9 @@ from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
-from fastalign.rl.backends import make_sampler
+from fastalign.parallel.shard import reshard
 from fastalign.rl.algorithms import OnPolicy
+from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
 from fastalign.rl.environments import EnvironmentSampler, load_environment
@@ -49,13 +50,15 @@ log = logging.getLogger(__name__)
 
 def make_scorer(
     config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, world: World
-) -> Scorer | None:
+) -> Scorer | NoScorer | None:
     """What scores completions; None for methods that sample none.
 
     Raises:
         ValueError: rewards that cannot be used.
     """
-    return Scorer(config.rewards, tokenizer, world.device) if objective.on_policy else None
+    if objective.on_policy is None:
+        return None
+    return Scorer(config.rewards, tokenizer, world.device) if config.rewards else NoScorer()
 
 
 def make_source(
@@ -65,7 +68,7 @@ def make_source(
     prompts: TokenDataset,
     rows: int,
     tokenizer: PreTrainedTokenizerBase,
-    scorer: Scorer,
+    scorer: Scorer | NoScorer,
     world: World,
 ) -> Rollouts:
     """The source that samples with the policy; whether it is exact is tried now.
@@ -162,8 +165,10 @@ def follow(job: Job, step: int) -> None:
     gradient, reference = job.objective.on_policy, job.models.reference
     if gradient is None or gradient.settings.reference_sync == "none" or reference is None:
         return
-    s, pair = gradient.settings, (reference, job.models.policy)
-    ours, theirs = (local(cast(Policy, one)) for one in pair)
+    s, pair = gradient.settings, (cast(Policy, reference), job.models.policy)
+    for one in pair:
+        reshard(one)  # a forward without backward leaves the weights gathered
+    ours, theirs = map(local, pair)
     if s.reference_sync == "ema":
         ema_update(ours, theirs, eta=s.reference_alpha)
     elif step % s.reference_steps == 0:

@@ -98,12 +98,6 @@ def check_sampling(config: Config) -> None:
     check_sampler(sampler)
     updates, room = algorithm.num_minibatches or 1, sampler.max_new_tokens
     wrong = {
-        f"{config.method} learns from rewards and none is set: e.g. rewards: [{{function: my_rewards.py:accuracy}}]": (
-            not config.rewards
-        ),
-        f"sampler.backend {sampler.backend} serves fastalign generate; training samples with native": (
-            sampler.backend != "native"
-        ),
         "sampler.temperature 0 makes all completions of a prompt equal, from which nothing is learnt: set it above 0": (
             sampler.temperature == 0
         ),
