@@ -271,6 +271,8 @@ def check_keys(keys: Iterable[str], schema: dict[str, str], method: str, losses:
             continue
         if key.rsplit(".", 1)[-1] == "loss_weights" and len(losses) == 1:
             raise UsageError(f"{key}{place}: {no_sum(method, next(iter(losses)))}")
+        if section in ("algorithm", "sampler", "rewards") and method in METHODS and method not in ON_POLICY:
+            raise UsageError(f"{method} does not sample: {section}{place} is of {', '.join(ON_POLICY)}")
         if section != "loss":
             raise UsageError(f"unknown key {key!r}{place}{nearest(key, schema)}")
         own = [k for k in schema if k.startswith("loss.") and (k != "loss.name" or words.nearest(key, [k], cutoff=0.8))]

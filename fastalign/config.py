@@ -292,7 +292,7 @@ class AlgorithmConfig:
     """Weight of the value loss of a shared critic."""
     value_clip: float | None = 0.2
     """A value counts as moved by at most this much from what it was at sampling; null: no clip."""
-    normalize_values: bool = False
+    normalize_values: bool | None = None
     """Let the critic predict returns of mean 0 and deviation 1, by running statistics."""
     reward_scale: float = 1.0
     """Factor of the weighted sum of rewards."""

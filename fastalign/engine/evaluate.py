@@ -102,6 +102,8 @@ def evaluate_model(config: Config) -> dict[str, float]:
         ValueError: settings, data or a model that cannot be used.
     """
     objective = objective_of(config)
+    if objective.on_policy:
+        raise ValueError(f"{config.method} is evaluated in its own run (data.eval_path and run.eval_every)")
     check_settings(config)
     tokenizer, dataset, held_out = load_data(config)
     with world(config.parallel) as ranks:

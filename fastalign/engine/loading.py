@@ -182,7 +182,7 @@ def verified(start: Start, policy: Policy, share_prefix: bool, name: str = "the 
 def compare(start: Start, policy: Policy, share_prefix: bool, name: str) -> bool:
     """Whether a packed batch agrees with the plain forward on every rank; raises where no other way is left to try."""
     on_mismatch = start.config.model.on_mismatch if share_prefix else "raise"
-    batch = first_batch(start.demands[0], start.batch(share_prefix)).to(start.world.device)
+    batch = first_batch(start.demands[0], start.batch(share_prefix), policy.has_scalar_head).to(start.world.device)
 
     def together(mine: bool) -> bool:
         return all(start.world.gather_objects(mine))
@@ -221,11 +221,14 @@ def check_lengths(
             log.warning("%s unless it is meant so", text)
 
 
-def first_batch(demand: Demand, batch: BatchConfig) -> PackedBatch:
+def first_batch(demand: Demand, batch: BatchConfig, own_rows: bool = False) -> PackedBatch:
     """A packed batch of the first examples, the one that shares deepest; the loader's position is left alone.
 
-    Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one.
+    Of kto's examples the two completions that a prompt is computed for: its own and the mismatched one. ``own_rows``
+    for a scalar head, which a critic has beside a policy that reads other rows.
     """
-    batches = pack(demand.dataset.fetch(list(demand.indices[: batch.size])), batch.budget, batch.share_prefix)
+    examples = demand.dataset.fetch(list(demand.indices[: batch.size]))
+    examples = [replace(example, own_rows=own_rows or example.own_rows) for example in examples]
+    batches = pack(examples, batch.budget, batch.share_prefix)
     every = [*batches, *(packed.companion for packed in batches if packed.companion is not None)]
     return max(every, key=lambda packed: packed.depth)

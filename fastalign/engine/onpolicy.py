@@ -19,12 +19,16 @@ from fastalign.data.loader import TokenDataset
 from fastalign.disk import WriteError, writing
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import Objective
+from fastalign.engine.optim import AdamW, Trained, copy_all
 from fastalign.engine.output.metrics import MetricsLog, read_lines
 from fastalign.engine.output.progress import stage
 from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
+from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
+from fastalign.parallel.shard import reshard
+from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
 from fastalign.rl.ema import ema_update
@@ -44,6 +48,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def make_scorer(
+    config: Config, objective: Objective, tokenizer: PreTrainedTokenizerBase, world: World
+) -> Scorer | NoScorer | None:
+    """What scores completions; None for methods that sample none.
+
+    Raises:
+        ValueError: rewards that cannot be used.
+    """
+    if objective.on_policy is None:
+        return None
+    return Scorer(config.rewards, tokenizer, world.device) if config.rewards else NoScorer()
+
+
 def make_source(
     config: Config,
     objective: Objective,
@@ -51,16 +68,17 @@ def make_source(
     prompts: TokenDataset,
     rows: int,
     tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer | NoScorer,
     world: World,
 ) -> Rollouts:
     """The source that samples with the policy; whether it is exact is tried now.
 
     Raises:
-        ValueError: rewards or sampler settings that cannot be used.
+        ValueError: sampler settings that cannot be used, a reference that cannot follow the policy.
     """
     assert objective.on_policy is not None
+    check_reference(objective.on_policy, models)
     settings = objective.on_policy.sampler
-    scorer = Scorer(config.rewards, tokenizer, world.device) if config.rewards else NoScorer()
     sampler = make_sampler(models.policy, settings, tokenizer, precision=lambda: models.precision(world.device))
     if settings.environment is not None:
         make = load_environment(settings.environment, tokenizer)
@@ -77,7 +95,7 @@ def sampled(
     job: Job, metrics: MetricsLog, source: Rollouts, step: int, batches: Sequence[PackedBatch], work: Work
 ) -> dict[str, float]:
     """What is known of a step's completions before its updates; they are written to samples.jsonl."""
-    measured = credit_metrics(job.objective, batches, job.world)
+    measured = credit_metrics(job.objective, batches, job.world, cast(KLPrice, job.carried["kl_coef"]))
     adapt(job, measured, work.sequences)
     advantages = advantages_of(batches, source, job.world)
     if job.world.is_main:
@@ -89,7 +107,9 @@ def sampled(
     return {**source.metrics(), **measured, "sampling/exact": float(source.sampler.exact)}
 
 
-def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: World) -> dict[str, float]:
+def credit_metrics(
+    objective: Objective, batches: Sequence[PackedBatch], world: World, price: KLPrice
+) -> dict[str, float]:
     """What TRL's PPO logs of rewards and KL, and how much of the returns the critic foresaw; over all ranks."""
     gradient = objective.policy_gradient
     if gradient is None:
@@ -100,8 +120,9 @@ def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: 
         if not batch.num_sequences or columns.scores is None:
             continue
         charged = torch.zeros(2, dtype=torch.float64, device=world.device)
-        if columns.ref_logps is not None and columns.old_logps is not None:
-            old, reference = columns.old_logps.double(), columns.ref_logps.double()
+        old = columns.sampler_logps if columns.old_logps is None else columns.old_logps
+        if columns.ref_logps is not None and old is not None:
+            old, reference = old.double(), columns.ref_logps.double()
             cost = KL_ESTIMATORS[gradient.settings.kl_estimator or "k1"](old, reference)
             charged = torch.stack([segment_sum(old - reference, offsets).sum(), segment_sum(cost, offsets).sum()])
         ended = batch.num_sequences - columns.read("truncated", "metrics").double().sum()
@@ -117,11 +138,13 @@ def credit_metrics(objective: Objective, batches: Sequence[PackedBatch], world: 
     )
     kl, cost, scores, ended, count, *moments = world.data.sum(sums).tolist()
     count, number = max(count, 1.0), max(tokens.item(), 1.0)
-    price = (gradient.settings.kl_coef or 0.0) if gradient.charges_kl else 0.0
+    paid = price.value(gradient.settings.kl_coef or 0.0) if gradient.charges_kl else 0.0
     found = {"objective/scores": scores / count, "val/num_eos_tokens": ended}
     if objective.needs_reference:
-        found |= {"objective/kl": kl / count, "objective/non_score_reward": -price * cost / count}
+        found |= {"objective/kl": kl / count, "objective/non_score_reward": -paid * cost / count}
         found["objective/rlhf_reward"] = found["objective/scores"] + found["objective/non_score_reward"]
+    if gradient.settings.kl_target is not None:
+        found["kl_coef"] = paid
     if gradient.has_critic:
         returns, missed = (moments[i + 1] / number - (moments[i] / number) ** 2 for i in (0, 2))
         found["critic/vf_explained_var"] = 1 - missed / returns if returns > 0 else float("nan")
@@ -142,18 +165,35 @@ def follow(job: Job, step: int) -> None:
     gradient, reference = job.objective.on_policy, job.models.reference
     if gradient is None or gradient.settings.reference_sync == "none" or reference is None:
         return
-    s = gradient.settings
-    if s.reference_sync == "periodic" and step % s.reference_steps:
-        return
-    assert isinstance(reference, Policy), "a reference that follows is a model of its own"
-    share = s.reference_alpha if s.reference_sync == "ema" else 1.0
-    pairs = zip(local(reference), local(job.models.policy, skip="value_head."), strict=True)
-    ema_update(*zip(*pairs, strict=True), eta=share)
+    s, pair = gradient.settings, (cast(Policy, reference), job.models.policy)
+    for one in pair:
+        reshard(one)  # a forward without backward leaves the weights gathered
+    ours, theirs = map(local, pair)
+    if s.reference_sync == "ema":
+        ema_update(ours, theirs, eta=s.reference_alpha)
+    elif step % s.reference_steps == 0:
+        copy_all(theirs, ours)
 
 
-def local(policy: Policy, skip: str = "value_head.") -> list[Tensor]:
-    """This rank's part of each weight, in one order."""
-    named = [(name, p.detach()) for name, p in policy.named_parameters() if not name.startswith(skip)]
+def check_reference(plan: OnPolicy, models: Models) -> None:
+    """Refuse an average in half precision, which a checkpoint of `model.dtype` auto may turn out to have."""
+    averaged = models.reference if plan.settings.reference_sync == "ema" else None
+    if isinstance(averaged, Policy) and (half := {p.dtype for p in averaged.parameters()} & {*HALF}):
+        dtype = str(half.pop()).removeprefix("torch.")
+        text = f"the reference has {dtype}, which cannot hold such small steps: set model.dtype to float32"
+        raise ValueError(f"algorithm.reference_sync ema: {text}")
+
+
+def kept(job: Job) -> dict[str, Trained]:
+    """What a checkpoint holds: what trains, and a reference that has followed."""
+    plan, reference = job.objective.on_policy, job.models.reference
+    follows = plan is not None and plan.settings.reference_sync != "none" and isinstance(reference, Policy)
+    return {**job.trained, **({"reference": Trained(reference, AdamW([{"params": []}], {}))} if follows else {})}
+
+
+def local(policy: Policy) -> list[Tensor]:
+    """This rank's part of each weight but a value head's, in one order."""
+    named = [(name, p.detach()) for name, p in policy.named_parameters() if not name.startswith("value_head.")]
     return [getattr(p, "_local_tensor", p) for _, p in named]
 
 

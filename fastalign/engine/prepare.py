@@ -23,6 +23,7 @@ from fastalign.losses.unpaired import make_baseline
 from fastalign.models.groups import pick_sequences, tokens_of
 from fastalign.models.head import scores
 from fastalign.ops import whiten
+from fastalign.ops.checks import stats_dtype
 from fastalign.parallel.mesh import Axis, World
 from fastalign.rl.controllers import KLPrice, ValueNorm
 from fastalign.rl.credit import Experience
@@ -218,12 +219,14 @@ def fill_values(step: Step, batches: Batches) -> Batches:
 
 @torch.no_grad()
 def critic_values(step: Step, batch: PackedBatch) -> Tensor:
-    """``[N]`` fp32 outputs of the critic at a batch's rows."""
+    """``[N]`` outputs of the critic at a batch's rows, fp32 (fp64 of an fp64 critic)."""
     models = step.models
     with step.watch("forward"), models.precision(step.world.device):
         if models.critic is not None:
-            return models.critic(batch, scores).float()
-        return models.policy(batch, lambda *_, values, **options: values, values=True).float()
+            values = models.critic(batch, scores)
+        else:
+            values = models.policy(batch, lambda *_, values, **options: values, values=True)
+    return values.to(stats_dtype(values))
 
 
 def fill_advantages(step: Step, batches: Batches) -> Batches:
@@ -240,7 +243,7 @@ def fill_advantages(step: Step, batches: Batches) -> Batches:
     if gradient.settings.normalize_advantages:
         columns = replace(columns, advantages=whiten(advantages, process_group=step.world.data.group))
     ends = pairwise(accumulate((batch.num_scored for batch in batches), initial=0))
-    parts = [columns.map(Tensor.float).pick({"token": slice(*end)}) for end in ends]
+    parts = [columns.pick({"token": slice(*end)}) for end in ends]
     return [batch.fill(**part.known()) for batch, part in zip(batches, parts, strict=True)]
 
 
@@ -275,7 +278,7 @@ def gather_experience(
         greedy_scores=columns.greedy_scores,
         token_rewards=columns.token_rewards,
         gamma=settings.gamma,
-        lam=settings.lam or 1.0,
+        lam=1.0 if settings.lam is None else settings.lam,
         process_group=step.world.data.group,
     )
 

@@ -13,6 +13,7 @@ from fastalign.engine.methods import Objective
 from fastalign.losses import policy, preference, ranking, reward, supervised, unpaired
 from fastalign.losses.pairs import pair_logps
 from fastalign.losses.reduce import lengths, segment_sum, sum_and_count, weighted
+from fastalign.ops.checks import stats_dtype
 from fastalign.types import Columns, LabelledLogps, PackedBatch, PairLogps, RankedLogps, TokenStats
 
 Metrics = dict[str, Tensor]
@@ -124,7 +125,7 @@ def policy_loss(objective: Objective, batch: PackedBatch, stats: TokenStats) -> 
     known = (stats.logps, old, advantages)
     losses = objective.losses(*known, *([stats.cu_seqlens] if objective.has("sequences") else []))
     losses = losses * correction(objective, columns, old)
-    metrics = {"loss/policy_avg": sum_and_count(losses), **policy.metrics(*known, **clips(objective))}
+    metrics = {"loss/policy_avg": sum_and_count(losses), **ratio_metrics(objective, *known, stats.cu_seqlens)}
     if columns.ref_logps is not None:
         adds = objective.on_policy.adds_kl
         costs = policy.KL_ESTIMATORS[(adds and settings.kl_estimator) or "k3"](stats.logps, columns.ref_logps)
@@ -144,9 +145,19 @@ DIFFERENCE = "sampling/sampling_logp_difference/mean"
 """How far training is from what the sampler computed, on the first update of a step."""
 
 
+def ratio_metrics(objective: Objective, logps: Tensor, old: Tensor, advantages: Tensor, offsets: Any) -> Metrics:
+    """What the ratios are, and how many of those that the loss clips are beyond its bounds."""
+    of_sequence = policy.SEQUENCE_RATIOS.get(objective.names[0])
+    clipped = of_sequence(logps, old, offsets) if of_sequence else None
+    return policy.metrics(logps, old, advantages, **clips(objective), clipped=clipped)
+
+
 def clips(objective: Objective) -> dict[str, float]:
-    """The clip of the losses that have one."""
-    return {name: objective.options[name] for name in ("clip_low", "clip_high") if name in objective.options}
+    """The clip of the losses that have one, as distances from 1."""
+    options = objective.options
+    if options.get("ratio_max") is not None:
+        return {"clip_low": 1 - (options["ratio_min"] or 0.0), "clip_high": options["ratio_max"] - 1}
+    return {name: options[name] for name in ("clip_low", "clip_high") if name in options}
 
 
 def correction(objective: Objective, columns: Columns, old: Tensor) -> Tensor | float:
@@ -166,7 +177,8 @@ def extremes(objective: Objective, batch: PackedBatch, stats: TokenStats) -> Met
     columns = batch.columns
     old = stats.logps if columns.old_logps is None else columns.old_logps
     ratio = policy.token_ratio(stats.logps, old)
-    found = policy.metrics(stats.logps, old, columns.read("advantages", objective.names[0]), **clips(objective))
+    known = stats.logps, old, columns.read("advantages", objective.names[0])
+    found = ratio_metrics(objective, *known, batch.cu_seqlens.to(old.device))
     low, high = (found[f"clip_ratio/{side}_mean"] for side in ("low", "high"))
     sampler = stats.logps if columns.sampler_logps is None else columns.sampler_logps
     difference = (stats.logps - sampler).abs().max()
@@ -189,6 +201,7 @@ def critic_loss(objective: Objective, batch: PackedBatch, values: Tensor) -> tup
     """The share of a critic's loss, a mean over scored tokens, and its metrics."""
     assert objective.on_policy is not None
     columns, clip = batch.columns, objective.on_policy.settings.value_clip
-    known = values.float(), columns.read("values", "the critic"), columns.read("returns", "the critic")
+    values = values.to(stats_dtype(values))
+    known = values, columns.read("values", "the critic"), columns.read("returns", "the critic")
     loss = weighted(policy.value_loss(*known, value_clip=clip), columns.read("value_weights", "the critic"))
     return loss, policy.value_metrics(*known, value_clip=clip)

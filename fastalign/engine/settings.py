@@ -85,6 +85,55 @@ def check_settings(config: Config) -> None:
     lora.check(config.model)
 
 
+def check_sampling(config: Config) -> None:
+    """Refuse settings of sampling that cannot be meant, once those of the algorithm are filled in."""
+    algorithm, sampler = config.algorithm, config.sampler
+    if config.method not in ON_POLICY:
+        return
+    from fastalign.rl.algorithms import ALGORITHMS
+    from fastalign.rl.sampler import check_settings as check_sampler
+    from fastalign.rl.sampler import truncates
+
+    assert algorithm is not None and algorithm.name is not None and sampler is not None
+    check_sampler(sampler)
+    updates, room = algorithm.num_minibatches or 1, sampler.max_new_tokens
+    wrong = {
+        "sampler.temperature 0 makes all completions of a prompt equal, from which nothing is learnt: set it above 0": (
+            sampler.temperature == 0
+        ),
+        "sampler.top_k, top_p and min_p leave tokens out, which the loss would have to know: sample from all tokens "
+        "(top_k 0, top_p 1, min_p 0); raft and online-dpo may leave some out": (
+            truncates(sampler) and ALGORITHMS[algorithm.name].credit is not None
+        ),
+        f"algorithm.num_minibatches {updates} is more than batch.size {config.batch.size}, the prompts of a step": (
+            updates > config.batch.size
+        ),
+        f"data.max_length {config.data.max_length} leaves no room for a prompt beside sampler.max_new_tokens {room}: "
+        "raise one or lower the other": room >= config.data.max_length,
+        f"algorithm.filter_zero_std ({algorithm.name}) draws as many prompts as it needs: set run.steps": (
+            bool(algorithm.filter_zero_std) and config.run.steps is None
+        ),
+        **follows_what(config),
+    }
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(text)
+
+
+def follows_what(config: Config) -> dict[str, bool]:
+    """What a reference that follows the policy cannot be."""
+    assert config.algorithm is not None
+    sync, other = config.algorithm.reference_sync, config.reference.path is not None
+    dtype = (other and config.reference.dtype) or config.model.dtype
+    adapter = config.model.lora is not None or lora.saved_adapter(config.model) is not None
+    return {
+        f"algorithm.reference_sync {sync}: the reference of an adapter is the model below it, which stays: set none, "
+        "or leave model.lora out": sync != "none" and adapter,
+        "algorithm.reference_sync ema moves the reference by less than bfloat16 can hold: set model.dtype to float32, "
+        "with model.autocast true to compute in bfloat16": sync == "ema" and dtype == "bfloat16",
+    }
+
+
 def check_types(config: Config) -> None:
     """Refuse values that are none of their setting's: the command line lets none pass, Python does."""
     for section, values in vars(config).items():

@@ -28,6 +28,8 @@ from fastalign.engine.methods import Objective, minibatches_of, objective_of
 from fastalign.engine.onpolicy import (
     cut_samples,
     follow,
+    kept,
+    make_scorer,
     make_source,
     sampled,
 )
@@ -41,7 +43,7 @@ from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
-from fastalign.engine.settings import check_settings, settle
+from fastalign.engine.settings import check_sampling, check_settings, check_types, settle
 from fastalign.engine.setup import (
     hash_tokens,
     horizon,
@@ -76,9 +78,11 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
         OSError: a file cannot be written, or another rank was waited for in vain.
         Interrupted: a signal ended the run; its text says how to go on.
     """
+    check_types(config)
     objective = objective_of(config)
     config = filled_in(config, objective)
     check_settings(config)
+    check_sampling(config)
     with handled() as signals, ExitStack() as to_the_end:
         with world(config.parallel) as ranks:
             to_the_end.enter_context(held(Path(config.run.output_dir), ranks))
@@ -166,13 +170,14 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     def room(policy: Policy) -> None:
         make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
 
+    scorer = make_scorer(config, objective, tokenizer, ranks)
     loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
     models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
     accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
-    if objective.on_policy is None:
+    if scorer is None:
         source: Source = Rows(data, batch.size, config.run.seed, rows)
     else:
-        source = make_source(config, objective, models, dataset, rows, tokenizer, ranks)
+        source = make_source(config, objective, models, dataset, rows, tokenizer, scorer, ranks)
     counts = None if held_out is None else held_out.counts
     held_out = next(iter(rest), None)  # the same rows, with their log-probs
     trained = what_trains(models, config, ranks)
@@ -314,7 +319,7 @@ def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
     directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, job.trained, state, job.world, keep)
+    save_checkpoint(directory, step, kept(job), state, job.world, keep)
 
 
 def resume(job: Job, checkpoint: Path) -> int:
@@ -340,7 +345,7 @@ def resume(job: Job, checkpoint: Path) -> int:
         if name in state["carried"]:
             part.load_state_dict(state["carried"][name])
     job.source.after(job.models.policy, state["step"])
-    state = load_checkpoint(checkpoint, job.trained, job.world)
+    state = load_checkpoint(checkpoint, kept(job), job.world)
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign.engine.forward import Models, run_critic, run_head
 from fastalign.engine.methods import Objective, passes_of
-from fastalign.engine.optim import take_step
+from fastalign.engine.optim import learning_rate, take_step
 from fastalign.engine.readings import EXTREMES
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
@@ -185,7 +185,9 @@ def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:
     if plan is None:
         return True, lr
     peak = plan.settings.critic_lr
-    return step > plan.settings.critic_warmup, lr if peak is None else lr * peak / job.config.optim.lr
+    if peak is not None:
+        lr = learning_rate(step, job.total, replace(job.config.optim, lr=peak))
+    return step > plan.settings.critic_warmup, lr
 
 
 def moved_too_far(objective: Objective, sums: Tensor) -> bool:

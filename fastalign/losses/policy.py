@@ -138,11 +138,7 @@ def gspo(
     Returns:
         ``[n]`` losses, equal within a sequence.
     """
-    counts = lengths(cu_seqlens).long()
-    mean = segment_sum(logps - old_logps, cu_seqlens) / counts.clamp(min=1)
-    ratio = mean.clamp(-LARGEST_LOG_RATIO, LARGEST_MEAN_LOG_RATIO).exp()
-    ratios = repeat_segments(ratio, cu_seqlens, len(logps))
-    return surrogate(ratios, advantages, clip_low, clip_high, None)
+    return surrogate(mean_ratio(logps, old_logps, cu_seqlens), advantages, clip_low, clip_high, None)
 
 
 def rloo(
@@ -169,15 +165,31 @@ def rloo(
     Returns:
         ``[n]`` losses: each token has an equal share of its sequence's.
     """
-    counts = lengths(cu_seqlens).long()
-    ratio = segment_sum(logps - old_logps, cu_seqlens).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-    ratios, share = (repeat_segments(x, cu_seqlens, len(logps)) for x in (ratio, counts))
-    return surrogate(ratios, advantages, clip_low, clip_high, None) / share
+    ratio = product_ratio(logps, old_logps, cu_seqlens)
+    share = repeat_segments(lengths(cu_seqlens).long(), cu_seqlens, len(logps))
+    return surrogate(ratio, advantages, clip_low, clip_high, None) / share
 
 
 def token_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
     """``r``, ``[n]``."""
     return ratio_of(logps - old_logps)
+
+
+def mean_ratio(logps: Tensor, old_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``[n]`` the geometric mean of each sequence's ratios, at each of its tokens."""
+    counts = lengths(cu_seqlens).long()
+    mean = segment_sum(logps - old_logps, cu_seqlens) / counts.clamp(min=1)
+    return repeat_segments(mean.clamp(-LARGEST_LOG_RATIO, LARGEST_MEAN_LOG_RATIO).exp(), cu_seqlens, len(logps))
+
+
+def product_ratio(logps: Tensor, old_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``[n]`` the product of each sequence's ratios, at each of its tokens."""
+    total = segment_sum(logps - old_logps, cu_seqlens)
+    return repeat_segments(total.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp(), cu_seqlens, len(logps))
+
+
+SEQUENCE_RATIOS = {"gspo": mean_ratio, "rloo": product_ratio}
+"""The ratios that losses of whole sequences clip, by their names; the others clip those of tokens."""
 
 
 def _token_loss(name: str, logps: Tensor, old_logps: Tensor, advantages: Tensor, knobs: Knobs) -> Tensor:
@@ -269,11 +281,20 @@ def sampler_correction(old_logps: Tensor, sampler_logps: Tensor, *, cap: float =
 
 
 def metrics(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_low: float = math.inf, clip_high: float = math.inf
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = math.inf,
+    clip_high: float = math.inf,
+    clipped: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """``[2]`` (sum, count) over tokens under TRL's names: the ratio, the KL from the sampler (k2), what is clipped."""
+    """``[2]`` (sum, count) over tokens under TRL's names: the ratio, the KL from the sampler (k2), what is clipped.
+
+    ``clipped [n]`` are the ratios that the loss clips, where they are not those of tokens.
+    """
     ratio = token_ratio(logps, old_logps)
-    low, high = clip_bounds(ratio, advantages, 1 - clip_low, 1 + clip_high)
+    low, high = clip_bounds(ratio if clipped is None else clipped, advantages, 1 - clip_low, 1 + clip_high)
     values = {
         "val/ratio": ratio,
         RATIO_SQUARED: ratio.square(),

@@ -7,6 +7,7 @@ demonstrations and pairs (`rl.rollouts`), and minimise a loss (`losses`). Everyt
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -108,6 +109,8 @@ ALGORITHMS = {
     "raft": Algorithm("sft", select="best"),
     "online_dpo": Algorithm("dpo", select="best_and_worst", defaults={"num_generations": 2}),
 }
+LEAST = sys.float_info.min
+"""The smallest number above 0."""
 GROUPED = (credit.grpo, credit.dr_grpo, credit.rloo, credit.reinforce_pp_baseline)
 """Credits that compare the completions of one prompt, of which there must be several."""
 
@@ -178,8 +181,25 @@ def preset(name: str, asked: str | None) -> dict[str, Any]:
     return {key: value for key, value in presets[asked].items() if key != "loss"}
 
 
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("gamma", "lam"), (0, 1, "in [0, 1]")),
+    **dict.fromkeys(("kl_coef", "entropy_coef", "vf_coef", "critic_lr", "critic_warmup"), (0, math.inf, "at least 0")),
+    "truncation_penalty": (0, math.inf, "at least 0"),
+    **dict.fromkeys(("kl_horizon", "reference_steps", "correction_cap"), (1, math.inf, "at least 1")),
+    **dict.fromkeys(("value_clip", "reward_clip", "kl_target", "target_kl"), (LEAST, math.inf, "above 0")),
+    "max_ratio": (math.nextafter(1, 2), math.inf, "above 1"),
+    **dict.fromkeys(("reference_alpha", "best_fraction"), (LEAST, 1, "above 0 and at most 1")),
+    **dict.fromkeys(("reward_scale", "reward_bias"), (-sys.float_info.max, sys.float_info.max, "finite")),
+}
+"""The least and the most that settings may be, None excepted, and how errors say it. NaN is in no range."""
+
+
 def check(algorithm: Algorithm, settings: AlgorithmConfig) -> None:
-    """Refuse settings that cannot be meant together."""
+    """Refuse settings that cannot be meant, alone or together."""
+    for key, (least, most, text) in RANGES.items():
+        value = getattr(settings, key)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"algorithm.{key} must be {text}, got {value}")
     several = algorithm.credit in GROUPED or algorithm.select != "all"
     bounds = {
         "num_generations": 2 if several else 1,
@@ -205,13 +225,38 @@ def check(algorithm: Algorithm, settings: AlgorithmConfig) -> None:
         "critic none: ppo needs a critic; grpo and rloo do without": (
             settings.critic == "none" and algorithm.credit is credit.gae
         ),
-        "normalize_values and critic_path are of a separate critic: set critic to separate": (
-            settings.critic != "separate" and settings.critic_path is not None
+        "critic_path, critic_lr and critic_warmup are of a separate critic: set critic to separate": (
+            settings.critic != "separate"
+            and bool(settings.critic_path or settings.critic_warmup or settings.critic_lr is not None)
         ),
+        "normalize_values: there is no critic whose values these are": bool(settings.normalize_values)
+        and settings.critic == "none",
+        f"reference_sync {settings.reference_sync}: no reference is read where kl_coef is 0": (
+            settings.reference_sync != "none" and algorithm.loss != "dpo" and not settings.kl_coef
+        ),
+        "filter_zero_std needs completions that are compared: set num_generations to 2 or more": (
+            bool(settings.filter_zero_std) and settings.num_generations == 1
+        ),
+        "best_fraction is of raft": settings.best_fraction is not None and algorithm.select != "best",
+    }
+    refuse |= {
+        f"{key} {value}: {settings.name} trains on selected completions, which has no such setting: leave it out": True
+        for key, value in unread(algorithm, settings).items()
     }
     for text, wrong in refuse.items():
         if wrong:
             raise ValueError(f"algorithm.{text}")
+
+
+def unread(algorithm: Algorithm, settings: AlgorithmConfig) -> dict[str, Any]:
+    """Settings of policy gradients that were changed for an algorithm that selects completions."""
+    if algorithm.credit is not None:
+        return {}
+    own = ("num_iterations", "num_minibatches", "kl_coef", "normalize_advantages", "entropy_coef", "kl_target")
+    own += ("target_kl", "max_ratio", "correction")
+    unset = {**{f.name: f.default for f in fields(settings)}, **DEFAULTS}
+    changed = {key: getattr(settings, key) for key in own if getattr(settings, key) != unset[key]}
+    return changed | ({"truncation": "mask"} if settings.truncation == "mask" else {})
 
 
 def page() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,8 +32,8 @@ class Experience:
         values: ``[n]`` of the critic when the tokens were sampled; None without one.
         last_values: ``[B]`` of the state behind the last token, for completions that were cut off; None for 0.
         greedy_scores: ``[B]`` reward of the greedy answer to the same prompt.
-        token_rewards: ``[n]`` rewards of single tokens, or of steps at their last token; nan where there is none. The
-            scores hold their sum.
+        token_rewards: ``[n]`` rewards of single tokens, or of steps at their last token, nan where there is none; the
+            scores are their sums.
         gamma, lam: discount per token, and lambda of `gae`.
         process_group: of the ranks that share the step.
     """
@@ -58,12 +57,10 @@ class Experience:
 
     @property
     def paid(self) -> Tensor:
-        """``[n]`` reward of each token: its KL, its own reward, and at the last one what else the score holds."""
+        """``[n]`` reward of each token: its KL, and its own reward or at the last one the score of the completion."""
         if self.token_rewards is None:
             return add_at_ends(self.kl_rewards, self.scores, self.cu_seqlens)
-        own = self.token_rewards.nan_to_num(0.0)
-        rest = self.scores - segment_sum(own, self.cu_seqlens).to(self.scores.dtype)
-        return add_at_ends(self.kl_rewards + own, rest, self.cu_seqlens)
+        return self.kl_rewards + self.token_rewards.nan_to_num(0.0)
 
     def per_token(self, values: Tensor) -> Columns:
         """``[B]`` advantages of completions, given to each of their tokens."""
@@ -121,13 +118,3 @@ def gae(e: Experience) -> Columns:
     assert e.values is not None
     found, returns = estimate(e.paid, e.values, e.cu_seqlens, e.gamma, e.lam, last_values=e.last_values)
     return Columns(advantages=found, returns=returns)
-
-
-def last_rows(cu_seqlens: Tensor) -> Tensor:
-    """``[B]`` int64 the last token of each completion, of an empty one that of the completion before."""
-    return (cu_seqlens[1:].long() - 1).clamp(min=0)
-
-
-def device_groups(cu_groups: Tensor) -> Tensor:
-    """``[B]`` int64 the group of each sequence, from ``[G+1]`` offsets."""
-    return torch.arange(len(cu_groups) - 1, device=cu_groups.device).repeat_interleave(cu_groups.diff().long())

@@ -16,7 +16,7 @@ from fastalign.engine.optim import Trained
 log = logging.getLogger(__name__)
 
 Roles = Mapping[str, Trained]
-"""The modules that train, such as ``policy`` and ``critic``."""
+"""The modules that change, such as ``policy`` and ``critic``."""
 
 
 def tensors_of(trained: Roles) -> dict[str, Tensor]:
@@ -38,8 +38,12 @@ def kept(trained: Trained) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and saved buffers; what is frozen is loaded again from where it came from."""
-    names = {name for name, p in module.named_parameters() if p.requires_grad}
+    """Trained parameters and saved buffers; what is frozen is loaded again from where it came from.
+
+    All of a module that follows another, in which nothing trains.
+    """
+    every = dict(module.named_parameters())
+    names = {name for name, p in every.items() if p.requires_grad} or {*every}
     names |= {name for name, _ in module.named_buffers()}
     return {name: x for name, x in module.state_dict().items() if name in names}
 

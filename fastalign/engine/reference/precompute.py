@@ -29,6 +29,8 @@ def precompute(config: Config) -> str:
         OSError: the cache cannot be written.
     """
     objective, started = objective_of(config), time.perf_counter()
+    if objective.on_policy:
+        raise ValueError(f"{config.method} samples its completions: there are no log-probs to keep")
     if not objective.needs_reference or objective.head != "logps":
         reads = "whole distributions of its reference" if objective.needs_reference else "no reference"
         raise ValueError(f"{config.method} with loss {objective.name} reads {reads}: there are no log-probs to keep")
