@@ -10,7 +10,6 @@ examples                 packed, dealt and trained on like any other
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.answers import total
 from fastalign.rl.groups import Group, combine, differs, length_metrics, reward_metrics
 from fastalign.rl.rewards import shape_scores
-from fastalign.types import Columns, Prompt, Rollout
+from fastalign.rl.selection import select
+from fastalign.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -327,78 +327,3 @@ def with_paid(table: np.ndarray, rollouts: Sequence[Rollout]) -> np.ndarray:
     """``[G, F]`` rewards by function, and behind them what the environment has paid, where there is one."""
     paid = [[one.reward] for one in rollouts if one.reward is not None]
     return np.hstack([table, np.array(paid)]) if paid else table
-
-
-# --- from groups to examples -----------------------------------------------------------------------------------------
-
-
-def select(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
-    """What the algorithm trains on."""
-    return SELECT[plan.algorithm.select](plan, groups)
-
-
-def all_completions(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
-    """Every completion that has a reward; a group in which too few have one is left out."""
-    least = 1 if plan.settings.num_generations == 1 else 2
-    kept = [(group, np.flatnonzero(~np.isnan(group.rewards))) for group in groups]
-    return [group_example(plan, group, chosen.tolist()) for group, chosen in kept if len(chosen) >= least]
-
-
-def best(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
-    """The best completion of each prompt, or the best share of all."""
-    scores = [np.where(np.isnan(group.rewards), -math.inf, group.rewards) for group in groups]
-    if plan.settings.best_fraction is None:
-        places = [(g, int(each.argmax())) for g, each in enumerate(scores) if each.max() > -math.inf]
-    else:
-        every = [(-score, g, i) for g, each in enumerate(scores) for i, score in enumerate(each) if score > -math.inf]
-        number = max(1, int(sum(map(len, scores)) * plan.settings.best_fraction))
-        places = sorted((g, i) for _, g, i in sorted(every)[:number])
-    return [TokenExample((sequence(groups[g].rollouts[i]),), groups[g].row) for g, i in places]
-
-
-def best_and_worst(plan: OnPolicy, groups: Sequence[Group]) -> list[TokenExample]:
-    """The best completion against the worst, where their rewards differ."""
-    pairs = []
-    for group in filter(differs, groups):
-        chosen, rejected = int(np.nanargmax(group.rewards)), int(np.nanargmin(group.rewards))
-        pairs.append(TokenExample(tuple(sequence(group.rollouts[i]) for i in (chosen, rejected)), group.row))
-    return pairs
-
-
-SELECT: dict[str, Callable[[OnPolicy, Sequence[Group]], list[TokenExample]]] = {
-    "all": all_completions,
-    "best": best,
-    "best_and_worst": best_and_worst,
-}
-
-
-def sequence(rollout: Rollout, scored: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and completion, of which the sampled tokens are scored."""
-    own = np.ones(len(rollout.tokens), dtype=bool) if rollout.scored is None else rollout.scored
-    mask = np.concatenate([np.zeros(len(rollout.prompt), dtype=bool), own & scored])
-    return np.concatenate([rollout.prompt, rollout.tokens]), mask
-
-
-def group_example(plan: OnPolicy, group: Group, chosen: Sequence[int]) -> TokenExample:
-    """The chosen completions of a prompt with what their loss reads."""
-    rollouts = [group.rollouts[i] for i in chosen]
-    leave_out = plan.settings.truncation == "mask"
-    sequences = tuple(sequence(one, scored=not (leave_out and one.finish == "length")) for one in rollouts)
-    columns: dict[str, Any] = {
-        "scores": group.rewards[list(chosen)],
-        "truncated": [one.finish == "length" for one in rollouts],
-        "sampler_logps": scored_part(rollouts, sequences, [one.sampler_logps for one in rollouts]),
-    }
-    if group.tokens is not None:
-        columns["token_rewards"] = scored_part(rollouts, sequences, [group.tokens[i] for i in chosen])
-    if group.greedy is not None:
-        columns["greedy_scores"] = [group.greedy] * len(rollouts)
-    return TokenExample(sequences, group.row, columns=Columns()).fill(**columns)
-
-
-def scored_part(
-    rollouts: Sequence[Rollout], sequences: Sequence[tuple[np.ndarray, np.ndarray]], values: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Numbers of the tokens of completions, of those alone that are scored."""
-    masks = [mask[len(one.prompt) :] for one, (_, mask) in zip(rollouts, sequences, strict=True)]
-    return np.concatenate([value[mask] for value, mask in zip(values, masks, strict=True)])

@@ -20,7 +20,6 @@ from fastalign.config import (
     SamplerConfig,
 )
 from fastalign.engine.train import train
-
 from runs import LLAMA, fork, numbers
 
 CLOCK = ("timing_s/", "step_time", "perf/")

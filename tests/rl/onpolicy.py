@@ -23,7 +23,8 @@ from fastalign.engine.train import Job, iteration, pack_share
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import Axis, World
 from fastalign.rl.groups import Group
-from fastalign.rl.rollouts import Rollouts, select
+from fastalign.rl.rollouts import Rollouts
+from fastalign.rl.selection import select
 from fastalign.types import Rollout
 
 VOCAB, MOST = 37, 8

@@ -7,8 +7,8 @@ from sampling import VOCAB, make_policy, make_prompts, make_sampler
 
 from fastalign.rl.environments import EnvironmentSampler, ToolUser, load_environment, tool_message
 from fastalign.rl.exact import largest_difference, trained_logps
-from fastalign.rl.rollouts import scored_part, sequence
 from fastalign.rl.sampler import Stops
+from fastalign.rl.selection import scored_part, sequence
 from fastalign.types import Prompt
 
 EOS = Stops(frozenset(range(0, VOCAB, 3)))
