@@ -73,7 +73,7 @@ def our_step(x: Inputs, *, past: Callable[[], Past], **options) -> Outputs:
     from fastalign.ops import forest_decode
 
     forest, step = past().forest, past().step
-    out = [forest_decode(*layer, forest, i, step, **options) for i, layer in enumerate(layers(x))]
+    out = [forest_decode(q, k, v, forest, i, step, **options) for i, (q, k, v) in enumerate(layers(x))]
     return {"out": torch.stack(out)}
 
 

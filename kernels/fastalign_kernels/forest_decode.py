@@ -5,7 +5,6 @@ taken from registers: no program waits for what another has written.
 """
 # A kernel's body is Triton's language, not Python's:
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportArgumentType=false
 
 from typing import Any
 
@@ -133,6 +132,8 @@ def decode(
     wide = torch.float64 if torch.float64 in (q.dtype, keys.dtype) else torch.float32
     heads = min(triton.next_power_of_2(group), max(1, QUERIES // (wide.itemsize * cols)))
     strides = {f"{name}_{kind}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, kind in AXES}
+    constants = {"GROUP": group, "HEADS": heads, "SIZE": size, "COLS": cols, "BLOCK": keys.shape[-1]}
+    constants |= {"HAS_SOFTCAP": softcap is not None, "DTYPE": tl.float64 if wide == torch.float64 else tl.float32}
     with launch.device(q):
         decode_kernel[(num_rows, key_heads, triton.cdiv(group, heads))](
             q_ptr=q,
@@ -143,18 +144,12 @@ def decode(
             chains_ptr=step.chains,
             lengths_ptr=step.lengths,
             out_ptr=out,
-            **strides,
             width=step.chains.shape[1],
             key_heads=key_heads,
             scale=float(scale),
             softcap=1.0 if softcap is None else float(softcap),
-            HAS_SOFTCAP=softcap is not None,
-            GROUP=group,
-            HEADS=heads,
-            SIZE=size,
-            COLS=cols,
-            BLOCK=keys.shape[-1],
-            DTYPE=tl.float64 if wide == torch.float64 else tl.float32,
+            **strides,
+            **constants,
             **launch.options(q),
         )
     return out
