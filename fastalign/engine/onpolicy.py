@@ -187,8 +187,9 @@ def check_reference(plan: OnPolicy, models: Models) -> None:
 def kept(job: Job) -> dict[str, Trained]:
     """What a checkpoint holds: what trains, and a reference that has followed."""
     plan, reference = job.objective.on_policy, job.models.reference
-    follows = plan is not None and plan.settings.reference_sync != "none" and isinstance(reference, Policy)
-    return {**job.trained, **({"reference": Trained(reference, AdamW([{"params": []}], {}))} if follows else {})}
+    if plan is None or plan.settings.reference_sync == "none" or not isinstance(reference, Policy):
+        return job.trained
+    return {**job.trained, "reference": Trained(reference, AdamW([{"params": []}], {}))}
 
 
 def local(policy: Policy) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.config import AlgorithmConfig
 from fastalign.types import Rollout
 
 
@@ -42,6 +43,34 @@ def combine(table: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """``[G]`` weighted sums over the last axis of what is not nan; nan where everything is."""
     total = np.nansum(table * np.asarray(weights), axis=-1)
     return np.where(np.isnan(table).all(axis=-1), np.nan, total)
+
+
+def pay_tokens(
+    table: np.ndarray,
+    by_token: Sequence[np.ndarray],
+    rollouts: Sequence[Rollout],
+    weights: Sequence[float],
+    settings: AlgorithmConfig,
+    shaped: Callable[[float, Rollout], float],
+) -> list[np.ndarray]:
+    """``[R]`` rewards of the tokens of each completion where some are for tokens; nan where there is none.
+
+    Those are scaled. What rewards whole completions is shaped and paid at the last sampled token; of one that was cut
+    off not with truncation bootstrap.
+    """
+    found = []
+    for row, tokens, one in zip(table, by_token, rollouts, strict=True):
+        of_tokens = np.zeros(len(row), dtype=bool)
+        of_tokens[: tokens.shape[1]] = ~np.isnan(tokens).all(0)
+        rest = float(combine(np.where(of_tokens, np.nan, row), weights))
+        paid = combine(tokens, weights[: tokens.shape[1]]) * settings.reward_scale
+        extra = shaped(0.0 if np.isnan(rest) and of_tokens.any() else rest, one)
+        cut = settings.truncation == "bootstrap" and one.finish == "length"
+        if not (np.isnan(extra) or cut) and (extra or not np.isnan(rest)):
+            last = -1 if one.scored is None else np.flatnonzero(one.scored)[-1]
+            paid[last] = np.nan_to_num(paid[last]) + extra
+        found.append(paid)
+    return found
 
 
 def differs(group: Group) -> bool:

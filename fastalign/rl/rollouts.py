@@ -28,7 +28,7 @@ from fastalign.parallel.mesh import World
 from fastalign.rl import credit
 from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.answers import total
-from fastalign.rl.groups import Group, combine, differs, length_metrics, reward_metrics
+from fastalign.rl.groups import Group, combine, differs, length_metrics, pay_tokens, reward_metrics
 from fastalign.rl.rewards import shape_scores
 from fastalign.rl.selection import select
 from fastalign.types import Prompt, Rollout
@@ -234,32 +234,15 @@ class Rollouts(Rows):
             baseline = float(np.nan_to_num(combine(known, weights)[0]))
             baseline = self.shaped(baseline, greedy[0])
         if scores.tokens is not None:
-            tokens = self._token_rewards(table, scores.tokens, rollouts)
+            if self.plan.charges_kl and self.plan.algorithm.credit is credit.grpo:
+                raise ValueError(
+                    "algorithm.kl_where reward: beside rewards of steps the KL goes into the loss: set loss"
+                )
+            tokens = pay_tokens(table, scores.tokens, rollouts, weights, self.plan.settings, self.shaped)
             return Group(rollouts, table, np.array([total(each) for each in tokens]), tokens, baseline)
         rewards = combine(table, weights)
         shaped = np.array([self.shaped(r, one) for r, one in zip(rewards, rollouts, strict=True)])
         return Group(rollouts, table, shaped, None, baseline)
-
-    def _token_rewards(
-        self, table: np.ndarray, by_token: Sequence[np.ndarray], rollouts: list[Rollout]
-    ) -> list[np.ndarray]:
-        """``[R]`` rewards of tokens, scaled; what rewards whole completions, shaped, is paid at their last token."""
-        if self.plan.charges_kl and self.plan.algorithm.credit is credit.grpo:
-            text = "beside rewards of steps the KL is a term of the loss: set loss"
-            raise ValueError(f"algorithm.kl_where reward: {text}")
-        s, found = self.plan.settings, []
-        for row, tokens, one in zip(table, by_token, rollouts, strict=True):
-            of_steps = np.zeros(len(row), dtype=bool)
-            of_steps[: tokens.shape[1]] = ~np.isnan(tokens).all(0)
-            outcome = float(combine(np.where(of_steps, np.nan, row), self.weights))
-            paid = combine(tokens, self.scorer.weights) * s.reward_scale
-            extra = self.shaped(0.0 if np.isnan(outcome) and of_steps.any() else outcome, one)
-            cut = s.truncation == "bootstrap" and one.finish == "length"
-            if not (np.isnan(extra) or cut) and (extra or not np.isnan(outcome)):
-                last = -1 if one.scored is None else np.flatnonzero(one.scored)[-1]
-                paid[last] = np.nan_to_num(paid[last]) + extra
-            found.append(paid)
-        return found
 
     @property
     def names(self) -> tuple[str, ...]:

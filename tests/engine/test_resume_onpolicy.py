@@ -67,13 +67,13 @@ def left(config: Config) -> tuple:
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, method):
     whole, killed = (configure(tmp_path, method, name) for name in ("whole", "killed"))
     broken = fork(killed)
-    train(whole)
     draw = random.Random(time.time_ns())  # another moment every time: the outcome must not depend on it
-    lines, pause = draw.randint(2, STEPS - 1), draw.uniform(0, 0.1)
+    lines, pause = draw.randint(2, STEPS - 2), draw.uniform(0, 0.05)
     wait_for_lines(Path(killed.run.output_dir) / "metrics.jsonl", lines)
     time.sleep(pause)
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
+    train(whole)
     killed.run.resume = True
     train(killed)
     for mine, theirs in zip(left(killed), left(whole), strict=True):

@@ -44,7 +44,7 @@ class Given(Rollouts):
 
     def __init__(self, plan: Any, world: World, groups: Sequence[Group]) -> None:
         sampler = SimpleNamespace(exact=False, sync=lambda policy, version: None)
-        scorer = SimpleNamespace(names=("right",), weights=(1.0,))
+        scorer = SimpleNamespace(names=("right",), weights=(1.0,), take_counts=dict)
         super().__init__(range(99), max(len(groups), 1), 0, None, plan, sampler, scorer, world)  # pyright: ignore
         self.given = list(groups)
 

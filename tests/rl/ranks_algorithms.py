@@ -35,7 +35,8 @@ def spread(models: Models, ranks: World) -> Models:
 
 def check(name: str, settings: dict, ranks: World, folder: Path) -> None:
     several = {} if name in ("raft", "online_dpo") else {"num_iterations": 2, "num_minibatches": 2}
-    for groups in (make_groups(), [make_group(7, (3, 1, 8))]):  # once a rank has no work
+    idle = [[make_group(7, (3, 1, 8))]] if name in ("grpo", "ppo", "online_dpo") else []  # a rank without work
+    for groups in (make_groups(), *idle):
         ends = []
         for size, place in ((1, ALONE), (2, ranks)):
             models = make_models(critic_of(name, settings))
