@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,6 +30,7 @@ from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.answers import total
 from fastalign.rl.groups import Group, combine, differs, length_metrics, pay_tokens, reward_metrics
 from fastalign.rl.rewards import shape_scores
+from fastalign.rl.sampler import Sampler
 from fastalign.rl.selection import select
 from fastalign.types import Prompt, Rollout
 
@@ -95,20 +96,6 @@ class NoScorer:
     def take_counts(self) -> dict[str, int]:
         """None."""
         return {}
-
-
-class Sampler(Protocol):
-    """Completes prompts; see `rl.sampler`."""
-
-    exact: bool
-
-    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
-        """Samples 0 to n - 1 of each prompt."""
-        ...
-
-    def sync(self, policy: Any, version: int) -> None:
-        """Sample from these weights from now on."""
-        ...
 
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
