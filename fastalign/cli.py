@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
-from fastalign.commands import GenerateConfig, ScoreConfig, SelectConfig
+from fastalign.commands import GenerateConfig, RlaifConfig, ScoreConfig, SelectConfig
 from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
@@ -201,6 +201,17 @@ def select(argv: list[str]) -> int:
     return 0
 
 
+def rlaif(argv: list[str]) -> int:
+    """Make data by AI feedback, revised answers or labelled pairs: fastalign rlaif --stage revise --model.path DIR."""
+    prepare_process()
+    kinds = {"rlaif": RlaifConfig, "model": ModelConfig, "sampler": SamplerConfig, "data": DataConfig}
+    settings = parse_sections("rlaif", "make data by AI feedback: revised answers or labelled pairs", argv, kinds)
+    from fastalign.pipelines.rlaif import rlaif as run  # brings transformers and datasets
+
+    print(run(settings["rlaif"], settings["model"], settings["sampler"], settings["data"]))
+    return 0
+
+
 def prepare_process() -> None:
     """Set what must be set before the losses or the engine are imported: bars and logs of this process."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
@@ -341,6 +352,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "score": score,
     "select": select,
+    "rlaif": rlaif,
     "replay": replay,
     "report": report,
     "torchrun": torchrun,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastalign.config import expand_homes
 
@@ -46,6 +46,45 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         expand_homes(self, "samples", "out")
+
+
+@dataclass
+class RlaifConfig:
+    """Which data `fastalign rlaif` makes by AI feedback, and where it writes them."""
+
+    stage: Literal["revise", "label"] | None = None
+    """revise: answers, criticised and revised by principles, for `fastalign sft`; label: pairs of answers with the
+    probability that one is the better, for `fastalign reward --loss.name soft_label`."""
+    principles: str | None = None
+    """YAML list of `{critique, revision, preference}`: the two requests of revise, the question of label. Default: a
+    built-in sample, `builtin`, which is printed when no stage is given."""
+    prompts: str | None = None
+    """Prompts: a .txt file with one on each line, or what `data.path` takes; default: `data.path`."""
+    out: str = "rlaif.jsonl"
+    """File that gets a line of JSON per prompt, in their order."""
+    rounds: int = 4
+    """For revise: critiques and revisions of each answer, each by a principle drawn anew."""
+    mix: str | None = None
+    """For revise: rows with `prompt` and `completion`, as `data.path` takes them, written behind those that are made:
+    helpful answers, so that the model does not learn to evade."""
+    answers: Literal["sample", "data"] = "sample"
+    """For label: sample two answers to each prompt, or compare `chosen` and `rejected` of the data."""
+    clamp: list[float] | None = None
+    """For label: bounds of the probability in either order, e.g. `[0.4, 0.6]` for a feedback model that is too sure."""
+    endpoint: str | None = None
+    """Server with OpenAI's chat API that gives the feedback, e.g. `http://localhost:8000/v1`; it also samples the
+    answers where `model` names no model. A text is sent as one turn of the user. Default: the model gives it."""
+    endpoint_model: str | None = None
+    """What the server calls its model; default: the first that it lists."""
+    seed: int = 0
+    """Seed of the draws, of tokens and of principles."""
+    resume: bool = False
+    """Keep the rows that `out` has already, and go on behind them."""
+    overwrite: bool = False
+    """Replace `out` where it is there."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "principles", "prompts", "out", "mix")
 
 
 @dataclass

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from datasets import Dataset
 
-from fastalign.commands import GenerateConfig
+from fastalign.commands import GenerateConfig, RlaifConfig
 from fastalign.config import DataConfig, ModelConfig, SamplerConfig
+from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.data.prompt_dataset import PromptDataset, encode_prompts
 from fastalign.data.sources import load_rows
@@ -38,6 +40,14 @@ SCORES = "ForSequenceClassification"
 """How transformers ends the class names of models that score."""
 
 
+class Out(Protocol):
+    """The settings of a command that writes a file and can go on with one."""
+
+    out: str
+    resume: bool
+    overwrite: bool
+
+
 def generate(settings: GenerateConfig, model: ModelConfig, sampler: SamplerConfig, data: DataConfig) -> str:
     """Sample and write completions; returns what was done, in words.
 
@@ -47,8 +57,9 @@ def generate(settings: GenerateConfig, model: ModelConfig, sampler: SamplerConfi
     check(settings, sampler)
     tokenizer = load_tokenizer(model, fallback=builtin_tokenizer)
     prompts = encode_prompts(read_prompts(settings, data), tokenizer, data, sampler.max_new_tokens)
-    written = resume(settings, prompts)
-    policy, precision = load(model, tokenizer, prompts) if sampler.backend != "vllm" else (None, nullcontext)
+    written = resume(settings, partial(check_line, settings, prompts))
+    first = prompts.fetch([*range(min(len(prompts), 4))])
+    policy, precision = load(model, tokenizer, first) if sampler.backend != "vllm" else (None, nullcontext)
     if sampler.exact == "auto":  # nothing here is compared with training
         sampler = replace(sampler, exact="off")
     source = make_sampler(policy, sampler, tokenizer, precision=precision)
@@ -60,11 +71,16 @@ def generate(settings: GenerateConfig, model: ModelConfig, sampler: SamplerConfi
 
 def check(settings: GenerateConfig, sampler: SamplerConfig) -> None:
     """Refuse what would lose or mix up files, or sample nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("fastalign generate runs in one process: start it without torchrun")
     check_settings(sampler)
     if settings.n < 1:
         raise ValueError(f"n: expected completions per prompt, 1 or more, got {settings.n}")
+    check_out("generate", settings)
+
+
+def check_out(command: str, settings: Out) -> None:
+    """Refuse a file that cannot be begun or gone on with, and several processes that would write it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"fastalign {command} runs in one process: start it without torchrun")
     if settings.resume and settings.overwrite:
         raise ValueError("resume and overwrite are both set: keep what is in the file, or replace it")
     out = Path(settings.out)
@@ -74,7 +90,7 @@ def check(settings: GenerateConfig, sampler: SamplerConfig) -> None:
         raise ValueError(f"out: {settings.out!r} exists: go on with --resume, or replace it with --overwrite")
 
 
-def read_prompts(settings: GenerateConfig, data: DataConfig) -> Dataset:
+def read_prompts(settings: GenerateConfig | RlaifConfig, data: DataConfig) -> Dataset:
     """The rows that hold the prompts."""
     path = settings.prompts or data.path
     if not path:
@@ -89,9 +105,9 @@ def read_prompts(settings: GenerateConfig, data: DataConfig) -> Dataset:
 
 
 def load(
-    model: ModelConfig, tokenizer: Any, prompts: PromptDataset
+    model: ModelConfig, tokenizer: Any, examples: Sequence[TokenExample]
 ) -> tuple[Policy, Callable[[], AbstractContextManager]]:
-    """The model, compared with its plain forward on a few prompts, and the context of its forwards."""
+    """The model, compared with its plain forward on a few examples, and the context of its forwards."""
     check_model(model, tokenizer)
     refuse_reward_model(model)
     policy = load_policy(model, tokenizer=tokenizer)
@@ -103,7 +119,7 @@ def load(
         return torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
 
     with precision():
-        verify_packed(policy, build_batch(prompts.fetch(list(range(min(len(prompts), 4)))), True).to(device))
+        verify_packed(policy, build_batch(examples, True).to(device))
     return policy, precision
 
 
@@ -162,11 +178,13 @@ def as_line(index: int, rollout: Rollout, prompts: PromptDataset, tokenizer: Any
     }
 
 
-def resume(settings: GenerateConfig, prompts: PromptDataset) -> int:
-    """Lines that stay in the file, of which a last one that was not written to its end is cut off.
+def resume(settings: Out, keep: Callable[[bytes, int], bool]) -> int:
+    """Lines that stay in the file; the others are cut off.
 
-    Raises:
-        ValueError: the file holds samples of other prompts, or another number of each.
+    Args:
+        settings: the file, and whether it is begun anew.
+        keep: whether a line stays, given its place, and with it those before; raises where it is of another run. A last
+            line that was not written to its end never stays.
     """
     path = Path(settings.out)
     if settings.overwrite or not path.exists():
@@ -175,15 +193,15 @@ def resume(settings: GenerateConfig, prompts: PromptDataset) -> int:
     count, end = 0, 0
     with open(path, "rb+") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or not keep(line, count):
                 break
-            _check_line(line, count, settings, prompts)
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
 
 
-def _check_line(line: bytes, count: int, settings: GenerateConfig, prompts: PromptDataset) -> None:
+def check_line(settings: GenerateConfig, prompts: PromptDataset, line: bytes, count: int) -> bool:
+    """Refuse a line that is no sample, or of other prompts, or of another number of each; else true."""
     index, sample = divmod(count, settings.n)
     where = f"out: line {count + 1} of {settings.out!r}"
     try:
@@ -197,3 +215,4 @@ def _check_line(line: bytes, count: int, settings: GenerateConfig, prompts: Prom
             f"{where} is sample {place[1]} of prompt {place[0]}, which these prompts with n {settings.n} do not have "
             "there: resume with the prompts and n that it was begun with"
         )
+    return True

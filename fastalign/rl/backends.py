@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -239,16 +240,28 @@ class ServerSampler:
         return rollout(prompt, sample, tokens, logps, finish, self.version)
 
     def _ask(self, what: str, body: dict[str, Any] | None = None) -> Any:
-        url = f"{str(self.settings.url).rstrip('/')}/{what}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(500).decode(errors="replace").split())
-            raise ValueError(f"sampler.url: {url} answers {error.code}: {said}") from error
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"sampler.url: {url} does not answer ({error}): start the server, or mend the url"
-            ) from error
+        return ask(f"{str(self.settings.url).rstrip('/')}/{what}", body, "sampler.url")
+
+
+def ask(url: str, body: dict[str, Any] | None, setting: str) -> Any:
+    """What a server answers, with the key in OPENAI_API_KEY if there is one.
+
+    Args:
+        url: of the request.
+        body: what is posted; None gets.
+        setting: what errors call the setting that names the server.
+
+    Raises:
+        ValueError: it does not answer, or with an error, or no JSON.
+    """
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = " ".join(error.read(500).decode(errors="replace").split())
+        raise ValueError(f"{setting}: {url} answers {error.code}: {said}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting}: {url} does not answer ({error}): start the server, or mend the url") from error
