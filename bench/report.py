@@ -362,16 +362,16 @@ def memory_plot(groups: list[Rows], where: str) -> Figure:
 
 
 def training_plot(rows: Rows, where: str) -> Figure:
-    """Loss curves of every side over each other, and their speeds."""
+    """Curves of every side over each other, of rewards where answers are sampled, else of losses; and their speeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=[2, 1])
+    what = "rewards" if "rewards" in rows[0] else "losses"
     for index, row in enumerate(rows):
-        steps = range(1, len(row["losses"]) + 1)
-        curves.plot(steps, row["losses"], label=name(row), **CURVES[min(index, 2)])
+        curves.plot(range(1, len(row[what]) + 1), row[what], label=name(row), **CURVES[min(index, 2)])
     curves.set(
-        title=f"{rows[0]['task'].upper()} loss, same rows in the same order", xlabel=f"step\n{where}", ylabel="loss"
+        title=f"{rows[0]['task'].upper()} {what}, same rows in the same order", xlabel=f"step\n{where}", ylabel=what
     )
     curves.legend(frameon=False, fontsize=9)
     bars.barh(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from bench.workload import TASKS, Row, Workload
 
 ROOF = "roof"
 """The side that multiplies matrices and trains nothing."""
+REWARD = """
+def length(completions, **rest):
+    return [len(text) % 8 / 8 for text in completions]
+"""
+"""The reward of tasks that sample, for every side: it costs next to nothing."""
 
 
 def prepare(work: Workload, pairs: list[Row] | None = None) -> Row:
@@ -25,6 +32,7 @@ def prepare(work: Workload, pairs: list[Row] | None = None) -> Row:
     facts = workload.prepare(work, pairs)
     if work.task == "grpo-update":
         rollouts.prepare(work)
+    work.reward.write_text(REWARD)
     return facts
 
 
@@ -38,6 +46,7 @@ def run(side: str, work: Workload, profile: bool = False, turns: int | None = No
     log = StepLog(device=work.device, turns=turns, profiler=profiler, profile_after=work.warmup)
     build(side, work, log)()
     names = ("wall", "cpu", "queued", "losses", "tokens", "scored", "flops", "ready_mib", "peak_mib")
+    names += ("sampling", "rewards")
     (work.path / f"{side}.json").write_text(json.dumps({name: getattr(log, name) for name in names}))
     if profiler is not None:
         print_profile(profiler)
@@ -66,6 +75,8 @@ def fastalign_job(work: Workload, log: StepLog) -> Callable[[], Any]:
     """fastalign's own training job on the workload."""
     from fastalign.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
     from fastalign.engine.train import train
+    from fastalign.rl import backends
+    from fastalign.rl.sampler import Stops
 
     config = Config(
         method=work.task,
@@ -76,18 +87,35 @@ def fastalign_job(work: Workload, log: StepLog) -> Callable[[], Any]:
         batch=BatchConfig(size=work.examples),
         optim=OptimConfig(lr=work.lr, schedule="constant", clip_norm=1.0),
         run=RunConfig(output_dir=tempfile.mkdtemp(dir=work.path), steps=work.steps, seed=work.seed),
+        **(sampling_settings(work) if TASKS[work.task].samples else {}),
     )
 
     def job() -> None:
-        train(config, on_step=lambda step: log.tick())
+        with patch.object(backends, "stops_of", lambda *known: Stops()):  # answers go on after EOS
+            train(config, on_step=lambda step: log.tick())
         metrics = Path(config.run.output_dir, "metrics.jsonl").read_text().splitlines()
         for record in map(json.loads, metrics):
             log.losses.append(record["loss"])
             log.tokens.append(record["tokens_computed"])
             log.scored.append(record["tokens_response"])
-            log.flops.append(record["flops_model"])
+            if TASKS[work.task].samples:
+                log.sampling.append(record["t_generate"])
+                log.rewards.append(record["reward"])
+            else:
+                log.flops.append(record["flops_model"])
 
     return job
+
+
+def sampling_settings(work: Workload) -> dict[str, Any]:
+    """Eight answers to every prompt, and their reward."""
+    from fastalign.config import AlgorithmConfig, SamplerConfig
+
+    return {
+        "rewards": [{"function": f"{work.reward}:length"}],
+        "algorithm": AlgorithmConfig(num_generations=rollouts.GROUP),
+        "sampler": SamplerConfig(max_new_tokens=work.answer),
+    }
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------
@@ -104,21 +132,21 @@ def trl_side(work: Workload, log: StepLog, *, select_rows: bool) -> Callable[[],
 
     if select_rows:
         trl.trainer.utils._use_triton = lambda device: True
-    trainer = trainer_class(work)
+    trainer = trainer_class(work, log)
     config = getattr(trl, TASKS[work.task].trainer.replace("Trainer", "Config"))
-    more = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if work.task == "grpo-update" else {}
+    more = {"reward_funcs": runpy.run_path(str(work.reward))["length"]} if work.task.startswith("grpo") else {}
     return trainer(
         model=str(work.model),
         args=config(**trl_settings(work)),
         train_dataset=trl_dataset(work),
         processing_class=AutoTokenizer.from_pretrained(work.model),
-        callbacks=[trl_clock(log)],
+        callbacks=[trl_clock(work, log)],
         **more,
     ).train
 
 
-def trl_clock(log: StepLog) -> Any:
-    """A callback that reads the clock after each step, and keeps the losses."""
+def trl_clock(work: Workload, log: StepLog) -> Any:
+    """A callback that reads the clock after each step, and keeps the losses and rewards."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -131,6 +159,7 @@ def trl_clock(log: StepLog) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 log.losses.append(logs["loss"])
+                log.rewards += [logs["reward"]] if TASKS[work.task].samples else []
 
     return Clock()
 
@@ -153,7 +182,7 @@ def trl_settings(work: Workload) -> dict[str, Any]:
     more than it saves, two sequences are. Measured on two cores, sequences a second with 1, 2, 4 and 16 flattened:
     fp32 19.7, 19.1, 17.2, 10.1; bf16 20.5, 24.5, 22.4, 15.9; padded in fours, fp32, 14.4.
     """
-    sequences = work.examples * (rollouts.GROUP if work.task == "grpo-update" else 1)
+    sequences = work.examples * (rollouts.GROUP if work.task.startswith("grpo") else 1)
     common = {
         "output_dir": str(work.path / "trl"),
         "model_init_kwargs": {"dtype": "float32"},
@@ -180,6 +209,8 @@ def task_settings(work: Workload) -> dict[str, Any]:
     """The task's."""
     preference = {"max_length": work.max_length, "beta": work.beta, "precompute_ref_log_probs": work.precomputed}
     update = {"num_generations": rollouts.GROUP, "steps_per_generation": 1, "shuffle_dataset": False}
+    policy = {**update, "beta": 0.0, "loss_type": "dapo", "epsilon": 0.2, "temperature": 1.0}
+    endless = {"max_completion_length": work.answer, "generation_kwargs": {"eos_token_id": work.vocab_size}}
     rows = (2 if work.examples % 2 == 0 else 1) if work.device == "cpu" else work.examples
     flat = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": work.examples // rows}
     return {
@@ -187,14 +218,17 @@ def task_settings(work: Workload) -> dict[str, Any]:
         "kto": preference,
         "reward": {"max_length": work.max_length},
         "sft": {"max_length": None, "padding_free": rows > 1, **flat},
-        "grpo-update": {**update, "beta": 0.0, "loss_type": "dapo", "epsilon": 0.2, "temperature": 1.0},
+        "grpo-update": policy,
+        "grpo": {**policy, **endless},
     }[work.task]
 
 
-def trainer_class(work: Workload) -> Any:
-    """TRL's trainer; that of GRPO is given its rollouts in place of generating them."""
+def trainer_class(work: Workload, log: StepLog) -> Any:
+    """TRL's trainer; that of the update of GRPO is given its rollouts in place of generating them."""
     import trl
 
+    if work.task == "grpo":
+        return sampling_trainer(work, log)
     if work.task != "grpo-update":
         return getattr(trl, TASKS[work.task].trainer)
     groups = rollouts.read(work)
@@ -205,6 +239,22 @@ def trainer_class(work: Workload) -> Any:
             return padded(chosen, self.processing_class.pad_token_id)
 
     return Update
+
+
+def sampling_trainer(work: Workload, log: StepLog) -> Any:
+    """GRPOTrainer that tells the seconds and tokens of its sampling, and to which EOS is a token like any other."""
+    import trl
+
+    class Sampling(trl.GRPOTrainer):
+        def _generate(self, prompts: list[str]) -> Any:
+            self.eos_token_ids = [work.vocab_size]  # no token has that number
+            start = time.perf_counter()
+            made = super()._generate(prompts)
+            log.sampling.append(time.perf_counter() - start)
+            log.scored.append(sum(map(len, made[1])))
+            return made
+
+    return Sampling
 
 
 def padded(groups: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:

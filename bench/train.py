@@ -119,6 +119,7 @@ def summarise(runs: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any]:
         "ready_mib": statistics.median(run["ready_mib"] for run in runs),
         "losses": runs[0]["losses"],
         "step_seconds": seconds,
+        **({"sampling_seconds": timed("sampling"), "rewards": runs[0]["rewards"]} if TASKS[work.task].samples else {}),
         "own_seconds": [
             min(wall, max(wall - queued, cpu / work.threads))
             for wall, queued, cpu in zip(seconds, timed("queued"), timed("cpu"), strict=True)
@@ -214,12 +215,32 @@ def loss_table(figures: dict[str, dict[str, Any]]) -> None:
     common.print_table("Same rows, same order, same optimizer", columns, rows)
 
 
+def parts_table(figures: dict[str, dict[str, Any]]) -> None:
+    """Sampling and the rest of a step apart, and the rewards of what was sampled."""
+    parts = {
+        side: (
+            row["sampling_seconds"],
+            [a - b for a, b in zip(row["step_seconds"], row["sampling_seconds"], strict=True)],
+        )
+        for side, row in figures.items()
+    }
+    rows = []
+    for side, each in parts.items():
+        cells = [SIDES[side]]
+        for ours, seconds in zip(parts.get("fastalign", each), each, strict=True):
+            ratio = statistics.median(a / b for a, b in zip(seconds, ours, strict=True))
+            cells += [f"{statistics.median(seconds):.2f}", "-" if side == "fastalign" else f"{ratio:.2f}x"]
+        rows.append((*cells, f"{statistics.mean(figures[side]['rewards']):.3f}"))
+    columns = ("median seconds of", "sampling", "we are", "rewards and update", "we are", "mean reward")
+    common.print_table("The parts of a step, answers of one length on every side", columns, rows)
+
+
 def chosen_sides(options: argparse.Namespace) -> list[str]:
     """The sides to run; an absent peer is left out with its reason."""
     one = options.device != "cpu" or not TASKS[options.task].scores_rows  # then both of TRL's are the same
     every = [name for name in SIDES if name != "trl-fair" or not one]
     names = options.only or ["fastalign", *(name for name in PEERS[options.peer] if name in every)]
-    reason = peers.missing("trl")
+    reason = peers.missing("trl") if TASKS[options.task].trainer else f"TRL has no trainer for {options.task}"
     if reason and any(name.startswith("trl") for name in names):
         print(f"skipped: {reason}")
         names = [name for name in names if not name.startswith("trl")]
@@ -279,12 +300,12 @@ def main(options: argparse.Namespace, work: Workload | None = None) -> int:
         work = make_work(options, directory, work)
         facts = sides.prepare(work)
         figures = measure(options, work)
-        roof = measure_roof(work) if "fastalign" in figures else {}
+        roof = measure_roof(work) if "fastalign" in figures and not TASKS[work.task].samples else {}
     speed_table(figures, facts, work)
     print_disturbed(figures)
     if roof and figures["fastalign"]["gflops"]:
         roof_table(figures["fastalign"], roof)
-    loss_table(figures)
+    (parts_table if TASKS[work.task].samples else loss_table)(figures)
     what = {"bench": "train", "task": work.task, "dtype": work.dtype, "steps": work.steps, **facts}
     what |= {"examples": work.examples, "unit": TASKS[work.task].unit, "precomputed": work.precomputed, "roof": roof}
     what |= {"neighbours": work.neighbours} if work.neighbours else {}

@@ -38,6 +38,7 @@ class StepLog:
         wall, cpu: seconds of each step.
         queued: of each step, the seconds in which threads of the side were ready to run and had no core.
         losses: one per step.
+        sampling, rewards: of each step that samples, the seconds of that, and the mean reward.
         tokens, scored, flops: what a step computed, where the side tells.
         ready_mib, peak_mib: peak memory before the first step, and until the end of the last.
         turns: the descriptor on which a turn is handed back, where there are turns.
@@ -48,6 +49,8 @@ class StepLog:
     cpu: list[float] = field(default_factory=list)
     queued: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)

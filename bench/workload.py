@@ -53,6 +53,11 @@ def labelled(pair: Row) -> Row:
     return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
 
 
+def prompt_only(pair: Row) -> Row:
+    """What is to be answered."""
+    return {"prompt": pair["prompt"]}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained.
@@ -61,9 +66,10 @@ class Task:
         row: a preference pair as a row of the task's data.
         unit: what is counted, in the plural.
         examples: of a step, by default.
-        trainer: TRL's.
+        trainer: TRL's; empty where it has none.
         scores_rows: TRL scores rows with an LM head, so that its selection of rows matters.
         reference: passes of the reference per pass of the policy.
+        samples: its answers are sampled in the step.
     """
 
     row: Callable[[Row], Row]
@@ -72,6 +78,7 @@ class Task:
     trainer: str
     scores_rows: bool = True
     reference: bool = False
+    samples: bool = False
 
 
 TASKS = {
@@ -80,6 +87,8 @@ TASKS = {
     "dpo": Task(as_is, "pairs", 8, "DPOTrainer", reference=True),
     "kto": Task(labelled, "completions", 16, "KTOTrainer", reference=True),
     "grpo-update": Task(as_is, "groups of 8", 2, "GRPOTrainer"),
+    "grpo": Task(prompt_only, "prompts with 8 answers", 8, "GRPOTrainer", samples=True),
+    "ppo": Task(prompt_only, "prompts with 8 answers", 8, "", samples=True),
 }
 
 
@@ -94,6 +103,7 @@ class Workload:
         precomputed: the reference's log-probs are known before the first step.
         warmup: first steps left out of the timing.
         neighbours: busy processes beside it.
+        answer: tokens of every answer that is sampled.
         tokens: entries of the tokenizer that is trained; the model's vocabulary may be larger.
     """
 
@@ -104,6 +114,7 @@ class Workload:
     examples: int = 8
     precomputed: bool = False
     max_length: int = 512
+    answer: int = 128
     tokens: int = 8192
     vocab_size: int = 8192
     hidden_size: int = 256
@@ -127,6 +138,11 @@ class Workload:
     @property
     def data(self) -> Path:
         return self.path / "rows.jsonl"
+
+    @property
+    def reward(self) -> Path:
+        """The reward function of tasks that sample."""
+        return self.path / "reward.py"
 
     @property
     def ordered(self) -> Path:
@@ -202,6 +218,8 @@ def _choose(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, wor
     random.Random(work.seed).shuffle(pairs)
 
     def fits(pair: dict[str, str]) -> bool:
+        if TASKS[work.task].samples:
+            return len(tokenizer(pair["prompt"]).input_ids) + work.answer <= work.max_length
         longest = max(len(tokenizer(pair["prompt"] + pair[side]).input_ids) for side in ("chosen", "rejected"))
         return longest < work.max_length
 

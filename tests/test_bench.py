@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import graphlib
 import importlib.util
@@ -379,6 +380,26 @@ def test_both_sides_train_alike(task, known, alike, tmp_path):
     theirs = run_side("trl", work)
     assert max(ours["losses"]) - min(ours["losses"]) > 0.01
     assert ours["losses"][:alike] == pytest.approx(theirs["losses"][:alike], abs=1e-4)
+
+
+def test_steps_that_sample_take_answers_of_one_length_on_every_side(tmp_path):
+    work = toy_work(tmp_path, "grpo", answer=8)
+    names = ["fastalign", *["trl"] * (peers.missing("trl") is None)]
+    for name in names:
+        run = run_side(name, work)
+        assert run["scored"] == [3 * 8 * 8] * 4, "EOS ends no answer"
+        assert all(0 < part < whole for part, whole in zip(run["sampling"], run["wall"], strict=True))
+        assert len(run["rewards"]) == 4 and all(0 < reward < 1 for reward in run["rewards"])
+
+
+def test_ppo_is_timed_without_a_peer(tmp_path, monkeypatch, capsys):
+    work = toy_work(tmp_path, "ppo", answer=8)
+    monkeypatch.setattr(train, "run_sides", lambda names, *_: {name: run_side(name, work) for name in names})
+    options = argparse.Namespace(task="ppo", device="cpu", only=None, peer="trl", repeats=1, profile=False)
+    figures = train.measure(options, work)
+    assert list(figures) == ["fastalign"] and "TRL has no trainer for ppo" in capsys.readouterr().out
+    train.parts_table({**figures, "again": figures["fastalign"]})
+    assert capsys.readouterr().out.count("1.00x") == 2
 
 
 def test_the_roof_is_measured_at_the_models_shapes(tmp_path):
