@@ -13,9 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
-from fastalign.ops.backends.torch import onednn
 from fastalign.ops.checks import Lora, check_matrix
 from fastalign.ops.head.head import (
     Head,
@@ -29,9 +27,7 @@ from fastalign.ops.head.head import (
     sweep,
     workspace,
 )
-from fastalign.ops.head.head import cut as select_rows
-from fastalign.ops.head.options import Call, gemm_dtype, make_call
-from fastalign.ops.head.plan import CPU_ROWS, row_bytes_of
+from fastalign.ops.head.options import Call, make_call
 from fastalign.ops.parallel import checked_together, localise
 from fastalign.ops.sample import (
     Cut,
@@ -46,9 +42,6 @@ from fastalign.ops.sample import (
 from fastalign.ops.sample import reference as sample_reference
 from fastalign.ops.sample_shards import draw_together
 from fastalign.types import SampleStats
-
-MKL_ROWS = 12
-"""Rows from which MKL's fp32 products give each row the same bits, measured on 1 and 2 threads; oneDNN's do from 2."""
 
 
 @torch.no_grad()
@@ -73,8 +66,8 @@ def linear_sample(
     """``sample`` from hidden states and the head's weight, in chunks of rows.
 
     On a CPU ``logps`` has the bits of ``linear_logps`` and ``linear_loss`` for the same hidden states, tokens and
-    temperature, whatever rows are around them, as far as the products of the matrix library do not depend on the number
-    of rows: in bf16 they do not, in fp32 few rows are padded to a number from which they do not.
+    temperature, whatever rows are around them, as far as the matrix library's products do not depend on the number of
+    rows: the head pads the few rows for which they do.
 
     Args:
         hidden: ``[B, D]``.
@@ -103,13 +96,11 @@ def linear_sample(
         if not logit_scale > 0:
             raise ValueError(f"logit_scale must be positive, got {logit_scale}")
     tau, greedy = split_greedy(temperature, hidden)
-    rows, extra = len(hidden), missing_rows(hidden, weight)
     more = {"truncation": tuple(cut), "greedy rows": greedy, "keys": keys, "positions": positions}
     given = {"bias": bias, "lora": lora, "softcap": softcap, "logit_scale": logit_scale, "memory": memory}
-    given |= {"process_group": process_group, "backend": backend, "num_scored": rows + extra}
-    given["temperature"] = pad(tau, (0, extra), value=1.0) if isinstance(tau, Tensor) else tau
-    labels = torch.zeros(rows + extra, dtype=torch.int64, device=hidden.device)
-    call, _ = make_call("linear_sample", pad(hidden, (0, 0, 0, extra)), weight, labels, given, more)
+    given |= {"process_group": process_group, "backend": backend, "num_scored": len(hidden), "temperature": tau}
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    call, _ = make_call("linear_sample", hidden, weight, labels, given, more)
     return _draw(call, uniforms(keys, positions), greedy, cut)
 
 
@@ -131,48 +122,23 @@ def reference(
     return sample_reference(logits, keys, positions, **options)
 
 
-def missing_rows(hidden: Tensor, weight: Tensor) -> int:
-    """Rows to add to a call in fp32 on a CPU, so that MKL's products give each row the bits that it has among many."""
-    concerned = hidden.device.type == "cpu" and gemm_dtype(hidden, weight) == torch.float32 and len(hidden) > 0
-    return max(0, MKL_ROWS - len(hidden)) if concerned else 0
-
-
-def enough_rows(head: Head) -> int:
-    """Rows from which each product of the head goes to the library that a chunk of a training batch goes to.
-
-    ``memory`` comes first. A head so small that no chunk leaves MKL needs no more than there are.
-    """
-    options, (columns, width) = head.options, head.weight.shape
-    if head.hidden.device.type != "cpu" or options.dtype != torch.float32 or not onednn.preferred():
-        return 1
-    counts = [-(-onednn.LEAST_WORK // max(1, weight.numel())) for weight, _ in head.parts]
-    enough = max((count for count in counts if count <= CPU_ROWS), default=1)
-    return enough if options.memory is None else min(enough, options.memory // row_bytes_of(columns, width, 4))
-
-
 def _draw(call: Call, noise: Tensor, greedy: bool | Tensor, cut: Cut) -> tuple[Tensor, SampleStats]:
-    """Tokens and statistics of a call's first rows, one for each noise; its labels are written chunk by chunk."""
-    rows, head = len(noise), make_head("linear_logps", call)
+    """Tokens and statistics of a call, whose labels are written chunk by chunk."""
+    head, parts = make_head("linear_logps", call), []
     kernels = drawing_kernels("linear_sample", call.backend, call.hidden.device, call.dtype, cut)
     plan = plan_for(head, "none", trained=None, wanted=Wanted(True, False))
-    enough, parts = enough_rows(head), []
-    buffer = workspace(head, max(plan.chunk_rows, enough), len(head.weight))
-    tokens, kept = noise.new_empty(rows, dtype=torch.int64), torch.ones_like(noise)
+    buffer = workspace(head, plan.chunk_rows, len(head.weight))
+    tokens, kept = torch.empty_like(noise, dtype=torch.int64), torch.ones_like(noise)
     for start, stop in plan.chunks:
-        hidden, here = hidden_rows(head, start, stop), slice(start, min(stop, rows))
-        logits = project(head, pad(hidden, (0, 0, 0, max(0, enough - len(hidden)))), buffer)
-        if here.start >= here.stop:
-            break
-        logits, flags = logits[: here.stop - start], greedy[here] if isinstance(greedy, Tensor) else greedy
-        scaling = scaling_of(head, start, here.stop)
+        rows, logits = slice(start, stop), project(head, hidden_rows(head, start, stop), buffer)
+        flags, scaling = greedy[rows] if isinstance(greedy, Tensor) else greedy, scaling_of(head, start, stop)
         if head.shard is None:
-            found = draw(kernels, logits, noise[here], flags, cut, **scaling)
+            tokens[rows], kept[rows] = draw(kernels, logits, noise[rows], flags, cut, **scaling)
         else:
-            found = draw_together(head.shard, kernels, logits, noise[here], flags, cut, **scaling)
-        tokens[here], kept[here] = found
-        write_labels(head, here, tokens[here])
-        parts.append(sweep(head, start, here.stop, logits, True))
-    stats = select_rows(join(head, parts, True), slice(0, rows))
+            tokens[rows], kept[rows] = draw_together(head.shard, kernels, logits, noise[rows], flags, cut, **scaling)
+        write_labels(head, rows, tokens[rows])
+        parts.append(sweep(head, start, stop, logits, True))
+    stats = join(head, parts, True)
     check_drawable(stats)
     return tokens, sample_stats(stats, kept, cut, head.out_dtype)
 

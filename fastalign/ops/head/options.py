@@ -27,7 +27,7 @@ from fastalign.ops.checks import (
     unpack_lora,
 )
 from fastalign.ops.head.dtensor import vocabulary_slices, whole
-from fastalign.ops.head.gemm import INVARIANT_ROWS
+from fastalign.ops.head.gemm import FEW_ROWS, INVARIANT_ROWS
 from fastalign.ops.parallel import agree, checked_together, is_split
 from fastalign.types import IGNORE_INDEX
 
@@ -273,9 +273,16 @@ def with_image(hidden: Tensor, scored: Tensor | None, down: Tensor, scale: float
 
 
 def image(rows: Tensor, down: Tensor, scale: float, batch_invariant: bool) -> Tensor:
-    """``scale * rows @ down.T``, rounded once; batch-invariant: in products where a row's place is no matter."""
+    """``scale * rows @ down.T``, rounded once; batch-invariant: in products where a row's place is no matter.
+
+    Few rows are padded as the head's other products pad them.
+    """
     if batch_invariant:
         tall, wide = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % INVARIANT_ROWS)) for x in (rows, down))
         images = [image(part, wide, scale, False) for part in tall.split(INVARIANT_ROWS)]
         return torch.cat(images)[: len(rows), : len(down)]
+    if rows.dtype == torch.float32 and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        few = FEW_ROWS - len(rows)
+        if 0 < few < FEW_ROWS:
+            return image(torch.nn.functional.pad(rows, (0, 0, 0, few)), down, scale, False)[: len(rows)]
     return torch.addmm(rows.new_zeros(1), rows, down.t(), beta=0, alpha=scale)
