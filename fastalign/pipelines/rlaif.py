@@ -244,9 +244,9 @@ def labelled(
     settings: RlaifConfig,
 ) -> Line:
     """The row of a pair: the answer that is more likely the better one is ``chosen``."""
-    one, two = (torch.tensor(each, dtype=torch.float64)[:, None].unbind(0) for each in (first, swapped))
+    logps = torch.tensor([first, swapped], dtype=torch.float64)
     clamp = None if settings.clamp is None else (settings.clamp[0], settings.clamp[1])
-    probability = debiased_preference(one, two, clamp=clamp).item()
+    probability = debiased_preference((logps[0, 0], logps[0, 1]), (logps[1, 0], logps[1, 1]), clamp=clamp).item()
     as_given = probability >= 0.5
     chosen, rejected = item.answers[:: 1 if as_given else -1]
     orders = (first, swapped) if as_given else (swapped, first)
