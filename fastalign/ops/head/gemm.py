@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastalign.ops.backends.cpp import product
 from fastalign.ops.backends.torch import onednn
-from fastalign.ops.head.plan import CPU_ROWS, UPCAST_ROWS
+from fastalign.ops.head.plan import UPCAST_ROWS
 
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
+LARGE_WEIGHT = 1 << 15
+"""Elements of a weight from which oneDNN's products are worth a fresh result that is copied."""
 FEW_ROWS = 12
 """In fp32 on a CPU fewer rows are padded to so many, as then a row's bits are those that it has among more: measured,
 oneDNN's products have them from 2 rows on and MKL's from 12, on 1 and 2 threads."""
@@ -37,7 +39,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
         return out
     if out.dtype != a.dtype:
         return _multiply_wide(a, b, out, plus)
-    large = max(len(a), CPU_ROWS) * b.numel() >= onednn.LEAST_WORK  # by the weight: few rows go where many would
+    large = b.numel() >= LARGE_WEIGHT  # whatever the rows: few go where many would
     if large and (plus is None or plus is out) and onednn.multiplies(a, b, out):
         onednn.multiply(a, b, out, add=plus is out)
         return out
