@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import common, gpu, measure, memory, ops, peers, report, sides, train, turns, workload
+from bench import common, gpu, measure, memory, ops, peers, report, sides, train, turns
 from bench.__main__ import main as bench
 from bench.cases import cases
 from bench.field import Field, Setting
@@ -497,10 +497,3 @@ def test_the_summary_counts_timed_steps_only():
     row = train.summarise([run], work)
     assert row["examples_per_second"] == pytest.approx(16 / 3)
     assert row["cpu_seconds_per_step"] == pytest.approx(3)
-
-
-def test_turns_are_cut_at_the_last_answer():
-    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    row = {"chosen": f"{prompt} d", "rejected": f"{prompt} e"}
-    assert workload.split_turns(row) == {"prompt": prompt, "chosen": " d", "rejected": " e"}
-    assert workload.split_turns({**row, "rejected": "\n\nHuman: x\n\nAssistant: e"}) is None

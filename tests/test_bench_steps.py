@@ -77,3 +77,10 @@ def test_what_learns_is_held_to_the_goal_and_a_collapse_to_its_alarm(capsys):
     assert "0.500 -> 0.800" in capsys.readouterr().out
     for case in learn.CASES.values():
         parse_config(case.method, ["--config", str(learn.EXAMPLES / f"{case.file}.yaml"), *case.flags])
+
+
+def test_turns_are_cut_at_the_last_answer():
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": f"{prompt} d", "rejected": f"{prompt} e"}
+    assert workload.split_turns(row) == {"prompt": prompt, "chosen": " d", "rejected": " e"}
+    assert workload.split_turns({**row, "rejected": "\n\nHuman: x\n\nAssistant: e"}) is None

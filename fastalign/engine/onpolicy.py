@@ -114,7 +114,8 @@ def credit_metrics(
     gradient = objective.policy_gradient
     if gradient is None:
         return {}
-    sums = torch.zeros(9, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(10, dtype=torch.float64, device=world.device)
+    sums[9] = sum(batch.num_scored for batch in batches)
     for batch in batches:
         columns, offsets = batch.columns, batch.cu_seqlens.to(world.device)
         if not batch.num_sequences or columns.scores is None:
@@ -133,11 +134,8 @@ def credit_metrics(
             missed = columns.returns.double() - columns.values.double()
             for i, x in enumerate((columns.returns.double(), missed)):
                 sums[5 + 2 * i : 7 + 2 * i] += torch.stack([x.sum(), x.square().sum()])
-    tokens = world.data.sum(
-        torch.tensor([float(sum(b.num_scored for b in batches))], dtype=torch.float64, device=world.device)
-    )
-    kl, cost, scores, ended, count, *moments = world.data.sum(sums).tolist()
-    count, number = max(count, 1.0), max(tokens.item(), 1.0)
+    kl, cost, scores, ended, count, *moments, number = world.data.sum(sums).tolist()
+    count, number = max(count, 1.0), max(number, 1.0)
     paid = price.value(gradient.settings.kl_coef or 0.0) if gradient.charges_kl else 0.0
     found = {"objective/scores": scores / count, "val/num_eos_tokens": ended}
     if objective.needs_reference:

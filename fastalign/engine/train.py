@@ -290,7 +290,7 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[Pac
             flat = [batch for part in parts for batch in part]
             work = measure_work(flat, job.world, memory, keeper.asked(step - 1))
         if isinstance(job.source, Rollouts):
-            for part, seconds in job.source.seconds.items():
+            for part, seconds in job.source.take_seconds().items():
                 watch.book(part, seconds)
         if not work.asked:
             feed.take()
@@ -304,7 +304,7 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     ours = job.models, job.held_out, job.objective, job.batch, job.world, job.carried
     try:
         if isinstance(job.source, Rollouts):
-            metrics = job.source.evaluate(cast(Any, job.held_out))
+            metrics = job.source.evaluate(cast(Any, job.held_out), between=partial(keeper.look, step))
         else:
             metrics = evaluate(*ours, between=partial(keeper.look, step))
     except Interrupted as stop:

@@ -153,27 +153,15 @@ def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: St
     metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
     with watch("optimizer"):
         sums = world.data.sum(add_sums(metrics, names, world.device))
-        most = (
-            world.data.max(add_extremes(metrics, list(EXTREMES), world.device))
-            if job.objective.policy_gradient
-            else sums.new_empty(0)
-        )
-        skipped = moved_too_far(job.objective, sums)
-        loss = sums[names.index("loss")]
-        finite = (
-            loss.isfinite().all() & (loss[1] > 0) & (not skipped)
-        )  # of a step that scores nothing there is nothing to learn
-        rates = dict.fromkeys(job.trained, lr)
+        most = sums.new_empty(0)
+        if job.objective.policy_gradient:
+            most = world.data.max(add_extremes(metrics, list(EXTREMES), world.device))
+        skipped, loss = moved_too_far(job.objective, sums), sums[names.index("loss")]
+        finite = loss.isfinite().all() & (loss[1] > 0) & (not skipped)  # nothing scored teaches nothing
         warm, critic_lr = warmup_of(job, step, lr)
-        norms = {
-            role: take_step(
-                one,
-                critic_lr if role == "critic" else rates[role],
-                job.config.optim.clip_norm,
-                finite & (warm or role == "critic"),
-            )
-            for role, one in job.trained.items()
-        }
+        known = {"policy": (lr, finite & warm), "critic": (critic_lr, finite)}
+        clip = job.config.optim.clip_norm
+        norms = {role: take_step(one, known[role][0], clip, known[role][1]) for role, one in job.trained.items()}
     losses = [one["loss"][0] if one else None for one in metrics]
     named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
     return Update(sums, norms["policy"], named, most, skipped)
@@ -213,6 +201,8 @@ def make_updates(job: Job, parts: list[list[PackedBatch]], step: int, lr: float,
 
 def total(objective: Objective, updates: list[Update]) -> Tensor:
     """Sums of metrics over the updates of a step; how far the sampler is from training only its first can tell."""
+    if len(updates) == 1:
+        return updates[0].sums  # without a copy from the host
     sums = torch.stack([one.sums for one in updates])
     first = torch.tensor([name.startswith("sampling/") for name in objective.metric_names], device=sums.device)
     return torch.where(first[:, None], sums[0], sums.sum(0))

@@ -276,12 +276,23 @@ class Rollouts(Rows):
             "num_tokens": self.num_tokens,
         }
 
-    def evaluate(self, prompts: Prompts, batch: int = 64) -> dict[str, float]:
-        """Rewards and lengths of one completion of each of other prompts, sampled with the weights as they are."""
+    def take_seconds(self) -> dict[str, float]:
+        """How long the parts of a step took, once: a step may be asked for again before it is taken."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def evaluate(
+        self, prompts: Prompts, batch: int = 64, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Rewards and lengths of one completion of each of other prompts, sampled with the weights as they are.
+
+        ``between`` is called on all ranks before every ``batch`` of prompts; what it raises ends the evaluation.
+        """
         training, self.prompts = self.prompts, prompts
         try:
             groups = []
             for start in range(0, len(prompts), batch):
+                between()
                 groups += self.roll_out(range(len(prompts))[start : start + batch], 1, EVALUATION_SEED)
         finally:
             self.prompts = training
