@@ -166,12 +166,15 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    """The device mesh (dp_replicate, dp_shard)."""
+    """The device mesh (dp_replicate, dp_shard, tp)."""
 
     dp_replicate: int = 1
     """Replicas of the sharded model."""
     dp_shard: int = -1
     """Ranks that share one copy of the weights (FSDP2); -1: all ranks that are left."""
+    tp: int = 1
+    """Ranks that compute each layer together, every one with its part of the heads, of the MLP and of the vocabulary
+    (tensor parallelism); they get the same batches. Neighbouring ranks: keep them on one node."""
     timeout_minutes: float = 60.0
     """Minutes that a rank waits for another, which reads data, loads a model or writes to a slow disk, before it gives
     the run up."""

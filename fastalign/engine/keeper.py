@@ -82,7 +82,7 @@ class Keeper:
 
     def look(self, step: int) -> None:
         """Raise `Interrupted` on all ranks when one was asked to stop: between the parts of an evaluation."""
-        level = int(self.world.data.gather([self.asked(step)]).max())
+        level = int(self.world.everyone.gather([self.asked(step)]).max())
         if level > SAVE:
             self.end(level)
 

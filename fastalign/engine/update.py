@@ -67,8 +67,8 @@ def measure_work(batches: Sequence[PackedBatch], world: World, memory: int, aske
         ]
         for b in batches
     ]
-    everyone = world.data.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
-    counts = (int(x) for x in everyone[:, :-2].sum(0))
+    everyone = world.everyone.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
+    counts = (int(x) for x in everyone[:: world.size // world.data.size, :-2].sum(0))  # one of each tensor group
     memory, asked = (int(x) for x in everyone[:, -2:].amax(0))
     return Work(*counts, micro_batches=len(batches), memory=memory, asked=asked)
 

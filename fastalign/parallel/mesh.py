@@ -1,4 +1,14 @@
-"""The ranks of a run: process group, device and the (dp_replicate, dp_shard) mesh, from the environment of torchrun."""
+"""The ranks of a run: process group, device and the (dp_replicate, dp_shard, tp) mesh, from torchrun's environment.
+
+Neighbouring ranks share a copy of each weight's part in a layer (tensor parallelism) and get the same batches; the
+ranks with equal tensor rank, one of each such group, get different ones (data parallelism). For 8 ranks with
+dp_replicate 2, dp_shard 2 and tp 2:
+
+                 dp_shard 0   dp_shard 1
+    replicate 0     0  1         2  3         data ranks 0, 1
+    replicate 1     4  5         6  7         data ranks 2, 3
+                   tp 0 1       tp 0 1
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -68,8 +79,8 @@ class World:
     Attributes:
         data: the axis over which batches are dealt; its ranks have different examples.
         device: where this rank computes.
-        mesh: ``(dp_replicate, dp_shard)``; None for a single process.
-        tensor: the axis over which each weight is cut, whose ranks have the same examples; None without one.
+        mesh: ``(dp_replicate, dp_shard, tp)``; None for a single process.
+        tensor: the axis over which layers are cut, whose ranks have the same examples; None where tp is 1.
     """
 
     data: Axis
@@ -86,6 +97,16 @@ class World:
     def size(self) -> int:
         """Of all ranks."""
         return self.data.size * (1 if self.tensor is None else self.tensor.size)
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh | None:
+        """``(dp_replicate, dp_shard)``, over which FSDP shards; None for a single process."""
+        return None if self.mesh is None else self.mesh["dp_replicate", "dp_shard"]
+
+    @property
+    def everyone(self) -> Axis:
+        """All ranks as one axis, in the order of `rank`."""
+        return Axis(self.rank, self.size, None if self.mesh is None else dist.group.WORLD)
 
     @property
     def is_main(self) -> bool:
@@ -130,14 +151,27 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
     with timeout_as_one_line(parallel.timeout_minutes):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         try:
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-            for group in mesh.get_all_groups():  # those of one dimension would have PyTorch's default
-                _set_pg_timeout(timeout, group)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+            data, tensor = axes_of(mesh)
+            groups = (*mesh.get_all_groups(), data.group, tensor and tensor.group)
+            for group in groups:  # those of one dimension would have PyTorch's default
+                if group is not None:
+                    _set_pg_timeout(timeout, group)
             with sharing_cores():
-                yield World(Axis(dist.get_rank(), size, dist.group.WORLD), device, mesh)
+                yield World(data, device, mesh, tensor)
         finally:
             dist.destroy_process_group()
             time.sleep(LAST_WORK_SECONDS)
+
+
+def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
+    """This rank's data axis, over both its dimensions, and its tensor axis."""
+    replicate, shard, tp = mesh.shape
+    if tp == 1:
+        return Axis(dist.get_rank(), replicate * shard, dist.group.WORLD), None
+    data = mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    group = data.get_group() if data.size() > 1 else None
+    return Axis(data.get_local_rank(), data.size(), group), Axis(mesh.get_local_rank("tp"), tp, mesh.get_group("tp"))
 
 
 @contextmanager
@@ -163,18 +197,19 @@ def local_device() -> torch.device:
     return device
 
 
-def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, int]:
-    """``(dp_replicate, dp_shard)`` for ``size`` ranks, -1 filled in; ValueError when they do not multiply to it."""
-    replicate, shard = parallel.dp_replicate, parallel.dp_shard
-    if replicate < 1 or (shard < 1 and shard != -1):
+def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, int, int]:
+    """``(dp_replicate, dp_shard, tp)`` for ``size`` ranks, -1 filled in; ValueError when they do not multiply to it."""
+    replicate, shard, tp = parallel.dp_replicate, parallel.dp_shard, parallel.tp
+    if replicate < 1 or tp < 1 or (shard < 1 and shard != -1):
         raise ValueError(
-            f"parallel: dp_replicate is 1 or more and dp_shard 1 or more or -1, got {replicate} and {shard}"
+            "parallel: dp_replicate and tp are 1 or more and dp_shard 1 or more or -1, "
+            f"got {replicate}, {tp} and {shard}"
         )
-    shard = size // replicate if shard == -1 else shard
-    if replicate * shard != size:
-        needed = max(replicate * shard, replicate)
+    shard = size // (replicate * tp) if shard == -1 else shard
+    if replicate * shard * tp != size:
+        needed = max(replicate * shard * tp, replicate * tp)
         raise ValueError(
-            f"parallel: dp_replicate {replicate} x dp_shard {parallel.dp_shard} does not make the {size} rank(s) "
-            f"launched; launch with `torchrun --nproc-per-node {needed} -m fastalign ...` or change the section"
+            f"parallel: dp_replicate {replicate} x dp_shard {parallel.dp_shard} x tp {tp} does not make the {size} "
+            f"rank(s) launched; launch with `torchrun --nproc-per-node {needed} -m fastalign ...` or change the section"
         )
-    return replicate, shard
+    return replicate, shard, tp

@@ -42,8 +42,8 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     computed, reduced = torch.bfloat16 if bf16 else None, torch.float32 if half else None
     precision = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
     for block in transformer_blocks(model):
-        fully_shard(block, mesh=world.mesh, mp_policy=precision)
-    fully_shard(model, mesh=world.mesh, mp_policy=precision)
+        fully_shard(block, mesh=world.data_mesh, mp_policy=precision)
+    fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
     return model
 
 

@@ -110,5 +110,5 @@ def test_the_model_is_written_when_nobody_waits_for_the_main_rank_any_more(confi
 
 
 def test_the_mesh_must_have_as_many_ranks_as_were_launched(configure):
-    with pytest.raises(ValueError, match=r"dp_replicate 1 x dp_shard 2 does not make the 1 rank\(s\) launched"):
+    with pytest.raises(ValueError, match=r"dp_replicate 1 x dp_shard 2 x tp 1 does not make the 1 rank\(s\) launched"):
         train(configure("sft", **{"parallel.dp_shard": 2}))

@@ -19,25 +19,37 @@ def test_two_ranks_have_the_gradients_of_one():
 
 
 @pytest.mark.parametrize(
-    "replicate, shards, size, shape", [(1, -1, 1, (1, 1)), (1, -1, 4, (1, 4)), (2, -1, 4, (2, 2)), (4, 1, 4, (4, 1))]
+    "replicate, shards, tp, size, shape",
+    [
+        (1, -1, 1, 1, (1, 1, 1)),
+        (1, -1, 1, 4, (1, 4, 1)),
+        (2, -1, 1, 4, (2, 2, 1)),
+        (4, 1, 1, 4, (4, 1, 1)),
+        (1, -1, 2, 4, (1, 2, 2)),
+        (2, -1, 2, 4, (2, 1, 2)),
+        (1, 1, 4, 4, (1, 1, 4)),
+    ],
 )
-def test_the_mesh_takes_all_ranks(replicate, shards, size, shape):
-    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shards), size) == shape
+def test_the_mesh_takes_all_ranks(replicate, shards, tp, size, shape):
+    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shards, tp=tp), size) == shape
 
 
 @pytest.mark.parametrize(
-    "replicate, shards, size, words",
+    "replicate, shards, tp, size, words",
     [
-        (1, 2, 1, r"dp_shard 2 does not make the 1 rank\(s\) launched; launch with `torchrun --nproc-per-node 2"),
-        (3, -1, 4, r"dp_replicate 3 x dp_shard -1 does not make the 4 rank"),
-        (2, -1, 1, r"launch with `torchrun --nproc-per-node 2"),
-        (0, 1, 1, r"dp_replicate is 1 or more"),
-        (1, 0, 1, r"dp_shard 1 or more or -1, got 1 and 0"),
+        (1, 2, 1, 1, r"dp_shard 2 x tp 1 does not make the 1 rank\(s\) launched; launch .* --nproc-per-node 2"),
+        (3, -1, 1, 4, r"dp_replicate 3 x dp_shard -1 x tp 1 does not make the 4 rank"),
+        (2, -1, 1, 1, r"launch with `torchrun --nproc-per-node 2"),
+        (1, -1, 3, 4, r"dp_shard -1 x tp 3 does not make the 4 rank\(s\) launched; launch .* --nproc-per-node 3"),
+        (1, -1, 2, 1, r"launch with `torchrun --nproc-per-node 2"),
+        (0, 1, 1, 1, r"dp_replicate and tp are 1 or more"),
+        (1, 1, 0, 1, r"dp_replicate and tp are 1 or more .* got 1, 0 and 1"),
+        (1, 0, 1, 1, r"dp_shard 1 or more or -1, got 1, 1 and 0"),
     ],
 )
-def test_a_mesh_of_another_size_is_refused(replicate, shards, size, words):
+def test_a_mesh_of_another_size_is_refused(replicate, shards, tp, size, words):
     with pytest.raises(ValueError, match=words):
-        mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shards), size)
+        mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shards, tp=tp), size)
 
 
 def test_one_process_needs_no_collective():

@@ -124,8 +124,9 @@ def describe_device(job: Job) -> str:
     name = f"{world.device} ({torch.cuda.get_device_name(world.device)})" if world.device.type == "cuda" else "cpu"
     if world.mesh is None:
         return f"{name}, 1 rank"
-    replicate, shard = world.mesh.shape
-    return f"{name}, {world.size} ranks (dp_replicate {replicate} x dp_shard {shard})"
+    replicate, shard, tp = world.mesh.shape
+    cut = f" x tp {tp}" if world.tensor else ""
+    return f"{name}, {world.size} ranks (dp_replicate {replicate} x dp_shard {shard}{cut})"
 
 
 def training_source(job: Job) -> str:

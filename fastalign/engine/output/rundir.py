@@ -46,7 +46,14 @@ FREE = {
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
-    *("batch.tokens", "batch.share_prefix", "parallel.dp_replicate", "parallel.dp_shard", "run.deterministic"),
+    *(
+        "batch.tokens",
+        "batch.share_prefix",
+        "parallel.dp_replicate",
+        "parallel.dp_shard",
+        "parallel.tp",
+        "run.deterministic",
+    ),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
     "optim.master_weights",
 }

@@ -182,7 +182,7 @@ def is_memory_short(policy: Policy, world: World, masters: bool = True) -> bool:
     """Whether what comes with weights that train leaves less than a quarter of a GPU, beside the weights."""
     if world.device.type != "cuda":
         return False
-    shards = world.mesh["dp_shard"].size() if world.mesh is not None else 1
+    shards = world.mesh["dp_shard"].size() * world.mesh["tp"].size() if world.mesh is not None else 1
     free, total = torch.cuda.mem_get_info(world.device)
     trained = [p for p in policy.parameters() if p.requires_grad] or [*policy.parameters()]
     beside = sum(p.numel() * bytes_beside(p.dtype, masters) for p in trained)
