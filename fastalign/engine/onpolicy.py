@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastalign.data.loader import TokenDataset
 from fastalign.disk import WriteError, writing
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import Objective
-from fastalign.engine.optim import AdamW, Trained, copy_all
+from fastalign.engine.optim import AdamW, Trained
 from fastalign.engine.output.metrics import MetricsLog, read_lines
 from fastalign.engine.output.progress import stage
 from fastalign.losses.policy import KL_ESTIMATORS
@@ -27,11 +26,10 @@ from fastalign.losses.reduce import segment_sum
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
-from fastalign.parallel.shard import reshard
+from fastalign.parallel.reallocate import move
 from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
-from fastalign.rl.ema import ema_update
 from fastalign.rl.environments import EnvironmentSampler, load_environment
 from fastalign.rl.groups import sample_lines
 from fastalign.rl.rollouts import NoScorer, Rollouts
@@ -163,14 +161,11 @@ def follow(job: Job, step: int) -> None:
     gradient, reference = job.objective.on_policy, job.models.reference
     if gradient is None or gradient.settings.reference_sync == "none" or reference is None:
         return
-    s, pair = gradient.settings, (cast(Policy, reference), job.models.policy)
-    for one in pair:
-        reshard(one)  # a forward without backward leaves the weights gathered
-    ours, theirs = map(local, pair)
+    s, reference = gradient.settings, cast(Policy, reference)
     if s.reference_sync == "ema":
-        ema_update(ours, theirs, eta=s.reference_alpha)
+        move(job.models.policy, reference, rate=s.reference_alpha)
     elif step % s.reference_steps == 0:
-        copy_all(theirs, ours)
+        move(job.models.policy, reference)
 
 
 def check_reference(plan: OnPolicy, models: Models) -> None:
@@ -188,12 +183,6 @@ def kept(job: Job) -> dict[str, Trained]:
     if plan is None or plan.settings.reference_sync == "none" or not isinstance(reference, Policy):
         return job.trained
     return {**job.trained, "reference": Trained(reference, AdamW([{"params": []}], {}))}
-
-
-def local(policy: Policy) -> list[Tensor]:
-    """This rank's part of each weight but a value head's, in one order."""
-    named = [(name, p.detach()) for name, p in policy.named_parameters() if not name.startswith("value_head.")]
-    return [getattr(p, "_local_tensor", p) for _, p in named]
 
 
 # --- samples.jsonl ---------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from vector_rows import Rows, mean_metrics
 
 from fastalign.losses import policy
 from fastalign.losses.reduce import Totals, repeat_segments, token_mean, token_weights
 from fastalign.ops import gae, whiten
-from fastalign.rl import advantages, algorithms, ema, rewards
+from fastalign.parallel.reallocate import move
+from fastalign.rl import advantages, algorithms, rewards
 
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
@@ -196,10 +198,10 @@ def normalised(inputs, params):
 
 
 def ema_reference(inputs, params):
-    reference = inputs["reference"].clone()
+    ours, theirs = (nn.ParameterDict({"weight": inputs[name].clone()}) for name in ("policy", "reference"))
     for _ in range(params["steps"]):
-        ema.ema_update([reference], [inputs["policy"]], eta=params["eta"])
-    return {"reference": reference}
+        move(ours, theirs, rate=params["eta"])
+    return {"reference": theirs["weight"].detach()}
 
 
 def adaptive_kl(inputs, params):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fastalign.losses import unpaired
 from fastalign.ops import gae
-from fastalign.rl import advantages, ema, rewards, selection
+from fastalign.rl import advantages, rewards, selection
 
 OFFSETS = torch.tensor([0, 2, 2, 3, 6])
 
@@ -94,15 +94,6 @@ def test_the_kl_controller_moves_by_a_fifth_per_horizon_at_most():
     assert rewards.adapt_kl_coef(0.1, 6.0) == 0.1
     assert rewards.adapt_kl_coef(0.1, 1e9, num_samples=10_000) == pytest.approx(0.12)
     assert rewards.adapt_kl_coef(0.1, 0.0, num_samples=10_000) == pytest.approx(0.08)
-
-
-def test_an_average_in_bf16_is_refused():
-    weight = torch.ones(3, dtype=torch.bfloat16)
-    reference = torch.zeros(3)
-    ema.ema_update([reference], [weight], eta=0.25)
-    assert reference.tolist() == [0.25] * 3
-    with pytest.raises(ValueError, match=r"average in torch.bfloat16 does not move: keep .* float32"):
-        ema.ema_update([weight], [weight])
 
 
 def test_pairs_of_equal_answers_are_dropped():
