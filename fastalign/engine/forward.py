@@ -134,7 +134,7 @@ def both_heads(
 ) -> tuple[Tensor, Metrics]:
     """The divergence between both models and their log-probs, in one sweep over both logits, then the losses."""
     ref_hidden, ref_weight, ref_options = reference
-    theirs = {f"ref_{name}": value for name, value in ref_options.items()}
+    theirs = {f"ref_{name}": value for name, value in ref_options.items() if name != "process_group"}  # the same ranks
     divergence = partial(linear_divergence, hidden, weight, ref_hidden, ref_weight, labels=labels, **options, **theirs)
     if objective.method.align == "token":  # the divergence is the loss; log-probs only tell how the policy fares
         losses = objective.losses(divergence)

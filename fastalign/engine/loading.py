@@ -2,7 +2,9 @@
 
     without weights, on the meta device      models/hollow.hollow_policy
         |
-    sharded over the ranks                   parallel/shard.shard
+    split over the tensor axis               parallel/tensor.split_layers
+        |
+    sharded over the data axis               parallel/shard.shard
         |
     each rank reads its part of each tensor  from safetensors; random weights come from the main rank, tensor by tensor
         |
@@ -41,6 +43,7 @@ from fastalign.models.support import trained_positions
 from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import World
 from fastalign.parallel.shard import base_digest, fill, reshard, shard
+from fastalign.parallel.tensor import split_layers
 from fastalign.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -117,7 +120,7 @@ def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str,
     with without_repeated_warnings():
         policy = load_policy(section, **known)
     require_same(world, lora.sample(policy.named_parameters()), *other_weights(setting))
-    return shard(policy.to(world.device), world, bf16=start.autocast)
+    return shard(split_layers(policy.to(world.device), world), world, bf16=start.autocast)
 
 
 @contextmanager
@@ -136,7 +139,7 @@ def sharded(start: Start, hollow: Hollow) -> Policy:
     """A policy without weights, over the ranks."""
     device = start.world.device
     policy = hollow.policy._apply(lambda x: x if x.is_meta else x.to(device))
-    return shard(policy, start.world, bf16=start.autocast)
+    return shard(split_layers(policy, start.world), start.world, bf16=start.autocast)
 
 
 class FromMain:

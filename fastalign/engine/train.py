@@ -173,7 +173,8 @@ def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path 
     scorer = make_scorer(config, objective, tokenizer, ranks)
     loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
     models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
-    accounting = account(models.policy, batch.budget, ranks.size, ranks.device, models.autocast)
+    known = (ranks.data.size, ranks.device, models.autocast, ranks.size // ranks.data.size)
+    accounting = account(models.policy, batch.budget, *known)
     if scorer is None:
         source: Source = Rows(data, batch.size, config.run.seed, rows)
     else:

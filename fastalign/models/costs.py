@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastalign.models.head import head_of
 from fastalign.models.policy import Policy
 from fastalign.types import ForwardCost
 
@@ -20,11 +19,11 @@ def forward_cost(policy: Policy, trained: bool = False) -> ForwardCost:
     config = policy.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    weight, _, lora = head_of(policy.head)
+    head = [w for name, w in policy.head.named_parameters() if w.dim() > 1 and not name.startswith("original_module.")]
     return ForwardCost(
         per_token=sum(_weights(policy, trained)),
         per_attended=2 * config.num_hidden_layers * heads * size,  # scores and their product with the values
-        per_scored=sum(w.numel() for w in (weight, *(lora or ())[:2]) if w.requires_grad or not trained),
+        per_scored=sum(w.numel() for w in head if w.requires_grad or not trained),
     )
 
 

@@ -231,20 +231,19 @@ def sample(tensors: Iterable[tuple[str, Tensor]], elements: Callable[[str], Tens
 
     Args:
         tensors: by name.
-        elements: gives those that `every_so_many` takes, by name, where the tensors are not whole on this rank.
+        elements: gives those at `sampled_places`, by name, where the tensors are not whole on this rank.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, x in tensors:
-        some = elements(name) if elements else every_so_many(x.detach())
+        some = elements(name) if elements else x.detach().flatten()[:: sampled_places(x).step]
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(some.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def every_so_many(x: Tensor, offset: int = 0, size: int | None = None) -> Tensor:
-    """At least `SAMPLE` elements of a tensor of ``size`` elements; of ``x`` alone, its part from ``offset`` on."""
-    step = max(1, (x.numel() if size is None else size) // SAMPLE)
-    return x.flatten()[-offset % step :: step]
+def sampled_places(x: Tensor) -> range:
+    """The places of the elements that stand for a tensor, at least `SAMPLE` of them."""
+    return range(0, x.numel(), max(1, x.numel() // SAMPLE))
 
 
 # --- over a base whose weights are not there yet ---------------------------------------------------------------------

@@ -86,7 +86,7 @@ class GatedMlp(nn.Module):
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         if gate.dtype != up.dtype or not layers.serves(gate, up):
             return down(self.act_fn(gate) * up)
-        if type(down) is Linear and down.bias is None and layers.serves(weight := down.weight.to(gate.dtype)):
+        if isinstance(down, Linear) and down.bias is None and layers.serves(weight := down.weight.to(gate.dtype)):
             return layers.silu_mul_linear(gate, up, weight)
         return down(layers.silu_mul(gate, up))
 

@@ -54,6 +54,8 @@ class Policy(nn.Module):
     """What the checkpoints of an adapter know its frozen base by."""
     rounding: Any = None
     """How far rounding moves its log-probs, a `verify.Rounding`, once `verify_packed` has measured it."""
+    team: Any = None
+    """The ranks that compute its layers together, a `parallel.tensor.Team`; None: each rank has the whole layers."""
 
     def __init__(
         self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False, value_head: bool = False
@@ -104,6 +106,16 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings() is None
 
     @property
+    def num_tokens(self) -> int:
+        """The size of the vocabulary, whichever part of it this rank has."""
+        return self.config.vocab_size
+
+    @property
+    def head_group(self) -> Any:
+        """The ranks that have parts of the LM head now; None where this rank has it whole."""
+        return None if self.team is None or self.team.whole or self.has_scalar_head else self.team.group
+
+    @property
     def config(self) -> Any:
         """The HF config."""
         return self.model.config
@@ -116,8 +128,9 @@ class Policy(nn.Module):
         Args:
             batch: the packed batch; N may be 0.
             head_fn: called as `head_fn(hidden [N, D], weight [V, D], labels [N], **options)`, where options are those
-                of `bias`, `lora`, `softcap`, `logit_scale` that the model defines. It runs inside the module, where
-                FSDP has gathered the weights and autocast is on.
+                of `bias`, `lora`, `softcap`, `logit_scale` that the model defines, and the `process_group` of the ranks
+                that have parts of the vocabulary. It runs inside the module, where FSDP has gathered the weights and
+                autocast is on.
             values: give it the value head's outputs too, as `values [N]`, connected to the graph.
             cached: keep the keys and values of the row, or read those of earlier tokens, in place of the attention that
                 the batch's segments describe.
@@ -127,7 +140,8 @@ class Policy(nn.Module):
         """
         hidden = self.hidden_states(batch, cached)
         weight, bias, lora = head_of(self.head)
-        options: dict[str, Any] = {name: x for name, x in (("bias", bias), ("lora", lora)) if x is not None}
+        given = {"bias": bias, "lora": lora, "process_group": self.head_group}
+        options: dict[str, Any] = {name: x for name, x in given.items() if x is not None}
         if values:
             assert self.value_head is not None, "values are asked for, and there is no value head"
             options["values"] = scores(hidden, self.value_head.weight, bias=self.value_head.bias)
@@ -157,7 +171,8 @@ class Policy(nn.Module):
         row = {"input_ids": input_ids, "position_ids": at, "attention_mask": None, "use_cache": False}
         if self.has_scalar_head:
             return self.head(self.backbone(**row).last_hidden_state[:, positions])
-        return self.model(**row, logits_to_keep=positions).logits
+        logits = self.model(**row, logits_to_keep=positions).logits
+        return logits if self.head_group is None else self.team.gather_columns(logits, self.num_tokens)
 
     def check_batch(self, plan: Layout | Cached) -> None:
         """Refuses a batch that the model cannot compute exactly."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -16,6 +17,7 @@ from fastalign.models import lora
 from fastalign.models.precision import HALF
 from fastalign.models.support import transformer_blocks
 from fastalign.parallel.mesh import World
+from fastalign.parallel.tensor import whole_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -118,17 +120,23 @@ def base_digest(model: nn.Module, world: World) -> str:
     ranks = world.gather_objects({name: _elements(x) for name, x in frozen})
 
     def whole(name: str) -> Tensor:
-        parts = dict(each[name] for each in ranks)  # replicas have the same
-        return torch.cat([parts[start] for start in sorted(parts)])
+        places, values = (torch.cat(parts) for parts in zip(*(each[name] for each in ranks), strict=True))
+        _, first = np.unique(places.numpy(), return_index=True)  # replicas have the same
+        return values[torch.from_numpy(first)]
 
     return lora.sample(((name, x) for name, x in frozen), whole)
 
 
-def _elements(x: Tensor) -> tuple[int, Tensor]:
-    """Of the elements that stand for a tensor those on this rank, and its first row there."""
-    first = region(x)[0].start if x.dim() else 0
-    local, row = x.to_local() if isinstance(x, DTensor) else x, x.numel() // max(len(x), 1) if x.dim() else 1
-    return first, lora.every_so_many(local, first * row, x.numel()).cpu()
+def _elements(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the elements that stand for a tensor those on this rank: their places in it and their values."""
+    places = torch.tensor(lora.sampled_places(x))
+    at, part = torch.unravel_index(places, x.shape), region(x)
+    here = torch.ones_like(places, dtype=torch.bool)
+    for index, own in zip(at, part, strict=True):
+        here &= (index >= own.start) & (index < own.stop)
+    local = x.to_local() if isinstance(x, DTensor) else x
+    mine = tuple((index[here] - own.start).to(local.device) for index, own in zip(at, part, strict=True))
+    return places[here], (local[mine] if mine else local.flatten()).cpu()
 
 
 def synchronise_gradients(model: nn.Module, on: bool) -> None:
@@ -147,9 +155,12 @@ def reshard(model: nn.Module) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Keep all weights of a sharded model whole on every rank meanwhile, so that forwards need no other rank.
 
-    All ranks must enter it together; inside each runs as many forwards as it likes, without gradients. A model that is
-    not sharded is left as it is.
+    All ranks must enter it together; inside each runs as many forwards as it likes, without gradients. Layers that are
+    split over the tensor axis are whole as well. A model that is not sharded, or is gathered already, is left as it is.
     """
+    if vars(model).get("is_gathered"):
+        yield
+        return
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     states = [module._get_fsdp_state() for module in modules]
     groups = [group for state in states for group in state._fsdp_param_groups]
@@ -158,8 +169,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        yield
+        with whole_layers(model):
+            model.is_gathered = True  # pyright: ignore
+            yield
     finally:
+        model.is_gathered = False  # pyright: ignore
         for state, automatic in zip(states, was[0], strict=True):
             state._auto_reshard_after_forward = automatic
         for group, mesh in zip(groups, was[1], strict=True):

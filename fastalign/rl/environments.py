@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fastalign.losses import custom
+from fastalign.parallel.shard import gathered
 from fastalign.rl.sampler import Sampler
 from fastalign.types import Prompt, Rollout
 
@@ -137,6 +139,12 @@ class Conversation:
         return np.concatenate([self.prompt.ids, np.array(self.tokens, dtype=np.int64)])
 
 
+def gathered_once(sampler: Any) -> AbstractContextManager:
+    """Keeps the weights that a sampler samples from whole on this rank, where they are in this process."""
+    policy = getattr(sampler, "policy", None)
+    return nullcontext() if policy is None else gathered(policy)
+
+
 class EnvironmentSampler:
     """Samples completions of several turns with another sampler.
 
@@ -166,6 +174,11 @@ class EnvironmentSampler:
 
     def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as its conversation ends."""
+        with gathered_once(self.sampler):  # a rank whose conversations are over does not wait for the others
+            yield from self.converse(prompts, n, seed, greedy)
+
+    def converse(self, prompts: Sequence[Prompt], n: int, seed: int, greedy: bool) -> Iterator[Rollout]:
+        """`generate`, turn by turn."""
         talks = {prompt.row * n + i: self.begin(prompt, i) for prompt in prompts for i in range(n)}
         for turn in range(self.max_turns):
             last = turn == self.max_turns - 1

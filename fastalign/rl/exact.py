@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.models.policy import Policy, register_attention
 from fastalign.ops import linear_loss
-from fastalign.parallel.shard import gathered
+from fastalign.parallel.shard import gathered, reshard
 from fastalign.rl.sampler import NativeSampler, Stops
 from fastalign.types import PackedBatch, Prompt, Rollout, TokenStats
 
@@ -41,7 +41,8 @@ def probe(sampler: NativeSampler) -> str | None:
     tried = _without_limits(sampler)
     limit = (sampler.policy.max_length or (max(PROMPTS) + TOKENS + 1, ""))[0]
     lengths = [length for length in PROMPTS if length + TOKENS <= limit] or [1]
-    with gathered(sampler.policy):
+    team = sampler.policy.team
+    with gathered(sampler.policy) if team is None else nullcontext():
         prompts = _prompts(sampler.policy, lengths)
         apart = 0.0
         for some, n in ((prompts[-1:], 1), (prompts, SAMPLES)):  # padded to more rows, and not
@@ -49,8 +50,12 @@ def probe(sampler: NativeSampler) -> str | None:
             apart = max(apart, largest_difference(rollouts, trained_logps(tried, rollouts)))
         if apart == 0:
             return None
-        where = _first_difference(tried, prompts[-1:])
-    return f"log-probs of sampling and training differ by up to {apart:.2g}, first in {where}"
+        where = (
+            f"first in {_first_difference(tried, prompts[-1:])}"
+            if team is None
+            else (f"as training splits layers over {team.mesh.size()} ranks (parallel.tp) and sampling has them whole")
+        )
+    return f"log-probs of sampling and training differ by up to {apart:.2g}, {where}"
 
 
 def settle(sampler: NativeSampler) -> None:
@@ -83,7 +88,10 @@ def trained_logps(sampler: NativeSampler, rollouts: Sequence[Rollout]) -> Tensor
         return linear_loss(hidden, weight, labels, **loss, **options)[1]
 
     with torch.enable_grad(), sampler.precision():
-        return sampler.policy(batch, head).logps
+        logps = sampler.policy(batch, head).logps.detach()
+    if sampler.policy.team is not None:
+        reshard(sampler.policy)
+    return logps
 
 
 def batch_of(rollouts: Sequence[Rollout]) -> PackedBatch:
@@ -116,7 +124,7 @@ def _without_limits(sampler: NativeSampler) -> NativeSampler:
 
 
 def _prompts(policy: Policy, lengths: Sequence[int]) -> list[Prompt]:
-    random, size = np.random.default_rng(0), len(policy.model.get_input_embeddings().weight)  # pyright: ignore
+    random, size = np.random.default_rng(0), policy.num_tokens
     return [Prompt(random.integers(size, size=length), row) for row, length in enumerate(lengths)]
 
 
@@ -179,7 +187,7 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
 def _advice(sampler: NativeSampler) -> str:
     """The setting of the attention that makes it exact, where one does."""
     policy, was, cpp = sampler.policy, sampler.policy.attention, register_attention("cpp")
-    if was in (cpp, register_attention("auto")):  # which is cpp where that can be
+    if policy.team is not None or was in (cpp, register_attention("auto")):  # which is cpp where that can be
         return ""
     try:
         policy.use_attention(cpp)

@@ -163,7 +163,7 @@ class Rollouts(Rows):
 
     def roll_out(self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False) -> list[Group]:
         """The groups of prompts, in their order; every rank makes a share and all get all."""
-        mine = indices[self.world.data.rank :: self.world.data.size]
+        mine = indices[self.world.rank :: self.world.size]  # each rank has whole layers to sample with
         start = sampled = time.perf_counter()
         found, failure = [], None
         try:

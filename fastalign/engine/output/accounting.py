@@ -25,7 +25,7 @@ class Accounting:
         forward: multiply-adds of the policy's forward pass.
         trained: those with weights that are trained, and attention's.
         budget: tokens per micro-batch.
-        ranks: processes that work side by side.
+        ranks: processes that have examples of their own.
         peak: operations per second of all of them together; None where the device has no entry.
     """
 
@@ -61,12 +61,14 @@ class Accounting:
         }
 
 
-def account(policy: Policy, budget: int, ranks: int, device: torch.device, autocast: bool) -> Accounting:
-    """The accounting of a run; call it before the policy is sharded or after."""
+def account(
+    policy: Policy, budget: int, ranks: int, device: torch.device, autocast: bool, tensor_ranks: int = 1
+) -> Accounting:
+    """The accounting of a run; call it before the policy is sharded or after. Each of ``ranks`` may be several."""
     half = autocast or used_dtype(policy.head) in HALF
     peak = peak_flops(torch.cuda.get_device_name(device)) if half and device.type == "cuda" else None
     costs = forward_cost(policy), forward_cost(policy, trained=True)
-    return Accounting(*costs, budget, ranks, None if peak is None else peak * ranks)
+    return Accounting(*costs, budget, ranks, None if peak is None else peak * ranks * tensor_ranks)
 
 
 def peak_flops(device_name: str) -> float | None:

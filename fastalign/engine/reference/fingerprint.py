@@ -34,7 +34,7 @@ PIECE = 16 << 20
 """Bytes of a file that are hashed at once, by one rank."""
 CODE = (
     *("fastalign.data.pack", "fastalign.data.forest"),
-    *("fastalign.ops", "fastalign.models", "fastalign_kernels", "fastalign._C"),
+    *("fastalign.ops", "fastalign.models", "fastalign.parallel.tensor", "fastalign_kernels", "fastalign._C"),
 )
 """What lays out and computes them here, by import name."""
 
@@ -95,13 +95,14 @@ def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: b
     """A hash of how the log-probs are computed: precision, layout, attention, head, temperature, code, device."""
     dtype = torch.bfloat16 if autocast else used_dtype(policy.head)
     precision = (str(dtype), "gathered" if autocast and world.size > 1 else "cast" if autocast else "as it is")
+    parts = world.tensor.size if world.tensor else 1
     own = policy.attention.partition("_")[2]
     kernels = (
         own or dispatch.choose_attention(None, world.device.type, dtype),
         choose("linear_loss", None, world.device.type),
         onednn.preferred() and onednn.enabled(),
     )
-    return cache.key(precision, share_prefix, kernels, temperature, code_version(), device_name(world.device))
+    return cache.key(precision, parts, share_prefix, kernels, temperature, code_version(), device_name(world.device))
 
 
 def device_name(device: torch.device) -> str:

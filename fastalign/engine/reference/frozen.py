@@ -197,7 +197,7 @@ def refuse_adapted_head(objective: Objective, model: Policy) -> None:
 def refuse_sizes(objective: Objective, policy: Policy, reference: Policy) -> None:
     """Refuse two heads whose distributions cannot be compared."""
     refuse_adapted_head(objective, reference)
-    ours, theirs = (len(head_of(model.head).weight) for model in (policy, reference))
+    ours, theirs = (model.num_tokens for model in (policy, reference))
     if ours != theirs:
         raise ValueError(
             f"loss {objective.name} compares distributions over one vocabulary, and the head of the model has {ours} "
