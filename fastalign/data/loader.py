@@ -37,6 +37,10 @@ class Source(Protocol):
         """Called when a step has changed the policy."""
         ...
 
+    def close(self) -> None:
+        """Called when the run ends, however it does: end threads and processes."""
+        ...
+
     def describe(self) -> str:
         """How much each step holds, and all of them from here on."""
         ...
@@ -101,6 +105,9 @@ class Rows:
 
     def after(self, policy: Any, step: int) -> None:
         """Rows do not depend on the policy."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def describe(self) -> str:
         """How large the steps are, the short ones apart, and the epochs up to ``rows``."""

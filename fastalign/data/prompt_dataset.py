@@ -7,6 +7,7 @@ dataset has beside its prompts, such as a preference's, are columns like all oth
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,9 @@ class PromptDataset(TokenDataset):
         return dict(self.rows[int(self.positions[index])])
 
 
-def encode_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, room: int) -> PromptDataset:
+def encode_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, room: int, named: Sequence[str] = ()
+) -> PromptDataset:
     """Tokenises the prompts of rows, once: the result is cached under a hash of rows, tokenizer, options and code.
 
     The prompt is column ``prompt``, or the only one of `formats.QUESTIONS`. It is dropped when it is empty, or leaves
@@ -66,6 +69,7 @@ def encode_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     Args:
         rows: from `sources.load_rows`.
         room: tokens that a completion may have, ``sampler.max_new_tokens``.
+        named: columns that were logged before; the same ones are not again.
 
     Returns:
         The prompts in the rows' order; ``counts`` says how many were kept and dropped, and why.
@@ -87,7 +91,8 @@ def encode_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data
     path, counts = cache.tokens(data.cache_dir, key, lambda file: encoder.run(rows, file, key))
     logger.info("prompts: %s (%s)", spell_counts(counts), encoder.limits)
     dataset = PromptDataset(Dataset.from_file(str(path)), counts, key, rows, name)
-    report_columns(dataset, tokenizer)
+    if [*named] != rows.column_names:
+        report_columns(dataset, tokenizer)
     return dataset
 
 
@@ -142,7 +147,7 @@ class PromptEncoder(Encoder):
 def report_columns(dataset: PromptDataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say which columns are the prompt, which reward functions get, and which are not what they may seem."""
     others = [name for name in dataset.rows.column_names if name not in (dataset.name, PLACE)]
-    passed = [name for name in others if name not in SAMPLED]
+    passed = [name for name in others if name not in ("completion", *SAMPLED)]
     logger.info(
         "prompts are column %r; reward functions get the columns: %s", dataset.name, ", ".join(passed) or "none"
     )

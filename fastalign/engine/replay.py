@@ -36,7 +36,7 @@ def replay(config: Config, directory: Path, step: int, number: int) -> tuple[str
     with world(config.parallel) as ranks:
         config = settle(config, ranks.device)
         seed_everything(config.run)
-        job = set_up(config, objective_of(config), ranks, checkpoint)
+        job = set_up(config, objective_of(config), ranks, checkpoint, writes=False)
         if checkpoint is not None:
             resume(job, checkpoint)
         assert isinstance(job.source, Rollouts)

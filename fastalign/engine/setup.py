@@ -139,7 +139,7 @@ def encode(
     objective = objective_of(config)
     check_columns([name for name in rows.column_names if name != PLACE], config.data, objective.data, where)
     if objective.on_policy:
-        return encode_prompts(rows, tokenizer, config.data, objective.on_policy.sampler.max_new_tokens)
+        return encode_prompts(rows, tokenizer, config.data, objective.on_policy.sampler.max_new_tokens, named)
     dataset = encode_dataset(rows, tokenizer, config.data, objective.data, named)
     return MismatchedDataset(dataset, config.data.max_length) if objective.reads_mismatched else dataset
 
@@ -180,12 +180,12 @@ class Loaded:
     filling: Filling | None
 
 
-def load_models(start: Start, room: Callable[[Policy], None] = lambda policy: None) -> Loaded:
+def load_models(start: Start, room: Callable[[Policy, Policy | None], None] = lambda policy, critic: None) -> Loaded:
     """Policy and reference, loaded and verified.
 
     Args:
         start: settings, data and ranks; all ranks call this.
-        room: is given the policy before anything is computed with a reference.
+        room: is given the policy, and a critic of its own, before anything is computed with a reference.
 
     Raises:
         ValueError: a model that cannot be used.
@@ -197,22 +197,22 @@ def load_models(start: Start, room: Callable[[Policy], None] = lambda policy: No
     if scalar:
         separate_padding(policy, start.tokenizer)
     shares = verified(start, policy, config.batch.share_prefix)
-    room(policy)
+    critic = load_critic(start) if gradient is not None and gradient.settings.critic == "separate" else None
+    room(policy, critic)
     reference = settle_reference(start, policy, shares)
     batch = start.batch(reference.share_prefix)
     for demand in start.demands if batch != config.batch else ():
         check_groups(cast(TokenDataset, demand.dataset), batch, f"the {demand.name}")
-    critic = load_critic(start, batch.share_prefix) if gradient and gradient.settings.critic == "separate" else None
+    if critic is not None:
+        verified(start, critic, batch.share_prefix, "the critic")
     models = Models(policy, reference.model, start.autocast, reference.digest, critic)
     return Loaded(models, reference.data, batch, reference.filling)
 
 
-def load_critic(start: Start, share_prefix: bool) -> Policy:
+def load_critic(start: Start) -> Policy:
     """The critic that is a model of its own: the policy's weights or another model's, with a scalar head."""
     config, path = start.config, start.config.algorithm and start.config.algorithm.critic_path
     section = replace(config.model, lora=None, quantization=None)
     if path is not None:
         section = replace(section, path=path, config=None)
-    critic = load(start, section, "algorithm.critic_path" if path else "model.path", scalar_head=True).train()
-    verified(start, critic, share_prefix, "the critic")
-    return critic
+    return load(start, section, "algorithm.critic_path" if path else "model.path", scalar_head=True).train()

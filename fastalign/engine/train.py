@@ -121,8 +121,13 @@ def next_parts(job: Job, keeper: Keeper, feed: Feed, step: int) -> list[list[Pac
     except ValueError as error:
         if not isinstance(job.source, Rollouts) or step == 1:
             raise
-        keeper.save(step - 1)
-        raise ValueError(f"step {step}: {error}; saved {keeper.path(step - 1)}, go on with run.resume=true") from error
+        raise failed(keeper, f"step {step}: {error}", step - 1) from error
+
+
+def failed(keeper: Keeper, text: str, step: int, record: Record | None = None) -> ValueError:
+    """What ends a run whose completions could not be sampled or scored, once the steps so far are saved."""
+    keeper.save(step, record)
+    return ValueError(f"{text}; saved {keeper.path(step)}, go on with run.resume=true")
 
 
 @dataclass(frozen=True)
@@ -159,16 +164,25 @@ class Job:
         return hash_tokens(self.dataset)
 
 
-def set_up(config: Config, objective: Objective, ranks: World, checkpoint: Path | None = None) -> Job:
-    """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward."""
+def set_up(
+    config: Config, objective: Objective, ranks: World, checkpoint: Path | None = None, *, writes: bool = True
+) -> Job:
+    """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward.
+
+    Without ``writes`` no checkpoint will follow, and the run directory is left as it is.
+    """
     tokenizer, dataset, held_out = load_data(config)
     require_same_rows(ranks, dataset, held_out)
     total, rows = horizon(config, len(dataset), checkpoint)
     demands = what_is_read(config, dataset, held_out, total, rows)
     done = read_state(checkpoint)["step"] if checkpoint else 0
 
-    def room(policy: Policy) -> None:
-        make_room(config, expected_size(policy, config.optim.master_weights), done, total, ranks)
+    def room(policy: Policy, critic: Policy | None) -> None:
+        if writes:
+            trained = [policy, critic] if critic else [policy]
+            follows = config.algorithm is not None and config.algorithm.reference_sync != "none"
+            need = expected_size(trained, config.optim.master_weights, [policy] if follows else [])
+            make_room(config, need, done, total, ranks)
 
     scorer = make_scorer(config, objective, tokenizer, ranks)
     loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
@@ -196,7 +210,7 @@ def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Train
 def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
-    with open_metrics(job, done) as metrics, closing(make_feed(job)) as feed:
+    with open_metrics(job, done) as metrics, closing(job.source), closing(make_feed(job)) as feed:
         keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job, feed), done, job.total)
         with keeper.listening():
             for record in job.owed:
@@ -311,6 +325,10 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     except Interrupted as stop:
         keeper.obey(ORDER.index(stop.code - 128), step, record)
         raise
+    except ValueError as error:
+        if not isinstance(job.source, Rollouts):
+            raise
+        raise failed(keeper, f"the evaluation after step {step}: {error}", step, record) from error
     keeper.metrics.write({**record, **{f"eval_{name}": value for name, value in metrics.items()}})
 
 

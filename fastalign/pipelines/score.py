@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ def score(settings: ScoreConfig, model: ModelConfig, data: DataConfig) -> str:
     lines = [*read_samples(Path(settings.samples))]
     rows = read_columns(data)
     tokenizer = load_tokenizer(model, fallback=builtin_tokenizer)
-    scorer, scored = Scorer(settings.rewards, tokenizer, local_device()), list[Line]()
+    scored = list[Line]()
     groups = [[*group] for _, group in groupby(lines, key=lambda line: line["prompt_index"])]
-    with stage("scoring", len(groups), shown=True) as tell:
+    with (
+        closing(Scorer(settings.rewards, tokenizer, local_device())) as scorer,
+        stage("scoring", len(groups), shown=True) as tell,
+    ):
         for start in range(0, len(groups), TOGETHER):
             some = groups[start : start + TOGETHER]
             pending = [scorer.submit(*group_of(group, rows, tokenizer)) for group in some]

@@ -14,13 +14,14 @@ import re
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fastalign.rl.answers import Group
 from fastalign.rl.builtins import text_of
-from fastalign.rl.sandbox import Limits, Outcome, Sandbox
+from fastalign.rl.sandbox import Limits, Outcome, Sandbox, SandboxError
 from fastalign.words import kind_of
 
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -103,7 +104,7 @@ class CodeReward:
     def __init__(self, settings: CodeSettings) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
-        self._lock = threading.Lock()
+        self._lock, self._running, self._closed = threading.Lock(), set[Sandbox](), False
 
     def __call__(self, group: Group) -> list[float | None]:
         """The reward of each sample; None for a row without tests."""
@@ -119,10 +120,32 @@ class CodeReward:
             return None
         one = self.settings
         limits = Limits(one.timeout, one.memory_mb, isolated=not one.unsafe)
-        verdict = judge(find_program(completion), known, limits, stop=one.all_or_nothing)
+        with self._opened(find_program(completion), limits) as sandbox:
+            verdict = run_tests(sandbox, known, stop=one.all_or_nothing)
         with self._lock:
             self.counts[verdict.status] += 1
         return float(verdict.passed == len(known)) if one.all_or_nothing else verdict.passed / len(known)
+
+    def close(self) -> None:
+        """Kill the programs that still run; none is started any more."""
+        with self._lock:
+            self._closed = True
+            for sandbox in self._running:
+                sandbox.process.kill()
+
+    @contextmanager
+    def _opened(self, program: str, limits: Limits) -> Iterator[Sandbox]:
+        """A sandbox that `close` ends."""
+        with Sandbox(program, limits) as sandbox:
+            with self._lock:
+                if self._closed:
+                    raise SandboxError("the run has ended")
+                self._running.add(sandbox)
+            try:
+                yield sandbox
+            finally:
+                with self._lock:
+                    self._running.discard(sandbox)
 
 
 def find_program(completion: str) -> str:
@@ -205,19 +228,24 @@ def lines(text: Any) -> str:
 
 
 def judge(program: str, tests: Sequence[Case], limits: Limits, stop: bool = False) -> Verdict:
+    """Runs a program on its tests, as `run_tests` says."""
+    with Sandbox(program, limits) as sandbox:
+        return run_tests(sandbox, tests, stop)
+
+
+def run_tests(sandbox: Sandbox, tests: Sequence[Case], stop: bool = False) -> Verdict:
     """Runs a program on its tests, each in a new process; ``stop``: until one fails.
 
     After a compile error, or once the time is up, no further test is run: all that are left count as failed.
     """
     passed, first = 0, Verdict(0, "passed")
-    with Sandbox(program, limits) as sandbox:
-        for test in tests:
-            verdict = run_test(sandbox, test)
-            passed += verdict.passed
-            if not verdict.passed and first.status == "passed":
-                first = verdict
-            if verdict.status in ("compile_error", "timeout") or (stop and not verdict.passed):
-                break
+    for test in tests:
+        verdict = run_test(sandbox, test)
+        passed += verdict.passed
+        if not verdict.passed and first.status == "passed":
+            first = verdict
+        if verdict.status in ("compile_error", "timeout") or (stop and not verdict.passed):
+            break
     return first._replace(passed=passed)
 
 

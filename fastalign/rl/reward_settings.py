@@ -8,8 +8,9 @@
 
 Every one takes ``weight`` (default 1), ``name`` (default: that of the function or the directory), ``on_error``
 (``raise``, or ``exclude``: where it fails it is left out of the sample's reward) and ``timeout``, seconds of one call.
-A function also takes ``per``: it is called for all samples of a prompt (``group``, the default), or for each alone
-(``sample``), all at the same time.
+A function also takes ``per``: it is called for all samples of a prompt (``group``), or for each alone (``sample``), all
+at the same time. ``auto``, the default, begins with ``group``; of a function that takes over a second it is tried once
+whether it gives each sample alone the same, and if so it goes on with ``sample``.
 
 A function is called as TRL calls it, ``f(prompts=, completions=, completion_ids=, **columns) -> list``, with those
 arguments that it takes. It returns for each completion a number; None for no reward; or for a process reward a list
@@ -19,9 +20,11 @@ with a number for each token of ``completion_ids``, None for tokens without one,
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -46,7 +49,7 @@ COMMON = {
     "timeout": "float",
 }
 """What every reward takes, with its type."""
-FUNCTION_ONLY = {"per": "Literal['group', 'sample']"}
+FUNCTION_ONLY = {"per": "Literal['auto', 'group', 'sample']"}
 EXAMPLE = "[{function: my_rewards.py:accuracy, weight: 1.0}]"
 PYTHON = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
 
@@ -74,7 +77,7 @@ class Reward:
     weight: float = 1.0
     on_error: str = "raise"
     timeout: float | None = 300.0
-    per: str = "group"
+    per: str = "auto"
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -164,12 +167,22 @@ def builtin_reward(entry: Mapping[str, Any], setting: str) -> Maker:
     if name not in BUILTINS:
         raise ValueError(f"{setting}.builtin: no reward {name!r}{nearest(str(name), BUILTINS)} ({', '.join(BUILTINS)})")
     found = BUILTINS[name]
-    settings = {p.name: p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(found).parameters.values()
+    settings = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    columns = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if missing := [key for key, p in settings.items() if p.default is p.empty and key not in entry]:
         raise ValueError(f"{setting}: {name} needs {missing[0]!r}, such as {{builtin: {name}, {missing[0]}: 100}}")
     chosen = partial(found, **{key: entry[key] for key in settings if key in entry})
     own = {key: spelled(p.annotation) for key, p in settings.items()}
-    return own, lambda _: make_function("builtin", name, chosen, settings)
+
+    def make(around: Surroundings) -> Reward:
+        try:
+            chosen(**{column: [] for column in columns})
+        except (ValueError, re.error) as error:  # of its settings
+            raise ValueError(f"{setting}: {error}") from error
+        return make_function("builtin", name, chosen, settings)
+
+    return own, make
 
 
 def model_reward(entry: Mapping[str, Any], setting: str) -> Maker:
@@ -211,7 +224,8 @@ def make_function(kind: str, name: str, function: Callable[..., Any], settings: 
     named = {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
     def call(group: Group) -> Any:
-        return function(**{key: values for key, values in group.arguments.items() if takes_all or key in named})
+        taken = {key: values for key, values in group.arguments.items() if takes_all or key in named}
+        return function(**(taken if kind == "builtin" else copied(taken)))
 
     return Reward(
         kind,
@@ -221,6 +235,13 @@ def make_function(kind: str, name: str, function: Callable[..., Any], settings: 
         is_async=any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))),  # noqa: B004
         file=getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None),
     )
+
+
+def copied(arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Arguments that a user's function may change: others of the same group get them as they were."""
+    ids = "completion_ids"  # of many numbers, which a deep copy takes one by one
+    rest = copy.deepcopy({key: values for key, values in arguments.items() if key != ids})
+    return rest | ({ids: [each[:] for each in arguments[ids]]} if ids in arguments else {})
 
 
 KINDS = {"function": function_reward, "builtin": builtin_reward, "model": model_reward, "code": code_reward}

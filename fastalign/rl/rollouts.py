@@ -81,6 +81,10 @@ class Scorer(Protocol):
         """Completions since the last call by what became of them, such as ``code/compile_error``."""
         ...
 
+    def close(self) -> None:
+        """End what still scores."""
+        ...
+
 
 class NoScorer:
     """The scorer of a run whose rewards an environment pays alone."""
@@ -96,6 +100,9 @@ class NoScorer:
     def take_counts(self) -> dict[str, int]:
         """None."""
         return {}
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -251,6 +258,10 @@ class Rollouts(Rows):
     def after(self, policy: Any, step: int) -> None:
         """The next step is sampled from the weights as they are now."""
         self.sampler.sync(policy, step)
+
+    def close(self) -> None:
+        """End the reward functions that still score."""
+        self.scorer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the tokens of all steps so far."""

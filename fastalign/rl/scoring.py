@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = {"function": 64, "builtin": 1, "model": 1, "code": os.cpu_count() or 1}
 """Calls that run at the same time: slow functions mostly wait for a server, all others for a core."""
 SLOW = 1.0
-"""Seconds of a call after which one line tells how to score a prompt's samples at once."""
+"""Seconds of a call after which it is tried whether the samples of a prompt can be scored at once."""
 
 
 class Scorer:
@@ -60,9 +60,10 @@ class Scorer:
         self.names = tuple(reward.name for reward in self.rewards)
         self.weights = tuple(reward.weight for reward in self.rewards)
         self.tokenizer = tokenizer
-        self._order, self._users = start_loop("rewards"), start_loop("async rewards")
+        self._loops: list[asyncio.AbstractEventLoop] = []
         self._free = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
-        self._advised: set[str] = set()
+        self._apart = {reward.name for reward in self.rewards if reward.per == "sample"}
+        self._tried: dict[str, asyncio.Task[None]] = {}
         self._excluded: set[str] = set()
 
     def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Scores]:
@@ -84,6 +85,13 @@ class Scorer:
                 hint = nearest(missing[0], columns, cutoff=0.6) or ": name one so with data.columns"
                 raise ValueError(f"reward {reward.name} reads {missing[0]!r}, which is no column of the data{hint}")
         return asyncio.run_coroutine_threadsafe(self._score(group), self._order)
+
+    @property
+    def _order(self) -> asyncio.AbstractEventLoop:
+        """The loop that orders the calls; threads begin with the first of them."""
+        if not self._loops:
+            self._loops += [start_loop("rewards"), start_loop("async rewards")]
+        return self._loops[0]
 
     def group(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Group:
         """The samples of one prompt in TRL's words."""
@@ -126,10 +134,12 @@ class Scorer:
         return taken
 
     def close(self) -> None:
-        """End the threads; what is still being scored is cancelled."""
-        for loop in (self._order, self._users):
+        """End the threads and programs; what is still being scored is cancelled."""
+        for loop in self._loops:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(loop.stop)
+        for reward in self.rewards:
+            getattr(reward.call, "close", lambda: None)()
 
     async def _score(self, group: Group) -> Scores:
         given = await asyncio.gather(*(self._reward(reward, group) for reward in self.rewards))
@@ -137,9 +147,33 @@ class Scorer:
 
     async def _reward(self, reward: Reward, group: Group) -> list[Any]:
         """What one function gives each sample of a group."""
-        parts = group.singles() if reward.per == "sample" else [group]
-        given = await asyncio.gather(*(self._call(reward, part) for part in parts))
-        return [value for part in given for value in part]
+        if reward.name in self._apart:
+            given = await asyncio.gather(*(self._call(reward, one) for one in group.singles()))
+            return [value for part in given for value in part]
+        start = self._order.time()
+        values, seconds = await self._call(reward, group), self._order.time() - start
+        slow = reward.kind == "function" and reward.per == "auto" and seconds > SLOW
+        if slow and reward.name not in self._tried and not all(same(value, values[0]) for value in values):
+            self._tried[reward.name] = asyncio.create_task(self._try_apart(reward, group, values, seconds))
+        return values
+
+    async def _try_apart(self, reward: Reward, group: Group, values: list[Any], seconds: float) -> None:
+        """Whether a slow function gives each sample alone what it gave them together: then it is called so from now on.
+
+        It is tried on values that differ: a function that compares the samples of a prompt then gives others.
+        """
+        singles = group.singles()
+        try:
+            answers = await asyncio.gather(*(self._answer(reward, one) for one in singles))
+            alone = [read_answer(reward.name, one, x)[0] for one, x in zip(singles, answers, strict=True)]
+        except RewardError:
+            alone = []
+        if len(alone) == len(values) and all(map(same, alone, values)):
+            self._apart.add(reward.name)
+            found = "alone each gets the same, so that they are scored at once from now on (`per: group` keeps them)"
+        else:
+            found = "alone they get other rewards, so that they stay together; an `async` function may be faster"
+        log.info("reward %s took %.1f s for %d samples of a prompt: %s", reward.name, seconds, len(values), found)
 
     async def _call(self, reward: Reward, group: Group) -> list[Any]:
         """What one call gives; nan for all of its samples where it fails and may."""
@@ -171,21 +205,12 @@ class Scorer:
         raise await self._explain(reward, group, error) from error
 
     async def _run_async(self, reward: Reward, group: Group) -> tuple[Any, BaseException | None]:
-        called = asyncio.run_coroutine_threadsafe(attempt_async(reward.call, group), self._users)
+        called = asyncio.run_coroutine_threadsafe(attempt_async(reward.call, group), self._loops[1])
         return await asyncio.wait_for(asyncio.wrap_future(called), reward.timeout)
 
     async def _run_in_thread(self, reward: Reward, group: Group) -> tuple[Any, BaseException | None]:
         async with self._free[reward.kind]:
-            start = self._order.time()
-            done = await asyncio.wait_for(in_thread(lambda: attempt(reward.call, group)), reward.timeout)
-        self._advise(reward, len(group.rollouts), self._order.time() - start)
-        return done
-
-    def _advise(self, reward: Reward, samples: int, seconds: float) -> None:
-        if reward.kind == "function" and seconds > SLOW and samples > 1 and reward.name not in self._advised:
-            self._advised.add(reward.name)
-            remedy = "with `per: sample`, or as an `async` function, it would score them at once"
-            log.info("reward %s took %.1f s for %d samples of a prompt: %s", reward.name, seconds, samples, remedy)
+            return await asyncio.wait_for(in_thread(lambda: attempt(reward.call, group)), reward.timeout)
 
     async def _explain(self, reward: Reward, group: Group, error: BaseException) -> RewardError:
         """What a function raised, in words: called anew on single samples, the first that fails is named."""
@@ -196,6 +221,11 @@ class Scorer:
                 return alone
         cause = str(error) if isinstance(error, RewardError) else reason(error, reward.file)
         return RewardError(f"reward {reward.name} fails on {sample_words(group)}: {one_line(cause)}")
+
+
+def same(a: float | np.ndarray, b: float | np.ndarray) -> bool:
+    """Whether two samples got the same, None included."""
+    return np.array_equal(a, b, equal_nan=True)
 
 
 def start_loop(name: str) -> asyncio.AbstractEventLoop:

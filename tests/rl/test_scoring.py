@@ -44,12 +44,24 @@ class Judge:
 judge = Judge()
 
 def slow(completions):
-    return [time.sleep(0.2) or 1.0 for _ in completions]
+    return [time.sleep(0.1) or float(c != "a") for c in completions]
 async def slow_async(completions):
-    async def one():
-        await asyncio.sleep(0.2)
-        return 1.0
-    return await asyncio.gather(*(one() for _ in completions))
+    async def one(c):
+        await asyncio.sleep(0.1)
+        return float(c != "a")
+    return await asyncio.gather(*map(one, completions))
+def ranked(completions):
+    time.sleep(0.02)
+    return [sorted(completions, key=len).index(c) for c in completions]
+def raises_alone(completions):
+    assert len(completions) > 1
+    return ranked(completions)
+def greedy(prompts, completions, completion_ids, notes):
+    notes[0]["seen"].append(completions.pop(0))
+    del completion_ids[0][:], prompts[0][:]
+    return [0.0] * 2
+def says_a(completions):
+    return [c[0]["content"] == "a" for c in completions]
 def raises(completions):
     return [1 / (c != "bad") for c in completions]
 def together(completions):
@@ -205,23 +217,59 @@ def test_long_prompts_are_shortened(mine, scorer):
         one.submit(rollouts("p", "a", "bad"), {"prompt": chat}).result()
 
 
+SECONDS = 0.1
+"""Of a sample that `slow` scores."""
+
+
+def seconds_of(one, groups=8):
+    """How long 64 samples take."""
+    start = time.perf_counter()
+    given = one.collect([one.submit(rollouts(f"p{i}", *"abcdefgh"), {}) for i in range(groups)])
+    assert given[:, 0].tolist() == [float(c != "a") for c in "abcdefgh"] * groups
+    return time.perf_counter() - start
+
+
 @pytest.mark.parametrize("entry", [{"function": "slow", "per": "sample"}, {"function": "slow_async"}])
 def test_a_slow_reward_costs_a_tenth_of_its_serial_time_at_most(mine, scorer, entry):
-    one = scorer({**entry, "function": f"{mine}:{entry['function']}"})
-    start = time.perf_counter()
-    given = one.collect([one.submit(rollouts(f"p{i}", *"abcdefgh"), {}) for i in range(8)])
-    assert (given == 1).all() and given.shape == (64, 1)
-    assert time.perf_counter() - start < 0.1 * 64 * 0.2
+    assert seconds_of(scorer({**entry, "function": f"{mine}:{entry['function']}"})) < 0.1 * 64 * SECONDS
 
 
-def test_groups_are_scored_while_others_are_sampled(mine, scorer, caplog, monkeypatch):
+def test_a_slow_reward_of_single_samples_is_found_and_scored_at_once(mine, scorer, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(scoring, "SLOW", 0.3)
+    monkeypatch.setattr(scoring, "SLOW", 0.5)
+    one = scorer({"function": f"{mine}:slow"})
+    first = seconds_of(one)
+    time.sleep(0.3)  # in which the samples of a group are tried alone, while others are sampled
+    assert seconds_of(one) < 0.1 * 64 * SECONDS < first
+    said = "reward slow took 0.8 s for 8 samples of a prompt: alone each gets the same, so that they are scored at once"
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", ["ranked", "raises_alone"])
+def test_a_slow_reward_that_compares_samples_keeps_them_together(mine, scorer, caplog, monkeypatch, name):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(scoring, "SLOW", 0.01)
+    one = scorer({"function": f"{mine}:{name}"})
+    for _ in range(3):
+        assert table(one, "p", "a", "abc", "ab")[:, 0].tolist() == [0, 2, 1]
+        time.sleep(0.1)
+    assert caplog.text.count("alone they get other rewards, so that they stay together") == 1
+
+
+def test_what_a_function_does_to_its_arguments_the_others_do_not_see(mine, scorer):
+    one = scorer({"function": f"{mine}:greedy"}, {"builtin": "length", "target": 1}, {"function": f"{mine}:says_a"})
+    prompt, notes = [{"role": "user", "content": "p"}], {"seen": []}
+    group = rollouts("p", "b", "a")
+    given = one.submit(group, {"prompt": prompt, "notes": notes}).result().table
+    assert given[:, 1].tolist() == [1.0 - len(r.tokens) for r in group] and given[:, 2].tolist() == [0, 1]
+    assert prompt and notes == {"seen": []} and all(len(r.tokens) for r in group)
+
+
+def test_groups_are_scored_while_others_are_sampled(mine, scorer):
     one = scorer({"function": f"{mine}:slow"})
     first = one.submit(rollouts("p", "a", "b"), {})
-    time.sleep(0.6)  # sampling goes on
-    assert first.done() and (first.result().table == 1).all()
-    assert "reward slow took 0.4 s for 2 samples of a prompt: with `per: sample`" in caplog.text
+    time.sleep(0.4)  # sampling goes on
+    assert first.done() and first.result().table[:, 0].tolist() == [0, 1]
 
 
 REFUSED = [
@@ -244,6 +292,7 @@ REFUSED = [
     ([{"builtin": "gsm8k", "per": "sample"}], r"unknown key 'per' in rewards\[0\]"),
     ([{"builtin": "gsm"}], r"rewards\[0\].builtin: no reward 'gsm': did you mean 'gsm8k'\? \(gsm8k, "),
     ([{"builtin": "overlong", "max_length": 9}], r"rewards\[0\]: overlong needs 'buffer'"),
+    ([{"builtin": "length", "target": 0}], r"rewards\[0\]: length: expected target >= 0 and scale >= 1, got target 0"),
     ([{"builtin": "length", "target": "9"}], r"rewards\[0\].target: expected a whole number, got a string"),
     ([{"builtin": "length", "target": 9, "scle": 1}], "unknown key 'scle' in .*: did you mean 'scale'"),
     ([{"builtin": "gsm8k", "weight": "1"}], r"rewards\[0\].weight: expected a number, got a string"),

@@ -12,7 +12,7 @@ import logging
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,16 @@ def size_of(tensors: dict[str, Tensor]) -> int:
     return sum(x.nbytes for x in tensors.values())
 
 
-def expected_size(policy: nn.Module, master_weights: bool) -> int:
-    """Bytes of the tensors in a checkpoint of a policy, before it has been trained: weights, masters, Adam moments."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
+def expected_size(modules: Sequence[nn.Module], master_weights: bool, copies: Sequence[nn.Module] = ()) -> int:
+    """Bytes of the tensors in a checkpoint before any step: weights, masters and Adam moments of what trains.
+
+    Of ``copies``, such as a reference that follows the policy, only the weights are kept.
+    """
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     with_masters = [p for p in trained if master_weights and p.dtype in HALF]
     without = sum(p.nbytes for p in trained) - sum(p.nbytes for p in with_masters)
-    return size_of(weights(policy)) + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
+    kept = sum(size_of(weights(module)) for module in (*modules, *copies))
+    return kept + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
 
 
 def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:

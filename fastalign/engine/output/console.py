@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ SHOWN_ON_POLICY = (
     *("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy"),
     *("critic/vf_explained_var", "grad_norm"),
 )
-"""Those of methods that sample: their loss is near 0 whatever they learn."""
+"""Those of methods that sample: their loss is near 0 whatever they learn. Of several rewards also each one's mean."""
 
 
 @contextmanager
@@ -100,7 +101,10 @@ def metrics(record: dict[str, Any], prefix: str = "") -> list[str]:
 
 def shown(record: dict[str, Any]) -> Sequence[str]:
     """The metrics of a step, or of an evaluation, that are on the console."""
-    return SHOWN_ON_POLICY if "reward" in record else SHOWN
+    if "reward" not in record:
+        return SHOWN
+    parts = [name for name in record if re.fullmatch("rewards/.*/mean", name)]
+    return ["reward", *(parts if len(parts) > 1 else []), *SHOWN_ON_POLICY[1:]]
 
 
 def is_number(value: Any) -> bool:
