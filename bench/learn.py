@@ -2,7 +2,8 @@
 
 A small Llama learns to sort the letters of words until it gets half of them right; from there each algorithm goes on as
 its file in ``examples/sort_letters`` says, seed by seed. Before and after stands the share of 400 held-out words that
-a sampled answer gets right, and the greedy one; beside it the time of the run, and what its alarms said.
+a sampled answer gets right, and the greedy one; beside it the time of the run, and what its alarms said. It takes an
+hour: ``--record`` keeps every run as it ends, and with ``--resume`` those that are kept are not made again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from bench import common
 from fastalign.config import ModelConfig, SamplerConfig
@@ -61,6 +63,7 @@ SEED = (
 """The first papers' PPO: four unclipped uses of each batch."""
 CASES = {
     "grpo": Case("grpo", "grpo"),
+    **{name: Case("grpo", "grpo", ("--algorithm.name", name)) for name in ("dr_grpo", "gspo", "cispo")},
     "ppo": Case("ppo", "ppo"),
     "remax": Case("remax", "remax"),
     "rloo": Case("rloo", "rloo"),
@@ -78,6 +81,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new("--seeds", type=common.positive, default=3, help="seeds of each case (default 3)")
     new("--only", choices=list(CASES), action="append", help="run these cases only")
     new("--threads", type=common.positive, default=2, help="CPU threads of a run (default 2)")
+    new("--resume", action="store_true", help="take over the runs that are recorded with the same settings")
     common.add_records(parser)
 
 
@@ -114,23 +118,45 @@ def train(method: str, file: str, directory: Path, flags: Sequence[str], threads
         "alarms": re.findall(r"^.*\bstep \d+: [a-z].*$", done.stdout, re.M),
         "reward": [record.get("reward") for record in records],
         "entropy": [record.get("entropy") for record in records],
-        "explained_variance": records[-1].get("critic/vf_explained_var"),
+        "explained_variance": [record.get("critic/vf_explained_var") for record in records],
     }
 
 
-def measure(names: Sequence[str], seeds: int, threads: int, directory: Path) -> Iterator[dict[str, Any]]:
-    """Every case from the SFT model of every seed, each as it ends."""
+def settings(case: Case) -> dict[str, Any]:
+    """All that makes a run but its seed: its file and that of the model it starts from, and the flags."""
+    files = {file: yaml.safe_load((EXAMPLES / f"{file}.yaml").read_text()) for file in ("sft", case.file)}
+    return {"files": files, "flags": list(case.flags)}
+
+
+def recorded(names: Sequence[str], seeds: int, results: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs of these cases and seeds that were recorded with the settings of now, by case and seed."""
+    rows = [row for row in common.read_records("learn", results) if row["case"] in names and row["seed"] < seeds]
+    return {(row["case"], row["seed"]): row for row in rows if row.get("settings") == settings(CASES[row["case"]])}
+
+
+def measure(
+    names: Sequence[str], seeds: int, threads: int, directory: Path, known: Container[tuple[str, int]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Every case that is not known from the SFT model of every seed, each as it ends."""
     for seed in range(seeds):
+        missing = [name for name in names if (name, seed) not in known]
+        if not missing:
+            continue
         start = directory / f"sft-{seed}"
         train("sft", "sft", start, ["--run.seed", str(seed)], threads)
         before = judge(start / "model")
-        for name in names:
-            case, out = CASES[name], directory / f"{name}-{seed}"
-            known = ["--model.path", str(start / "model"), "--run.seed", str(seed), *case.flags]
-            run = train(case.method, case.file, out, known, threads)
-            after = judge(out / "model")
-            print(f"{name}, seed {seed}: {before['sampled']:.3f} -> {after['sampled']:.3f}", flush=True)
-            yield {"case": name, "seed": seed, "before": before, "after": after, **run}
+        for name in missing:
+            row = {"case": name, "seed": seed, "before": before, **follow(name, seed, start, threads, directory)}
+            print(f"{name}, seed {seed}: {before['sampled']:.3f} -> {row['after']['sampled']:.3f}", flush=True)
+            yield row
+
+
+def follow(name: str, seed: int, start: Path, threads: int, directory: Path) -> dict[str, Any]:
+    """Run a case from an SFT model, and judge what comes of it."""
+    case, out = CASES[name], directory / f"{name}-{seed}"
+    flags = ["--model.path", str(start / "model"), "--run.seed", str(seed), *case.flags]
+    run = train(case.method, case.file, out, flags, threads)
+    return {"after": judge(out / "model"), **run, "settings": settings(case)}
 
 
 def show(rows: Sequence[dict[str, Any]], threads: int) -> None:
@@ -172,12 +198,14 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(options: argparse.Namespace) -> int:
     """Run the cases, print the table, record; 1 when something did not go as it should."""
-    where, rows = {**common.environment(), "threads": options.threads}, list[dict[str, Any]]()
+    where, names = {**common.environment(), "threads": options.threads}, options.only or list(CASES)
+    found = recorded(names, options.seeds, options.results) if options.resume else {}
     with tempfile.TemporaryDirectory(prefix="fastalign-bench-") as directory:
-        for row in measure(options.only or list(CASES), options.seeds, options.threads, Path(directory)):
-            rows.append(row)
+        for row in measure(names, options.seeds, options.threads, Path(directory), found):
+            found[row["case"], row["seed"]] = row
             if options.record:
                 common.record("learn", [{"bench": "learn", **row}], where, options.results)
+    rows = [found[key] for key in sorted(found, key=lambda key: (names.index(key[0]), key[1]))]
     show(rows, options.threads)
     for line in missed(rows):
         print(line)

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import ablation, learn, sharing, workload
+from bench import ablation, common, learn, sharing, workload
 from bench.ablation import lines
 from bench.workload import Workload
 from fastalign.arguments import parse_config
@@ -77,6 +77,25 @@ def test_what_learns_is_held_to_the_goal_and_a_collapse_to_its_alarm(capsys):
     assert "0.500 -> 0.800" in capsys.readouterr().out
     for case in learn.CASES.values():
         parse_config(case.method, ["--config", str(learn.EXAMPLES / f"{case.file}.yaml"), *case.flags])
+
+
+def test_runs_of_the_same_settings_are_taken_over(tmp_path, monkeypatch):
+    def keep(case, seed, **changes):
+        row = {"case": case, "seed": seed, "settings": {**learn.settings(learn.CASES[case]), **changes}}
+        common.record("learn", [row], {"time": str(seed)}, tmp_path)
+
+    keep("grpo", 0)
+    keep("grpo", 1, flags=["--optim.lr", "1"])
+    keep("raft", 1)
+    keep("raft", 3)
+    known = learn.recorded(["grpo", "raft"], 3, tmp_path)
+    assert set(known) == {("grpo", 0), ("raft", 1)}
+    made = []
+    monkeypatch.setattr(learn, "train", lambda method, file, out, *rest: made.append(out.name) or {})
+    monkeypatch.setattr(learn, "judge", lambda model: {"sampled": 0.5})
+    rows = list(learn.measure(["grpo", "raft"], 2, 1, tmp_path, known))
+    assert made == ["sft-0", "raft-0", "sft-1", "grpo-1"], "nothing is made twice, and no start without a run"
+    assert [(row["case"], row["seed"]) for row in rows] == [("raft", 0), ("grpo", 1)]
 
 
 def test_turns_are_cut_at_the_last_answer():

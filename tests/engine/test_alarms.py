@@ -15,7 +15,7 @@ from fastalign.engine.errors import RunError
 from fastalign.engine.interrupt import Interrupted
 from fastalign.engine.output.alarms import EXPLODED, PATIENCE, Alarms
 from fastalign.engine.output.checkpoints import whole_checkpoints
-from fastalign.engine.output.collapse import DIFFERENCE
+from fastalign.engine.output.collapse import BLIND_STEPS, DIFFERENCE
 from fastalign.engine.setup import load_data
 from fastalign.engine.train import train
 from fastalign.rl.groups import Group, reward_metrics
@@ -203,6 +203,10 @@ def sampled(*steps, **same):
             "step 5: since step 1, 5 steps in a row, all completions that are compared",
         ),
         ([{DIFFERENCE: 1e-7, "sampling/exact": 1.0}] * 2, f"step 1: {DIFFERENCE} is 1e-07 in a run whose sampler was"),
+        (
+            [{"critic/vf_explained_var": -0.25}] * BLIND_STEPS,
+            "step 20: critic/vf_explained_var is -0.25 over the last 5",
+        ),
     ],
 )
 def test_a_collapse_is_told_once_with_its_step(steps, begins, caplog):
@@ -220,6 +224,8 @@ def test_runs_that_learn_raise_no_alarm(caplog):
     for i, record in enumerate(sampled(*({"reward": x, "entropy": 0.4 - 0.03 * i} for i, x in enumerate(noise)))):
         alarms.check({**record, "kl": 0.01 * i, "val/ratio_max": 11.0, DIFFERENCE: 1e-6, "sampling/exact": 0.0})
     for record in sampled(*[{"frac_reward_zero_std": 1.0, "grad_norm": 0.0}] * 4):
+        alarms.check(record)
+    for record in sampled(*[{"critic/vf_explained_var": -0.5}] * (BLIND_STEPS - 1), {"critic/vf_explained_var": -0.05}):
         alarms.check(record)
     assert not warnings(caplog)
 

@@ -26,6 +26,9 @@ that."""
 MOST_RATIO = 20.0
 """Times that a token may have become likelier since it was sampled. Clipped updates of usual learning rates stay near
 10; how much less likely one became says little, since that is what a bad token is to become."""
+BLIND, BLIND_STEPS = -0.1, 20
+"""Explained variance of a critic that is worse than the mean of the returns, and for how many steps in a row before it
+is said: one that has just begun is often there for a while."""
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 Warn = Callable[[str, str], None]
@@ -43,13 +46,13 @@ class Collapse:
         self.warn = warn
         self.first: list[dict[str, Any]] = []
         self.last: deque[dict[str, Any]] = deque(maxlen=LAST)
-        self.alike = 0
+        self.alike = self.blind = 0
 
     def check(self, record: dict[str, Any]) -> None:
         """Warn about a step."""
         self.first += [record] if len(self.first) < FIRST else []
         self.last.append(record)
-        for look in (self.rewards, self.entropy, self.kl, self.ratios, self.exactness):
+        for look in (self.rewards, self.entropy, self.kl, self.ratios, self.critic, self.exactness):
             look(record)
 
     def rewards(self, record: dict[str, Any]) -> None:
@@ -79,6 +82,13 @@ class Collapse:
         """Tokens whose probability has changed much between sampling and an update."""
         if (record.get("val/ratio_max") or 0) > MOST_RATIO:
             self.warn("ratio", TAILS.format(step=record["step"], high=record["val/ratio_max"]))
+
+    def critic(self, record: dict[str, Any]) -> None:
+        """A critic whose values are further from the returns than these are from their mean."""
+        self.blind = self.blind + 1 if (record.get("critic/vf_explained_var") or 0) < BLIND else 0
+        if self.blind == BLIND_STEPS:
+            explained = mean(self.last, "critic/vf_explained_var")
+            self.warn("critic", WORSE.format(step=record["step"], explained=explained, many=LAST, number=BLIND_STEPS))
 
     def exactness(self, record: dict[str, Any]) -> None:
         """A sampler that was found to be exact and is not."""
@@ -120,6 +130,11 @@ TAILS = (
     "step {step}: val/ratio_max is {high:.3g}: a token became so many times likelier within the step, and such "
     "tokens decide its updates; lower optim.lr or algorithm.num_iterations, keep the loss's clip, or set "
     "algorithm.target_kl"
+)
+WORSE = (
+    "step {step}: critic/vf_explained_var is {explained:.2g} over the last {many} steps: for {number} steps the "
+    "critic's values have been worse than the mean of the returns would be, which adds noise to the advantages; set "
+    "algorithm.normalize_values true, so that a new critic starts at that mean, or use grpo or rloo, which have none"
 )
 MISMATCH = (
     "step {step}: " + DIFFERENCE + " is {difference:.3g} in a run whose sampler was found to be exact: sampling and "
