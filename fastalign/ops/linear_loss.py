@@ -43,6 +43,7 @@ from fastalign.ops.head.head import (
     cut,
     differentiate,
     hidden_rows,
+    in_dtype,
     join,
     make_head,
     plan_for,
@@ -186,7 +187,7 @@ def one_pass(
     stats = join(head, every_stats, wanted.entropy)
     row = every_row[0] if len(every_row) == 1 else joined(every_row, stats.max)
     loss = losses[0] if len(losses) == 1 else added(losses, head.hidden.device)
-    return loss.to(head.out_dtype), metrics, stats, None if grads is None else row
+    return in_dtype(loss, head.out_dtype), metrics, stats, None if grads is None else row
 
 
 def added(losses: list[Tensor], device: torch.device) -> Tensor:
@@ -302,7 +303,7 @@ class _Attach(torch.autograd.Function):
             made = ctx.grads.pop() if ctx.grads else recomputed(ctx.settings, saved)
             if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:  # free where reading it costs no sync
                 made = [None if grad is None else grad.mul_(upstream[0]) for grad in made]
-            made = [None if grad is None else grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)]
+            made = [None if grad is None else in_dtype(grad, dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():
             both = zip(made, saved, strict=False)
             made = [g if g is None or x is None else mark("linear_loss", g, x) for g, x in both]

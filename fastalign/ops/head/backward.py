@@ -17,6 +17,7 @@ from fastalign.ops.head.head import (
     differentiate,
     held_in,
     hidden_rows,
+    in_dtype,
     kernel_dtype,
     multiply_back,
     project,
@@ -41,11 +42,12 @@ def kept_rows(row: Coefficients, least: float = 0.0) -> Tensor | None:
 
     None where all are needed, and on CUDA, where only the device knows. A NaN coefficient is not zero.
     """
-    if row.g.device.type != "cpu" or row.g.all():  # a NaN counts as not zero
+    num_rows = row.g.shape[0]
+    if row.g.device.type != "cpu" or int(row.g.count_nonzero()) == num_rows:  # a NaN counts as not zero
         return None
     keep = (~zero_rows(row)).nonzero().squeeze(1)
-    skipped = len(row.g) - len(keep)
-    return keep if skipped and skipped >= least * len(row.g) else None
+    skipped = num_rows - len(keep)
+    return keep if skipped and skipped >= least * num_rows else None
 
 
 def needed(head: Head, stats: Stats, row: Coefficients) -> tuple[Head, Stats, Coefficients]:
@@ -98,13 +100,14 @@ def refuse_captured_parameters(loss: Tensor, leaves: list[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
+        parents = node.next_functions
+        variable = None if parents else getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             raise ValueError(
                 f"loss_fn uses a trainable tensor of shape {list(variable.shape)} besides the stats; it would get no "
                 "gradient. Detach it, or use linear_logps, which composes with autograd"
             )
-        for parent, _ in node.next_functions:
+        for parent, _ in parents:
             stack.append(parent)
 
 
@@ -130,7 +133,7 @@ def in_input_dtypes(grads: Leaves, inputs: Leaves) -> Leaves:
     """Each gradient in its input's dtype; that of an fp16 input stays in fp32 until backward."""
     made: list[Tensor | None] = []
     for g, x in zip(grads, inputs, strict=True):
-        made.append(None if g is None or x is None else g.to(held_in(x.dtype)))
+        made.append(None if g is None or x is None else in_dtype(g, held_in(x.dtype)))
     return Leaves(*made)
 
 

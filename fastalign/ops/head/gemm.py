@@ -28,7 +28,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
 
     Batch-invariant: in products of one shape, whatever the number of rows.
     """
-    few = 0 < len(a) < FEW_ROWS and out.dtype == torch.float32 and out.device.type == "cpu"
+    few = 0 < a.shape[0] < FEW_ROWS and out.dtype == torch.float32 and out.device.type == "cpu"
     if batch_invariant or few:
         size = INVARIANT_ROWS if batch_invariant else FEW_ROWS
         for rows, part in padded(a, size):

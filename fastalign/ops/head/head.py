@@ -108,7 +108,7 @@ def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
     cast, matrices = 0, []
     for x in (call.weight, call.bias, call.up):
         cast += x.shape[1] if x is not None and x.dim() == 2 and x.dtype != call.dtype else 0
-        matrices.append(None if x is None else x.detach().to(call.dtype))
+        matrices.append(None if x is None else in_dtype(x.detach(), call.dtype))
     hidden, out, (weight, bias, up) = call.hidden.detach(), stats_dtype(call.hidden, call.weight), matrices
     width = weight.shape[1]
     parts = ((weight, slice(0, width)), *(() if up is None else ((up, slice(width, None)),)))
@@ -160,6 +160,11 @@ def select(head: Head, keep: Tensor) -> Head:
         temperature=tau[keep] if isinstance(tau, Tensor) else tau,
         owners=None if head.owners is None else head.owners[keep],
     )
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which in a small call mostly has nothing to do and costs more than this question."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -235,7 +240,7 @@ def hidden_rows(head: Head, start: int, stop: int) -> Tensor:
         if head.rows is None
         else head.hidden.index_select(0, rows_of(head.rows, start, stop))
     )
-    return picked.to(head.options.dtype)
+    return in_dtype(picked, head.options.dtype)
 
 
 def workspace(head: Head, rows: int, columns: int) -> Tensor:
@@ -282,7 +287,7 @@ def scaled(head: Head, start: int, stop: int, row: Coefficients) -> tuple[Coeffi
 def row_coefficients(head: Head, stats: Stats, upstream: Mapping[str, Tensor | None]) -> Coefficients:
     """Coefficients of the rows from the gradients ``[n]`` of logps, entropy and lse, as the kernels read them."""
     g, dtype = upstream.get("logps"), stats.max.dtype
-    g = torch.zeros_like(stats.max) if g is None else g.to(dtype).contiguous()
+    g = torch.zeros_like(stats.max) if g is None else in_dtype(g, dtype).contiguous()
     if upstream.get("entropy") is None and upstream.get("lse") is None and not head.options.label_smoothing:
         return Coefficients(g)
     wide = {name: x.to(dtype).contiguous() for name, x in upstream.items() if x is not None}
@@ -297,8 +302,8 @@ def reported(head: Head, stats: Stats, wanted: Wanted) -> tuple[Tensor, Tensor |
     logps, dtype = stats.logps, head.out_dtype
     if stats.total is not None:
         logps = smoothed(logps, stats.logsum, stats.total, head.options.label_smoothing, head.vocab)
-    entropy = None if stats.entropy is None else stats.entropy.to(dtype)
-    return logps.to(dtype), entropy, (stats.max + stats.logsum).to(dtype) if wanted.lse else None
+    entropy = None if stats.entropy is None else in_dtype(stats.entropy, dtype)
+    return in_dtype(logps, dtype), entropy, (stats.max + stats.logsum).to(dtype) if wanted.lse else None
 
 
 def scaling_of(head: Head, start: int, stop: int) -> dict:
@@ -332,7 +337,7 @@ def join(head: Head, parts: list[Stats], entropy: bool) -> Stats:
 def scatter_rows(head: Head, values: Tensor, dtype: torch.dtype) -> Tensor:
     """``[n, ...]`` over scored rows to ``[N, ...]``, zero elsewhere."""
     if head.rows is None:
-        return values.to(dtype)
+        return in_dtype(values, dtype)
     out = torch.zeros(head.hidden.shape[0], *values.shape[1:], dtype=dtype, device=values.device)
     return out.index_copy_(0, head.rows, values.to(dtype))
 
