@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastalign.engine.output.metrics import MetricsLog, read_lines
 from fastalign.engine.output.progress import stage
 from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
+from fastalign.models.hollow import hollow_policy
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
@@ -77,13 +79,28 @@ def make_source(
     assert objective.on_policy is not None
     check_reference(objective.on_policy, models)
     settings = objective.on_policy.sampler
-    sampler = make_sampler(models.policy, settings, tokenizer, precision=lambda: models.precision(world.device))
+    lent = None if config.parallel.generate is None else empty_copy(config, models.policy, tokenizer, world)
+    precision = partial(models.precision, world.device)
+    sampler = make_sampler(models.policy, settings, tokenizer, precision=precision, lent=lent)
     if settings.environment is not None:
         make = load_environment(settings.environment, tokenizer)
         sampler = EnvironmentSampler(sampler, make, tokenizer, settings.max_turns, config.data.max_length)
     plan, batch = objective.on_policy, config.batch
     show = partial(stage, shown=world.is_main)
     return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show)
+
+
+def empty_copy(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World) -> Policy:
+    """A policy to sample from, whole on every rank, whose weights are still to come."""
+    asked = config.parallel.generate or {}
+    section = replace(config.model, dtype=asked.get("dtype", config.model.dtype), gradient_checkpointing=False)
+    copy = hollow_policy(section, seed=config.run.seed, tokenizer=tokenizer).policy.to_empty(device=world.device)
+    for (name, ours), theirs in zip(policy.named_buffers(), copy.buffers(), strict=True):
+        assert ours.shape == theirs.shape, f"{name}: {ours.shape} and {theirs.shape}"
+        theirs.copy_(ours)
+    size = sum(p.nbytes for p in copy.parameters())
+    log.info("sampler: from a copy of %.3g GB on every rank (parallel.generate)", size / 1e9)
+    return copy.train(policy.training).requires_grad_(False)
 
 
 # --- after the columns are filled ------------------------------------------------------------------------------------

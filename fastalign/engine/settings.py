@@ -77,12 +77,33 @@ def check_settings(config: Config) -> None:
         raise ValueError(
             f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}"
         )
+    check_generate(config)
     training_path(config.data)
     check_named(config.model)
     check_place(config.model.path, "model.path")
     check_place(config.model.tokenizer, "model.tokenizer")
     check_place(config.reference.path, "reference.path")
     lora.check(config.model)
+
+
+def check_generate(config: Config) -> None:
+    """Refuse a copy to sample from that cannot be made."""
+    asked = config.parallel.generate
+    if asked is None:
+        return
+    unknown, dtype = sorted(asked.keys() - {"tp", "dtype"}), asked.get("dtype", "auto")
+    sampled_here = config.sampler is None or config.sampler.backend != "vllm"
+    wrong = {
+        f"{config.method} does not sample: leave it out": config.method not in ON_POLICY,
+        f"unknown {', '.join(unknown)}; it takes tp and dtype, e.g. {{tp: 1, dtype: bfloat16}}": unknown,
+        f"tp {asked.get('tp', 1)!r}: completions are sampled from whole models: set tp to 1": asked.get("tp", 1) != 1,
+        f"dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}": dtype not in ("auto", *DTYPES),
+        "a server (sampler.backend vllm) has weights of its own: leave one of the two out": not sampled_here,
+        "weights that are quantised (model.quantization) cannot be copied so: leave it out": config.model.quantization,
+    }
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"parallel.generate: {text}")
 
 
 def check_sampling(config: Config) -> None:

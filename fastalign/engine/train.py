@@ -264,7 +264,8 @@ def iteration(job: Job, keeper: Keeper, feed: Feed, step: int) -> StepResult:
         known |= sampled(job, keeper.metrics, job.source, step, flat, work)
     updates = make_updates(job, cut(job, flat, parts), step, lr, watch)
     follow(job, step)
-    job.source.after(job.models.policy, step)
+    with watch("generate"):
+        job.source.after(job.models.policy, step)
     watch.stop()
     norm = torch.stack([one.grad_norm for one in updates]).mean()
     losses = [loss for one in updates for loss in one.losses]
@@ -363,8 +364,8 @@ def resume(job: Job, checkpoint: Path) -> int:
     for name, part in job.carried.items():
         if name in state["carried"]:
             part.load_state_dict(state["carried"][name])
-    job.source.after(job.models.policy, state["step"])
     state = load_checkpoint(checkpoint, kept(job), job.world)
+    job.source.after(job.models.policy, state["step"])
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size

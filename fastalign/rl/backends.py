@@ -24,6 +24,7 @@ from fastalign.config import SamplerConfig
 from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention
 from fastalign.ops import sample_keys
+from fastalign.parallel.reallocate import move
 from fastalign.parallel.shard import gathered
 from fastalign.rl.exact import settle
 from fastalign.rl.sampler import Finish, NativeSampler, Sampler, Stops, check_prompts, check_settings, stops_of
@@ -45,6 +46,7 @@ def make_sampler(
     tokenizer: Any,
     *,
     precision: Callable[[], AbstractContextManager] = nullcontext,
+    lent: Policy | None = None,
 ) -> Sampler:
     """The sampler that the section `sampler` describes; all ranks of a sharded policy must call it.
 
@@ -53,6 +55,7 @@ def make_sampler(
         settings: the section.
         tokenizer: the policy's.
         precision: makes the context in which training runs its forward, autocast's for example.
+        lent: a copy of the policy, in a layout and dtype of its own, to sample from instead.
 
     Raises:
         ValueError: settings that nothing can be sampled with, a server that does not answer, or `sampler.exact:
@@ -65,11 +68,35 @@ def make_sampler(
     if settings.backend == "vllm":
         return ServerSampler(settings, stops)
     assert policy is not None, "only a server samples without a policy"
+    if lent is not None:
+        move(policy, lent)
     if settings.backend == "transformers":
-        return TransformersSampler(policy, settings, stops)
-    native = NativeSampler(policy, settings, stops, precision=precision)
-    settle(native)
-    return native
+        sampler: Sampler = TransformersSampler(lent or policy, settings, stops)
+    else:
+        sampler = NativeSampler(lent or policy, settings, stops, precision=precision)
+        settle(sampler, None if lent is None else policy)
+    return sampler if lent is None else Lent(sampler, lent)
+
+
+class Lent:
+    """Samples from a copy of the policy, which takes the weights whenever they are new.
+
+    Args:
+        sampler: of the copy.
+        copy: in a layout and dtype of its own; has the weights of the policy but for those that train.
+    """
+
+    def __init__(self, sampler: Sampler, copy: Policy) -> None:
+        self.sampler, self.copy, self.exact = sampler, copy, sampler.exact
+
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
+        """Samples 0 to n - 1 of each prompt, each as it ends."""
+        return self.sampler.generate(prompts, n, seed, greedy=greedy)
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Move the weights; all ranks must call it."""
+        move(policy, self.copy, trained=True)
+        self.sampler.sync(self.copy, version)
 
 
 def rollout(

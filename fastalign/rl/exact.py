@@ -30,36 +30,41 @@ TOKENS = 20
 """Of each completion: it goes on past the end of a block of keys, wherever its prompt ends."""
 
 
-def probe(sampler: NativeSampler) -> str | None:
+def probe(sampler: NativeSampler, trained: Policy | None = None) -> str | None:
     """Sample from random prompts and compare with the log-probs of training, bit for bit.
 
     All ranks of a sharded policy must call it.
 
+    Args:
+        sampler: with the weights as they are now.
+        trained: the policy, where the sampler has a copy of it.
+
     Returns:
         None when they are equal, else by how much they differ and the first layer whose output does.
     """
+    trained = trained or sampler.policy
     tried = _without_limits(sampler)
     limit = (sampler.policy.max_length or (max(PROMPTS) + TOKENS + 1, ""))[0]
     lengths = [length for length in PROMPTS if length + TOKENS <= limit] or [1]
-    team = sampler.policy.team
-    with gathered(sampler.policy) if team is None else nullcontext():
+    team = trained.team
+    with gathered(trained) if team is None else nullcontext():
         prompts = _prompts(sampler.policy, lengths)
         apart = 0.0
         for some, n in ((prompts[-1:], 1), (prompts, SAMPLES)):  # padded to more rows, and not
             rollouts = sorted(tried.generate(some, n, 0), key=lambda r: (r.row, r.sample))
-            apart = max(apart, largest_difference(rollouts, trained_logps(tried, rollouts)))
+            apart = max(apart, largest_difference(rollouts, trained_logps(tried, rollouts, trained)))
         if apart == 0:
             return None
         where = (
-            f"first in {_first_difference(tried, prompts[-1:])}"
+            f"first in {_first_difference(tried, prompts[-1:], trained)}"
             if team is None
             else (f"as training splits layers over {team.mesh.size()} ranks (parallel.tp) and sampling has them whole")
         )
     return f"log-probs of sampling and training differ by up to {apart:.2g}, {where}"
 
 
-def settle(sampler: NativeSampler) -> None:
-    """Set whether a sampler is exact as `sampler.exact` asks for, and log it.
+def settle(sampler: NativeSampler, trained: Policy | None = None) -> None:
+    """Set whether a sampler is exact as `sampler.exact` asks for, and log it; the arguments are those of `probe`.
 
     Raises:
         ValueError: `sampler.exact` is require and it is not.
@@ -67,18 +72,18 @@ def settle(sampler: NativeSampler) -> None:
     wanted = sampler.settings.exact
     if wanted == "off":
         return
-    found = probe(sampler)
+    found = probe(sampler, trained)
     sampler.exact = found is None
     if found is None:
         log.info("sampler: exact, log-probs of sampling are bit for bit those of training")
         return
-    text = f"{found}{_advice(sampler)}"
+    text = f"{found}{_advice(sampler, trained)}"
     if wanted == "require":
         raise ValueError(f"sampler.exact: require, but {text}")
     log.warning("sampler: not exact: %s", text)
 
 
-def trained_logps(sampler: NativeSampler, rollouts: Sequence[Rollout]) -> Tensor:
+def trained_logps(sampler: NativeSampler, rollouts: Sequence[Rollout], trained: Policy | None = None) -> Tensor:
     """Log-probs of the sampled tokens by the packed forward and `linear_loss`, as training computes them, ``[N]``."""
     batch = batch_of(rollouts).to(next(sampler.policy.parameters()).device)
     temperature = sampler.settings.temperature or 1.0
@@ -88,9 +93,10 @@ def trained_logps(sampler: NativeSampler, rollouts: Sequence[Rollout]) -> Tensor
         return linear_loss(hidden, weight, labels, **loss, **options)[1]
 
     with torch.enable_grad(), sampler.precision():
-        logps = sampler.policy(batch, head).logps.detach()
-    if sampler.policy.team is not None:
-        reshard(sampler.policy)
+        model = trained or sampler.policy
+        logps = model(batch, head).logps.detach()
+    if model.team is not None:
+        reshard(model)
     return logps
 
 
@@ -135,12 +141,12 @@ Calls = list[tuple[Tensor, Tensor]]
 """Input and output ``[T, ...]`` of each call of a module."""
 
 
-def _first_difference(sampler: NativeSampler, prompts: Sequence[Prompt]) -> str:
+def _first_difference(sampler: NativeSampler, prompts: Sequence[Prompt], trained: Policy) -> str:
     """The first module that makes other outputs from equal inputs when it samples than when it trains."""
     with _watched(sampler.policy) as sampling:
         rollouts = sorted(sampler.generate(prompts, SAMPLES, 0), key=lambda rollout: rollout.sample)
-    with _watched(sampler.policy) as training:
-        trained_logps(sampler, rollouts)
+    with _watched(trained) as training:
+        trained_logps(sampler, rollouts, trained)
     batch = batch_of(rollouts)
     begins = batch.cu_seqlens[:-1].long()
     rows = [torch.arange(len(prompts[0].ids)), *(batch.rows[begins + t] for t in range(1, TOKENS))]
@@ -184,10 +190,10 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
     return next((x for x in parts if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
-def _advice(sampler: NativeSampler) -> str:
+def _advice(sampler: NativeSampler, trained: Policy | None) -> str:
     """The setting of the attention that makes it exact, where one does."""
     policy, was, cpp = sampler.policy, sampler.policy.attention, register_attention("cpp")
-    if policy.team is not None or was in (cpp, register_attention("auto")):  # which is cpp where that can be
+    if trained is not None or policy.team is not None or was in (cpp, register_attention("auto")):  # cpp where possible
         return ""
     try:
         policy.use_attention(cpp)

@@ -120,7 +120,7 @@ def check_half(ranks: World, meshes: dict[Layout, DeviceMesh]) -> None:
 
 
 def check_average(ranks: World, meshes: dict[Layout, DeviceMesh]) -> None:
-    """The same operation with a rate, of rows that no number of ranks divides; nothing travels between equal layouts."""
+    """The same operation with a rate, of rows that no number of ranks divides; nothing travels where layouts agree."""
     model, wanted = make(37), zero(make(37))
     there, averaged = ({layout: laid_out(each, layout, meshes) for layout in meshes} for each in (model, wanted))
     with torch.no_grad():

@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from fastalign.arguments import parse_config
-from fastalign.config import AlgorithmConfig, Config, DataConfig, ModelConfig, ReferenceConfig, RunConfig, SamplerConfig
+from fastalign.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplerConfig,
+)
 from fastalign.engine.train import train
 from fastalign.written import UsageError
 
@@ -22,6 +31,7 @@ def config_of(tmp_path: Path, method: str, algorithm=None, sampler=None, rewards
         reference=ReferenceConfig(**others.get("reference", {})),
         data=DataConfig(**{"path": str(tmp_path / "absent.jsonl"), "max_length": 32, **others.get("data", {})}),
         run=RunConfig(**{"output_dir": str(tmp_path / "run"), "steps": 2, **others.get("run", {})}),
+        parallel=ParallelConfig(generate=others.get("generate")),
         algorithm=AlgorithmConfig(**(algorithm or {})),
         sampler=SamplerConfig(**{"max_new_tokens": 12, **(sampler or {})}),
         rewards=[{"builtin": "exact_match"}] if rewards is None else rewards,
@@ -29,6 +39,22 @@ def config_of(tmp_path: Path, method: str, algorithm=None, sampler=None, rewards
 
 
 CASES = [
+    (
+        "grpo",
+        {"generate": {"tp": 2}},
+        r"parallel\.generate: tp 2: completions are sampled from whole models: set tp to 1",
+    ),
+    ("grpo", {"generate": {"dp": 1}}, r"parallel\.generate: unknown dp; it takes tp and dtype"),
+    (
+        "grpo",
+        {"generate": {"dtype": "int4"}},
+        r"parallel\.generate: dtype 'int4': expected one of auto, float32, bfloat",
+    ),
+    (
+        "grpo",
+        {"generate": {}, "sampler": {"backend": "vllm"}},
+        r"parallel\.generate: a server .* has weights of its own",
+    ),
     ("grpo", {"rewards": []}, r"grpo learns from rewards of its samples, and none is set: e\.g\. rewards"),
     ("grpo", {"algorithm": {"name": "gpro"}}, r"unknown algorithm\.name 'gpro': did you mean '.*'\?"),
     ("grpo", {"algorithm": {"name": "ppo"}}, r"unknown algorithm\.name 'ppo'.*all: grpo, dr_grpo"),
