@@ -22,6 +22,7 @@ from pathlib import Path
 from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
 from fastalign.commands import GenerateConfig, RlaifConfig, ScoreConfig, SelectConfig
 from fastalign.config import DataConfig, ModelConfig, SamplerConfig
+from fastalign.disk import kept_from_others
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 when the run fails, 2 for bad usage, 128 + the number of the signal that ended it: 130 Ctrl-C, 143 SIGTERM.
     """
     try:
-        with handled(), after_lost_peers():
+        with handled(), after_lost_peers(), kept_from_others():
             return run_command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as stop:
         return leave(str(stop) or "interrupted", code=getattr(stop, "code", 130))

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,6 +87,23 @@ def readable(size: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+@contextmanager
+def kept_from_others() -> Iterator[None]:
+    """What is made inside only the owner and the group can write, even where the umask lets everybody."""
+    was = os.umask(0o077)
+    os.umask(was | stat.S_IWOTH)
+    try:
+        yield
+    finally:
+        os.umask(was)
+
+
+def open_to_all(directory: Path) -> bool:
+    """Whether every user of this machine can replace what lies in a directory."""
+    mode = directory.stat().st_mode if directory.is_dir() else 0
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def write_whole(path: Path, text: str, what: str, then: str = "") -> None:

@@ -26,7 +26,8 @@ DOWN = (502, 503, 504)
 def looks_local(name: str) -> bool:
     """Whether a name that is not there must be a path, because no repository is called so."""
     steps = name.split("/")
-    return Path(name).is_absolute() or name.startswith((".", "~")) or len(steps) > 2 or "" in steps or "\\" in name
+    shaped = len(steps) < 3 and "" not in steps and ".." not in steps
+    return Path(name).is_absolute() or name.startswith((".", "~")) or not shaped or "\\" in name
 
 
 @contextmanager

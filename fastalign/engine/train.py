@@ -18,6 +18,7 @@ from fastalign.config import BatchConfig, Config, as_dict
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Examples, Rows, Source, TokenDataset
 from fastalign.data.pack import empty_batch, share
+from fastalign.disk import kept_from_others
 from fastalign.engine.evaluate import evaluate
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
@@ -41,7 +42,7 @@ from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
-from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir
+from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir, warn_of_open_places
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
 from fastalign.engine.settings import check_sampling, check_settings, check_types, settle
 from fastalign.engine.setup import (
@@ -83,10 +84,11 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
     config = filled_in(config, objective)
     check_settings(config)
     check_sampling(config)
-    with handled() as signals, ExitStack() as to_the_end:
+    with handled() as signals, kept_from_others(), ExitStack() as to_the_end:
         with world(config.parallel) as ranks:
             to_the_end.enter_context(held(Path(config.run.output_dir), ranks))
             signals.where = "before step 1"
+            warn_of_open_places(config, ranks)
             config = settle(config, ranks.device)
             checkpoint = claim(config, ranks)
             if checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +16,7 @@ from fastalign.words import nearest
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 REFUSALS = (
     *(SafetensorError, StrictDataclassError, ValueError, TypeError, LookupError),
-    *(AttributeError, ArithmeticError, RuntimeError),
+    *(AttributeError, ArithmeticError, RuntimeError, UnpicklingError),
 )
 """What transformers raises on files that are damaged and on values that make no model."""
 
@@ -52,6 +53,8 @@ def makes(kind: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An error with its kind, on one line."""
+    if isinstance(error, UnpicklingError):  # PyTorch's text advises to execute it
+        return "its weights are a pickle of more than tensors, which is never executed: convert it to safetensors"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -135,6 +135,7 @@ def base_path(model: ModelConfig, saved: Any, setting: str) -> tuple[str, str]:
 
 
 def _pretrained(path: str, setting: str, model: ModelConfig, auto: Any, seed: int) -> PreTrainedModel:
+    tell_of_code(model, path, setting)
     options: dict[str, Any] = {"num_labels": 1} if (scalar := auto is AutoModelForSequenceClassification) else {}
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization)
@@ -252,6 +253,7 @@ def load_tokenizer(
         if fallback is None:
             raise ValueError(f"{setting}: no built-in tokenizers are available here: {name!r}")
         return fallback(name)
+    tell_of_code(model, name, setting)
     with readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
@@ -273,12 +275,19 @@ def check_model(
         rows = (model.config or {}).get("vocab_size")
     else:
         path, where = base_path(model, lora.saved_adapter(model), setting)
+        tell_of_code(model, path, where)
         with readable("model", path, "config.json and safetensors weights", where):
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         rows, name = getattr(config.get_text_config(), "vocab_size", None), f"{where}: {path!r}"
     outline.check(config, name, scalar_head=scalar_head, trust_remote_code=model.trust_remote_code)
     if isinstance(rows, int) and size is not None:
         vocabulary.refuse_few(rows, size, name, resize=model.resize_embeddings)
+
+
+def tell_of_code(model: ModelConfig, path: str, setting: str) -> None:
+    """Name whose Python code may run in this process, where the section lets it."""
+    if model.trust_remote_code:
+        log.warning("%s: trust_remote_code is on: Python code that comes with %r runs in this process", setting, path)
 
 
 def _tokenizer_home(model: ModelConfig) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastalign.config import ModelConfig
+from fastalign.models import inline
 from fastalign.models.policy import Policy
 from fastalign.models.raised import raise_trained, rounded
 from fastalign.types import PackedBatch
@@ -46,6 +48,7 @@ STARTS = (True, False, "gaussian")
 """The `init_lora_weights` that leave the base weights alone and need no data."""
 REFUSALS = (
     *(SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError),
+    UnpicklingError,
     UserWarning,  # made an error where it tells of weights that would stay random
 )
 """What `peft` raises on settings that make no adapter and on files that are damaged."""
@@ -218,7 +221,7 @@ def one_line(what: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     except REFUSALS as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what}: {inline.one_line(error)}") from error
 
 
 def base_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -19,7 +19,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fastalign.config import Config, as_dict, as_yaml, flatten
-from fastalign.disk import free_bytes, readable, write_whole, writing
+from fastalign.data import cache
+from fastalign.disk import free_bytes, open_to_all, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
 from fastalign.engine.output.checkpoints import (
@@ -52,6 +53,9 @@ LAYOUT = {
         "parallel.dp_replicate",
         "parallel.dp_shard",
         "parallel.tp",
+        "parallel.generate",
+        "parallel.generate.tp",
+        "parallel.generate.dtype",
         "run.deterministic",
     ),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
@@ -190,6 +194,16 @@ def choose(config: Config) -> Path | None:
     if lines and not checkpoint and (directory / "config.yaml").exists():
         check_same_run(read_settings(directory), settings, directory)
     return checkpoint
+
+
+def warn_of_open_places(config: Config, world: World) -> None:
+    """Say which directories that are there already every user of this machine could change what a run reads in."""
+    places = {"run.output_dir": Path(config.run.output_dir), "data.cache_dir": cache.root(config.data.cache_dir)}
+    if config.reference.cache not in ("auto", "off"):
+        places["reference.cache"] = Path(config.reference.cache)
+    for setting, place in places.items():
+        if world.is_main and open_to_all(place):
+            log.warning("%s: every user of this machine can write to %s: chmod o-w %s", setting, place, place)
 
 
 def probe(directory: Path, rank: int) -> None:
