@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -169,48 +170,30 @@ def ref_logps(argv: list[str]) -> int:
     return 0
 
 
-def generate(argv: list[str]) -> int:
-    """Sample completions of prompts into a file: fastalign generate --model.path DIR --prompts FILE."""
-    prepare_process()
-    kinds = {"generate": GenerateConfig, "model": ModelConfig, "sampler": SamplerConfig, "data": DataConfig}
-    settings = parse_sections("generate", "sample completions of prompts into a file", argv, kinds)
-    from fastalign.pipelines.generate import generate as run  # brings transformers and datasets
+def pipeline(name: str, help: str, *kinds: type) -> Callable[[list[str]], int]:
+    """A command that trains nothing: the function of a module of `fastalign.pipelines`, both named as it is.
 
-    print(run(settings["generate"], settings["model"], settings["sampler"], settings["data"]))
-    return 0
+    Args:
+        name: of the command.
+        help: what it does, and behind a colon an example.
+        kinds: its settings, its own first; the function takes them in this order.
+    """
+    sections = {name: kinds[0], **{section_name(kind): kind for kind in kinds[1:]}}
 
+    def run(argv: list[str]) -> int:
+        prepare_process()
+        settings = parse_sections(name, (help[0].lower() + help[1:]).partition(": fastalign")[0], argv, sections)
+        module = importlib.import_module(f"fastalign.pipelines.{name}")  # brings transformers and datasets
+        print(getattr(module, name)(*(settings[section] for section in sections)))
+        return 0
 
-def score(argv: list[str]) -> int:
-    """Give the completions in a file rewards: fastalign score --samples FILE --rewards '[...]' --out FILE."""
-    prepare_process()
-    kinds = {"score": ScoreConfig, "model": ModelConfig, "data": DataConfig}
-    settings = parse_sections("score", "give the completions in a file rewards", argv, kinds)
-    from fastalign.pipelines.score import score as run  # brings transformers and datasets
-
-    print(run(settings["score"], settings["model"], settings["data"]))
-    return 0
-
-
-def select(argv: list[str]) -> int:
-    """Select rows worth training on, by filters and a core set: fastalign select --data.path FILE --out FILE."""
-    prepare_process()
-    kinds = {"select": SelectConfig, "data": DataConfig, "model": ModelConfig}
-    settings = parse_sections("select", "select rows worth training on", argv, kinds)
-    from fastalign.pipelines.select import select as run  # brings transformers and datasets
-
-    print(run(settings["select"], settings["data"], settings["model"]))
-    return 0
+    run.__doc__ = help
+    return run
 
 
-def rlaif(argv: list[str]) -> int:
-    """Make data by AI feedback, revised answers or labelled pairs: fastalign rlaif --stage revise --model.path DIR."""
-    prepare_process()
-    kinds = {"rlaif": RlaifConfig, "model": ModelConfig, "sampler": SamplerConfig, "data": DataConfig}
-    settings = parse_sections("rlaif", "make data by AI feedback: revised answers or labelled pairs", argv, kinds)
-    from fastalign.pipelines.rlaif import rlaif as run  # brings transformers and datasets
-
-    print(run(settings["rlaif"], settings["model"], settings["sampler"], settings["data"]))
-    return 0
+def section_name(kind: type) -> str:
+    """The section of a configuration that a class describes: `sampler` for `SamplerConfig`."""
+    return kind.__name__.removesuffix("Config").lower()
 
 
 def prepare_process() -> None:
@@ -350,10 +333,26 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "methods": methods,
     "ref-logps": ref_logps,
-    "generate": generate,
-    "score": score,
-    "select": select,
-    "rlaif": rlaif,
+    "generate": pipeline(
+        "generate",
+        "Sample completions of prompts into a file: fastalign generate --model.path DIR --prompts FILE.",
+        *(GenerateConfig, ModelConfig, SamplerConfig, DataConfig),
+    ),
+    "score": pipeline(
+        "score",
+        "Give the completions in a file rewards: fastalign score --samples FILE --rewards '[...]' --out FILE.",
+        *(ScoreConfig, ModelConfig, DataConfig),
+    ),
+    "select": pipeline(
+        "select",
+        "Select rows worth training on, by filters and a core set: fastalign select --data.path FILE --out FILE.",
+        *(SelectConfig, DataConfig, ModelConfig),
+    ),
+    "rlaif": pipeline(
+        "rlaif",
+        "Make data by AI feedback, revised answers or labelled pairs: fastalign rlaif --stage revise --model.path DIR.",
+        *(RlaifConfig, ModelConfig, SamplerConfig, DataConfig),
+    ),
     "replay": replay,
     "report": report,
     "torchrun": torchrun,
