@@ -17,14 +17,17 @@ import torch
 
 from fastalign.data.loader import TokenDataset
 from fastalign.disk import WriteError, writing
+from fastalign.engine.errors import as_one
 from fastalign.engine.forward import Models
 from fastalign.engine.methods import Objective
 from fastalign.engine.optim import AdamW, Trained
+from fastalign.engine.output.export import whole_weights
 from fastalign.engine.output.metrics import MetricsLog, read_lines
 from fastalign.engine.output.progress import stage
 from fastalign.losses.policy import KL_ESTIMATORS
 from fastalign.losses.reduce import segment_sum
 from fastalign.models.hollow import hollow_policy
+from fastalign.models.load import save_pretrained
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
@@ -35,6 +38,7 @@ from fastalign.rl.controllers import KLPrice
 from fastalign.rl.environments import EnvironmentSampler, load_environment
 from fastalign.rl.groups import sample_lines
 from fastalign.rl.rollouts import NoScorer, Rollouts
+from fastalign.rl.sampler import truncates
 from fastalign.rl.scoring import Scorer
 from fastalign.types import PackedBatch
 
@@ -80,8 +84,11 @@ def make_source(
     check_reference(objective.on_policy, models)
     settings = objective.on_policy.sampler
     lent = None if config.parallel.generate is None else empty_copy(config, models.policy, tokenizer, world)
-    precision = partial(models.precision, world.device)
-    sampler = make_sampler(models.policy, settings, tokenizer, precision=precision, lent=lent)
+    if truncates(settings) and objective.policy_gradient is not None and world.is_main:
+        log.warning(TRUNCATED)
+    known: dict[str, Any] = {"precision": partial(models.precision, world.device), "lent": lent}
+    known["publish"] = partial(publish_weights, config, models, tokenizer, world)
+    sampler = make_sampler(models.policy, settings, tokenizer, **known)
     if settings.environment is not None:
         make = load_environment(settings.environment, tokenizer)
         sampler = EnvironmentSampler(sampler, make, tokenizer, settings.max_turns, config.data.max_length)
@@ -101,6 +108,36 @@ def empty_copy(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBas
     size = sum(p.nbytes for p in copy.parameters())
     log.info("sampler: from a copy of %.3g GB on every rank (parallel.generate)", size / 1e9)
     return copy.train(policy.training).requires_grad_(False)
+
+
+TRUNCATED = (
+    "sampler.top_k, top_p, min_p: completions are drawn from the tokens that these keep, and their ratios, KL and "
+    "entropy are those of all tokens, as in TRL and verl; algorithm.correction truncate weighs each token by the share "
+    "that was kept, and sampling from all tokens needs no correction"
+)
+
+
+def publish_weights(
+    config: Config,
+    models: Models,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    policy: Policy,
+    read: Callable[[Path], None],
+) -> None:
+    """Write the weights to `weights/` of the run, in the precision of forwards, and have a server read them.
+
+    All ranks call it, and go on when the server has them.
+    """
+    directory, tensors = Path(config.run.output_dir).resolve() / "weights", whole_weights(policy)
+    if models.autocast:
+        tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in tensors.items()}
+    with as_one(world):
+        if world.is_main:
+            need = sum(x.nbytes for x in tensors.values())
+            with writing("weights for the server", directory, need, then="go on with run.resume=true"):
+                save_pretrained(policy, tokenizer, directory, tensors)
+            read(directory)
 
 
 # --- after the columns are filled ------------------------------------------------------------------------------------

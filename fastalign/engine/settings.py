@@ -111,9 +111,7 @@ def check_sampling(config: Config) -> None:
     algorithm, sampler = config.algorithm, config.sampler
     if config.method not in ON_POLICY:
         return
-    from fastalign.rl.algorithms import ALGORITHMS
     from fastalign.rl.sampler import check_settings as check_sampler
-    from fastalign.rl.sampler import truncates
 
     assert algorithm is not None and algorithm.name is not None and sampler is not None
     check_sampler(sampler)
@@ -121,10 +119,6 @@ def check_sampling(config: Config) -> None:
     wrong = {
         "sampler.temperature 0 makes all completions of a prompt equal, from which nothing is learnt: set it above 0": (
             sampler.temperature == 0
-        ),
-        "sampler.top_k, top_p and min_p leave tokens out, which the loss would have to know: sample from all tokens "
-        "(top_k 0, top_p 1, min_p 0); raft and online-dpo may leave some out": (
-            truncates(sampler) and ALGORITHMS[algorithm.name].credit is not None
         ),
         f"algorithm.num_minibatches {updates} is more than batch.size {config.batch.size}, the prompts of a step": (
             updates > config.batch.size
@@ -134,20 +128,22 @@ def check_sampling(config: Config) -> None:
         f"algorithm.filter_zero_std ({algorithm.name}) draws as many prompts as it needs: set run.steps": (
             bool(algorithm.filter_zero_std) and config.run.steps is None
         ),
-        **follows_what(config),
+        **needs_whole_models(config),
     }
     for text, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(text)
 
 
-def follows_what(config: Config) -> dict[str, bool]:
-    """What a reference that follows the policy cannot be."""
+def needs_whole_models(config: Config) -> dict[str, bool]:
+    """What neither a server nor a reference that follows the policy can be."""
     assert config.algorithm is not None
     sync, other = config.algorithm.reference_sync, config.reference.path is not None
     dtype = (other and config.reference.dtype) or config.model.dtype
     adapter = config.model.lora is not None or lora.saved_adapter(config.model) is not None
     return {
+        "sampler.backend vllm takes whole models alone, and model.lora trains an adapter: leave sampler.backend out, "
+        "which samples in the process": adapter and config.sampler is not None and config.sampler.backend == "vllm",
         f"algorithm.reference_sync {sync}: the reference of an adapter is the model below it, which stays: set none, "
         "or leave model.lora out": sync != "none" and adapter,
         "algorithm.reference_sync ema moves the reference by less than bfloat16 can hold: set model.dtype to float32, "

@@ -13,12 +13,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from fastalign.config import SamplerConfig
 from fastalign.models.policy import Policy
@@ -38,6 +42,11 @@ MOST_REQUESTS = 64
 """Requests at a time to a server, which batches them, where `sampler.max_rows` does not say."""
 PATIENCE = 600
 """Seconds that a request may take."""
+RELOAD = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --max-logprobs 1"
+"""Starts a server that takes new weights."""
+
+Publish = Callable[[Policy, Callable[[Path], None]], None]
+"""Writes a policy's weights to a directory and calls a function with it; all ranks call it together."""
 
 
 def make_sampler(
@@ -47,6 +56,7 @@ def make_sampler(
     *,
     precision: Callable[[], AbstractContextManager] = nullcontext,
     lent: Policy | None = None,
+    publish: Publish | None = None,
 ) -> Sampler:
     """The sampler that the section `sampler` describes; all ranks of a sharded policy must call it.
 
@@ -56,6 +66,7 @@ def make_sampler(
         tokenizer: the policy's.
         precision: makes the context in which training runs its forward, autocast's for example.
         lent: a copy of the policy, in a layout and dtype of its own, to sample from instead.
+        publish: of a run that trains, for a server: hands it the weights.
 
     Raises:
         ValueError: settings that nothing can be sampled with, a server that does not answer, or `sampler.exact:
@@ -66,12 +77,12 @@ def make_sampler(
     if settings.exact == "require" and settings.backend != "native":
         raise ValueError(f"sampler.exact: require, but only sampler.backend native can be, got {settings.backend}")
     if settings.backend == "vllm":
-        return ServerSampler(settings, stops)
+        return ServerSampler(settings, stops, publish, policy)
     assert policy is not None, "only a server samples without a policy"
     if lent is not None:
         move(policy, lent)
     if settings.backend == "transformers":
-        sampler: Sampler = TransformersSampler(lent or policy, settings, stops)
+        sampler: Sampler = TransformersSampler(lent or policy, settings, stops, precision=precision)
     else:
         sampler = NativeSampler(lent or policy, settings, stops, precision=precision)
         settle(sampler, None if lent is None else policy)
@@ -111,7 +122,7 @@ def rollout(
 
 
 class TransformersSampler:
-    """transformers' continuous batching, with its own attention; in the dtype of the weights, without autocast.
+    """transformers' continuous batching, with its own attention.
 
     Its draws depend on what is sampled together. A stop text is found when a completion is whole.
 
@@ -119,12 +130,21 @@ class TransformersSampler:
         policy: is put back as it was after each call.
         settings: the `sampler` section.
         stops: what ends a completion.
+        precision: makes the context in which training runs its forward.
     """
 
     exact = False
 
-    def __init__(self, policy: Policy, settings: SamplerConfig, stops: Stops) -> None:
-        self.policy, self.settings, self.stops, self.version = policy, settings, stops, 0
+    def __init__(
+        self,
+        policy: Policy,
+        settings: SamplerConfig,
+        stops: Stops,
+        *,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.policy, self.settings, self.stops, self.precision = policy, settings, stops, precision
+        self.version = 0
 
     def sync(self, policy: Policy, version: int) -> None:
         """The weights are the policy's own: only their version is new."""
@@ -139,7 +159,7 @@ class TransformersSampler:
         training = self.policy.training
         for requests, draws in ((cold, False), (warm, True)):
             if requests:
-                with gathered(self.policy), stock_attention(self.policy):
+                with gathered(self.policy), stock_attention(self.policy), within(self.precision, self.policy.model):
                     yield from self._run(requests, draws, seed)
         self.policy.train(training)
 
@@ -192,38 +212,70 @@ class TransformersSampler:
         return GenerationConfig(do_sample=draws, max_new_tokens=settings.max_new_tokens, **cut)
 
 
+@contextmanager
+def within(precision: Callable[[], AbstractContextManager], model: Any) -> Iterator[None]:
+    """Meanwhile the model's forward runs in that context, in whichever thread: autocast is one thread's own.
+
+    Keys and values enter the cache in its dtype, that of the weights.
+    """
+    forward, update = model.forward, PagedAttentionCache.update
+
+    @wraps(forward)
+    def inside(*values: Any, **named: Any) -> Any:
+        with precision():
+            return forward(*values, **named)
+
+    def cast(cache: Any, *values: Any, **named: Any) -> Any:
+        def fit(x: Any) -> Any:
+            return x.to(cache.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        return update(cache, *map(fit, values), **{name: fit(x) for name, x in named.items()})
+
+    with patch.object(model, "forward", inside), patch.object(PagedAttentionCache, "update", cast):
+        yield
+
+
 # --- a server --------------------------------------------------------------------------------------------------------
 
 
 class ServerSampler:
     """A server that completes token ids, such as vLLM's; a request per completion, with a seed of its own.
 
-    The server's weights are those that it was started with: rollouts carry version 0 as long as nobody renews them.
+    In a run that trains, the server reads the weights anew before it completes what follows a change of them: by the
+    route `/collective_rpc`, which vLLM has in its development mode. All ranks generate together then.
 
     Args:
         settings: the `sampler` section; `url` is where the API begins.
         stops: what ends a completion.
+        publish: hands the server the weights; without it it keeps those that it was started with.
+        policy: whose weights these are.
     """
 
     exact = False
 
-    def __init__(self, settings: SamplerConfig, stops: Stops) -> None:
+    def __init__(
+        self, settings: SamplerConfig, stops: Stops, publish: Publish | None = None, policy: Policy | None = None
+    ) -> None:
         if settings.url is None:
             raise ValueError(
                 "sampler.url is not set: sampler.backend vllm needs the server's, http://localhost:8000/v1"
             )
-        self.settings, self.stops, self.version, self.told = settings, stops, 0, False
+        self.settings, self.stops, self.version, self.publish = settings, stops, 0, publish
+        self.changed = policy
         self.model = self._ask("models")["data"][0]["id"]
+        if publish is not None:
+            self._require_reload()
 
     def sync(self, policy: Policy, version: int) -> None:
-        """Say once that the server goes on with its own weights."""
-        if version != self.version and not self.told:
-            self.told = True
-            log.warning("sampler.backend vllm: the server keeps its weights, of version %d", self.version)
+        """Hand the server these weights before it completes anything."""
+        self.changed, self.version = policy, version
 
     def generate(self, prompts: Sequence[Prompt], n: int, seed: int, *, greedy: bool = False) -> Iterator[Rollout]:
         """Samples 0 to n - 1 of each prompt, each as it ends."""
         check_prompts(None, prompts)
+        if self.changed is not None and self.publish is not None:
+            self.publish(self.changed, self._reload)
+            self.changed = None
         pool = ThreadPoolExecutor(self.settings.max_rows or MOST_REQUESTS)
         try:
             asked = [
@@ -266,6 +318,30 @@ class ServerSampler:
         finish = "length" if choice["finish_reason"] == "length" else ended
         return rollout(prompt, sample, tokens, logps, finish, self.version)
 
+    def _require_reload(self) -> None:
+        """Refuse a server that cannot be given new weights: what it sampled would be of another policy."""
+        try:
+            ask(f"{self._root}/collective_rpc", None, "sampler.url")
+        except ValueError as error:
+            if "answers 404" in str(error):
+                raise ValueError(
+                    f"sampler.url: {self._root} cannot be given the weights that train, as it has no /collective_rpc: "
+                    f"start it by {RELOAD}, or leave sampler.backend out, which samples in the process"
+                ) from error  # any other answer is of a route that only takes posts
+
+    def _reload(self, directory: Path) -> None:
+        """Have the server read weights from a directory, and forget what it has computed with those before."""
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}, "timeout": PATIENCE}
+        try:
+            ask(f"{self._root}/collective_rpc", rpc, "sampler.url")
+            ask(f"{self._root}/reset_prefix_cache", {}, "sampler.url")
+        except ValueError as error:
+            raise ValueError(f"the server did not take the weights in {directory}: {error}") from error
+
+    @property
+    def _root(self) -> str:
+        return str(self.settings.url).rstrip("/").removesuffix("/v1")
+
     def _ask(self, what: str, body: dict[str, Any] | None = None) -> Any:
         return ask(f"{str(self.settings.url).rstrip('/')}/{what}", body, "sampler.url")
 
@@ -286,7 +362,7 @@ def ask(url: str, body: dict[str, Any] | None, setting: str) -> Any:
     try:
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return json.load(answer)
+            return json.loads(answer.read() or b"null")
     except urllib.error.HTTPError as error:
         said = " ".join(error.read(500).decode(errors="replace").split())
         raise ValueError(f"{setting}: {url} answers {error.code}: {said}") from error

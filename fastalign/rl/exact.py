@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastalign.config import SamplerConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
 from fastalign.models.policy import Policy, register_attention
 from fastalign.ops import linear_loss
 from fastalign.parallel.shard import gathered, reshard
-from fastalign.rl.sampler import NativeSampler, Stops
+from fastalign.rl.sampler import NativeSampler, Stops, truncates
 from fastalign.types import PackedBatch, Prompt, Rollout, TokenStats
 
 log = logging.getLogger(__name__)
@@ -63,14 +64,37 @@ def probe(sampler: NativeSampler, trained: Policy | None = None) -> str | None:
     return f"log-probs of sampling and training differ by up to {apart:.2g}, {where}"
 
 
+def compare_many(
+    policy: Policy, count: int, *, prompts: int = 16, answers: int = 16, tokens: int = 128
+) -> tuple[int, float]:
+    """How many tokens were sampled, ``count`` at least, and by how much log-probs of sampling and training differ.
+
+    Random prompts of 1 to 20 tokens have several ``answers`` of so many tokens each, until there are enough.
+    """
+    sampler = NativeSampler(policy, SamplerConfig(max_new_tokens=tokens), Stops())
+    done, apart = 0, 0.0
+    while done < count:
+        some = _prompts(policy, [1 + (7 * i) % 20 for i in range(prompts)], seed=done)
+        rollouts = sorted(sampler.generate(some, answers, done), key=lambda r: (r.row, r.sample))
+        with torch.no_grad():
+            apart = max(apart, largest_difference(rollouts, trained_logps(sampler, rollouts)))
+        done += sum(len(rollout.tokens) for rollout in rollouts)
+    return done, apart
+
+
 def settle(sampler: NativeSampler, trained: Policy | None = None) -> None:
     """Set whether a sampler is exact as `sampler.exact` asks for, and log it; the arguments are those of `probe`.
 
     Raises:
-        ValueError: `sampler.exact` is require and it is not.
+        ValueError: `sampler.exact` is require and it is not, as where top_k, top_p or min_p leave tokens out.
     """
     wanted = sampler.settings.exact
-    if wanted == "off":
+    if wanted == "require" and truncates(sampler.settings):
+        raise ValueError(
+            "sampler.exact: require, but top_k, top_p and min_p draw from fewer tokens than training counts: leave "
+            "these settings out"
+        )
+    if wanted == "off" or truncates(sampler.settings):
         return
     found = probe(sampler, trained)
     sampler.exact = found is None
@@ -129,8 +153,8 @@ def _without_limits(sampler: NativeSampler) -> NativeSampler:
     return NativeSampler(sampler.policy, settings, Stops(), precision=sampler.precision)
 
 
-def _prompts(policy: Policy, lengths: Sequence[int]) -> list[Prompt]:
-    random, size = np.random.default_rng(0), policy.num_tokens
+def _prompts(policy: Policy, lengths: Sequence[int], seed: int = 0) -> list[Prompt]:
+    random, size = np.random.default_rng(seed), policy.num_tokens
     return [Prompt(random.integers(size, size=length), row) for row, length in enumerate(lengths)]
 
 

@@ -8,26 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from letters import configure
 
-from fastalign.config import (
-    AlgorithmConfig,
-    BatchConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SamplerConfig,
-)
+from fastalign.config import Config
 from fastalign.engine.train import train
-from runs import LLAMA, fork, numbers
+from runs import fork, numbers
 
 CLOCK = ("timing_s/", "step_time", "perf/")
 STEPS = 6
-REWARD = """
-def likes(completion_ids, **columns):
-    return [sum(ids) % 7 / 7 + len(ids) / 10 for ids in completion_ids]
-"""
 SETTINGS = {
     "grpo": {
         "num_iterations": 2,
@@ -40,22 +28,6 @@ SETTINGS = {
 }
 
 
-def configure(folder: Path, method: str, name: str, **algorithm) -> Config:
-    file = folder / "liked.py"
-    file.write_text(REWARD)
-    return Config(
-        method,
-        model=ModelConfig(config={**LLAMA, "vocab_size": 32}, tokenizer="builtin:letters"),
-        data=DataConfig(path="builtin:sort_letters", limit=40, max_length=24, cache_dir=str(folder / "cache")),
-        batch=BatchConfig(size=4, tokens=200),
-        optim=OptimConfig(lr=3e-3, schedule="constant"),
-        run=RunConfig(output_dir=str(folder / name), steps=STEPS, save_every=2, show_example=False),
-        algorithm=AlgorithmConfig(**{**SETTINGS[method], **algorithm}),
-        sampler=SamplerConfig(max_new_tokens=6),
-        rewards=[{"function": f"{file}:likes"}],
-    )
-
-
 def left(config: Config) -> tuple:
     """What a run leaves, times aside."""
     directory = Path(config.run.output_dir)
@@ -66,7 +38,8 @@ def left(config: Config) -> tuple:
 @pytest.mark.parametrize("method", [*SETTINGS])
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, method):
     """Also one that samples from a copy of the weights, which changes nothing."""
-    whole, killed = (configure(tmp_path, method, name) for name in ("whole", "killed"))
+    whole, killed = (configure(tmp_path, method, name, steps=STEPS, **SETTINGS[method]) for name in ("whole", "killed"))
+    killed.rewards = whole.rewards
     killed.parallel.generate = {"tp": 1} if method == "grpo" else None
     broken = fork(killed)
     draw = random.Random(time.time_ns())  # another moment every time: the outcome must not depend on it

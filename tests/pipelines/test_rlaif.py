@@ -2,12 +2,12 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 import torch
 import yaml
+from servers import JsonHandler, serving
 
 from fastalign import cli
 from fastalign.config import DataConfig, ModelConfig, SamplerConfig
@@ -156,7 +156,7 @@ def test_options_are_scored_together_as_apart(model):
     assert local.options(asked) == [pytest.approx(each, abs=1e-5) for each in apart]
 
 
-class Chat(BaseHTTPRequestHandler):
+class Chat(JsonHandler):
     """Speaks OpenAI's chat API for the small model; a letter is its likelier token behind the conversation."""
 
     local: ClassVar[LocalModel]
@@ -167,7 +167,7 @@ class Chat(BaseHTTPRequestHandler):
         self.answer({"data": [{"id": "a-model"}]})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.asked()
         self.seen.append(asked)
         if asked["model"] != "a-model":
             self.answer({"error": {"message": f"The model `{asked['model']}` does not exist."}}, 404)
@@ -182,25 +182,12 @@ class Chat(BaseHTTPRequestHandler):
                 text = self.local.answers([one], 1, 0)[0][0]
                 self.answer({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
-    def answer(self, content, status=200):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture(scope="module")
 def url(model):
     Chat.local = LocalModel(ModelConfig(path=model), SamplerConfig(max_new_tokens=6), DataConfig())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serving(Chat) as url:
+        yield url
 
 
 def test_a_server_gives_the_feedback(run, tmp_path, url, monkeypatch):

@@ -2,16 +2,23 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
+from letters import configure
+from safetensors.torch import load_file
 from sampling import in_order, make_policy, make_prompts
 from sampling import make_sampler as make_native
+from servers import JsonHandler, serving
 from test_sampler import Letters
+from transformers import AutoModelForCausalLM
 
 from fastalign.config import SamplerConfig
+from fastalign.engine.output.metrics import read_metrics
+from fastalign.engine.train import train
+from fastalign.models.policy import Policy
 from fastalign.rl.backends import ServerSampler, make_sampler
 from fastalign.rl.exact import trained_logps
 from fastalign.rl.sampler import Stops
@@ -26,23 +33,32 @@ def decode(tokens):
     return Letters().decode(tokens, skip_special_tokens=False)
 
 
-class Server(BaseHTTPRequestHandler):
-    """Speaks as vLLM does of `make_policy()`, with token ids."""
+class Server(JsonHandler):
+    """Speaks as vLLM does of `make_policy()`, or of the weights that it has read since, with token ids."""
 
     one_at_a_time = threading.Lock()
     seen: ClassVar[list] = []
+    policy: ClassVar[Policy] = make_policy()
+    develops = True
+    """Whether it is in the mode that takes new weights."""
 
     def do_GET(self):
+        if self.path == "/collective_rpc":
+            self.answer({"detail": "Method Not Allowed" if self.develops else "Not Found"}, 405 - (not self.develops))
+            return
         self.answer({"object": "list", "data": [{"id": "a-model", "object": "model"}]})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.asked()
         self.seen.append(asked)
+        if not self.path.startswith("/v1/"):
+            self.control(asked)
+            return
         if asked["model"] != "a-model":
             self.answer({"error": {"message": f"The model `{asked['model']}` does not exist."}}, 404)
             return
         stops = Stops(frozenset(asked["stop_token_ids"]), tuple(asked["stop"]), decode)
-        native = make_native(make_policy(), stops, temperature=asked["temperature"], max_new_tokens=asked["max_tokens"])
+        native = make_native(self.policy, stops, temperature=asked["temperature"], max_new_tokens=asked["max_tokens"])
         with self.one_at_a_time:
             (made,) = native.generate([Prompt(np.array(asked["prompt"]), asked["seed"])], 1, 0)
         choice = {"index": 0, "finish_reason": "length" if made.finish == "length" else "stop", "text": ""}
@@ -50,24 +66,23 @@ class Server(BaseHTTPRequestHandler):
             choice["token_ids"] = made.tokens.tolist()
         self.answer({"choices": [{**choice, "logprobs": {"token_logprobs": made.sampler_logps.tolist()}}]})
 
-    def answer(self, content, status=200):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+    def control(self, asked):
+        if self.path != "/collective_rpc":
+            self.answer(None)
+            return
+        try:
+            assert asked["method"] == "reload_weights"
+            model = AutoModelForCausalLM.from_pretrained(asked["kwargs"]["weights_path"])
+            type(self).policy = Policy(model)
+            self.answer({"results": [None]})
+        except Exception as error:
+            self.answer({"error": str(error)}, 500)
 
 
 @pytest.fixture(scope="module")
 def url():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serving(Server) as url:
+        yield url
 
 
 @pytest.fixture
@@ -107,6 +122,20 @@ def test_a_sampler_conforms(backend, sampler):
             np.testing.assert_allclose(found, expected_logps(some, temperature), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_samples_in_the_precision_of_training(dtype):
+    config = SamplerConfig(backend="transformers", max_new_tokens=12)
+    precision = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    policy = make_policy(dtype=dtype)
+    found = make_sampler(policy, config, Letters(), precision=precision)
+    rollouts = in_order(found.generate(make_prompts(3, 21), 3, 5))
+    native = make_native(policy)
+    native.precision = precision
+    sampled = torch.from_numpy(np.concatenate([rollout.sampler_logps for rollout in rollouts]))
+    under, plain = trained_logps(native, rollouts), expected_logps(rollouts)
+    assert (sampled - under).abs().mean() < 0.01 < (sampled - plain).abs().max()
+
+
 def test_the_policy_trains_on_after_another_sampler(sampler):
     policy = make_policy().train()
     before = policy.model.config._attn_implementation
@@ -116,17 +145,50 @@ def test_the_policy_trains_on_after_another_sampler(sampler):
     assert policy.model.config._attn_implementation == before and policy.training
 
 
-def test_a_server_is_told_which_tokens_and_seeds(sampler, caplog):
+def test_a_server_is_told_which_tokens_and_seeds(sampler):
     Server.seen.clear()
     found = sampler("vllm", top_k=7)
     assert len(list(found.generate(make_prompts(5), 3, 0))) == 3
     assert len({asked["seed"] for asked in Server.seen}) == 3 and Server.seen[0]["top_k"] == 7
     assert Server.seen[0]["prompt"] == make_prompts(5)[0].ids.tolist()
-    found.sync(make_policy(), 2)
-    found.sync(make_policy(), 3)
-    assert [r.getMessage() for r in caplog.records].count(
-        "sampler.backend vllm: the server keeps its weights, of version 0"
-    ) == 1
+
+
+def configured(folder, url):
+    config = configure(folder, steps=3, num_generations=4, num_iterations=2)
+    config.sampler.backend, config.sampler.url, config.optim.lr = "vllm", url, 0.03
+    return config
+
+
+@pytest.fixture
+def own_weights():
+    yield
+    Server.policy, Server.develops = make_policy(), True
+
+
+@pytest.mark.parametrize("autocast, apart", [(False, 1e-5), (True, 0.1)])
+def test_a_server_samples_from_the_weights_that_train(tmp_path, url, own_weights, autocast, apart):
+    config = configured(tmp_path, url)
+    config.model.autocast = autocast
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {(line["step"], line["weight_version"]) for line in lines} == {(1, 0), (2, 1), (3, 2)}
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert record["sampling/sampling_logp_difference/max"] < apart
+    written = load_file(tmp_path / "run" / "weights" / "model.safetensors")
+    assert {x.dtype for x in written.values()} == {torch.bfloat16 if autocast else torch.float32}
+
+
+def test_a_server_with_stale_weights_does_not_pass_silently(tmp_path, url, own_weights, monkeypatch):
+    config = configured(tmp_path, url)
+    monkeypatch.setattr(Server, "control", lambda self, asked: self.answer({"error": "CUDA out of memory"}, 500))
+    with pytest.raises(ValueError, match=r"did not take the weights in .*/run/weights: .* answers 500: .*CUDA out of"):
+        train(config)
+    Server.develops = False
+    with pytest.raises(ValueError, match=r"no /collective_rpc: start it by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):
+        train(config)
+    config.model.lora = {"r": 4}
+    with pytest.raises(ValueError, match=r"sampler.backend vllm .* model.lora"):
+        train(config)
 
 
 def test_servers_that_do_not_serve_are_refused_in_one_line(sampler, url, monkeypatch):
