@@ -22,13 +22,15 @@ from bench import common
 from fastalign.config import SamplerConfig
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
-from fastalign.rl.exact import probe
+from fastalign.rl.exact import compare_many, probe
 from fastalign.rl.sampler import NativeSampler, Stops
 from fastalign.types import Prompt
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 2048}
 """A Llama of 8.6M parameters."""
+SMALL = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 1024}
 LENGTHS = (40, 220)
 """Tokens of prompts, as the dialogues of hh-rlhf have."""
 GOALS = {"float32": 3.5, "bfloat16": 5.0}
@@ -44,12 +46,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new("--tokens", type=common.positive, default=128, help="of each answer (default 128)")
     new("--rounds", type=common.positive, default=5, help="of which the median counts (default 5)")
     new("--threads", type=common.positive, default=1, help="CPU threads (default 1)")
+    new("--exact", type=common.positive, metavar="N", help="only compare N sampled log-probs with those of training")
     common.add_records(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print; the exit code."""
     torch.set_num_threads(options.threads)
+    if options.exact:
+        return exact(options)
     seconds = measure(sides(options), options.rounds)
     total = options.prompts * options.answers * options.tokens
     rates = {name: sorted(total / s for s in each) for name, each in seconds.items()}
@@ -69,6 +74,19 @@ def main(options: argparse.Namespace) -> int:
         ]
         print("recorded in", common.record("rollout", found, common.environment(), options.results))
     return 0
+
+
+def exact(options: argparse.Namespace) -> int:
+    """Compare many log-probs bit for bit, on a model of 0.8M parameters; the exit code is 1 where any differs."""
+    model = make_model(getattr(torch, options.dtype), **SMALL)
+    policy = Policy(model)
+    use_native_layers(model)
+    begin = time.process_time()
+    count, apart = compare_many(policy, options.exact, prompts=options.prompts, answers=options.answers)
+    found = "all equal bit for bit" if apart == 0 else f"differ by up to {apart:.2g}"
+    seconds = time.process_time() - begin
+    print(f"{count:,} log-probs of sampling and of training, {options.dtype}: {found} ({seconds:.0f} CPU-seconds)")
+    return int(apart > 0)
 
 
 def row(name: str, rates: list[float], rivals: list[float]) -> tuple[str, ...]:
@@ -108,10 +126,10 @@ def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     }
 
 
-def make_model(dtype: torch.dtype) -> PreTrainedModel:
+def make_model(dtype: torch.dtype, **sizes: int) -> PreTrainedModel:
     """The Llama, with random weights."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).to(dtype)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**SIZES, **sizes})).to(dtype)
 
 
 def generate(model: Any, prompts: list[Prompt], options: argparse.Namespace) -> Any:

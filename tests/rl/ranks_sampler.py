@@ -25,7 +25,9 @@ if __name__ == "__main__":
         sharded = shard(copy.deepcopy(alone), ranks)
         sampler = make_sampler(sharded, Stops(frozenset(range(40))))
         assert probe(sampler) is None
-        mine = make_prompts(3, 20, 7)[ranks.rank :: 2]  # two prompts and one
+        mine = make_prompts(3, 20, 7)[
+            ranks.rank :: ranks.size
+        ]  # of two: two prompts and one; of four: one each, and none
         for _ in range(2):
             found = list(sampler.generate(mine, 2, 5))
             assert told(found) == {key: expected[key] for key in told(found)} and len(found) == 2 * len(mine)

@@ -10,7 +10,7 @@ from sampling import VOCAB, in_order, make_policy, make_prompts, make_sampler, t
 
 from fastalign.models import decoding
 from fastalign.models.verify import stock_attention
-from fastalign.rl.exact import largest_difference, probe, settle, trained_logps
+from fastalign.rl.exact import compare_many, largest_difference, probe, settle, trained_logps
 from fastalign.rl.sampler import Stops, stops_of
 from fastalign.types import Prompt
 
@@ -50,6 +50,11 @@ def test_log_probs_are_bit_for_bit_those_of_training(name):
             assert largest_difference([rollout], trained_logps(sampler, [rollout])) == 0
 
 
+def test_a_hundred_thousand_log_probs_are_bit_for_bit_those_of_training():
+    count, apart = compare_many(make_policy(), 100_000, tokens=98)
+    assert count >= 100_000 and apart == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_tokens_and_log_probs_do_not_depend_on_threads(dtype, two_threads):
     sampler = make_sampler(make_policy(dtype=dtype), EOS, max_new_tokens=8)
@@ -83,6 +88,10 @@ def test_the_probe_says_exact_and_asks_nothing_when_off(caplog):
         sampler = make_sampler(make_policy(), exact=wanted)
         settle(sampler)
         assert sampler.exact is exact
+    settle(sampler := make_sampler(make_policy(), top_p=0.9))
+    assert not sampler.exact
+    with pytest.raises(ValueError, match=r"sampler\.exact: require, but top_k, top_p and min_p draw from fewer tokens"):
+        settle(make_sampler(make_policy(), top_p=0.9, exact="require"))
 
 
 FAULTS = {
@@ -132,8 +141,9 @@ def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(dtype):
     assert told(make_sampler(policy, EOS, max_new_tokens=12).generate(prompts, 5, 8)) != whole
 
 
-def test_two_ranks_sample_what_one_process_does():
-    assert forks.run(Path(__file__).with_name("ranks_sampler.py"), ranks=2).count("agreed") == 2
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_sample_what_one_process_does(ranks):
+    assert forks.run(Path(__file__).with_name("ranks_sampler.py"), ranks=ranks).count("agreed") == ranks
 
 
 def test_greedy_is_for_sample_0_alone_and_takes_the_most_likely():
