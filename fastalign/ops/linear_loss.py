@@ -303,7 +303,9 @@ class _Attach(torch.autograd.Function):
             made = ctx.grads.pop() if ctx.grads else recomputed(ctx.settings, saved)
             if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:  # free where reading it costs no sync
                 made = [None if grad is None else grad.mul_(upstream[0]) for grad in made]
-            made = [None if grad is None else in_dtype(grad, dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)]
+            made = [
+                None if grad is None else in_dtype(grad, dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)
+            ]
         if torch.is_grad_enabled():
             both = zip(made, saved, strict=False)
             made = [g if g is None or x is None else mark("linear_loss", g, x) for g, x in both]

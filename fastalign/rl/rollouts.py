@@ -275,7 +275,8 @@ class Rollouts(Rows):
     def describe(self) -> str:
         """How much a step holds."""
         n, size = self.plan.settings.num_generations, min(self.size, len(self.prompts))
-        return f"{size} prompts with {n} completions each, of {len(self.prompts):,} prompts"
+        each = f"{n} completions" if n != 1 else "a completion"
+        return f"{size} prompts with {each} each, of {len(self.prompts):,} prompts"
 
     def metrics(self) -> dict[str, float]:
         """What TRL's trainers log of the completions and rewards of the step, over all ranks."""

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class Scorer:
         self._apart = {reward.name for reward in self.rewards if reward.per == "sample"}
         self._tried: dict[str, asyncio.Task[None]] = {}
         self._excluded: set[str] = set()
+        self._folder = os.getcwd()
 
     def submit(self, rollouts: Sequence[Rollout], columns: Mapping[str, Any]) -> Future[Scores]:
         """Begin to score all samples of one prompt.
@@ -200,6 +202,9 @@ class Scorer:
         except asyncio.TimeoutError:
             what = f"{sample_words(group)}: no result within {reward.timeout:g} seconds (timeout)"
             raise RewardError(f"reward {reward.name} hangs on {what}") from None
+        finally:
+            with suppress(OSError):
+                os.chdir(self._folder)  # which a function may have left, and the run's own paths begin from
         if error is None:
             return result
         raise await self._explain(reward, group, error) from error

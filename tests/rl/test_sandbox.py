@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from scored import rollouts, tokenizer
 
 from fastalign.rl import sandbox
 from fastalign.rl.answers import RewardError
-from fastalign.rl.code_rewards import STATUSES, Case, find_program, judge, read_tests
-from fastalign.rl.sandbox import Limits, Outcome, Sandbox
+from fastalign.rl.code_rewards import STATUSES, Case, CodeReward, CodeSettings, find_program, judge, read_tests
+from fastalign.rl.sandbox import Limits, Outcome, Sandbox, SandboxError
 from fastalign.rl.scoring import Scorer
 
 isolated = pytest.mark.skipif(
@@ -282,6 +284,27 @@ def test_code_rewards_are_shares_of_tests_passed():
     with pytest.raises(ValueError, match="reward code reads 'io', which is no column of the data"):
         scorer.submit(rollouts("add", SUM), {})
     scorer.close()
+
+
+def test_programs_end_with_the_run():
+    reward, refused = CodeReward(CodeSettings("tests", timeout=60, unsafe=True)), []
+
+    def score():
+        try:
+            reward.score("while True: pass", ["assert True"])
+        except SandboxError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    while not reward._running:
+        time.sleep(0.01)
+    (running,) = reward._running
+    reward.close()
+    thread.join(timeout=10)
+    assert running.process.poll() == -signal.SIGKILL
+    score()
+    assert refused[0].startswith("its launcher ended") and refused[1] == "the run has ended"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from fastalign.config import SamplerConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.formats import ROWS
+from fastalign.rl.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +73,9 @@ def facts(job: Job, done: int) -> Iterator[tuple[str, str]]:
     if job.objective.needs_reference:
         name = "teacher" if job.objective.method.teacher else "reference"
         yield name, config.reference.path or "the model as it starts"
+    if isinstance(job.source, Rollouts):
+        yield "rewards", describe_rewards(job.source)
+        yield "sampler", describe_sampler(job.source.plan.sampler)
     yield "training", f"{training_source(job)}: {describe_counts(job.dataset.counts, config.data.max_length)}"
     if job.held_out_counts is not None:
         source = config.data.eval_path or f"data.eval_fraction {config.data.eval_fraction:g} of the training rows"
@@ -85,6 +90,20 @@ def describe_loss(loss: Mapping[str, Any]) -> str:
     names = [loss["name"]] if isinstance(loss["name"], str) else loss["name"]
     options = [f"{key} {value}" for key, value in loss.items() if key != "name"]
     return " + ".join(names) + (f" ({', '.join(options)})" if options else "")
+
+
+def describe_rewards(source: Rollouts) -> str:
+    """``accuracy, 0.2 x format``."""
+    each = zip(source.names, source.weights, strict=True)
+    return ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in each)
+
+
+def describe_sampler(sampler: SamplerConfig) -> str:
+    """``native, temperature 1, up to 256 new tokens``, and what else is not as it is by default."""
+    known = ["temperature", "top_k", "top_p", "min_p", "max_turns"]
+    plain = SamplerConfig(temperature=-1)  # whatever it is, it is told
+    asked = [f"{name} {getattr(sampler, name):g}" for name in known if getattr(sampler, name) != getattr(plain, name)]
+    return f"{sampler.backend}, {', '.join(asked)}, up to {sampler.max_new_tokens} new tokens"
 
 
 def describe_model(job: Job) -> str:
