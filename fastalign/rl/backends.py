@@ -218,7 +218,8 @@ def within(precision: Callable[[], AbstractContextManager], model: Any) -> Itera
 
     Keys and values enter the cache in its dtype, that of the weights.
     """
-    forward, update = model.forward, PagedAttentionCache.update
+    paged: Any = PagedAttentionCache
+    forward, update = model.forward, paged.update
 
     @wraps(forward)
     def inside(*values: Any, **named: Any) -> Any:
@@ -231,7 +232,7 @@ def within(precision: Callable[[], AbstractContextManager], model: Any) -> Itera
 
         return update(cache, *map(fit, values), **{name: fit(x) for name, x in named.items()})
 
-    with patch.object(model, "forward", inside), patch.object(PagedAttentionCache, "update", cast):
+    with patch.object(model, "forward", inside), patch.object(paged, "update", cast):
         yield
 
 
