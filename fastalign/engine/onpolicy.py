@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -123,21 +125,26 @@ def publish_weights(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     policy: Policy,
+    version: int,
     read: Callable[[Path], None],
 ) -> None:
     """Write the weights to `weights/` of the run, in the precision of forwards, and have a server read them.
 
-    All ranks call it, and go on when the server has them.
+    All ranks call it, and go on when the server has them. Every version has a name of its own: a server may take one
+    that it has read before for the same weights (vllm-project/vllm#32718).
     """
-    directory, tensors = Path(config.run.output_dir).resolve() / "weights", whole_weights(policy)
+    place, tensors = Path(config.run.output_dir).resolve() / "weights", whole_weights(policy)
     if models.autocast:
         tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in tensors.items()}
     with as_one(world):
         if world.is_main:
             need = sum(x.nbytes for x in tensors.values())
+            earlier, directory = [*place.glob("step-*")], place / f"step-{version}-{time.time_ns()}"
             with writing("weights for the server", directory, need, then="go on with run.resume=true"):
                 save_pretrained(policy, tokenizer, directory, tensors)
             read(directory)
+            for old in earlier:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 # --- after the columns are filled ------------------------------------------------------------------------------------

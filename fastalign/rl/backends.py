@@ -45,8 +45,8 @@ PATIENCE = 600
 RELOAD = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --max-logprobs 1"
 """Starts a server that takes new weights."""
 
-Publish = Callable[[Policy, Callable[[Path], None]], None]
-"""Writes a policy's weights to a directory and calls a function with it; all ranks call it together."""
+Publish = Callable[[Policy, int, Callable[[Path], None]], None]
+"""Writes a policy's weights of a version to a directory and calls a function with it; all ranks call it together."""
 
 
 def make_sampler(
@@ -275,7 +275,7 @@ class ServerSampler:
         """Samples 0 to n - 1 of each prompt, each as it ends."""
         check_prompts(None, prompts)
         if self.changed is not None and self.publish is not None:
-            self.publish(self.changed, self._reload)
+            self.publish(self.changed, self.version, self._reload)
             self.changed = None
         pool = ThreadPoolExecutor(self.settings.max_rows or MOST_REQUESTS)
         try:
@@ -337,7 +337,8 @@ class ServerSampler:
             ask(f"{self._root}/collective_rpc", rpc, "sampler.url")
             ask(f"{self._root}/reset_prefix_cache", {}, "sampler.url")
         except ValueError as error:
-            raise ValueError(f"the server did not take the weights in {directory}: {error}") from error
+            remedy = "it must see that folder, and its reload_weights must take weights_path, as in vLLM of 2026"
+            raise ValueError(f"the server did not take the weights in {directory}: {error}; {remedy}") from error
 
     @property
     def _root(self) -> str:
