@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastalign import __version__
 from fastalign.ops import dispatch
@@ -23,7 +24,8 @@ def collect() -> dict[str, Any]:
     Returns:
         ``fastalign``, ``python``, ``platform``: strings; ``packages``: name -> version, None when absent; ``cpu``:
         cores, threads and the native extension's level or why it is absent; ``cuda``: version or None; ``devices``: a
-        string each; ``ops``: op -> ``chosen`` (device type -> backend), ``backends`` (backend -> "usable" or why not).
+        string each; ``ranks``: how several processes talk, and the settings of their mesh; ``ops``: op -> ``chosen``
+        (device type -> backend), ``backends`` (backend -> "usable" or why not).
     """
     native = dispatch.reasons("token_logps")["cpp"]  # its instruction set, or why there is none
     return {
@@ -34,6 +36,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "extension": native},
         "cuda": torch.version.cuda,
         "devices": devices(),
+        "ranks": {"talk": talk(), "mesh": ["parallel.dp_replicate", "parallel.dp_shard", "parallel.tp"]},
         "ops": {**{op: describe(op) for op in dispatch.OPS}, "packed_attention": describe_attention()},
     }
 
@@ -50,6 +53,11 @@ def devices() -> list[str]:
     """The CUDA devices: name, architecture, memory."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [f"{d.name} (sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB)" for d in found]
+
+
+def talk() -> list[str]:
+    """The libraries by which ranks exchange tensors."""
+    return [name for name, found in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if found]
 
 
 def describe(op: str) -> dict[str, Any]:
@@ -81,6 +89,8 @@ def render(facts: dict[str, Any], as_json: bool = False) -> str:
     cpu = facts["cpu"]
     lines += [f"cpu   {cpu['cores']} cores, {cpu['threads']} threads; native extension {cpu['extension']}"]
     lines += [f"cuda  {device}" for device in facts["devices"] or ["no device"]]
+    ranks = facts["ranks"]
+    lines += [f"ranks {' and '.join(ranks['talk']) or 'one alone'}; mesh {' x '.join(ranks['mesh'])}"]
     for ops, state in grouped(facts["ops"]):
         chosen = ", ".join(f"{backend} on {kind}" for kind, backend in state["chosen"].items())
         lines += ["", f"{ops}: {chosen}", *(f"  {backend:8}{why}" for backend, why in state["backends"].items())]

@@ -382,3 +382,4 @@ def test_info_names_each_ops_backend_and_the_reason(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(op in text for op in facts["ops"])
+    assert "; mesh parallel.dp_replicate x parallel.dp_shard x parallel.tp\n" in text

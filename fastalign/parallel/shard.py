@@ -178,5 +178,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
             state._auto_reshard_after_forward = automatic
         for group, mesh in zip(groups, was[1], strict=True):
             group.post_forward_mesh_info = mesh
+            group.comm_ctx.post_forward_order.clear()  # of forwards that have no backward: the next would gather by it
+            group._post_forward_indices.clear()
         for module in modules:
             module.reshard()

@@ -157,10 +157,11 @@ class TransformersSampler:
         cold = {key: x for key, x in wanted.items() if (greedy and x[1] == 0) or self.settings.temperature == 0}
         warm = {key: x for key, x in wanted.items() if key not in cold}
         training = self.policy.training
-        for requests, draws in ((cold, False), (warm, True)):
-            if requests:
-                with gathered(self.policy), stock_attention(self.policy), within(self.precision, self.policy.model):
-                    yield from self._run(requests, draws, seed)
+        with gathered(self.policy):  # also on a rank without prompts, which the others need for it
+            for requests, draws in ((cold, False), (warm, True)):
+                if requests:
+                    with stock_attention(self.policy), within(self.precision, self.policy.model):
+                        yield from self._run(requests, draws, seed)
         self.policy.train(training)
 
     def _run(self, requests: dict[str, tuple[Prompt, int]], draws: bool, seed: int) -> Iterator[Rollout]:

@@ -1,5 +1,6 @@
 """Two ranks over gloo: the same run as one process, and checkpoints that move between the two."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume_onpolicy import configure as onpolicy_run
 from transformers import AutoModelForCausalLM
 
 from fastalign.engine import train as engine
@@ -42,6 +44,42 @@ def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tm
     finish(again)
     assert numbers(resumed.run.output_dir) == numbers(two.run.output_dir)
     assert_close(moved.run.output_dir, two.run.output_dir, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_split_layers_train_like_one_process_and_resume_to_the_bit(configure):
+    one, split, resumed = (configure("dpo", n, **{"run.save_every": 4}) for n in ("one", "split", "resumed"))
+    split.parallel.tp = resumed.parallel.tp = 2
+    both = fork(split, ranks=2)
+    train(one)
+    assert "2 ranks (dp_replicate 1 x dp_shard 1 x tp 2)" in finish(both)
+    assert_close(one.run.output_dir, split.run.output_dir, tolerance=1e-5)
+    same_model(one.run.output_dir, split.run.output_dir)
+
+    shutil.copytree(split.run.output_dir, resumed.run.output_dir)
+    shutil.rmtree(Path(resumed.run.output_dir) / "checkpoints" / "step-6")
+    resumed.run.resume = True
+    finish(fork(resumed, ranks=2))
+    assert numbers(resumed.run.output_dir) == numbers(split.run.output_dir)
+
+
+@pytest.mark.slow
+def test_split_layers_sample_what_one_process_does(tmp_path):
+    one, split = (onpolicy_run(tmp_path, "grpo", name) for name in ("one", "split"))
+    one.run.steps = split.run.steps = 2
+    split.parallel.tp = 2
+    both = fork(split, ranks=2)
+    train(one)
+    output = finish(both)
+    assert "as training splits layers over 2 ranks (parallel.tp) and sampling has them whole" in output
+    alone, together = (
+        [json.loads(line) for line in (Path(config.run.output_dir) / "samples.jsonl").open()] for config in (one, split)
+    )
+    assert [line["completion"] for line in alone] == [line["completion"] for line in together]
+    for mine, theirs in zip(numbers(one.run.output_dir), numbers(split.run.output_dir), strict=True):
+        for key in ("loss", "grad_norm", "reward", "entropy", "num_tokens"):
+            assert abs(mine[key] - theirs[key]) <= 1e-5 * max(1.0, abs(mine[key])), (mine["step"], key)
+        assert (mine["sampling/exact"], theirs["sampling/exact"]) == (1.0, 0.0)
 
 
 def same_model(run: str, other: str) -> None:
