@@ -100,6 +100,7 @@ def split_layers(policy: Policy, world: World) -> Policy:
     assert world.mesh is not None and world.tensor.group is not None
     plan = plan_of(policy.config)
     check_sizes(policy.config, world.tensor.size)
+    check_complete(policy, plan)
     team = policy.team = Team(world.mesh["tp"], world.tensor.group)
     made: dict[int, tuple[Any, nn.Parameter]] = {}  # by what stood there, which stays alive: tied weights stay one
     for module, ways in split_modules(policy, plan):
@@ -153,6 +154,18 @@ def check_sizes(config: Any, parts: int) -> None:
         raise ValueError(f"parallel.tp {parts} does not divide the model's {text}: set it to one of {fits}")
     if (parts - 1) * -(-config.vocab_size // parts) >= config.vocab_size:
         raise ValueError(f"parallel.tp {parts} leaves a rank without any of {config.vocab_size} tokens: lower it")
+
+
+def check_complete(policy: Policy, plan: dict[str, str]) -> None:
+    """Refuse weights inside an attention or MLP of which the plan does not say how they are split."""
+    known = {id(module) for _, module, _, _ in found_modules(policy, plan)}
+    inside = {id(module) for joint in joint_modules(policy.backbone, plan) for module in joint.modules()}
+    for name, module in policy.backbone.named_modules():
+        if id(module) in inside - known and any(x is not None for x in module._parameters.values()):
+            raise ValueError(
+                f"parallel.tp: {name} of {policy.config.model_type} models is not in transformers' plan for splitting "
+                "layers: set parallel.tp to 1"
+            )
 
 
 def split_modules(policy: Policy, plan: dict[str, str]) -> Iterator[tuple[nn.Module, dict[str, Way]]]:

@@ -145,7 +145,11 @@ def check_parts(policy: Policy, sharded: Policy) -> None:
 def adapters(ranks: World, name: str) -> None:
     """Adapters on every layer and on the head, a bias of their own, and a whole embedding beside them."""
     lora = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
-    for extra in ({"target_modules": "all-linear"}, {"modules_to_save": ["embed_tokens"], "lora_bias": True}):
+    for extra in (
+        {"target_modules": "all-linear"},
+        {"modules_to_save": ["embed_tokens"], "lora_bias": True},
+        {"target_modules": ["k_proj", "lm_head"]},
+    ):
         sizes = {"model_type": "llama", **SIZES, **FAMILIES["llama"]}
         del sizes["num_labels"]
         section = ModelConfig(config=sizes, lora={**lora, **extra})

@@ -1,12 +1,14 @@
 """Layers that are split over a tensor axis."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import forks
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastalign.parallel.tensor import check_sizes, plan_of
+from fastalign.models.policy import Policy
+from fastalign.parallel.tensor import check_complete, check_sizes, plan_of
 
 RANKS = Path(__file__).with_name("ranks_tensor.py")
 
@@ -30,9 +32,20 @@ def test_models_that_cannot_be_split_are_refused(kind, words):
         plan_of(AutoConfig.for_model(kind))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "granite"])
 def test_transformers_has_a_plan_that_is_served(kind):
     assert len(plan_of(AutoConfig.for_model(kind))) >= 7
+
+
+def test_a_weight_inside_that_the_plan_leaves_out_is_refused():
+    """Cohere's norms of heads are cut with the heads, which transformers' plan does not say."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for norms in (False, True):
+        config = AutoConfig.for_model("cohere", vocab_size=37, use_qk_norm=norms, pad_token_id=0, **sizes)
+        policy = Policy(AutoModelForCausalLM.from_config(config))
+        words = r"^parallel\.tp: layers\.0\.self_attn\.q_norm of cohere models is not in transformers' plan"
+        with pytest.raises(ValueError, match=words) if norms else nullcontext():
+            check_complete(policy, plan_of(config))
 
 
 def test_numbers_of_parts_that_do_not_divide_are_refused():
