@@ -104,7 +104,7 @@ def settle(sampler: NativeSampler, trained: Policy | None = None) -> None:
     text = f"{found}{_advice(sampler, trained)}"
     if wanted == "require":
         raise ValueError(f"sampler.exact: require, but {text}")
-    meant = sampler.policy.team is not None  # which is told once, by the main rank
+    meant = (trained or sampler.policy).team is not None  # which is told once, by the main rank
     log.log(logging.INFO if meant else logging.WARNING, "sampler: not exact: %s", text)
 
 
