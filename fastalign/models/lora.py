@@ -47,8 +47,7 @@ OWN = {
 STARTS = (True, False, "gaussian")
 """The `init_lora_weights` that leave the base weights alone and need no data."""
 REFUSALS = (
-    *(SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError),
-    UnpicklingError,
+    *(SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, UnpicklingError),
     UserWarning,  # made an error where it tells of weights that would stay random
 )
 """What `peft` raises on settings that make no adapter and on files that are damaged."""

@@ -181,8 +181,8 @@ def split_modules(policy: Policy, plan: dict[str, str]) -> Iterator[tuple[nn.Mod
         ways = WAYS.get((how, inner.split(".")[0]))
         if ways is None or not own <= {"weight", "bias"}:
             raise ValueError(
-                f"parallel.tp: the adapter of {name} ({inner.split('.')[0]}) cannot be split: leave {name} out of "
-                "model.lora.target_modules, leave use_dora out, or set parallel.tp to 1"
+                f"parallel.tp: the adapter of {name} has {inner.split('.')[0]}, which cannot be split: leave it out of "
+                "model.lora.target_modules, or set parallel.tp to 1"
             )
         if ways := {key: way for key, way in ways.items() if key in own}:
             yield module, ways
@@ -194,7 +194,8 @@ def found_modules(policy: Policy, plan: dict[str, str]) -> Iterator[tuple[str, n
     for name, module in policy.backbone.named_modules():
         for pattern, how in patterns.items():
             if found := pattern.fullmatch(base_name(name)):
-                yield name, module, how, found[1] or ""
+                inner = found[1] or ""
+                yield base_name(name).removesuffix(f".{inner}"), module, how, inner
     outer = {"the embedding": (policy.model.get_input_embeddings(), VOCABULARY)}
     if not policy.has_scalar_head:
         outer["the LM head"] = policy.head, HEAD

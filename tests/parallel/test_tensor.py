@@ -49,7 +49,8 @@ def test_a_weight_inside_that_the_plan_leaves_out_is_refused():
 
 
 def test_numbers_of_parts_that_do_not_divide_are_refused():
-    config = AutoConfig.for_model("llama", num_attention_heads=12, num_key_value_heads=4, intermediate_size=176)
+    sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 176}
+    config = AutoConfig.for_model("llama", **sizes)
     for parts in (1, 2, 4):
         check_sizes(config, parts)
     sizes = "12 attention heads, 4 key/value heads, 176 units of an MLP"
