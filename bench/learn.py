@@ -55,10 +55,10 @@ class Case:
     collapses: bool = False
 
 
-TOO_LARGE = ("--optim.warmup", "0", "--run.steps", "40")
+TOO_LARGE = ("--optim.warmup", "0", "--optim.schedule", "constant", "--run.steps", "40")
 SEED = (
     *("--algorithm.preset", "seed", "--algorithm.kl_coef", "1"),
-    *("--algorithm.num_iterations", "4", "--algorithm.num_minibatches", "1"),
+    *("--algorithm.num_iterations", "4", "--algorithm.num_minibatches", "1", "--algorithm.normalize_values", "false"),
 )
 """The first papers' PPO: four unclipped uses of each batch."""
 CASES = {
