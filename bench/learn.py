@@ -55,7 +55,7 @@ class Case:
     collapses: bool = False
 
 
-TOO_LARGE = ("--optim.warmup", "0", "--optim.schedule", "constant", "--run.steps", "40")
+TOO_LARGE = ("--optim.warmup", "0", "--optim.schedule", "constant")
 SEED = (
     *("--algorithm.preset", "seed", "--algorithm.kl_coef", "1"),
     *("--algorithm.num_iterations", "4", "--algorithm.num_minibatches", "1", "--algorithm.normalize_values", "false"),
@@ -70,8 +70,10 @@ CASES = {
     "reinforce_pp": Case("reinforce-pp", "reinforce_pp"),
     "raft": Case("raft", "raft"),
     "online_dpo": Case("online-dpo", "online_dpo"),
-    "collapse-lr": Case("grpo", "grpo", (*TOO_LARGE, "--optim.lr", "1e-3", "--batch.size", "16"), collapses=True),
-    "collapse-seed": Case("ppo", "ppo", (*TOO_LARGE, *SEED, "--optim.lr", "2e-4"), collapses=True),
+    "collapse-lr": Case(
+        "grpo", "grpo", (*TOO_LARGE, "--optim.lr", "1e-3", "--batch.size", "16", "--run.steps", "40"), collapses=True
+    ),
+    "collapse-seed": Case("ppo", "ppo", (*TOO_LARGE, *SEED, "--optim.lr", "2e-4", "--run.steps", "20"), collapses=True),
 }
 
 
