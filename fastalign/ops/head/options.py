@@ -165,7 +165,7 @@ def make_call(
         with checked_together(group, hidden):
             check(*checked)
             same = facts(op, hidden, weight, down, group, options.memory, options.backend)
-    dtype, shards, trainable = gemm_dtype(hidden, weight), None, requires_grad(weight, up, bias)
+    dtype, shards, trainable = gemm_dtype(hidden, weight), None, any(map(trained, (weight, up, bias)))
     number, rows = split_temperature(tau, hidden, stats_dtype(hidden, weight))
     if down is not None:
         scored = None if options.num_scored == len(labels) else labels != IGNORE_INDEX
@@ -212,11 +212,6 @@ def check(
         check_lora(down, up, hidden, weight)
 
 
-def requires_grad(*inputs: Tensor | None) -> bool:
-    """Whether any of the inputs is trained."""
-    return any(map(trained, inputs))
-
-
 def trained(x: Tensor | None) -> bool:
     """Whether an input is there and gets a gradient."""
     return x is not None and x.requires_grad
@@ -257,7 +252,7 @@ def facts(
         "number of columns of weight (D)": weight.shape[1],
         "dtypes of hidden and weight": f"{hidden.dtype} and {weight.dtype}, GEMMs in {gemm_dtype(hidden, weight)}",
         "grad mode": enabled,
-        "requires_grad of hidden or lora A": enabled and (hidden.requires_grad or requires_grad(down)),
+        "requires_grad of hidden or lora A": enabled and (hidden.requires_grad or trained(down)),
         "kernels": dispatch.choose(op, backend, device.type),
         "device memory (or memory in bytes)": total,
     }
