@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 32
 """Tokens of a page of transformers' cache: a completion leaves half of one unused."""
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # renamed in 5.17
 MOST_REQUESTS = 64
 """Requests at a time to a server, which batches them, where `sampler.max_rows` does not say."""
 PATIENCE = 600
@@ -169,7 +170,7 @@ class TransformersSampler:
         longest = max(len(prompt.ids) for prompt, _ in requests.values())
         pages = rows * -(-(longest + self.settings.max_new_tokens + 1) // PAGE)
         cache = ContinuousBatchingConfig(  # what is left out is guessed from the memory, which takes it
-            page_size=PAGE,
+            **{PAGE_SIZE: PAGE},
             num_blocks=pages + rows,
             max_batch_tokens=max(longest, rows, 512),
             max_requests_per_batch=rows,
