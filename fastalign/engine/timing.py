@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastalign.parallel.whereabouts import doing
+
 PARTS = ("data", "generate", "reward", "reference", "forward", "backward", "optimizer")
 """The parts of a step that are timed; ``t_other`` is the rest."""
 
@@ -35,7 +37,8 @@ class Stopwatch:
     def __call__(self, part: str) -> Iterator[None]:
         """Time a block as one of ``PARTS``."""
         start = self.mark()
-        yield
+        with doing(part):
+            yield
         self.spans.append((part, start, self.mark()))
 
     def book(self, part: str, seconds: float) -> None:

@@ -37,6 +37,7 @@ class Work:
         micro_batches: per rank.
         memory: peak bytes of the rank that has used most so far.
         asked: the most that signals or the clock ask of a rank; see `interrupt.ORDER`.
+        vitals: ``[ranks, n]`` what each rank has told beside.
     """
 
     imitated: int
@@ -51,9 +52,12 @@ class Work:
     micro_batches: int
     memory: int
     asked: int = 0
+    vitals: Tensor | None = None
 
 
-def measure_work(batches: Sequence[PackedBatch], world: World, memory: int, asked: int = 0) -> Work:
+def measure_work(
+    batches: Sequence[PackedBatch], world: World, memory: int, asked: int = 0, vitals: Sequence[float] = ()
+) -> Work:
     """Count a step over all ranks and micro-batches, in one exchange on the host, which carries requests as well."""
     mine = [
         [
@@ -67,10 +71,12 @@ def measure_work(batches: Sequence[PackedBatch], world: World, memory: int, aske
         ]
         for b in batches
     ]
-    everyone = world.everyone.gather([*map(sum, zip(*mine, strict=True)), memory, asked])
-    counts = (int(x) for x in everyone[:: world.size // world.data.size, :-2].sum(0))  # one of each tensor group
-    memory, asked = (int(x) for x in everyone[:, -2:].amax(0))
-    return Work(*counts, micro_batches=len(batches), memory=memory, asked=asked)
+    counts = [*map(sum, zip(*mine, strict=True))]
+    everyone = world.everyone.gather([*counts, memory, asked, *vitals])
+    added, most, told = everyone.split([len(counts), 2, len(vitals)], 1)
+    memory, asked = (int(x) for x in most.amax(0))
+    numbers = (int(x) for x in added[:: world.size // world.data.size].sum(0))  # one of each tensor group
+    return Work(*numbers, micro_batches=len(batches), memory=memory, asked=asked, vitals=told)
 
 
 def accumulate_gradients(

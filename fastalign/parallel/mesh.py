@@ -13,10 +13,11 @@ dp_replicate 2, dp_shard 2 and tp 2:
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 
@@ -24,17 +25,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from fastalign.config import ParallelConfig
 from fastalign.parallel.waiting import sharing_cores
+from fastalign.parallel.whereabouts import GRACE, Watch, waited
 
+JOIN_SECONDS = 0.02
+"""Between two looks of a rank whether rank 0 has seen it."""
 LAST_WORK_SECONDS = 0.2
 """How long a rank leaves the interpreter lock to gloo's threads before it may exit.
 
 They take it to drop the tensors of their last collective, and FSDP's caches keep them alive past
 ``destroy_process_group``. One that asks for the lock while the interpreter shuts down aborts the process.
 """
+
+
+class LostRank(ConnectionError):
+    """Another rank has ended, and the collective that waits for it has failed."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,27 @@ class World:
         device: where this rank computes.
         mesh: ``(dp_replicate, dp_shard, tp)``; None for a single process.
         tensor: the axis over which layers are cut, whose ranks have the same examples; None where tp is 1.
+        group: of all ranks, for what is exchanged on the host; None: the default one.
+        watch: knows where the other ranks are; None for a single process.
     """
 
     data: Axis
     device: torch.device
     mesh: DeviceMesh | None = None
     tensor: Axis | None = None
+    group: dist.ProcessGroup | None = None
+    watch: Watch | None = None
+
+    def beside(self, minutes: float) -> World:
+        """The same ranks with a group of their own, whose exchanges a thread may have beside those of the run."""
+        if self.mesh is None:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)))
+
+    @property
+    def alone(self) -> World:
+        """This rank as if there were no others."""
+        return World(Axis(), self.device)
 
     @property
     def rank(self) -> int:
@@ -106,7 +130,7 @@ class World:
     @property
     def everyone(self) -> Axis:
         """All ranks as one axis, in the order of `rank`."""
-        return Axis(self.rank, self.size, None if self.mesh is None else dist.group.WORLD)
+        return Axis(self.rank, self.size, None if self.mesh is None else self.group or dist.group.WORLD)
 
     @property
     def is_main(self) -> bool:
@@ -117,19 +141,19 @@ class World:
         """A small object of every rank; for error messages, not for the hot path."""
         everyone: list = [value] * self.size
         if self.mesh is not None:
-            dist.all_gather_object(everyone, value)
+            dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def broadcast(self, values: Tensor) -> Tensor:
         """``values`` of the main rank, on the host, put into those of every other rank."""
         if self.mesh is not None:
-            dist.broadcast(values, 0)
+            dist.broadcast(values, 0, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 @contextmanager
@@ -139,6 +163,7 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
     Raises:
         ValueError: when the mesh asked for does not have as many ranks as were launched.
         TimeoutError: when this rank has waited ``parallel.timeout_minutes`` for another.
+        LostRank: when another rank has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(parallel, size)
@@ -148,8 +173,13 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
             yield World(Axis(), device)
         return
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    with timeout_as_one_line(parallel.timeout_minutes):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if device.type == "cuda":  # nccl ends the process when it has waited long enough: ours is to say more before
+        timeout += timedelta(seconds=2 * GRACE)
+    with failures_as_one_line(parallel.timeout_minutes):
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", of_this_launch(store, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        watch = Watch(dist.get_rank(), size, parallel.timeout_minutes)
         try:
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
             data, tensor = axes_of(mesh)
@@ -157,11 +187,32 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
             for group in groups:  # those of one dimension would have PyTorch's default
                 if group is not None:
                     _set_pg_timeout(timeout, group)
-            with sharing_cores():
-                yield World(data, device, mesh, tensor)
+            with sharing_cores(), failures_as_one_line(parallel.timeout_minutes, watch):
+                yield World(data, device, mesh, tensor, watch=watch)
         finally:
+            watch.close()
             dist.destroy_process_group()
             time.sleep(LAST_WORK_SECONDS)
+
+
+def of_this_launch(store: Store, rank: int, size: int) -> Store:
+    """The part of a store that ranks of an earlier launch have left nothing in.
+
+    torchrun starts ranks again with the store of those before, where the addresses of these still stand. Rank 0 names
+    the launch; a name counts once rank 0 has read under it what this process has written.
+    """
+    mine, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+    if rank == 0:
+        store.set("launch", mine)
+        store.set(f"{mine}/ranks", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, size)))
+        return PrefixStore(mine, store)
+    while time.monotonic() < deadline:
+        launch = store.get("launch").decode()
+        store.set(f"{launch}/{rank}", mine)
+        if store.check([f"{launch}/ranks"]) and mine.encode() in store.get(f"{launch}/ranks"):
+            return PrefixStore(launch, store)
+        time.sleep(JOIN_SECONDS)
+    raise RuntimeError("timed out: rank 0 has not come")
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
@@ -175,17 +226,26 @@ def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:
 
 
 @contextmanager
-def timeout_as_one_line(minutes: float) -> Iterator[None]:
-    """Turn what gloo raises when it has waited long enough into one line; nccl ends the process by itself."""
+def failures_as_one_line(minutes: float, watch: Watch | None = None) -> Iterator[None]:
+    """Turn what gloo raises after a long wait, or when a rank is gone, into one line with where all ranks are."""
     try:
         yield
     except RuntimeError as error:
-        if "timed out" not in str(error).lower():
-            raise
-        raise TimeoutError(
-            f"rank {os.environ.get('RANK', '0')} has waited {minutes:g} minutes (parallel.timeout_minutes) for another "
-            "rank: look at what that one said last; if it is only slow, raise parallel.timeout_minutes"
-        ) from error
+        places = watch.places(error) if watch else ""
+        if watch is None and "connect" in str(error):
+            raise ConnectionError(
+                f"the ranks do not reach each other: {next(iter(str(error).splitlines()))}"
+            ) from error
+        if "timed out" in str(error).lower():
+            raise TimeoutError(waited(int(os.environ.get("RANK", "0")), minutes, places)) from error
+        if is_lost(error):
+            raise LostRank(f"another rank has ended{places and f'; last heard: {places}'}") from error
+        raise
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective has failed since a rank of it is gone."""
+    return "gloo" in str(error) or type(error).__name__.startswith("Dist")  # torch's errors of communication
 
 
 def local_device() -> torch.device:

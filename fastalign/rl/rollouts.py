@@ -25,6 +25,7 @@ import torch
 from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Rows
 from fastalign.parallel.mesh import World
+from fastalign.parallel.whereabouts import doing
 from fastalign.rl import credit
 from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.answers import total
@@ -174,10 +175,11 @@ class Rollouts(Rows):
         start = sampled = time.perf_counter()
         found, failure = [], None
         try:
-            with self.stage("sampling", len(mine) * (n + greedy)) as tell:
+            with doing("generate"), self.stage("sampling", len(mine) * (n + greedy)) as tell:
                 pending = self._sample(mine, n, seed, greedy, tell)
             sampled = time.perf_counter()
-            found = [self._finish(*each) for each in pending]
+            with doing("reward"):
+                found = [self._finish(*each) for each in pending]
         except (ValueError, OSError) as error:  # all ranks learn of it, or the others would wait
             failure = str(error)
         self.seconds["generate"] = self.seconds.get("generate", 0.0) + sampled - start

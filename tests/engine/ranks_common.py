@@ -17,7 +17,7 @@ from fastalign.config import Config, ParallelConfig
 from fastalign.engine import agree, train
 from fastalign.engine.reference.cache import cannot_share
 from fastalign.models.load import load_policy, load_tokenizer, save_pretrained
-from fastalign.parallel.mesh import World, timeout_as_one_line, world
+from fastalign.parallel.mesh import World, failures_as_one_line, world
 
 
 def directory(config: Config, ranks: World, common: Path) -> None:
@@ -67,7 +67,7 @@ if __name__ == "__main__":
         _set_pg_timeout(timedelta(seconds=0.3), dist.group.WORLD)
         if ranks.is_main:
             try:
-                with timeout_as_one_line(0.005):
+                with failures_as_one_line(0.005):
                     ranks.data.gather([1.0])
             except TimeoutError as error:
                 os.write(1, f"late {error}\n".encode())

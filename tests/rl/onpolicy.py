@@ -141,7 +141,7 @@ class Descent(torch.optim.SGD):
 
 def run(job: Job, steps: int = 1) -> dict[str, float]:
     """Steps of a job; the metrics of the last."""
-    metrics = SimpleNamespace(write_samples=None)
+    metrics = SimpleNamespace(write_samples=None, vitals=(0.0, 0.0))
     keeper: Any = SimpleNamespace(asked=lambda step: 0, metrics=metrics)
     for step in range(1, steps + 1):
         feed = Feed(job.source, lambda examples: pack_share(job, examples), ahead=False)

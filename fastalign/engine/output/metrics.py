@@ -62,6 +62,7 @@ class MetricsLog:
         objective: names the metrics.
         sinks: functions of a record beside the file: console and trackers.
         peak_flops: what all devices together can do in a second, where that is known.
+        vitals: loss and gradient norm of the last step that was read back, equal on all ranks.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class MetricsLog:
 
     def __post_init__(self) -> None:
         self.failure: WriteError | None = None
+        self.vitals: tuple[float, float] = (0.0, 0.0)
         self.pending: list[StepResult] = []
         self.alarms = Alarms(self.world.is_main)
         self.file: TextIO | None = self.path.open("a", encoding="utf-8") if self.world.is_main else None
@@ -102,6 +104,7 @@ class MetricsLog:
             record["loss"] = 0.0
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise RunError(self.diagnosis(result, record))
+        self.vitals = record["loss"], record["grad_norm"]
         return record
 
     def complete(self, result: StepResult) -> dict[str, Any]:
