@@ -209,8 +209,16 @@ class RunConfig:
     """Minutes after which a checkpoint is written anyway, counted from the last one; 0 switches this off."""
     keep: int = 2
     """Whole checkpoints kept."""
+    keep_best: str | None = None
+    """Save at every evaluation that is the best so far by this metric, e.g. `eval_loss`, and keep that checkpoint
+    beside the `keep` newest."""
+    async_save: bool = False
+    """Write checkpoints beside the steps that follow, from a copy in the memory of the host."""
+    shared_disk: bool = True
+    """All ranks see one `output_dir`. false: rank 0 alone writes there, and reads for all when the run goes on."""
     resume: bool | str = False
-    """true: from the newest whole checkpoint in `output_dir` (a new run if it has none); or a checkpoint's path."""
+    """true or auto: from the newest whole checkpoint in `output_dir` (a new run if it has none); or a checkpoint's
+    path."""
     overwrite_later: bool = False
     """With `resume` at a checkpoint that has later ones: move these, and their lines of metrics.jsonl, to
     `superseded-N/` in `output_dir`, and go on; otherwise that is refused."""

@@ -31,6 +31,8 @@ TRL_NAMES = {
     "logging_steps": "run.log_every",
     "eval_steps": "run.eval_every",
     "save_steps": "run.save_every",
+    "save_total_limit": "run.keep",
+    "metric_for_best_model": "run.keep_best",
     "resume_from_checkpoint": "run.resume",
     "report_to": "run.trackers",
 }

@@ -9,7 +9,7 @@ So ``eval_loss`` is what training would report of these examples if the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -75,6 +75,13 @@ def evaluate(
     finally:
         reshard(models.policy)
     return means(objective, world.data.sum(total))
+
+
+def metrics_of(objective: Objective, rewards: Sequence[str] = ()) -> list[str]:
+    """What an evaluation gives, ``rewards`` being the names of what scores completions."""
+    if objective.on_policy:
+        return ["reward", *(f"rewards/{name}/mean" for name in rewards)]
+    return [*means(objective, torch.ones(len(objective.metric_names), 2))]
 
 
 def steps_of(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.config import Config
+from fastalign.engine.best import Best
 from fastalign.engine.errors import as_one
 from fastalign.engine.interrupt import FAILED, NOTHING, ORDER, SAVE, Interrupted, Requests, resume_command
-from fastalign.engine.output.checkpoints import RUN_STATE, flaw
-from fastalign.engine.output.metrics import MetricsLog
-from fastalign.parallel.mesh import World
+from fastalign.engine.output.checkpoints import RUN_STATE, Retention, flaw
+from fastalign.engine.output.metrics import MetricsLog, read_metrics
+from fastalign.engine.output.saver import Saver
+from fastalign.parallel.mesh import World, is_lost
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ class Keeper:
         signals: what this process was sent.
         metrics: whose lines go to the disk before the checkpoint that follows them.
         write: writes a checkpoint of a step, with the record of that step if its evaluation is still to come, and
-            leaves so many, None for all.
+            removes those that need not stay.
+        saver: what writes it, perhaps beside the steps that follow.
         done, total: steps behind the run, and all of them.
     """
 
@@ -39,13 +42,17 @@ class Keeper:
     world: World
     signals: Requests
     metrics: MetricsLog
-    write: Callable[[int, Record | None, int | None], None]
+    write: Callable[[int, Record | None, Retention], None]
+    saver: Saver
     done: int
     total: int
 
     def __post_init__(self) -> None:
         self.since, self.is_due = time.monotonic(), False
-        self.saved = self.done if self.done and not flaw(self.path(self.done), **RUN_STATE) else 0
+        there = self.done if self.done and not flaw(self.path(self.done), **RUN_STATE) else 0
+        metric, lines = self.config.run.keep_best, read_metrics(self.metrics.path) if self.world.is_main else []
+        kept = (line for line in lines if metric and self.path(line["step"]).is_dir())
+        self.saved, self.best = self.world.gather_objects((there, Best(metric, kept)))[0]
         self.command = resume_command(self.config)
 
     def path(self, step: int) -> Path:
@@ -61,10 +68,12 @@ class Keeper:
         try:
             yield
         except RuntimeError as error:
-            if not signals.number or self.world.size == 1:
+            if self.world.watch is None or not is_lost(error):
                 raise
-            reason = next(iter(str(error).splitlines()), "")  # of a collective whose other end was stopped first
-            raise Interrupted(signals.number, f"{signals.text} (no new checkpoint: {reason})") from error
+            signals.lost = f"no new checkpoint, as a rank has ended ({self.world.watch.places(error)})"
+            if not signals.number:  # torchrun is about to stop this one
+                raise
+            raise Interrupted(signals.number, signals.text) from error
         finally:
             signals.at_once = True
         if signals.number:  # came after the last look
@@ -73,7 +82,7 @@ class Keeper:
     def asked(self, step: int) -> int:
         """What this rank asks for after a step, as a position in ``interrupt.ORDER``; in the exchange of every step."""
         self.tell_where(step)
-        if self.metrics.failure is not None:
+        if self.metrics.failure is not None or self.saver.failed:
             return FAILED
         minutes = self.config.run.save_minutes
         is_late = self.world.is_main and minutes > 0 and time.monotonic() - self.since >= 60 * minutes
@@ -94,10 +103,12 @@ class Keeper:
         self.save(step, record)
         self.since = time.monotonic()
         if level > SAVE:
+            self.saver.finish()
             self.end(level, f"saved {self.path(step)}" if fresh else "")
-        reason = f"run.save_minutes is {self.config.run.save_minutes:g}" if self.is_due else "as SIGUSR1 asked"
+        reason = f"run.save_minutes is {self.config.run.save_minutes:g}" if self.is_due else "as SIGUSR2 asked"
         self.signals.save = False
-        log.info("%s (%s)", f"saved {self.path(step)}" if fresh else "nothing new to save", reason)
+        does = "saving" if self.config.run.async_save else "saved"
+        log.info("%s (%s)", f"{does} {self.path(step)}" if fresh else "nothing new to save", reason)
 
     def save(self, step: int, record: Record | None = None) -> None:
         """Write the checkpoint of a step, unless it is there."""
@@ -105,9 +116,16 @@ class Keeper:
             with as_one(self.world):
                 self.metrics.sync()
             stuck = self.metrics.alarms.zero_since is not None  # an older checkpoint may be the last good one
-            self.write(step, record, None if stuck else self.config.run.keep)
+            self.write(step, record, Retention(None if stuck else self.config.run.keep, self.best.step))
             self.saved, self.since = step, time.monotonic()
         self.tell_where(step)
+
+    def rate(self, step: int, evaluated: Record) -> None:
+        """Save a step whose evaluation is the best so far, where `run.keep_best` asks for that."""
+        if self.best.improves(step, evaluated):
+            log.info("step %d has the best %s so far: %g", step, self.best.metric, self.best.value)
+            self.save(step)
+            self.saver.mark_best(step)
 
     def tell_where(self, step: int) -> None:
         """What a stop at once would say now."""
@@ -120,6 +138,7 @@ class Keeper:
         if level == FAILED:
             with as_one(self.world):
                 self.metrics.check()
+            self.saver.finish()
         for words in (news, self.metrics.alarms.note):
             self.signals.where += f"; {words}" if words else ""
         raise Interrupted(ORDER[level], self.signals.text)

@@ -322,3 +322,10 @@ def families() -> dict[str, Family]:
         if method.family not in found.values():
             found[name] = method.family
     return found
+
+
+def filled_in(config: Config, objective: Objective) -> Config:
+    """The settings with the defaults of the loss and of the algorithm."""
+    config = replace(config, loss={"name": objective.name, **objective.options})
+    plan = objective.on_policy
+    return config if plan is None else replace(config, algorithm=plan.settings, sampler=plan.sampler)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastalign.config import Config
 from fastalign.engine.methods import objective_of
-from fastalign.engine.output.checkpoints import RUN_STATE, step_of, whole_checkpoints
+from fastalign.engine.output.checkpoints import RUN_STATE, Found, read_state, step_of, whole_checkpoints
 from fastalign.engine.settings import settle
 from fastalign.engine.setup import seed_everything
 from fastalign.engine.train import resume, set_up
@@ -68,7 +68,7 @@ def find_line(directory: Path, step: int, number: int) -> dict[str, Any]:
     return lines[number]
 
 
-def find_checkpoint(directory: Path, step: int) -> Path | None:
+def find_checkpoint(directory: Path, step: int) -> Found | None:
     """The checkpoint whose weights a step sampled with; None for the first step."""
     if step == 1:
         return None
@@ -79,4 +79,4 @@ def find_checkpoint(directory: Path, step: int) -> Path | None:
             f"step {step} sampled with the weights after step {step - 1}, of which {directory} has no checkpoint; "
             f"steps that can be drawn again: 1, {there} (run.save_every and run.keep decide)"
         )
-    return known[step - 1]
+    return Found(known[step - 1], read_state(known[step - 1], **RUN_STATE))

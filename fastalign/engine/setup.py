@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import BatchConfig, Config, RunConfig
+from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
 from fastalign.data.loader import (
@@ -39,7 +38,7 @@ from fastalign.engine.forward import Models
 from fastalign.engine.loading import Start, load, verified
 from fastalign.engine.methods import objective_of
 from fastalign.engine.output.alarms import check_choices
-from fastalign.engine.output.checkpoints import RUN_STATE, read_state
+from fastalign.engine.output.checkpoints import Found
 from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
 from fastalign.models.load import check_model, load_tokenizer, separate_padding
@@ -57,7 +56,7 @@ def seed_everything(run: RunConfig) -> None:
     torch.use_deterministic_algorithms(run.deterministic)
 
 
-def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple[int, int]:
+def horizon(config: Config, num_examples: int, checkpoint: Found | None) -> tuple[int, int]:
     """The steps of the whole run and the examples that they read, counted on from where a checkpoint stands.
 
     Every epoch reads every example once, its last step what is left. A last epoch may be a fraction; a run that is
@@ -69,7 +68,7 @@ def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple
     run, size = config.run, config.batch.size
     done = drawn = 0
     if checkpoint is not None:
-        state = read_state(checkpoint, **RUN_STATE)
+        state = checkpoint.state
         check_state(state["loader"], run.seed, num_examples)
         done, drawn = state["step"], state["loader"]["drawn"]
     if config.algorithm is not None and config.algorithm.filter_zero_std:  # steps draw more than they train on
@@ -82,7 +81,7 @@ def horizon(config: Config, num_examples: int, checkpoint: Path | None) -> tuple
     if rows < drawn:
         end = f"run.epochs {run.epochs:g}" if run.steps is None else f"run.steps {run.steps}"
         raise ValueError(
-            f"{checkpoint} is beyond {end}: it is after {done} steps and {drawn} examples; "
+            f"{checkpoint and checkpoint.path} is beyond {end}: it is after {done} steps and {drawn} examples; "
             "raise that, or name an earlier checkpoint in run.resume"
         )
     return total, rows
@@ -209,10 +208,15 @@ def load_models(start: Start, room: Callable[[Policy, Policy | None], None] = la
     return Loaded(models, reference.data, batch, reference.filling)
 
 
+def critic_section(config: Config) -> ModelConfig:
+    """What a separate critic starts from."""
+    path = config.algorithm and config.algorithm.critic_path
+    section = replace(config.model, lora=None, quantization=None)
+    return section if path is None else replace(section, path=path, config=None)
+
+
 def load_critic(start: Start) -> Policy:
     """The critic that is a model of its own: the policy's weights or another model's, with a scalar head."""
-    config, path = start.config, start.config.algorithm and start.config.algorithm.critic_path
-    section = replace(config.model, lora=None, quantization=None)
-    if path is not None:
-        section = replace(section, path=path, config=None)
-    return load(start, section, "algorithm.critic_path" if path else "model.path", scalar_head=True).train()
+    path = start.config.algorithm and start.config.algorithm.critic_path
+    setting = "algorithm.critic_path" if path else "model.path"
+    return load(start, critic_section(start.config), setting, scalar_head=True).train()

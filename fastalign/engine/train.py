@@ -19,13 +19,14 @@ from fastalign.data.examples import TokenExample
 from fastalign.data.loader import Examples, Rows, Source, TokenDataset
 from fastalign.data.pack import empty_batch, share
 from fastalign.disk import kept_from_others
-from fastalign.engine.evaluate import evaluate
+from fastalign.engine import agreement, best
+from fastalign.engine.evaluate import evaluate, metrics_of
 from fastalign.engine.feed import Feed
 from fastalign.engine.forward import Models
 from fastalign.engine.interrupt import ORDER, Interrupted, Requests, handled
 from fastalign.engine.keeper import Keeper, Record
 from fastalign.engine.loading import Start
-from fastalign.engine.methods import Objective, minibatches_of, objective_of
+from fastalign.engine.methods import Objective, filled_in, minibatches_of, objective_of
 from fastalign.engine.onpolicy import (
     cut_samples,
     follow,
@@ -36,13 +37,15 @@ from fastalign.engine.onpolicy import (
 )
 from fastalign.engine.optim import Trained, learning_rate, make_optimizer
 from fastalign.engine.output.accounting import Accounting, account
-from fastalign.engine.output.checkpoint import expected_size, load_checkpoint, save_checkpoint
-from fastalign.engine.output.checkpoints import read_state
+from fastalign.engine.output.checkpoint import expected_size, load_checkpoint
+from fastalign.engine.output.checkpoints import Found, Retention
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.export import export, report, whole_weights
 from fastalign.engine.output.metrics import MetricsLog, StepResult
 from fastalign.engine.output.overview import show_overview
 from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_room, open_rundir, warn_of_open_places
+from fastalign.engine.output.saver import Saver
+from fastalign.engine.output.snapshot import take_snapshot
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
 from fastalign.engine.settings import check_sampling, check_settings, check_types, settle
 from fastalign.engine.setup import (
@@ -58,6 +61,7 @@ from fastalign.engine.timing import Stopwatch, peak_memory
 from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, total
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
+from fastalign.parallel.whereabouts import NOW, doing
 from fastalign.rl.rollouts import Rollouts
 from fastalign.types import PackedBatch
 
@@ -86,17 +90,17 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
     check_sampling(config)
     with handled() as signals, kept_from_others(), ExitStack() as to_the_end:
         with world(config.parallel) as ranks:
-            to_the_end.enter_context(held(Path(config.run.output_dir), ranks))
+            to_the_end.enter_context(held(Path(config.run.output_dir), ranks, shared=config.run.shared_disk))
             signals.where = "before step 1"
             warn_of_open_places(config, ranks)
             config = settle(config, ranks.device)
             checkpoint = claim(config, ranks)
             if checkpoint:
-                signals.where, signals.rest = f"before it went on from {checkpoint}", "nothing new to save"
+                signals.where, signals.rest = f"before it went on from {checkpoint.path}", "nothing new to save"
             seed_everything(config.run)
             job = replace(set_up(config, objective, ranks, checkpoint), signals=signals)
             done = resume(job, checkpoint) if checkpoint else 0
-            if open_rundir(config, done, ranks, checkpoint) == done:  # the first change on the disk
+            if open_rundir(config, done, ranks, checkpoint and checkpoint.path) == done:  # the first change on the disk
                 job.owed.clear()  # the line is there
             if ranks.is_main:
                 cut_samples(job.directory, done)
@@ -107,13 +111,6 @@ def train(config: Config, on_step: Callable[[int], None] | None = None) -> str:
             export(job, weights)
             report(job)
     return note
-
-
-def filled_in(config: Config, objective: Objective) -> Config:
-    """The settings with the defaults of the loss and of the algorithm."""
-    config = replace(config, loss={"name": objective.name, **objective.options})
-    plan = objective.on_policy
-    return config if plan is None else replace(config, algorithm=plan.settings, sampler=plan.sampler)
 
 
 def next_parts(job: Job, keeper: Keeper, feed: Feed, step: int) -> list[list[PackedBatch]]:
@@ -167,7 +164,7 @@ class Job:
 
 
 def set_up(
-    config: Config, objective: Objective, ranks: World, checkpoint: Path | None = None, *, writes: bool = True
+    config: Config, objective: Objective, ranks: World, checkpoint: Found | None = None, *, writes: bool = True
 ) -> Job:
     """Tokenizer, data, policy, reference and optimizer; the first packed batch is checked against the plain forward.
 
@@ -177,7 +174,7 @@ def set_up(
     require_same_rows(ranks, dataset, held_out)
     total, rows = horizon(config, len(dataset), checkpoint)
     demands = what_is_read(config, dataset, held_out, total, rows)
-    done = read_state(checkpoint)["step"] if checkpoint else 0
+    done = checkpoint.state["step"] if checkpoint else 0
 
     def room(policy: Policy, critic: Policy | None) -> None:
         if writes:
@@ -187,6 +184,8 @@ def set_up(
             make_room(config, need, done, total, ranks)
 
     scorer = make_scorer(config, objective, tokenizer, ranks)
+    evaluated = None if held_out is None else metrics_of(objective, scorer.names if scorer else ())
+    best.check(config.run.keep_best, evaluated)
     loaded = load_models(Start(config, objective, tokenizer, demands, ranks), room)
     models, batch, (data, *rest) = loaded.models, loaded.batch, loaded.data
     known = (ranks.data.size, ranks.device, models.autocast, ranks.size // ranks.data.size)
@@ -212,9 +211,15 @@ def what_trains(models: Models, config: Config, ranks: World) -> dict[str, Train
 def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
     """The loop, from step ``done + 1`` to the last; returns what its last line must say beside."""
     every = job.config.run
-    with open_metrics(job, done) as metrics, closing(job.source), closing(make_feed(job)) as feed:
-        keeper = Keeper(job.config, job.world, job.signals, metrics, partial(save, job, feed), done, job.total)
-        with keeper.listening():
+    with (
+        open_metrics(job, done) as metrics,
+        closing(job.source),
+        closing(make_feed(job)) as feed,
+        closing(Saver(job.config, job.world)) as saver,
+    ):
+        write = partial(save, job, feed, saver)
+        keeper = Keeper(job.config, job.world, job.signals, metrics, write, saver, done, job.total)
+        with keeper.listening(), doing("loop"):
             for record in job.owed:
                 evaluate_step(job, keeper, done, record)
             on_step(done)
@@ -234,6 +239,7 @@ def run(job: Job, done: int, on_step: Callable[[int], None]) -> str:
                     metrics.flush()
                 on_step(step)
             keeper.look(job.total)
+            saver.finish()
         return metrics.alarms.note
 
 
@@ -303,10 +309,15 @@ def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[Pac
     """The next step's micro-batches, what all ranks compute, and its clock; what a rank was asked for comes first."""
     while True:
         watch = Stopwatch(job.world.device)
+        NOW.step = step
         with watch("data"):
             parts, memory = next_parts(job, keeper, feed, step), peak_memory(job.world.device)
             flat = [batch for part in parts for batch in part]
-            work = measure_work(flat, job.world, memory, keeper.asked(step - 1))
+            reads = job.world.device.type == "cpu" or is_due(step - 1, job.config.run.log_every, job.total)
+            modules = [one.module for one in job.trained.values()] if reads else []
+            vitals = [*keeper.metrics.vitals, agreement.some_of(modules, step - 1, job.world)]
+            work = measure_work(flat, job.world, memory, keeper.asked(step - 1), vitals)
+            agreement.check(work.vitals, step - 1, job.world)
         if isinstance(job.source, Rollouts):
             for part, seconds in job.source.take_seconds().items():
                 watch.book(part, seconds)
@@ -321,10 +332,11 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
     assert job.held_out is not None
     ours = job.models, job.held_out, job.objective, job.batch, job.world, job.carried
     try:
-        if isinstance(job.source, Rollouts):
-            metrics = job.source.evaluate(cast(Any, job.held_out), between=partial(keeper.look, step))
-        else:
-            metrics = evaluate(*ours, between=partial(keeper.look, step))
+        with doing("evaluation"):
+            if isinstance(job.source, Rollouts):
+                metrics = job.source.evaluate(cast(Any, job.held_out), between=partial(keeper.look, step))
+            else:
+                metrics = evaluate(*ours, between=partial(keeper.look, step))
     except Interrupted as stop:
         keeper.obey(ORDER.index(stop.code - 128), step, record)
         raise
@@ -332,21 +344,25 @@ def evaluate_step(job: Job, keeper: Keeper, step: int, record: Record) -> None:
         if not isinstance(job.source, Rollouts):
             raise
         raise failed(keeper, f"the evaluation after step {step}: {error}", step, record) from error
-    keeper.metrics.write({**record, **{f"eval_{name}": value for name, value in metrics.items()}})
+    evaluated = {f"eval_{name}": value for name, value in metrics.items()}
+    keeper.metrics.write({**record, **evaluated})
+    keeper.rate(step, evaluated)
 
 
-def save(job: Job, feed: Feed, step: int, owed: Record | None, keep: int | None) -> None:
+def save(job: Job, feed: Feed, saver: Saver, step: int, owed: Record | None, retention: Retention) -> None:
     """A checkpoint of everything that the next step depends on, and of a step's line that awaits its evaluation."""
     carried, config = {name: part.state_dict() for name, part in job.carried.items()}, as_dict(job.config)
     state = {"loader": feed.position, "data": job.data_content, "carried": carried, "config": config}
     state |= {"base": job.models.policy.base_digest, "reference": job.models.reference_digest, "owed": owed}
-    directory = job.directory / "checkpoints"
-    save_checkpoint(directory, step, kept(job), state, job.world, keep)
+    snapshot = take_snapshot(step, kept(job), state, job.world)
+    with doing("checkpoint"):
+        agreement.check_whole(snapshot.tensors, step, job.world)
+        saver.save(snapshot, retention)
 
 
-def resume(job: Job, checkpoint: Path) -> int:
+def resume(job: Job, found: Found) -> int:
     """Go back to a checkpoint; returns its step. The reference is the initial policy, so it needs none."""
-    state = read_state(checkpoint)
+    checkpoint, state = found
     job.source.load_state_dict(state["loader"])
     if state["data"] != job.data_content:
         raise ValueError(
@@ -366,12 +382,13 @@ def resume(job: Job, checkpoint: Path) -> int:
     for name, part in job.carried.items():
         if name in state["carried"]:
             part.load_state_dict(state["carried"][name])
-    state = load_checkpoint(checkpoint, kept(job), job.world)
+    load_checkpoint(checkpoint, kept(job), job.world, shared=job.config.run.shared_disk)
     job.source.after(job.models.policy, state["step"])
     log.info("resumed from %s", checkpoint)
     if state["world_size"] != job.world.size:
         was, now = state["world_size"], job.world.size
-        log.warning("resume: %d rank(s) before, %d now: %s", was, now, ROUNDED)
+        told = "resume: %d rank(s) before, %d now: weights, moments and the position in the data are those of then; %s"
+        log.warning(told, was, now, ROUNDED)
     if state.get("owed") and is_own(checkpoint, job.directory):
         job.owed.append(state["owed"])
     return state["step"]

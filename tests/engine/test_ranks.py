@@ -112,7 +112,7 @@ def test_ranks_that_do_not_have_the_same_are_refused(configure, materials, tmp_p
     expected = {
         "directory": r"^run\.output_dir run is not one directory for all ranks: "
         rf"rank 0 on \S+ writes to {homes[0]}/run, and rank 1 on \S+ does not see that in {homes[1]}/run; "
-        r"set run\.output_dir to an absolute path on a disk that all ranks share$",
+        r"set run\.output_dir to an absolute path on a disk that all ranks share, or run\.shared_disk to false$",
         "settings": r"^optim\.lr is 0\.001 for rank 0 on \S+, 0\.002 for rank 1 on \S+: start every rank with the same",
         "rows": r"^rank 1 on \S+ made other tokens of its rows than rank 0 on \S+; give every rank the same data",
         "weights": r"^rank 1 on \S+ loaded other weights from model\.path than rank 0 on \S+; give every rank the same",

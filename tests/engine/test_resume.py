@@ -36,8 +36,8 @@ def test_a_killed_run_goes_on_to_the_bit(configure, materials):
     assert len(records(whole.run.output_dir)) == DPO["run.steps"]
 
 
-def wait_for_lines(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not path.exists() or path.read_text().count("\n") < count:
         assert time.monotonic() < deadline, f"{path} has not reached {count} lines"
         time.sleep(0.002)

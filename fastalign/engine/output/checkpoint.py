@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,31 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from fastalign.disk import WriteError, flush, reason, writing
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.output.checkpoints import (
-    SCHEMA,
+    Retention,
     flaw,
     publish,
     read_json,
     read_state,
     whole_checkpoints,
 )
-from fastalign.engine.output.generators import DAMAGED, one_line, rng_file, rng_state, set_rng_state
+from fastalign.engine.output.generators import DAMAGED, one_line, rng_file, set_rng_state
+from fastalign.engine.output.snapshot import Snapshot, size_of, take_snapshot
 from fastalign.engine.output.trained_state import (
     Roles,
     in_both,
     make_moments,
-    optimizer_steps,
     start_masters,
     tensors_of,
     weights,
 )
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
+from fastalign.parallel.shard import region
 
 log = logging.getLogger(__name__)
 
@@ -65,35 +66,37 @@ def save_checkpoint(
     world: World,
     keep: int | None,
 ) -> Path:
-    """Write ``directory/step-N`` from all ranks and keep the newest ``keep``.
+    """`write_checkpoint` of what there is now, of which the newest ``keep`` stay."""
+    return write_checkpoint(directory, take_snapshot(step, trained, state, world), world, Retention(keep))
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot, world: World, retention: Retention) -> Path:
+    """Write ``directory/step-N`` from all ranks and remove those that the retention lets go.
 
     Args:
         directory: the run's ``checkpoints``.
-        step: optimizer steps done.
-        trained: the modules that train and their optimizers, by role.
-        state: JSON values to find again: data position, settings.
-        world: the ranks.
-        keep: whole checkpoints that stay; None: all.
+        snapshot: what it holds.
+        world: the ranks that write.
+        retention: which whole checkpoints stay.
     """
-    final, temporary = directory / f"step-{step}", directory / f"step-{step}.tmp"
-    tensors = tensors_of(trained)
+    final, temporary = directory / f"step-{snapshot.step}", directory / f"step-{snapshot.step}.tmp"
+    tensors = snapshot.tensors
     try:
         with as_one(world):
             if world.is_main:
                 make_scratch(temporary, tensors)
         write_tensors(temporary, tensors, world)
         with as_one(world), writing("the checkpoint", final):
-            rng_file(temporary, world.rank).write_text(json.dumps(rng_state()), encoding="utf-8")
+            for rank, generators in snapshot.generators.items():
+                rng_file(temporary, rank).write_text(json.dumps(generators), encoding="utf-8")
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
-                header = {"schema": SCHEMA, "step": step, "world_size": world.size, "versions": versions()}
-                files = written_files(temporary, tensors, world.size)
-                full = {**header, "files": files, "optimizer_steps": optimizer_steps(trained), **state}
+                full = {**snapshot.state, "files": written_files(temporary, snapshot)}
                 (temporary / "state.json").write_text(json.dumps(full, indent=1), encoding="utf-8")
             flush(temporary, inside=True)
         with as_one(world), writing("the checkpoint", final):
             if world.is_main:
-                publish(temporary, final, keep)
+                publish(temporary, final, retention)
     except RunError as error:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -109,11 +112,6 @@ def make_scratch(temporary: Path, tensors: dict[str, Tensor]) -> None:
         temporary.mkdir(parents=True)
 
 
-def size_of(tensors: dict[str, Tensor]) -> int:
-    """Bytes of whole tensors: all ranks write to one disk, and a replica is written once."""
-    return sum(x.nbytes for x in tensors.values())
-
-
 def expected_size(modules: Sequence[nn.Module], master_weights: bool, copies: Sequence[nn.Module] = ()) -> int:
     """Bytes of the tensors in a checkpoint before any step: weights, masters and Adam moments of what trains.
 
@@ -126,13 +124,14 @@ def expected_size(modules: Sequence[nn.Module], master_weights: bool, copies: Se
     return kept + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
 
 
-def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
+def written_files(temporary: Path, snapshot: Snapshot) -> dict[str, int]:
     """The files of tensors and generators and their bytes, as ``state.json`` lists them."""
+    ranks = snapshot.state["world_size"]
     sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
     generators = [file for rank in range(ranks) if (file := rng_file(temporary, rank)).is_file()]
     text = None
-    if sum(sizes.values()) < size_of(tensors):
-        text = f"rank 0 sees {sum(sizes.values())} of at least {size_of(tensors)} bytes: does every rank write there?"
+    if sum(sizes.values()) < snapshot.size:
+        text = f"rank 0 sees {sum(sizes.values())} of at least {snapshot.size} bytes: does every rank write there?"
     elif len(generators) < ranks:
         text = f"rank 0 sees the generators of {len(generators)} of {ranks} ranks: does every rank write there?"
     if text:
@@ -140,41 +139,87 @@ def written_files(temporary: Path, tensors: dict[str, Tensor], ranks: int) -> di
     return sizes | {file.name: file.stat().st_size for file in generators}
 
 
-def load_checkpoint(path: Path, trained: Roles, world: World) -> dict[str, Any]:
+def load_checkpoint(path: Path, trained: Roles, world: World, *, shared: bool = True) -> dict[str, Any]:
     """Restore weights, masters, Adam moments and this rank's generators in place; returns what ``state.json`` says.
 
     A checkpoint without masters has them start from its weights; those of one with masters may be left out.
+
+    Args:
+        path: the checkpoint.
+        trained: the modules that train and their optimizers, by role, on any number of ranks.
+        world: the ranks.
+        shared: all ranks can read it; otherwise rank 0 reads for all.
     """
-    state = read_state(path)
-    if reason := flaw(path):
-        raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
+    with as_one(world) if not shared else nullcontext():
+        reads = shared or world.is_main
+        state, saved = read_whole(path) if reads else ({}, {})
+    if not shared:
+        state, saved = world.gather_objects((state, saved))[0]
     make_moments(trained, state["optimizer_steps"])
-    tensors = tensors_of(trained)
-    reader = HuggingFaceStorageReader(str(path))
-    try:
-        tensors, saved = in_both(tensors, saved_shapes(reader))
-        check_shapes(path, tensors, saved)
-        with alone_is_fine():
-            load(tensors, storage_reader=reader, no_dist=world.mesh is None)
-    except (SafetensorError, CheckpointException) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
+    tensors, saved = in_both(tensors_of(trained), saved)
+    check_shapes(path, tensors, saved)
+    if shared:
+        read_tensors(path, tensors, world)
+    else:
+        read_for_all(path, tensors, world)
     start_masters(trained, tensors)
-    if world.rank < state["world_size"]:  # a rank more than there were has none
-        restore_generators(rng_file(path, world.rank))
+    restore_generators(path, state["world_size"], world, shared)
     return state
 
 
-def restore_generators(file: Path) -> None:
-    """Set this process's generators from a file."""
+def read_whole(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """``state.json`` of a whole checkpoint, and the whole shape of each of its tensors."""
+    state = read_state(path)
+    if reason := flaw(path):
+        raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
+    with intact(path):
+        return state, saved_shapes(path)
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Turn what reading damaged tensors raises into one line."""
     try:
-        set_rng_state(read_json(file))
+        yield
+    except (SafetensorError, CheckpointException) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}); resume from another checkpoint") from error
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Fill tensors, of sharded ones this rank's part, however they were sharded when they were saved."""
+    with intact(path), alone_is_fine():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.mesh is None)
+
+
+@torch.no_grad()
+def read_for_all(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """`read_tensors` by rank 0, which sends one tensor after the other to the other ranks."""
+    for name, x in tensors.items():
+        whole = torch.empty(x.shape, dtype=x.dtype)
+        with as_one(world):
+            if world.is_main:
+                read_tensors(path, {name: whole}, world.alone)
+        part = world.broadcast(whole)[region(x)] if x.dim() else world.broadcast(whole)
+        (x.to_local() if isinstance(x, DTensor) else x).copy_(part)
+
+
+def restore_generators(path: Path, ranks: int, world: World, shared: bool) -> None:
+    """Set this process's generators to those of its rank; one more than there were keeps those of ``run.seed``."""
+    file, state = rng_file(path, world.rank), None
+    if not shared:
+        there = {rank: read_json(rng_file(path, rank)) for rank in range(ranks)} if world.is_main else {}
+        state = world.gather_objects(there)[0].get(world.rank)
+    elif world.rank < ranks:
+        state = read_json(file)
+    try:
+        set_rng_state(state) if state is not None else None
     except DAMAGED as error:
         raise ValueError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint") from error
 
 
-def saved_shapes(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
+def saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The whole shape of each tensor of a checkpoint."""
-    saved = reader.read_metadata().state_dict_metadata
+    saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(x.size) for name, x in saved.items() if isinstance(x, TensorStorageMetadata)}
 
 
@@ -195,8 +240,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     try:
         with alone_is_fine():
             save(
-                {name: x.detach() for name, x in tensors.items()},
+                dict(tensors),
                 storage_writer=HuggingFaceStorageWriter(str(path), files, save_distributed=True),
+                process_group=world.group,
                 no_dist=world.mesh is None,
             )
     except CheckpointException as error:
@@ -236,10 +282,3 @@ def alone_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def versions() -> dict[str, str]:
-    """What made the checkpoint."""
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

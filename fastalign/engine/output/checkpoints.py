@@ -7,8 +7,9 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalign.disk import replace_file
 from fastalign.engine.output.generators import rng_flaw
@@ -33,6 +34,26 @@ RUN_STATE: Layout = {
     "owed": dict | None,
 }
 """What a run adds to that of its checkpoints."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which whole checkpoints stay.
+
+    Attributes:
+        newest: so many of them; None: all.
+        best: the step of one that stays beside them; None: none.
+    """
+
+    newest: int | None
+    best: int | None = None
+
+
+class Found(NamedTuple):
+    """A whole checkpoint to go on from, and what its ``state.json`` says; read by rank 0 for all."""
+
+    path: Path
+    state: dict[str, Any]
 
 
 def newest_checkpoint(directory: Path, **parts: Any) -> Path | None:
@@ -161,7 +182,8 @@ def move_later(directory: Path, step: int, place: Path) -> list[str]:
     later = [path for path in checkpoints(directory) if step_of(path) > step]
     if later:
         place.mkdir(parents=True)
-        (directory / "latest").unlink(missing_ok=True)
+        for name in ("latest", "best"):
+            (directory / name).unlink(missing_ok=True)
         for path in reversed(later):  # of what is left, the newest is always the one that a kill leaves to go on from
             move(path, place / path.name)
         point_to_newest(directory)
@@ -177,15 +199,21 @@ def move(path: Path, target: Path) -> None:
         shutil.move(path, target)
 
 
-def publish(temporary: Path, final: Path, keep: int | None) -> None:
-    """Rename a finished checkpoint into place, point ``latest`` at it, remove old ones."""
+def publish(temporary: Path, final: Path, retention: Retention) -> None:
+    """Rename a finished checkpoint into place, point ``latest`` at it, remove those that need not stay."""
     if final.exists():  # not whole: a step is saved once
         remove(final)
     temporary.rename(final)
     point_to(final)
     parts = {key: kind for key, kind in RUN_STATE.items() if key in read_state(final)}
-    for old in whole_checkpoints(final.parent, **parts)[:-keep] if keep else []:
-        remove(old)
+    for old in whole_checkpoints(final.parent, **parts)[: -retention.newest] if retention.newest else []:
+        if step_of(old) != retention.best:
+            remove(old)
+
+
+def mark_best(directory: Path, step: int) -> None:
+    """Make ``best`` name the checkpoint of a step."""
+    point_to(directory / f"step-{step}", "best")
 
 
 def point_to_newest(directory: Path) -> None:
@@ -197,9 +225,9 @@ def point_to_newest(directory: Path) -> None:
         point_to(newest[0])
 
 
-def point_to(newest: Path) -> None:
-    """Make ``latest`` name a checkpoint beside it."""
-    replace_file(newest.with_name("latest"), f"{newest.name}\n".encode(), flushed=True)
+def point_to(checkpoint: Path, name: str = "latest") -> None:
+    """Make a file name a checkpoint beside it."""
+    replace_file(checkpoint.with_name(name), f"{checkpoint.name}\n".encode(), flushed=True)
 
 
 def remove(path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastalign.config import Config
 from fastalign.disk import writing
 from fastalign.engine.interrupt import resume_command
 from fastalign.engine.output.report import write_report
@@ -28,7 +29,9 @@ def export(job: Job, weights: dict[str, Tensor] | None) -> None:
     policy, model, directory = job.models.policy, job.config.model, job.directory
     job.signals.where = "in the export"
     log.info("writing %s and report.html", directory / "model")
-    base = None if policy.adapted is None or model.config is None else make_base_again(job)
+    base = None
+    if policy.adapted is not None and model.config is not None:
+        base = make_base_again(job.config, policy, job.tokenizer)
     written = [x for x in (policy, base) if x is not None]
     need = sum(p.nbytes for x in written for p in x.parameters() if p.requires_grad or x is base)
     then = f"export again with: {resume_command(job.config)}"
@@ -47,11 +50,10 @@ def report(job: Job) -> None:
         log.warning("no report (%s); %s", reason, later)
 
 
-def make_base_again(job: Job) -> PreTrainedModel:
+def make_base_again(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The base of an adapter that no directory holds: from its config and seed, with the special tokens of now."""
-    config, policy = job.config, job.models.policy
     scalar = policy.has_scalar_head
-    base = load_base(config.model, seed=config.run.seed, tokenizer=job.tokenizer, scalar_head=scalar)
+    base = load_base(config.model, seed=config.run.seed, tokenizer=tokenizer, scalar_head=scalar)
     base.config.pad_token_id = policy.config.pad_token_id
     return base
 

@@ -25,6 +25,7 @@ from fastalign.engine.agree import not_shared, require_same
 from fastalign.engine.errors import as_one
 from fastalign.engine.output.checkpoints import (
     RUN_STATE,
+    Found,
     checkpoints,
     flaw,
     move_later,
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
     *("run.save_minutes", "run.show_example", "run.overwrite_later", "data.cache_dir", "parallel.timeout_minutes"),
+    *("run.async_save", "run.shared_disk", "run.keep_best"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
@@ -80,8 +82,8 @@ FOLDERS = ("checkpoints", "model")
 
 
 @contextmanager
-def held(directory: Path, world: World) -> Iterator[None]:
-    """Keep a run directory for this run alone; the main rank holds it for all.
+def held(directory: Path, world: World, *, shared: bool = True) -> Iterator[None]:
+    """Keep a run directory for this run alone; the main rank holds it for all, and all must see it if it is ``shared``.
 
     The operating system lets go of the lock when its process ends, however it ends. Other hosts of a shared
     disk may not see the lock: there the holder's file decides.
@@ -90,11 +92,8 @@ def held(directory: Path, world: World) -> Iterator[None]:
         if world.is_main:  # the others make no directory where this one is not
             probe(directory, world.rank)
             check_kinds(directory)
-    if split := not_shared(directory, world):
-        remedy = "set run.output_dir to an absolute path on a disk that all ranks share"
-        raise ValueError(f"run.output_dir {directory} is not one directory for all ranks: {split}; {remedy}")
-    with as_one(world):
-        probe(directory, world.rank)
+    if shared:
+        check_shared(directory, world)
     lock = FileLock(directory / LOCK)
     with as_one(world):
         if world.is_main:
@@ -106,6 +105,15 @@ def held(directory: Path, world: World) -> Iterator[None]:
             for name in (HOLDER, LOCK):  # while they are still ours
                 (directory / name).unlink(missing_ok=True)
             lock.release()
+
+
+def check_shared(directory: Path, world: World) -> None:
+    """Refuse a run directory that is not the same for all ranks, or that one cannot write."""
+    if split := not_shared(directory, world):
+        remedy = "set run.output_dir to an absolute path on a disk that all ranks share, or run.shared_disk to false"
+        raise ValueError(f"run.output_dir {directory} is not one directory for all ranks: {split}; {remedy}")
+    with as_one(world):
+        probe(directory, world.rank)
 
 
 def take(lock: FileLock, directory: Path) -> None:
@@ -141,21 +149,21 @@ def read_holder(file: Path) -> dict[str, Any]:
         return {}
 
 
-def claim(config: Config, world: World) -> Path | None:
+def claim(config: Config, world: World) -> Found | None:
     """Return the checkpoint to resume from, or None for a new run; refuse a directory that cannot be used.
 
     Nothing in it is changed.
     """
     require_same_settings(config, world)
-    checkpoint = None
+    found = None
     with as_one(world):
-        if world.is_main:
-            checkpoint = choose(config)
-    checkpoint = world.gather_objects(checkpoint)[0]
-    if checkpoint is not None:
+        if world.is_main and (checkpoint := choose(config)):
+            found = Found(checkpoint, read_state(checkpoint, **RUN_STATE))
+    found = world.gather_objects(found)[0]
+    if found is not None and config.run.shared_disk:
         remedy = "name a checkpoint on a disk that all ranks share"
-        require_same(world, content(checkpoint / "state.json"), f"sees another {checkpoint}", remedy)
-    return checkpoint
+        require_same(world, content(found.path / "state.json"), f"sees another {found.path}", remedy)
+    return found
 
 
 def require_same_settings(config: Config, world: World) -> None:
@@ -186,6 +194,11 @@ def choose(config: Config) -> Path | None:
         refuse_occupied(directory)
     if checkpoint is not None:
         check_same_run(read_state(checkpoint, **RUN_STATE)["config"], settings, checkpoint)
+    elif not config.run.resume and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        log.warning("torchrun may start the ranks again (--max-restarts): set run.resume=auto for them to go on then")
+    elif config.run.resume and not config.run.shared_disk:
+        told = "resume: no checkpoint in %s on %s: this is a new run, unless rank 0 was on another host before"
+        log.warning(told, directory, socket.gethostname())
     metrics = read_lines(directory / "metrics.jsonl")
     lines = sum(record is not None for _, record in metrics)  # all: a broken one is refused before any work
     if not lines and not (checkpoint and is_own(checkpoint, directory)):
@@ -231,9 +244,9 @@ def check_kinds(directory: Path) -> None:
 
 def find_checkpoint(config: Config, directory: Path) -> Path | None:
     """The checkpoint that ``run.resume`` means: a path, or the newest whole one of the run."""
-    if not isinstance(config.run.resume, str):
+    if config.run.resume in (True, False, "auto"):
         return newest_checkpoint(directory / "checkpoints", **RUN_STATE) if config.run.resume else None
-    path = Path(config.run.resume).absolute()
+    path = Path(str(config.run.resume)).absolute()
     step = read_state(path, **RUN_STATE)["step"]
     if reason := flaw(path, **RUN_STATE):
         raise ValueError(f"{path} is not a whole checkpoint: {reason}; resume from another checkpoint")
