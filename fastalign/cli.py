@@ -36,7 +36,8 @@ SECONDS_TO_BE_STOPPED = 10
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0; 1 when the run fails, 2 for bad usage, 128 + the number of the signal that ended it: 130 Ctrl-C, 143 SIGTERM.
+    0; 1 when the run fails, 2 for bad usage, 128 + the number of the signal that ended it: 130 Ctrl-C, 143 SIGTERM,
+    138 SIGUSR1, which Slurm sends to a job that it will start again.
     """
     try:
         with handled(), after_lost_peers(), kept_from_others():
@@ -89,9 +90,8 @@ def after_lost_peers() -> Iterator[None]:
     """A collective that fails since another rank has died is no error of this one: torchrun is about to stop it."""
     try:
         yield
-    except RuntimeError as error:
-        lost = "gloo" in str(error) or type(error).__name__.startswith("Dist")  # torch's errors of communication
-        if lost and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    except ConnectionError as error:
+        if type(error).__name__ == "LostRank":  # of a module that brings torch
             time.sleep(SECONDS_TO_BE_STOPPED)
         raise
 
@@ -241,6 +241,26 @@ def replay(argv: list[str]) -> int:
     return 0 if equal else 1
 
 
+def export(argv: list[str]) -> int:
+    """Write a checkpoint of a run as a Hugging Face model: fastalign export RUN --step 120 --dtype bfloat16."""
+    parser = argparse.ArgumentParser(prog="fastalign export", description=export.__doc__)
+    parser.add_argument("run_dir", help="the output_dir of a run, which may be going on")
+    parser.add_argument("--step", help="of the checkpoint, or `best` (run.keep_best); default: the newest")
+    parser.add_argument("--critic", action="store_true", help="the critic of ppo, in place of the policy")
+    parser.add_argument("--merge-lora", action="store_true", help="add the adapter to its base: one whole model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
+    parser.add_argument("--out", type=Path, help="directory to write; default: RUN/export/step-N")
+    parser.add_argument("--overwrite", action="store_true", help="replace that directory where it is there")
+    given = vars(parser.parse_args(argv))
+    prepare_process()
+    from fastalign.engine.exporting import export_checkpoint  # brings transformers and datasets
+
+    directory = Path(given.pop("run_dir"))
+    words = ["--config", str(directory / "config.yaml")]
+    print(export_checkpoint(parse_config(asked_method(words, default="sft"), words), directory, **given))
+    return 0
+
+
 def report(argv: list[str]) -> int:
     """Rewrite the report.html of a run directory."""
     parser = argparse.ArgumentParser(prog="fastalign report", description=report.__doc__)
@@ -298,6 +318,7 @@ def torchrun(argv: list[str]) -> int:
     command = [options.training_script, *options.training_script_args]
     command = command[command[0] == "fastalign" :]  # `-m fastalign` may be written out, as for torchrun
     options.training_script, options.training_script_args = "fastalign", command
+    options.signals_to_handle += ",SIGUSR1"  # of Slurm: passed on to the ranks
     logging.disable(logging.ERROR)  # of the launcher alone: the ranks are processes of their own
     os.environ.pop("RANK", None)  # which would be that of another launch
     with tempfile.TemporaryDirectory() as folder:
@@ -306,7 +327,8 @@ def torchrun(argv: list[str]) -> int:
         code, reason = run_ranks(options)
         del os.environ[LAST_WORDS]
         said = [reason, words.read_text(encoding="utf-8") if words.exists() else ""]
-    return fail("; ".join(filter(None, said)), code) if any(said) else code  # a rank that failed by itself has said why
+    speaks = code != 0 and any(said)  # after a restart that went well there are words of the launch before
+    return fail("; ".join(filter(None, said)), code) if speaks else code  # a rank that failed by itself has said why
 
 
 def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
@@ -354,6 +376,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         *(RlaifConfig, ModelConfig, SamplerConfig, DataConfig),
     ),
     "replay": replay,
+    "export": export,
     "report": report,
     "torchrun": torchrun,
     "bench": bench,

@@ -1,4 +1,5 @@
-"""Signals as requests: Ctrl-C and SIGTERM stop a run with a checkpoint, SIGUSR1 saves one, a second stop is at once.
+"""Signals as requests: Ctrl-C, SIGTERM and SIGUSR1 stop a run with a checkpoint, SIGUSR2 saves one; a second stop is at
+once. SIGUSR1 is what Slurm sends before the time is up: its exit code says that the run is to be started again.
 
 Outside the loop (start-up, export) the first signal raises `Interrupted` where it arrives. Inside it is only noted: the
 loop asks between steps what any rank was sent, so that all ranks do the same at the same step.
@@ -20,8 +21,8 @@ from types import FrameType
 
 from fastalign.config import Config
 
-STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-ORDER = (0, int(signal.SIGUSR1), *map(int, STOPS))
+STOPS = (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+ORDER = (0, int(signal.SIGUSR2), *map(int, STOPS))
 """What ranks ask for, weakest first: they agree on the largest position in it."""
 SAVE = 1
 """Position of a checkpoint that a signal or the clock asks for; those above it stop the run."""
@@ -48,26 +49,28 @@ class Requests:
         save: whether a checkpoint was asked for.
         at_once: whether a stop raises where it arrives, or is only noted.
         where: when in the run that is, for the user: ``before step 1``; empty outside of one.
+        lost: where the ranks were when one of them ended.
         rest: what is left of the run, or how it goes on.
     """
 
     def __init__(self) -> None:
         self.number, self.save, self.at_once = 0, False, True
-        self.where, self.rest = "", NOTHING
+        self.where, self.lost, self.rest = "", "", NOTHING
 
     @property
     def level(self) -> int:
         """Position in ``ORDER``."""
-        return ORDER.index(self.number or (int(signal.SIGUSR1) if self.save else 0))
+        return ORDER.index(self.number or (int(signal.SIGUSR2) if self.save else 0))
 
     @property
     def text(self) -> str:
         """What a stop at once says."""
-        return f"interrupted {self.where}; {self.rest}" if self.where else "interrupted"
+        words = f"interrupted {self.where}", self.lost, self.rest
+        return "; ".join(filter(None, words)) if self.where else "interrupted"
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of every signal."""
-        if number == signal.SIGUSR1:
+        if number == signal.SIGUSR2:
             self.save = True
         elif not self.number:
             self.number = number
@@ -123,7 +126,7 @@ def handled() -> Iterator[Requests]:
         return
     _current = requests = Requests()
     ignored = {number for number in STOPS if signal.getsignal(number) is signal.SIG_IGN} - {signal.SIGINT}
-    taken = [number for number in (signal.SIGUSR1, *STOPS) if number not in ignored]
+    taken = [number for number in (signal.SIGUSR2, *STOPS) if number not in ignored]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=requests.watch, args=(reader,), name="signals", daemon=True).start()
@@ -144,7 +147,7 @@ def _in_child() -> None:
     if _current is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
 
 

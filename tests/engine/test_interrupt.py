@@ -1,6 +1,7 @@
 """Signals: a run that is stopped has saved, and goes on to the bit."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -92,13 +93,13 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     process, directory = launch(config, ranks=2), Path(config.run.output_dir)
     wait_for_lines(directory / "metrics.jsonl", 2)
     second = max(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-    os.kill(second, signal.SIGUSR1)  # one rank alone is asked
+    os.kill(second, signal.SIGUSR2)  # one rank alone is asked
     wait_for_lines(directory / "metrics.jsonl", len(records(directory)) + 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     last = len(records(directory))
     assert 2 < last < 40 and f"step-{last}" in checkpoints(config) and len(checkpoints(config)) == 3, output
-    assert "(as SIGUSR1 asked)" in output
+    assert "(as SIGUSR2 asked)" in output
     told = [line for line in output.splitlines() if line.startswith("fastalign: error:")]
     assert len(told) == 1 and f"interrupted after step {last} of 40; saved" in told[0]
     assert "--standalone --nproc-per-node 2 -m fastalign sft --config" in told[0]
@@ -108,36 +109,57 @@ def test_torchrun_forwards_sigterm_and_every_rank_saves(configure):
     assert_close(whole.run.output_dir, directory, tolerance=1e-5)  # ranks reorder sums
 
 
-def test_a_rank_that_is_killed_ends_the_run_with_one_line(configure):
+def test_a_rank_that_is_killed_starts_all_again_and_in_the_end_ends_the_run_with_one_line(configure):
     """The launcher's: which rank and why, and from rank 0 how far the run was. Nothing of torch's own."""
     config = configure("sft", **{"run.steps": 500, "run.save_every": 2, "run.show_example": False})
+    config.run.resume, config.run.log_every = "auto", 500
     path, directory = write_yaml(config), Path(config.run.output_dir)
-    command = [sys.executable, "-m", "fastalign", "torchrun", "--standalone", "--nproc-per-node", "2", "sft"]
+    command = [sys.executable, "-m", "fastalign", "torchrun", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "sft"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, **PATHS, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--config", str(path)], env=environment, cwd=ROOT, **pipes)
     wait_for_lines(directory / "metrics.jsonl", 3)
-    second = max(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-    os.kill(second, signal.SIGKILL)
+    first = ranks_of(process)
+    os.kill(max(first), signal.SIGKILL)
+    while not (again := ranks_of(process)) or again & first:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    before = len(records(directory))
+    wait_for_lines(directory / "metrics.jsonl", before + 3, seconds=120)
+    os.kill(max(again), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL, errors
+    steps = [line["step"] for line in records(directory)]
+    assert steps == [*range(1, len(steps) + 1)] and f"resumed from {directory}/checkpoints/step-" in errors
     *before, line = errors.splitlines()
     start = "fastalign: error: rank 1 was stopped by SIGKILL; interrupted after step "
     assert line.startswith(start) and "; go on with: " in line
+    assert "; no new checkpoint, as a rank has ended (rank" in line and re.search(
+        r"step \d+, \w+, in (\w+ of|no coll)", line
+    )
     quiet = ("error", "Traceback", "saving", "SIGTERM", "interrupted")
     assert not [text for text in before if any(word in text for word in quiet)], errors
 
 
-def test_sigusr1_saves_and_goes_on(configure, monkeypatch):
+def ranks_of(process) -> set[int]:
+    """The processes below a launcher."""
+    return set(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def test_sigusr2_saves_and_goes_on(configure, monkeypatch):
     whole, config = (configure("sft", name, **{"run.keep": 9}) for name in ("whole", "saved"))
     train(whole)
-    monkeypatch.setattr(engine, "make_updates", sending(signal.SIGUSR1, engine.make_updates, at=3))
+    monkeypatch.setattr(engine, "make_updates", sending(signal.SIGUSR2, engine.make_updates, at=3))
     train(config)
     assert checkpoints(config) == ["latest", "step-3", "step-6"]
     assert numbers(config.run.output_dir) == numbers(whole.run.output_dir)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+STOPPED = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+
+
+@pytest.mark.parametrize("number, code", STOPPED)
 def test_a_stop_finishes_the_step_it_came_in(configure, stop_at, number, code):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     config = configure("sft")
