@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("bench.train", "time whole training steps beside TRL's"),
     "learn": ("bench.learn", "see that every on-policy algorithm learns, and that a collapse is told"),
     "ablation": ("bench.ablation", "time a DPO step with one part after the other: packing, sharing and more"),
+    "saves": ("bench.saves", "measure how long a checkpoint holds a run up"),
+    "soak": ("bench.soak", "kill ranks of a run again and again, and see that it ends as one that was left alone"),
     "rollout": ("bench.rollout", "sample beside transformers, in tokens per CPU-second"),
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
