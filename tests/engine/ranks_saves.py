@@ -23,7 +23,7 @@ from fastalign.parallel.shard import region, shard
 from fastalign.parallel.tensor import split_layers
 from runs import LLAMA
 
-LAYOUTS = ((1, 4, 1), (1, 2, 1), (1, 2, 2), (1, 1, 1), (2, 1, 2), (2, 2, 1))
+LAYOUTS = ((2, 1, 2), (1, 2, 1), (1, 1, 1), (1, 4, 1))
 """dp_replicate, dp_shard and tp, one after the other; ranks beyond them look on."""
 
 

@@ -128,7 +128,7 @@ def test_the_best_needs_an_evaluation(configure):
 
 
 def test_a_checkpoint_moves_between_layouts_of_ranks(tmp_path):
-    """Four ranks, two, two by two with a tensor axis, one, and back; read by all, or by rank 0 for all."""
+    """Two replicas with a tensor axis of two, two ranks, one, four; read by all, or by rank 0 for all."""
     assert "equal in every layout" in forks.run(HERE / "ranks_saves.py", tmp_path, ranks=4)
 
 
@@ -141,6 +141,7 @@ def test_ranks_without_a_common_disk_leave_all_on_that_of_rank_0(configure, tmp_
 def test_an_on_policy_run_goes_on_with_other_ranks(tmp_path):
     """The same completions of the same prompts, rewards and losses to rounding."""
     one, two = (override(on_policy(tmp_path, "grpo", name), {"run.keep": 9}) for name in ("one", "two"))
+    two.rewards = one.rewards
     train(one)
     shutil.copytree(one.run.output_dir, two.run.output_dir)
     shutil.rmtree(Path(two.run.output_dir) / "checkpoints" / "step-6")
