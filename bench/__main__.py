@@ -18,6 +18,8 @@ COMMANDS = {
     "rollout": ("bench.rollout", "sample beside transformers, in tokens per CPU-second"),
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
+    "plan": ("bench.plan", "measure what `fastalign plan` predicts of memory"),
+    "scaling": ("bench.scaling", "model steps on 8 to 1024 GPUs; nothing is measured"),
     "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),
     "report": ("bench.report", "draw the recorded results: plots and one HTML page"),
 }

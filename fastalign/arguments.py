@@ -104,6 +104,33 @@ def parse_sections(command: str, purpose: str, argv: list[str], kinds: Mapping[s
     return {name: cls(**settings[name]) for name, cls in kinds.items()}
 
 
+def own_flags(command: str, purpose: str, argv: list[str], kind: type) -> tuple[Any, list[str]]:
+    """A command's own settings, which are flags without a section, and the words that are left for the run's.
+
+    Args:
+        command: its name.
+        purpose: what help says of it.
+        argv: its arguments.
+        kind: the dataclass of its settings.
+    """
+    settings = {command: vars(kind())}
+    schema = {f"{command}.{field.name}": str(field.type) for field in fields(kind)}
+    if {"-h", "--help"} & set(argv):
+        print(written_help(command, purpose, settings, schema, section_texts({command: kind}), command), end="")
+        print("\nThe other settings are those of the method: fastalign METHOD --help")
+        raise SystemExit(0)
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        key = f"{command}.{word[2:].partition('=')[0].replace('-', '_')}"
+        if not word.startswith("--") or key not in schema:
+            rest.append(word)
+            continue
+        given = word.partition("=")[2] if "=" in word else "true" if schema[key] == "bool" else next(words, None)
+        take_flag(settings, Flag(key, False, given), schema)
+    return kind(**settings[command]), rest
+
+
 def defaults(losses: Losses, method: str = "", algorithm: AlgorithmConfig | None = None) -> dict[str, Any]:
     """All settings by section, as they are when nothing but the algorithm is given."""
     from fastalign.losses.mixture import settings  # brings torch

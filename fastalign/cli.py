@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastalign.arguments import UsageError, asked_method, nearest, parse_config, parse_sections
-from fastalign.commands import GenerateConfig, RlaifConfig, ScoreConfig, SelectConfig
+from fastalign.arguments import UsageError, asked_method, nearest, own_flags, parse_config, parse_sections
+from fastalign.commands import GenerateConfig, PlanConfig, RlaifConfig, ScoreConfig, SelectConfig
 from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.disk import kept_from_others
 from fastalign.engine.interrupt import handled
@@ -168,6 +168,19 @@ def ref_logps(argv: list[str]) -> int:
     if is_rank_0():
         print(summary)
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    """Predict a run's memory, communication and time: fastalign plan [METHOD] --config run.yaml --gpus 8."""
+    named = argv[:1] if argv and argv[0] in METHODS else []
+    asked, words = own_flags("plan", "predict a run's memory, communication and time", argv[len(named) :], PlanConfig)
+    prepare_process()
+    config = parse_config(named[0] if named else asked_method(words, default="dpo"), words)
+    from fastalign.engine.plan.command import plan as run  # brings transformers and datasets
+
+    text, fits = run(config, asked)
+    print(text)
+    return 0 if fits else 1
 
 
 def pipeline(name: str, help: str, *kinds: type) -> Callable[[list[str]], int]:
@@ -355,6 +368,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "methods": methods,
     "ref-logps": ref_logps,
+    "plan": plan,
     "generate": pipeline(
         "generate",
         "Sample completions of prompts into a file: fastalign generate --model.path DIR --prompts FILE.",

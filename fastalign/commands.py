@@ -9,6 +9,36 @@ from fastalign.config import expand_homes
 
 
 @dataclass
+class PlanConfig:
+    """For which machine `fastalign plan` predicts memory, communication and time, and what it prints."""
+
+    gpus: int = 1
+    """Devices, one rank each."""
+    device: Literal["a100", "h100", "h200", "b200", "mi300x", "cpu"] = "h100"
+    """Which; of `cpu` the ranks share this machine."""
+    memory: str | None = None
+    """Memory of each, e.g. `80GB` (80 * 10**9 bytes) or `79GiB`; default: the device's own."""
+    gpus_per_node: int = 8
+    """Devices that are linked directly; beyond them the network counts."""
+    prompt: int | None = None
+    """Tokens of a prompt; default: what `data.max_length` leaves beside an answer."""
+    answer: int | None = None
+    """Tokens of an answer; default: `sampler.max_new_tokens`, or half of `data.max_length`."""
+    mfu: float = 0.4
+    """Share of the device's peak operations per second that is assumed."""
+    bandwidth_share: float = 0.7
+    """Share of its memory's speed that is assumed."""
+    fit: str | None = None
+    """File that gets the mesh, gradient checkpointing and `batch.tokens` of the fastest predicted step that fits: a
+    further `--config` for the run."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        expand_homes(self, "fit")
+
+
+@dataclass
 class GenerateConfig:
     """Which completions `fastalign generate` samples, and where it writes them."""
 

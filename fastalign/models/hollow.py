@@ -84,13 +84,13 @@ def _hollow_base(
     if model.path is None:
         config = inline.make(model.config or {}, scalar, size)
         with makes(config.model_type):
-            return _on_meta(auto, config, DTYPES.get(model.dtype)), None, None
+            return on_meta(auto, config, DTYPES.get(model.dtype)), None, None
     path, where = base_path(model, saved, setting)
     with readable("model", path, "config.json and safetensors weights", where):
         options: dict[str, Any] = {"num_labels": 1} if scalar else {}
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
         config.name_or_path = path
-        base = _on_meta(auto, config, DTYPES.get(model.dtype), trust_remote_code=model.trust_remote_code).eval()
+        base = on_meta(auto, config, DTYPES.get(model.dtype), trust_remote_code=model.trust_remote_code).eval()
         stored = _why_whole(base, model) or locate(base, path, (SCALAR_HEAD,) if scalar else ())
         if isinstance(stored, str):
             return base, None, stored
@@ -101,7 +101,8 @@ def _hollow_base(
     return base, stored, None
 
 
-def _on_meta(auto: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
+def on_meta(auto: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
+    """A model of a config, without weights."""
     with torch.device("meta"), torch.random.fork_rng():
         return auto.from_config(config, dtype=dtype or config.dtype or torch.float32, **options)
 

@@ -186,7 +186,7 @@ def packed_attention(
 
 def out_dtype(q: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on (fp64 excepted), else that of the queries."""
-    device = q.device.type
+    device = "cpu" if q.is_meta else q.device.type  # the meta device knows no autocast
     cast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else q.dtype
 

@@ -15,11 +15,15 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether these are plain CPU tensors of a dtype that is computed in fp32, outside of a trace."""
-    plain = all(x.device.type == "cpu" and x.dtype in SERVED and type(x) in PLAIN for x in tensors)
+    """Whether these are plain CPU tensors of a dtype that is computed in fp32, outside of a trace.
+
+    Tensors of the meta device pass too: of them all is made but the numbers, so that memory can be counted.
+    """
+    plain = all(x.device.type in DEVICES and x.dtype in SERVED and type(x) in PLAIN for x in tensors)
     return plain and not torch.compiler.is_compiling()
 
 
+DEVICES = ("cpu", "meta")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -67,7 +71,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         cos, sin = cos.contiguous(), sin.contiguous()
-        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
+        y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
         x = x if x.stride(-1) == 1 else x.contiguous()
         _turn(x, y, cos, sin, adjoint=False)
         ctx.save_for_backward(cos, sin)
@@ -78,12 +82,14 @@ class _Rotate(torch.autograd.Function):
     @final("the native rotate")
     def backward(ctx, *grads):
         y = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        x = torch.empty(y.shape, dtype=ctx.dtype)
+        x = y.new_empty(y.shape, dtype=ctx.dtype)
         _turn(x, y, *ctx.saved_tensors, adjoint=True)
         return x, None, None
 
 
 def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, *, adjoint: bool) -> None:
+    if x.is_meta:
+        return
     from fastalign import _C
 
     both = {"x": _heads(x), "y": _heads(y), "cos": _rows(cos), "sin": _rows(sin)}
@@ -97,8 +103,8 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        y = torch.empty(x.shape, dtype=dtype)
-        inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
+        y = x.new_empty(x.shape, dtype=dtype)
+        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
         _norm(x, weight, inverse, eps, y=_rows(y))
         ctx.save_for_backward(x, weight, inverse)
         ctx.eps = eps
@@ -109,13 +115,15 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, *grads):
         x, weight, inverse = ctx.saved_tensors
         grad_y, grad_x = grads[0].contiguous(), torch.empty_like(x)
-        grad_weight = torch.empty(weight.shape, dtype=torch.float32)
+        grad_weight = x.new_empty(weight.shape, dtype=torch.float32)
         new = {"grad_y": _rows(grad_y), "grad_x": _rows(grad_x), "grad_weight": grad_weight.data_ptr()}
         _norm(x, weight, inverse, ctx.eps, **new)
         return grad_x, grad_weight.to(weight.dtype), None, None
 
 
 def _norm(x: Tensor, weight: Tensor, inverse: Tensor, eps: float, **more: Any) -> None:
+    if x.is_meta:
+        return
     from fastalign import _C
 
     weight = weight.detach().contiguous()
@@ -161,6 +169,8 @@ class _SiluMulLinear(torch.autograd.Function):
 
 
 def _silu(gate: Tensor, up: Tensor, **more: Any) -> None:
+    if gate.is_meta:
+        return
     from fastalign import _C
 
     size = {"rows": gate.numel() // max(gate.shape[-1], 1), "columns": gate.shape[-1]}

@@ -1,0 +1,150 @@
+"""What fits: the largest micro-batch of a setting, the settings that make the fastest step, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastalign.engine.plan.memory import Memory, memory
+from fastalign.engine.plan.setting import Setting
+from fastalign.engine.plan.speed import Speed, speed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting with what was found of it."""
+
+    setting: Setting
+    memory: Memory
+    speed: Speed
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may take."""
+        return self.setting.device.usable
+
+    @property
+    def fits(self) -> bool:
+        """Whether it takes no more."""
+        return self.memory.peak <= self.limit
+
+
+def plan(setting: Setting) -> Plan:
+    """Everything about a setting."""
+    found = memory(setting)
+    return Plan(setting, found, speed(setting, found))
+
+
+def changed(setting: Setting, **sections: dict[str, Any]) -> Setting:
+    """The setting with other values in some sections of its configuration."""
+    config = setting.config
+    new = {name: replace(getattr(config, name), **values) for name, values in sections.items()}
+    return replace(setting, config=replace(config, **new))
+
+
+def largest(setting: Setting) -> int | None:
+    """The largest `batch.tokens` that fits, in whole examples; None where not even one example does.
+
+    No more than a rank's share of an update: a larger budget would be the same run. That one is tried first, since it
+    alone adds no micro-batches up, for which FSDP keeps the gradients of whole layers.
+    """
+    each = setting.group.tokens
+
+    def fits(examples: int) -> bool:
+        return memory(changed(setting, batch={"tokens": examples * each})).peak <= setting.device.usable
+
+    if fits(setting.examples):
+        return setting.examples * each
+    low, high = 0, setting.examples - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * each or None
+
+
+def fitted(setting: Setting) -> Plan | None:
+    """The settings of mesh, checkpointing and micro-batch that make the fastest predicted step; None if none fits."""
+    best: Plan | None = None
+    for parallel in meshes(setting):
+        for again in (False, True):
+            one = changed(setting, parallel=parallel, model={"gradient_checkpointing": again})
+            tokens = largest(one)
+            if tokens is None:
+                continue
+            found = plan(changed(one, batch={"tokens": tokens}))
+            if best is None or found.speed.step < best.speed.step * 0.999:  # of equals the first, which is simpler
+                best = found
+    return best
+
+
+def meshes(setting: Setting) -> Iterator[dict[str, int]]:
+    """Sections `parallel` that are worth a try: tensor parallelism within a node, shards within one or over all."""
+    gpus, node = setting.asked.gpus, setting.asked.gpus_per_node
+    for tp in (n for n in (1, 2, 4, 8, 16) if gpus % n == 0 and n <= node and divides(setting, n)):
+        data = gpus // tp
+        for shard in sorted({data, max(1, min(data, node // tp)), 1}, reverse=True):
+            if data % shard == 0:
+                yield {"dp_replicate": data // shard, "dp_shard": shard, "tp": tp}
+
+
+def divides(setting: Setting, tp: int) -> bool:
+    """Whether the model can be cut for so many ranks."""
+    try:
+        changed(setting, parallel={"tp": tp, "dp_replicate": 1, "dp_shard": -1}).policy()
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A change that takes less memory.
+
+    Attributes:
+        words: the settings.
+        peak: bytes, at the smallest micro-batch.
+        fits: whether that is enough.
+    """
+
+    words: str
+    peak: float
+    fits: bool
+
+
+def rungs(setting: Setting) -> list[Rung]:
+    """What each rung of the memory ladder would bring, most first; of those that change nothing none is listed."""
+    least = changed(setting, batch={"tokens": setting.group.tokens})
+    tried = [("batch.tokens as small as one example", least)]
+    tried += [(words, change) for words, change in ladder(least)]
+    found = [(words, memory(one)) for words, one in tried]
+    peak = memory(setting).peak
+    made = [Rung(words, m.peak, m.peak <= setting.device.usable) for words, m in found if m.peak < peak * 0.999]
+    return sorted(made, key=lambda rung: rung.peak)
+
+
+def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """The rungs, each alone on top of the smallest micro-batch."""
+    config, gpus = setting.config, setting.asked.gpus
+    beside = setting.reference in ("a frozen copy", "a model of its own")
+    if beside and setting.objective.head == "logps" and not setting.objective.on_policy:
+        words = "reference.cache: a directory (log-probs computed ahead)"
+        yield words, changed(setting, reference={"cache": "kept"})
+    if setting.micro_batches > 1:
+        size = setting.layout.data * setting.updates * max(1, setting.tokens // setting.group.tokens)
+        yield f"batch.size: {size} (no adding up of micro-batches)", changed(setting, batch={"size": size})
+    if not config.model.gradient_checkpointing:
+        yield "model.gradient_checkpointing: true", changed(setting, model={"gradient_checkpointing": True})
+    if setting.layout.replicate > 1:
+        shards = {"dp_replicate": 1, "dp_shard": -1}
+        yield "parallel.dp_replicate: 1 (all ranks share one copy)", changed(setting, parallel=shards)
+    for tp in (2, 4, 8):
+        if tp > config.parallel.tp and gpus % tp == 0 and tp <= setting.asked.gpus_per_node and divides(setting, tp):
+            yield f"parallel.tp: {tp}", changed(setting, parallel={"tp": tp, "dp_replicate": 1, "dp_shard": -1})
+    if config.model.lora is None:
+        yield "model.lora: {r: 16}", changed(setting, model={"lora": {"r": 16}})
+    if config.model.dtype == "float32":
+        yield "model.dtype: bfloat16", changed(setting, model={"dtype": "bfloat16"})
+    for more in (2, 4, 8):
+        wide = replace(setting, asked=replace(setting.asked, gpus=gpus * more))
+        yield f"--gpus {gpus * more}", changed(wide, parallel={"dp_replicate": 1, "dp_shard": -1})
