@@ -58,6 +58,7 @@ FROZEN = {"reference.cache": "off"}
 CASES = {
     "dp 1": Case(flags=FROZEN),
     "dp 2": Case(flags=FROZEN, ranks=2),
+    "tp 2": Case(flags={**FROZEN, "parallel.tp": 2}, ranks=2),
     "checkpointing": Case(flags={**FROZEN, "model.gradient_checkpointing": True}),
     "lora": Case(flags={**FROZEN, "model.lora": {"r": 16}}),
     "cached reference": Case(flags={"reference.cache": "{folder}/kept"}),

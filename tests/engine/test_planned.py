@@ -183,7 +183,7 @@ def test_the_command_says_what_is_too_much_and_writes_what_fits(capsys, tmp_path
         (["--gpus", "0"], "--gpus and --gpus_per_node must be at least 1"),
         (["--mfu", "2"], "--mfu and --bandwidth_share must be above 0 and at most 1"),
         (["--gpus", "8", "--parallel.tp", "3"], "--gpus 8: parallel: dp_replicate 1 x dp_shard -1 x tp 3"),
-        (["--gpus", "3", "--parallel.tp", "3"], "parallel.tp 3 does not divide num_attention_heads 4"),
+        (["--gpus", "3", "--parallel.tp", "3"], "parallel.tp 3 does not divide the model's 4 attention heads"),
         (["--prompt", "30", "--answer", "30"], "do not fit data.max_length 32"),
         (["--device", "gtx"], "device"),
         (["--gpu", "8"], "gpu"),

@@ -27,6 +27,7 @@ from fastalign.models.load import DTYPES, base_path, readable
 from fastalign.models.native import use_native_layers
 from fastalign.models.policy import Policy
 from fastalign.models.support import transformer_blocks
+from fastalign.parallel import tensor
 from fastalign.types import PackedBatch
 
 FEW, MORE = 2, 3
@@ -161,21 +162,16 @@ def share_of(config: Any, tp: int) -> Any:
     """The config of what one of ``tp`` ranks has of each layer.
 
     Raises:
-        ValueError: sizes that do not divide, with what would.
+        ValueError: layers that cannot be split so, with what could.
     """
     if tp == 1:
         return config
+    tensor.plan_of(config)
+    tensor.check_sizes(config, tp)
     part = copy.deepcopy(config)
     part.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    found = {name: getattr(config, name, None) for name in sizes}
-    if any(value is None or value % tp for value in found.values()):
-        least = min((value for value in found.values() if value), default=1)
-        fits = [n for n in range(1, least + 1) if all(value and value % n == 0 for value in found.values())]
-        told = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise ValueError(f"parallel.tp {tp} does not divide {told}; it could be {', '.join(map(str, fits))}")
-    for name, value in found.items():
-        setattr(part, name, (value or 0) // tp)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(part, name, getattr(config, name) // tp)
     part.vocab_size = -(-config.vocab_size // tp)
     return part
 

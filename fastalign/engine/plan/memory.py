@@ -265,6 +265,6 @@ def sampling(setting: Setting, model: Footprint, kept: float, own: States) -> tu
     token = 2 * config.num_hidden_layers * heads * size * (2 if setting.half else 4)
     free = max(setting.device.memory - kept - gathered_to_sample(setting, own), 0.0)
     affordable = max(1, int(MEMORY_SHARE * free // (token * (prompt + answer))))
-    rows = -(-setting.config.batch.size * setting.samples // setting.layout.data)
+    rows = -(-setting.config.batch.size // setting.layout.ranks) * setting.samples  # prompts are dealt over all ranks
     rows = min(rows, setting.config.sampler.max_rows or min(MOST_ROWS, affordable))
     return ARENA * token * rows * (answer + prompt / max(1, setting.samples)), rows

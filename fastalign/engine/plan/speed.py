@@ -156,7 +156,7 @@ def sampling_seconds(setting: Setting, found: Memory) -> float:
     bandwidth, peak = device.bandwidth * asked.bandwidth_share, device.half if setting.half else device.single
     size, own = 2 if setting.half else 4, states(model, setting)
     whole = own.whole * setting.layout.tp or sum(w.numel for w in model.weights) * size
-    prompts = setting.config.batch.size / setting.layout.data
+    prompts = setting.config.batch.size / setting.layout.ranks
     cost, tp = cost_of(model), setting.layout.tp
     rounds = max(1.0, prompts * setting.samples / found.rows)
     cache = found.kinds.get("while sampling: keys and values", 0.0) / 2
