@@ -146,7 +146,7 @@ def check_sizes(config: Any, parts: int) -> None:
     """Refuse a number of parts into which heads, MLP or vocabulary cannot be split."""
     names = {"num_attention_heads": "attention heads", "num_key_value_heads": "key/value heads"}
     names |= {"intermediate_size": "units of an MLP"}
-    sizes = {words: size for name, words in names.items() if (size := getattr(config, name, None))}
+    sizes = {words: size for name, words in names.items() if isinstance(size := getattr(config, name, None), int)}
     common = math.gcd(*sizes.values())
     if common % parts:
         text = ", ".join(f"{size} {words}" for words, size in sizes.items())
