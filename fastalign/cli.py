@@ -376,7 +376,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     ),
     "score": pipeline(
         "score",
-        "Give the completions in a file rewards: fastalign score --samples FILE --rewards '[...]' --out FILE.",
+        "Give the completions in a file rewards: fastalign score --model.path DIR --samples FILE --rewards '[...]'.",
         *(ScoreConfig, ModelConfig, DataConfig),
     ),
     "select": pipeline(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -150,6 +151,18 @@ def test_the_room_that_a_run_asks_for_is_what_a_checkpoint_takes(tmp_path, monke
     files = Path(config.run.output_dir, "checkpoints", "step-1").glob("*.safetensors")
     opened = [safe_open(file, "pt") for file in files]
     assert needs == [sum(one.get_tensor(name).nbytes for one in opened for name in one.keys())]  # noqa: SIM118
+
+
+def test_the_start_of_a_run_tells_what_is_sampled_and_rewarded(tmp_path, capsys):
+    config = configure(tmp_path, steps=1, num_generations=2)
+    config.run.show_example, config.sampler.top_k = True, 5
+    config.rewards.append({"builtin": "length", "target": 3, "weight": 0.1})
+    train(config)
+    said = capsys.readouterr().out
+    assert re.search(r"^rewards +reward, 0\.1 x length$", said, re.M)
+    assert re.search(r"^sampler +native, temperature 1, top_k 5, up to 6 new tokens$", said, re.M)
+    assert re.search(r"^prompt +\w+ ->", said, re.M) and "is scored" not in said
+    assert re.search(r"reward [\d.-]+  rewards/reward/mean [\d.-]+  rewards/length/mean -", said)
 
 
 def test_a_completion_is_drawn_again_and_the_run_is_left_as_it_is(tmp_path):

@@ -54,7 +54,7 @@ def show_overview(job: Job, done: int) -> None:
         return
     lines = [(name, [Part(text, False)]) for name, text in facts(job, done)]
     if job.config.run.show_example:
-        lines += example_lines(job.dataset.fetch([0])[0], job.tokenizer, job.objective.data)
+        lines += prompt_lines(job) or example_lines(job.dataset.fetch([0])[0], job.tokenizer, job.objective.data)
     show(lines)
 
 
@@ -173,6 +173,14 @@ def spell(counts: Mapping[str, int]) -> str:
 
 
 # --- the example -----------------------------------------------------------------------------------------------------
+
+
+def prompt_lines(job: Job) -> list[Line]:
+    """The first prompt, of methods that sample what is scored."""
+    if not isinstance(job.source, Rollouts):
+        return []
+    ids, scored = job.dataset.fetch([0])[0].sequences[0]
+    return [("prompt", decode_parts(ids, np.zeros_like(scored), job.tokenizer))]
 
 
 def example_lines(example: TokenExample, tokenizer: PreTrainedTokenizerBase, kind: str) -> list[Line]:
