@@ -165,6 +165,17 @@ def test_the_start_of_a_run_tells_what_is_sampled_and_rewarded(tmp_path, capsys)
     assert re.search(r"reward [\d.-]+  rewards/reward/mean [\d.-]+  rewards/length/mean -", said)
 
 
+def test_truncated_sampling_trains_on_ratios_of_the_whole_distribution(tmp_path, caplog):
+    config = configure(tmp_path, steps=1, num_generations=2, num_iterations=2)
+    config.sampler.top_p, config.optim.lr = 0.7, 1e-9  # so that the second update has the ratios of the first
+    train(config)
+    (record,) = records(config.run.output_dir)
+    assert record["val/ratio_max"] == pytest.approx(1, abs=1e-4) == record["val/ratio_min"]
+    assert record["sampling/exact"] == 0 and record["sampling/sampling_logp_difference/mean"] > 0.1
+    said = "ratios, KL and entropy are those of all tokens"
+    assert sum(said in each.getMessage() for each in caplog.records) == 1
+
+
 def test_a_completion_is_drawn_again_and_the_run_is_left_as_it_is(tmp_path):
     config = configure(tmp_path, steps=3, num_generations=2)
     train(config)
