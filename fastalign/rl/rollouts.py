@@ -169,13 +169,15 @@ class Rollouts(Rows):
         self.num_tokens += sum(len(one.prompt) + len(one.tokens) for group in self.groups for one in group.rollouts)
         return select(self.plan, self.groups)
 
-    def roll_out(self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False) -> list[Group]:
+    def roll_out(
+        self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False, shown_as: str = "sampling"
+    ) -> list[Group]:
         """The groups of prompts, in their order; every rank makes a share and all get all."""
         mine = indices[self.world.rank :: self.world.size]  # each rank has whole layers to sample with
         start = sampled = time.perf_counter()
         found, failure = [], None
         try:
-            with doing("generate"), self.stage("sampling", len(mine) * (n + greedy)) as tell:
+            with doing("generate"), self.stage(shown_as, len(mine) * (n + greedy)) as tell:
                 pending = self._sample(mine, n, seed, greedy, tell)
             sampled = time.perf_counter()
             with doing("reward"):
@@ -307,7 +309,8 @@ class Rollouts(Rows):
             groups = []
             for start in range(0, len(prompts), batch):
                 between()
-                groups += self.roll_out(range(len(prompts))[start : start + batch], 1, EVALUATION_SEED)
+                some = range(len(prompts))[start : start + batch]
+                groups += self.roll_out(some, 1, EVALUATION_SEED, shown_as=f"evaluating from prompt {start + 1}")
         finally:
             self.prompts = training
         found = {**reward_metrics(groups, self.names), **length_metrics(groups)}
