@@ -195,8 +195,8 @@ def sampled(*steps, **same):
             "step 3: kl is 1.5 nats a token: the policy has left the reference",
         ),
         (
-            [{"val/ratio_max": 4.0}, {"val/ratio_max": 280.0}],
-            "step 2: val/ratio_max is 280: a token became so many times",
+            [*({"val/ratio_max": x} for x in (4.0, 280.0, 4.0, 31.0))],
+            "step 4: val/ratio_max is up to 280 in the last 5 steps: tokens became",
         ),
         (
             [{"frac_reward_zero_std": 1.0}] * 6,
@@ -224,6 +224,8 @@ def test_runs_that_learn_raise_no_alarm(caplog):
     for i, record in enumerate(sampled(*({"reward": x, "entropy": 0.4 - 0.03 * i} for i, x in enumerate(noise)))):
         alarms.check({**record, "kl": 0.01 * i, "val/ratio_max": 11.0, DIFFERENCE: 1e-6, "sampling/exact": 0.0})
     for record in sampled(*[{"frac_reward_zero_std": 1.0, "grad_norm": 0.0}] * 4):
+        alarms.check(record)
+    for record in sampled({"val/ratio_max": 44.7}, *[{"val/ratio_max": 2.0}] * 4, {"val/ratio_max": 44.7}):
         alarms.check(record)
     for record in sampled(*[{"critic/vf_explained_var": -0.5}] * (BLIND_STEPS - 1), {"critic/vf_explained_var": -0.05}):
         alarms.check(record)

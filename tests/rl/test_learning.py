@@ -42,17 +42,17 @@ def run(method, directory, *words):
 
 
 def test_grpo_raises_the_share_of_right_answers(tmp_path):
-    """Held-out words, sampled: 80 updates gain at least 0.15."""
+    """Held-out words, sampled: 104 updates gain at least 0.15."""
     for split in ("train", "test"):
         write_words(tmp_path / f"{split}.jsonl", split)
     size = json.dumps(SIZES)
     run("sft", tmp_path / "sft", "--model.config", size, "--run.steps", "35")
     flags = ["--model.path", str(tmp_path / "sft" / "model"), "--run.eval_every", "0"]
     first = run("grpo", tmp_path / "before", *flags, "--run.steps", "1", "--optim.lr", "1e-12")
-    last = run("grpo", tmp_path / "grpo", *flags, "--run.steps", "20", "--optim.lr", "3e-4", "--optim.warmup", "2")
+    last = run("grpo", tmp_path / "grpo", *flags, "--run.steps", "26", "--optim.lr", "3e-4", "--optim.warmup", "2")
     before, after = first[-1]["eval_reward"], last[-1]["eval_reward"]
     assert 0.1 < before < 0.5 and after >= before + 0.15
-    assert np.mean([r["reward"] for r in last[-4:]]) >= np.mean([r["reward"] for r in last[:4]]) + 0.15
+    assert np.mean([r["reward"] for r in last[-6:]]) >= np.mean([r["reward"] for r in last[:6]]) + 0.15
     assert all(r["sampling/sampling_logp_difference/max"] == 0 for r in last), "exact"
 
 
