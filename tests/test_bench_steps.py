@@ -67,6 +67,11 @@ def test_what_learns_is_held_to_the_goal_and_a_collapse_to_its_alarm(capsys):
         times = {"seconds": 60.0, "cpu_seconds": 80.0, "steps": 300}
         return {"case": case, "seed": 0, "alarms": list(alarms), **shares, **times}
 
+    slow = row("rloo", 0.8) | {"cpu_seconds": 181.0, "before": {"sampled": 0.5, "greedy": 0.9}}
+    assert learn.missed([slow]) == [
+        "rloo, seed 0: greedy answers fell from 0.900 to 0.800",
+        "rloo, seed 0: 181 CPU-seconds, the goal is 180",
+    ]
     rows = [row("grpo", 0.8), row("ppo", 0.7), row("raft", 0.8, "step 3: kl"), row("collapse-lr", 0.1)]
     assert learn.missed([*rows, row("collapse-seed", 0.3, "step 3: val/ratio_max")]) == [
         "ppo, seed 0: 0.700 sampled, the goal is 0.75",
