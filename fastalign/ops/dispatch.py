@@ -173,7 +173,7 @@ def passed_over(chosen: str, device: str) -> str:
 
 
 def switched_off(op: str, backend: str) -> str:
-    """What is said of a linear op on a CPU whose fp32 products would be oneDNN's; asked again at every call."""
+    """A note for the log where oneDNN, the faster choice for the fp32 products of a linear op here, is switched off."""
     concerned = op.startswith("linear") and backend in ("torch", "cpp") and onednn.preferred()
     off = concerned and not onednn.enabled()
     return ", fp32 products not by oneDNN: torch.backends.mkldnn.enabled is False" if off else ""

@@ -9,7 +9,7 @@
 A column without probability has no share in a sum and no gradient: banned (-inf) logits make no NaN. So has one whose
 probability under the first distribution of a KL is below ``e^-87`` (1.6e-38, about the least normal fp32 number), on
 every backend and in every dtype. A column banned in the second distribution alone, at ``e^-87`` or above in the first,
-makes the KL honestly infinite.
+makes the KL infinite.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class Forest:
         self, num_layers: int, key_heads: int, head_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         if min(num_layers, key_heads, head_size) < 1:
-            raise ValueError(f"a forest needs layers, heads and a size, got {num_layers}, {key_heads} and {head_size}")
+            got = f"{num_layers}, {key_heads} and {head_size}"
+            raise ValueError(f"a forest needs at least one layer, head and column, got {got}")
         if dtype not in FLOATS:
             raise ValueError(f"a forest holds float32, bfloat16, float16 or float64, got {dtype}")
         self.key_heads, self.head_size, self.dtype, self.device = key_heads, head_size, dtype, torch.device(device)
@@ -261,7 +262,7 @@ class Forest:
         if strange.any() or (strange := self._prompt_of[found] < 0).any():
             raise ValueError(f"the forest has no row {found[strange][0]}")
         if len(np.unique(found)) < len(found):
-            raise ValueError("a row stands twice in a step: each gets one token")
+            raise ValueError("forest.step got the same row twice: a step decodes one token per row")
         return found
 
     # memory

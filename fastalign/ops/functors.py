@@ -156,7 +156,7 @@ def make_knobs(clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entrop
         if clip is not None and not clip >= 0:
             raise ValueError(f"{name} is a distance of the ratio from 1: at least 0, or None for no bound; got {clip}")
     if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip bounds the ratio from above: larger than 1, or None; got {dual_clip}")
+        raise ValueError(f"dual_clip must be larger than 1, or None; got {dual_clip}")
     if not (tau_pos > 0 and tau_neg > 0):
         raise ValueError(f"tau_pos and tau_neg must be positive, got {tau_pos} and {tau_neg}")
     low = 0.0 if clip_low is None else 1.0 - clip_low

@@ -283,8 +283,8 @@ def all_rows(
 
 
 class _Attach(torch.autograd.Function):
-    """Connects a loss whose gradients are already computed to the graph: the first backward returns them, a later one
-    recomputes them. All tensors are saved through autograd, which frees them after the last backward."""
+    """Connects a loss whose gradients are already computed to the autograd graph: the first backward returns them, a
+    later one recomputes them. All tensors are saved through autograd, which frees them after the last backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, up, bias, made: tuple[Tensor, Leaves, Plan, Stats, Coefficients, Needs, Call]):
@@ -303,9 +303,7 @@ class _Attach(torch.autograd.Function):
             made = ctx.grads.pop() if ctx.grads else recomputed(ctx.settings, saved)
             if upstream[0].device.type != "cpu" or upstream[0].item() != 1.0:  # free where reading it costs no sync
                 made = [None if grad is None else grad.mul_(upstream[0]) for grad in made]
-            made = [
-                None if grad is None else in_dtype(grad, dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)
-            ]
+            made = [None if g is None else in_dtype(g, dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():
             both = zip(made, saved, strict=False)
             made = [g if g is None or x is None else mark("linear_loss", g, x) for g, x in both]

@@ -109,8 +109,8 @@ TENSORS = 7
 def _compute(out: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
     """The loss and the table; the gradient, in fp16 times ``_row_scale``, goes into ``out``.
 
-    In two phases over a split vocabulary, where what is known of the whole row comes in between, and in fp16, where the
-    row's coefficients decide about its scale.
+    In two sweeps over a split vocabulary, whose ranks exchange their statistics in between, and in fp16, where the
+    row's coefficients decide its scale.
     """
     late = out is not None and (call.group is not None or call.logits.dtype == torch.float16)
     tokens, rows = call.tokens, (call.weights, call.advantages, call.old_logps, call.ref_logps)
@@ -214,7 +214,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if ctx.inplace and (torch.is_grad_enabled() or not ctx.made):
             again = "double backward" if torch.is_grad_enabled() else "a second backward"
-            raise RuntimeError(f"policy_loss: {again} is not supported with inplace=True: the logits are gone")
+            raise RuntimeError(f"policy_loss: {again} is not supported with inplace=True: it overwrote the logits")
         others = (None,) * (len(_Call._fields) - 1)
         if upstream is None:
             return None, None, *others
@@ -225,7 +225,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _again(ctx) -> tuple[Tensor, Tensor | None]:
-    """The gradient once more, from the saved table, and its scale: what a second backward costs."""
+    """The gradient again, for a second backward, from the saved table; and its scale."""
     *tensors, table = ctx.saved_tensors
     call = _Call(*tensors, *ctx.options)
     out = torch.empty(call.logits.shape, dtype=call.logits.dtype, device=call.logits.device)

@@ -240,7 +240,7 @@ def check_drawable(stats: Stats) -> None:
     """On a CPU: every row has a largest logit, and none is NaN; elsewhere such a row's log-prob is NaN.
 
     Raises:
-        ValueError: a row has not.
+        ValueError: a row whose largest logit is not finite, or that holds NaN.
     """
     if stats.max.device.type != "cpu" or bool(stats.logps.isfinite().all()):
         return

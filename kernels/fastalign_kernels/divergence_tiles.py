@@ -189,8 +189,9 @@ def _apart(
     REF_CAPPED: tl.constexpr,
     LOG_COLS: tl.constexpr,
 ):
-    """One more walk, over rows of which the second bans a column that the first may not: what is its share, only the
-    whole row's maximum tells. The sum without such columns, and the largest ln of the first's probability among them.
+    """A second walk, where the second row bans a column: its probability in the first row needs that row's maximum.
+
+    Returns the sum without banned columns, and the largest ln of the first row's probability among them.
     """
     COLS: tl.constexpr = 1 << LOG_COLS
     top, logsum, ref_top, ref_logsum = norms

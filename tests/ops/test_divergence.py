@@ -142,7 +142,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, kind, vocab):
 
 @on_backends
 def test_a_column_banned_in_one_stream(backend):
-    """KL over the other stream is honestly infinite; the mixture is not."""
+    """KL over the other stream is infinite; the mixture is not."""
     logits, ref_logits, g = torch.randn(1, 35), torch.randn(1, 35), torch.ones(1)
     banned = logits.clone()
     banned[0, 5] = -torch.inf

@@ -287,9 +287,9 @@ def refusals():
     yield "no row 99", lambda: forest.step([99])
     yield "no row -1", lambda: forest.step([-1])
     yield "no row 7", lambda: forest.drop_row(7)
-    yield "stands twice", lambda: forest.step([rows[0], rows[0]])
+    yield "the same row twice", lambda: forest.step([rows[0], rows[0]])
     yield "expected ids of rows", lambda: forest.step([])
-    yield "needs layers, heads and a size", lambda: Forest(0, 2, 8, torch.float32, "cpu")
+    yield "at least one layer, head and column", lambda: Forest(0, 2, 8, torch.float32, "cpu")
     yield "holds float32, bfloat16, float16 or float64", lambda: Forest(1, 2, 8, torch.int64, "cpu")
     narrow = Forest(1, 2, 8, torch.bfloat16, "cpu")
     yield (

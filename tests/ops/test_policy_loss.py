@@ -360,7 +360,7 @@ def test_traces_into_one_graph_and_passes_opcheck(loss):
         ({"kl_coef": 0.1}, "needs ref_logps"),
         ({"kl_estimator": "k1"}, "k2 or k3"),
         ({"clip_low": -0.1}, "clip_low is a distance"),
-        ({"dual_clip": 0.5}, "dual_clip bounds"),
+        ({"dual_clip": 0.5}, "dual_clip must be larger"),
         ({"dual_clip": 3.0, "loss": "cispo"}, 'belongs to loss "ppo"'),
         ({"tau_neg": 0.0}, "must be positive"),
         ({"temperature": 0.0}, "temperature must be positive"),

@@ -178,7 +178,7 @@ def _write_shared(
 
 
 def nothing_left() -> None:
-    """The rows are written already."""
+    """Nothing to wait for: the rows are written already."""
 
 
 def _store(head: Head, target: Tensor, start: int, stop: int, rows: Tensor) -> None:

@@ -93,7 +93,7 @@ class Head(NamedTuple):
 
 
 def make_head(op: str, call: Call, *dtypes: torch.dtype) -> Head:
-    """Selects the scored rows (on CUDA one host sync for their number, unless it is given) and casts the head once.
+    """Select the scored rows (one host sync on CUDA unless ``num_scored`` is given) and cast the head once.
 
     ``dtypes``: of all logits that the kernels read, where they read others beside this call's.
     """

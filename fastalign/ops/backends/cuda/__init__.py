@@ -1,4 +1,4 @@
-"""The native CUDA kernels behind tensors: whether they are there, the caller's device and stream.
+"""What calls the native CUDA kernels: whether they were built, on which device and stream they run.
 
 Nothing here waits for the device. Beside the outputs only a small scratch is allocated, where few rows are shared by
 several blocks. So a launch can be captured in a CUDA graph.

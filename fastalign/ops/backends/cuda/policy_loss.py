@@ -1,4 +1,4 @@
-"""The native CUDA kernel of ``policy_loss`` behind tensors."""
+"""Calls the native CUDA kernel of ``policy_loss``."""
 
 from __future__ import annotations
 

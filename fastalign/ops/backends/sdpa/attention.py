@@ -12,7 +12,7 @@ from fastalign.ops.attention import Call, Layout, expand_heads
 
 
 def unavailable(device: str, dtype: torch.dtype, softcap: bool) -> str | None:
-    """Never: it serves all."""
+    """None: it serves every device and dtype."""
     return None
 
 
