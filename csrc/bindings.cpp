@@ -22,7 +22,7 @@ void bind_cuda(py::module_& m);  // in cuda/bindings.cpp
 namespace {
 
 // Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/backends/cpp/__init__.py.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -107,6 +107,30 @@ void run_sample(const TokenLogps& rows, Address noise, Address tokens, Address k
                    threads);
 }
 
+using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
+using Shape = std::tuple<int64_t, int64_t, int64_t>;
+
+Product describe_product(const RowsArgument& out, const MatrixArgument& a, const MatrixArgument& b, int dtype,
+                         const Shape& shape, bool accumulate, Address packed) {
+  for (int each : {dtype, std::get<1>(out)})
+    if (each != int(Dtype::float32) && each != int(Dtype::bfloat16)) throw std::invalid_argument("expected fp32 or bf16");
+  Matrix left = matrix(a), right = matrix(b);
+  return {pointer(std::get<0>(out)), left.data, right.data, pointer(packed), Dtype(std::get<1>(out)), Dtype(dtype),
+          std::get<0>(shape), std::get<1>(shape), std::get<2>(shape), std::get<2>(out), left.row_stride,
+          left.col_stride, right.row_stride, right.col_stride, accumulate};
+}
+
+void run_product(const RowsArgument& out, const MatrixArgument& a, const MatrixArgument& b, int dtype,
+                 const Shape& shape, bool accumulate, Address packed, int threads) {
+  product(describe_product(out, a, b, dtype, shape, accumulate, packed), threads);
+}
+
+int64_t packed_bytes_of(int64_t n, int64_t k, int dtype) { return packed_bytes(n, k, computed_in_fp32(dtype)); }
+
+void run_pack_product(const MatrixArgument& b, int dtype, const Shape& shape, Address out, int threads) {
+  pack_product(describe_product({0, dtype, 0}, {}, b, dtype, shape, false, 0), pointer(out), threads);
+}
+
 using HeadsArgument = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, row stride, head stride
 
 Heads heads(const HeadsArgument& x) {
@@ -135,8 +159,6 @@ void run_forest_decode(const HeadsArgument& q, const HeadsArgument& k, const Hea
                            pointer<int64_t>(lengths), pointer<int64_t>(order), pointer<ForestGroup>(groups),
                            num_groups}, threads);
 }
-
-using RowsArgument = std::tuple<Address, int, int64_t>;  // address, dtype, row stride
 
 Rows rows_of(const RowsArgument& x) {
   return {pointer(std::get<0>(x)), computed_in_fp32(std::get<1>(x)), std::get<2>(x)};
@@ -206,19 +228,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &run_sample, py::kw_only(), py::arg("rows"), py::arg("noise"), py::arg("tokens"), py::arg("kept"),
         py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Draws of tokens by inverse CDF.");
-  m.def("has_bf16_product", [] { return cpu_level() == Level::avx512 && has_bf16_product(); },
-        "Whether add_product serves this processor at the instruction set in use.");
-  m.def(
-      "add_product",
-      [](Address out, Address a, Address b, int64_t m, int64_t n, int64_t k, int64_t out_stride, int64_t a_row_stride,
-         int64_t a_col_stride, int64_t b_row_stride, int64_t b_col_stride, bool accumulate, int threads) {
-        add_product({pointer<float>(out), pointer<uint16_t>(a), pointer<uint16_t>(b), m, n, k, out_stride,
-                     a_row_stride, a_col_stride, b_row_stride, b_col_stride, accumulate}, threads);
-      },
-      py::kw_only(), py::arg("out"), py::arg("a"), py::arg("b"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("out_stride"), py::arg("a_row_stride"), py::arg("a_col_stride"), py::arg("b_row_stride"),
-      py::arg("b_col_stride"), py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-      "A product of bf16 matrices into, or added to, an fp32 one.");
+  m.def("has_product", [] { return cpu_level() == Level::avx512 && has_product(); },
+        "Whether product serves this processor at the instruction set in use.");
+  m.def("product", &run_product, py::kw_only(), py::arg("out"), py::arg("a"), py::arg("b"), py::arg("dtype"),
+        py::arg("shape"), py::arg("accumulate"), py::arg("packed") = 0, py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "A product of fp32 or bf16 matrices into, or added to, another.");
+  m.def("packed_bytes", &packed_bytes_of, py::arg("n"), py::arg("k"), py::arg("dtype"), "What pack_product fills.");
+  m.def("pack_product", &run_pack_product, py::kw_only(), py::arg("b"), py::arg("dtype"), py::arg("shape"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "The right side of products, in the order in which they read it.");
   const HeadsArgument no_heads{};
   m.def("attention", &run_attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out") = no_heads,
         py::arg("lse"), py::arg("grad_out") = no_heads, py::arg("grad_q") = no_heads, py::arg("grad_k") = 0,

@@ -6,7 +6,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,8 @@ from fastalign.types import PackedBatch
 
 LEAST_ROWS = 16
 """Forwards of fewer rows are padded to so many. Products of a row then have the same bits whatever the other rows are:
-measured on CPU, those of MKL in fp32 have them from 12 rows up on two threads and from 4 on one, oneDNN's from 2, those
-in bf16 always."""
+measured on CPU, those of MKL in fp32 have them from 12 rows up on two threads and from 4 on one, those in
+bf16 always, and the native ones."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,14 @@ class Decode(Cached):
         forest: holds what came before.
         step: the sequences.
         num_rows: how many they are.
+        layers: computes them in place of the model's own modules, with equal bits: `[T]` tokens and positions to
+            `[T, D]` hidden states.
     """
 
     forest: Forest
     step: Step
     num_rows: int
+    layers: Callable[[Tensor, Tensor, Cached], Tensor] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """The new tokens' attention to all before them and to themselves."""

@@ -14,8 +14,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastalign.ops.backends import cpp
-from fastalign.ops.backends.cpp import layers
-from fastalign.ops.backends.torch import onednn
+from fastalign.ops.backends.cpp import layers, product
 
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 """``weight * x / rms(x)``, read by linear layers or, of bf16 heads, by the rotation."""
@@ -46,13 +45,20 @@ def _native(ours: type, theirs: type) -> type:
 
 
 class Linear(nn.Linear):
-    """A linear layer whose fp32 products are oneDNN's where MKL is slow."""
+    """A linear layer by the native products, where they are the faster choice."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
-        if torch.compiler.is_compiling() or not onednn.serves(input, self.weight):
+        dtype = product_dtype(self.weight)
+        served = dtype in product.SERVED and (dtype == input.dtype or torch.is_autocast_enabled("cpu"))
+        if torch.compiler.is_compiling() or not served or not product.multiplies(input, self.weight):
             return super().forward(input)
-        return onednn.linear(input, self.weight, self.bias)
+        return product.linear(input, self.weight, self.bias, dtype)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which a weight multiplies: its own, or autocast's."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
 
 
 class Norm(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
-from fastalign.models.decoding import Cached
+from fastalign.models.decoding import Cached, Decode
 from fastalign.models.head import head_of, scores
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, layout, packed_attention
@@ -151,6 +151,8 @@ class Policy(nn.Module):
         """`[N, D]` hidden states that predict the batch's labels; the engine calls `forward`, which FSDP hooks."""
         plan = layout(batch.segments) if cached is None else cached
         self.check_batch(plan)
+        if isinstance(cached, Decode) and cached.layers is not None:
+            return gather_rows(cached.layers(batch.input_ids, batch.position_ids, cached), batch.rows)
         output = self.backbone(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],

@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 
 from fastalign.ops.backends import cpp, cuda
-from fastalign.ops.backends.torch import onednn
 
 log = logging.getLogger("fastalign")
 
@@ -45,7 +44,7 @@ def available(op: str) -> tuple[str, ...]:
 
 def reasons(op: str) -> dict[str, str]:
     """What ``fastalign info`` prints: each backend of ``op`` with "usable" and its level, or why it is not."""
-    usable = {backend: f"usable ({level(backend)}{switched_off(op, backend)})" for backend in available(op)}
+    usable = {backend: f"usable ({level(backend)})" for backend in available(op)}
     return {backend: usable.get(backend) or str(missing(backend)) for backend in backends(op)}
 
 
@@ -83,8 +82,7 @@ def choose(op: str, backend: str | None, device: str, float64: bool = False) -> 
     chosen = backend or next(name for name in PREFERENCE.get(device, ("torch",)) if name in usable)
     if chosen == "cpp" and float64 and OPS[op] != "scan":
         return "torch"
-    asked = switched_off(op, chosen if device == "cpu" else "")
-    asked += ", as asked" if backend else passed_over(chosen, device)
+    asked = ", as asked" if backend else passed_over(chosen, device)
     log.info("%s: %s (%s tensor, %s%s)", op, chosen, device, level(chosen), asked)
     return chosen
 
@@ -170,13 +168,6 @@ def passed_over(chosen: str, device: str) -> str:
         if why := missing(name):
             return f"; not {name}: {why}"
     return ""
-
-
-def switched_off(op: str, backend: str) -> str:
-    """A note for the log where oneDNN, the faster choice for the fp32 products of a linear op here, is switched off."""
-    concerned = op.startswith("linear") and backend in ("torch", "cpp") and onednn.preferred()
-    off = concerned and not onednn.enabled()
-    return ", fp32 products not by oneDNN: torch.backends.mkldnn.enabled is False" if off else ""
 
 
 def level(backend: str) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastalign.config import SamplerConfig
 from fastalign.models.decoding import Cached, Decode, Prefill, Shapes, prompt_batch, token_batch
+from fastalign.models.packed_layers import PackedLayers, packed_layers
 from fastalign.models.policy import Policy
 from fastalign.ops import linear_sample, sample_keys
 from fastalign.ops.attention import layout
@@ -154,6 +155,7 @@ class NativeSampler:
         check_settings(settings)
         self.policy, self.settings, self.stops, self.precision = policy, settings, stops, precision
         self.version = 0
+        self._layers: PackedLayers | None = None
 
     def sync(self, policy: Policy, version: int) -> None:
         """The weights are the policy's own: only their version is new."""
@@ -173,7 +175,11 @@ class NativeSampler:
         """
         check_prompts(self.policy, prompts)
         with gathered(self.policy):
-            yield from self._run(prompts, n, seed, greedy)
+            self._layers = self._packed()
+            try:
+                yield from self._run(prompts, n, seed, greedy)
+            finally:
+                self._layers = None
 
     def _run(self, prompts: Sequence[Prompt], n: int, seed: int, greedy: bool) -> Iterator[Rollout]:
         waiting, ready, live = deque(prompts), deque[Row](), list[Row]()
@@ -221,7 +227,7 @@ class NativeSampler:
         tokens = [row.tokens[-1] for row in live]
         positions = [row.length - 1 for row in live]
         batch = token_batch(tokens, positions, self._device)
-        self._draw(live, batch, Decode(max(positions) + 1, forest, step, len(live)))
+        self._draw(live, batch, Decode(max(positions) + 1, forest, step, len(live), self._layers))
         forest.advance(step)
 
     def _draw(self, rows: list[Row], batch: PackedBatch, cached: Cached) -> None:
@@ -297,6 +303,11 @@ class NativeSampler:
         with torch.no_grad(), self.precision():
             self.policy(batch, lambda hidden, *_, **__: hidden, cached=shapes)
         return shapes.forest(type(self.policy.model).__name__, self._device)
+
+    def _packed(self) -> PackedLayers | None:
+        """The layers with weights packed for this generation, where that serves."""
+        with torch.no_grad(), self.precision():
+            return packed_layers(self.policy, MEMORY_SHARE * free_memory(self._device))
 
     def _affordable(self, forest: Forest, prompts: Sequence[Prompt]) -> int:
         """Rows whose keys and values fit into `MEMORY_SHARE` of what is free, each with a prompt of its own."""

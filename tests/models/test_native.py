@@ -11,11 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausal
 
 from fastalign.models import native
 from fastalign.models.policy import Policy
-from fastalign.ops import dispatch
 from fastalign.ops.backends import cpp
-from fastalign.ops.backends.cpp import layers
-from fastalign.ops.backends.torch import onednn
-from fastalign.ops.head import gemm
+from fastalign.ops.backends.cpp import layers, product
 
 if cpp.unavailable():
     pytest.skip(cpp.unavailable(), allow_module_level=True)
@@ -72,7 +69,7 @@ def test_norm_and_gate(shape, dtype, level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_product(shape, dtype, always, level, monkeypatch):
     """As two layers, to the bit, since the same kernels run; and nothing of the product of gate and up is kept."""
-    monkeypatch.setattr(onednn, "preferred", lambda: always)
+    monkeypatch.setattr(product, "preferred", lambda: always and product.available())
     gate, up, weight = draw(shape, shape, (21, shape[-1]), dtype=dtype)
     (upstream,) = draw((*shape[:-1], 21), dtype=dtype)
     kept = []
@@ -80,8 +77,8 @@ def test_gated_product(shape, dtype, always, level, monkeypatch):
         mine = layers.silu_mul_linear(gate, up, weight)
     assert set(kept) == {gate.data_ptr(), up.data_ptr(), weight.data_ptr()}
     both = layers.silu_mul(gate, up)
-    product = onednn.linear if onednn.serves(both, weight) else F.linear
-    theirs = product(both, weight, None)
+    served = product.multiplies(both, weight)
+    theirs = product.linear(both, weight, None, dtype) if served else F.linear(both, weight)
     inputs = (gate, up, weight)
     results = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (mine, theirs)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -128,61 +125,16 @@ def test_bits_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 33), (1, 40, 33)])
-def test_linear_by_onednn(bias, shape):
+def test_linear(bias, shape):
     x, weight, b, upstream = draw(shape, (21, 33), (21,), (*shape[:-1], 21), dtype=torch.float32)
     inputs = [x, weight, b] if bias else [x, weight]
-    f = onednn.linear if bias else lambda x, w: onednn.linear(x, w, None)
+    f = lambda x, w, b=None: product.linear(x, w, b, torch.float32)  # noqa: E731
     out, wide = f(*inputs), [v.detach().double().requires_grad_() for v in inputs]
     truth = F.linear(*wide)
     want = (truth, *torch.autograd.grad(truth, wide, upstream.double()))
     got = (out, *torch.autograd.grad(out, inputs, upstream))
     for mine, true in zip(got, want, strict=True):
         assert (mine - true).abs().max() <= 40 * torch.finfo(torch.float32).eps * true.abs().max()  # sums of 40 terms
-
-
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize("m, k, n", [(5, 7, 23), (23, 50, 5), (1, 1, 1)])
-def test_product_in_tiles(add, m, k, n, monkeypatch):
-    """Several tiles of either side and several sums, the last ones broken; operands and results of any strides."""
-    monkeypatch.setattr(onednn, "TILE", 4)
-    monkeypatch.setattr(onednn, "TERMS", 16)
-    a, b, before = (x.detach() for x in draw((k, m), (k, n + 3), (m, n + 1), dtype=torch.float32))
-    out = before.clone()
-    onednn.multiply(a.t(), b[:, 3:], out[:, 1:], add=add)
-    truth = a.double().t() @ b[:, 3:].double() + (before[:, 1:].double() if add else 0)
-    assert (out[:, 1:] - truth).abs().max() <= 1e-6 * (1 + truth.abs().max())
-    assert torch.equal(out[:, 0], before[:, 0])
-
-
-@pytest.mark.parametrize("always", [True, False])
-def test_onednn_that_is_switched_off_is_not_used(always, monkeypatch):
-    """By PyTorch's flag, whenever it is set: in the layers, the head's products, and between forward and backward."""
-    monkeypatch.setattr(onednn, "preferred", lambda: always)
-    multiplied, product = [], torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a, **k: multiplied.append(1) or product(*a, **k))
-    linear = native.Linear(64, 48)
-    x, out = torch.randn(512, 64, requires_grad=True), torch.empty(512, 512)
-    gate = torch.randn(512, 64, requires_grad=True)
-
-    def each():
-        yield linear(x)
-        yield layers.silu_mul_linear(gate, x, linear.weight)
-        gemm.multiply(x.detach(), torch.randn(64, 512), out, None, False)
-        gemm.add_product(out, x.detach(), torch.randn(64, 512), first=False)
-
-    with torch.backends.mkldnn.flags(enabled=False):
-        for y in each():
-            y.sum().backward()
-        assert not multiplied
-        said = dispatch.reasons("linear_loss")
-    words = "fp32 products not by oneDNN: torch.backends.mkldnn.enabled is False"
-    assert all((words in said[name]) == always for name in ("cpp", "torch"))
-    results = list(each())
-    assert len(multiplied) == 4 * always and words not in str(dispatch.reasons("linear_loss"))
-    with torch.backends.mkldnn.flags(enabled=False):
-        for y in results:
-            y.sum().backward()
-    assert len(multiplied) == 4 * always
 
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -205,7 +157,7 @@ def native_policy(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("always", [True, False])
 def test_a_model_computes_the_same(kind, always, monkeypatch):
-    monkeypatch.setattr(onednn, "preferred", lambda: always)
+    monkeypatch.setattr(product, "preferred", lambda: always and product.available())
     rotate, rotated = layers.rotate, []
     monkeypatch.setattr(layers, "rotate", lambda *args: rotated.append(args) or rotate(*args))
     batch, _ = make_batch(*PAIRS)
@@ -281,7 +233,7 @@ NATIVE = {
     "silu_mul": (layers.silu_mul, (6, 16), (6, 16)),
     "silu_mul_linear": (lambda x, w: layers.silu_mul_linear(x, x * 2, w), (6, 16), (8, 16)),
     "rotate": (lambda x, w: layers.rotate(x, w[:, 0], w[:, 0]) * w.sum(), (6, 2, 16), (6, 1, 16)),
-    "linear": (lambda x, w: onednn.linear(x, w, None), (6, 16), (8, 16)),
+    "linear": (lambda x, w: product.linear(x, w, None, torch.float32), (6, 16), (8, 16)),
 }
 
 

@@ -9,7 +9,10 @@ import torch
 from sampling import VOCAB, in_order, make_policy, make_prompts, make_sampler, told
 
 from fastalign.models import decoding
+from fastalign.models.packed_layers import PackedLayers, packed_layers
 from fastalign.models.verify import stock_attention
+from fastalign.ops.backends.cpp import product
+from fastalign.rl import sampler as sampling
 from fastalign.rl.exact import compare_many, largest_difference, probe, settle, trained_logps
 from fastalign.rl.sampler import Stops, stops_of
 from fastalign.types import Prompt
@@ -69,6 +72,31 @@ def test_log_probs_under_autocast_are_those_of_training():
     sampler.precision = lambda: torch.autocast("cpu", torch.bfloat16)
     rollouts = in_order(sampler.generate(make_prompts(4, 18), 8, 0))
     assert largest_difference(rollouts, trained_logps(sampler, rollouts)) == 0
+
+
+PACKED = {"llama": {}, "llama in bf16": {"dtype": HALF}, "mistral": EXACT["mistral"], "a tied head": EXACT["a tied head"]}
+PACKED |= {"qwen3": {"kind": "qwen3"}, "qwen2, which has biases": {"kind": "qwen2", "dtype": HALF}}
+
+
+@pytest.mark.skipif(not product.preferred(), reason="other products are faster on this processor")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_layers_change_no_bit(name, autocast, monkeypatch):
+    policy = make_policy(**PACKED[name])
+    sampler = make_sampler(policy, EOS, max_new_tokens=18)
+    sampler.precision = lambda: torch.autocast("cpu", HALF, enabled=autocast)
+    made = told(sampler.generate(make_prompts(4, 18), 8, 0))
+    assert isinstance(packed_layers(policy, 1e9), PackedLayers) and packed_layers(policy, 1e4) is None
+    monkeypatch.setattr(sampling, "packed_layers", lambda *_: None)
+    assert told(sampler.generate(make_prompts(4, 18), 8, 0)) == made
+
+
+def test_layers_that_are_watched_or_adapted_run_as_modules():
+    assert packed_layers(make_policy(adapter=True), 1e9) is None
+    policy = make_policy()
+    hook = policy.backbone.layers[1].register_forward_hook(lambda *_: None)
+    assert packed_layers(policy, 1e9) is None
+    hook.remove()
 
 
 @pytest.mark.parametrize("kind, options", [("gemma2", {}), ("llama", {"attention": "sdpa"})])

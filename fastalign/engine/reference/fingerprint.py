@@ -21,7 +21,7 @@ from fastalign.models.policy import Policy
 from fastalign.models.raised import used_dtype
 from fastalign.models.weights import find, weight_files
 from fastalign.ops import dispatch
-from fastalign.ops.backends.torch import onednn
+from fastalign.ops.backends.cpp import product
 from fastalign.ops.dispatch import choose
 from fastalign.parallel.mesh import World
 
@@ -100,7 +100,7 @@ def computation(policy: Policy, world: World, *, autocast: bool, share_prefix: b
     kernels = (
         own or dispatch.choose_attention(None, world.device.type, dtype),
         choose("linear_loss", None, world.device.type),
-        onednn.preferred() and onednn.enabled(),
+        product.preferred(),
     )
     return cache.key(precision, parts, share_prefix, kernels, temperature, code_version(), device_name(world.device))
 

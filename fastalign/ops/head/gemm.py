@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends.cpp import product
-from fastalign.ops.backends.torch import onednn
 from fastalign.ops.head.plan import UPCAST_ROWS
 
 INVARIANT_ROWS = 32
 """Rows per GEMM when a row's bits must not depend on its batch: every product then has the same shape."""
 LARGE_WEIGHT = 1 << 15
-"""Elements of a weight from which oneDNN's products are worth a fresh result that is copied."""
+"""Elements of a weight from which the native products are worth their call."""
 FEW_ROWS = 12
 """In fp32 on a CPU fewer rows are padded to so many, as then a row's bits are those that it has among more: measured,
-oneDNN's products have them from 2 rows on and MKL's from 12, on 1 and 2 threads."""
+MKL's products have them from 12 rows on, on 1 and 2 threads."""
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invariant: bool) -> Tensor:
@@ -28,6 +27,11 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
 
     Batch-invariant: in products of one shape, whatever the number of rows.
     """
+    large = b.numel() >= LARGE_WEIGHT  # whatever the rows: few go where many would
+    first = plus is None
+    if large and (first or plus is out) and product.preferred() and product.serves(out, a, b, first=first):
+        product.add_product(out, a, b, first=first)
+        return out
     few = 0 < a.shape[0] < FEW_ROWS and out.dtype == torch.float32 and out.device.type == "cpu"
     if batch_invariant or few:
         size = INVARIANT_ROWS if batch_invariant else FEW_ROWS
@@ -39,10 +43,6 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None, batch_invar
         return out
     if out.dtype != a.dtype:
         return _multiply_wide(a, b, out, plus)
-    large = b.numel() >= LARGE_WEIGHT  # whatever the rows: few go where many would
-    if large and (plus is None or plus is out) and onednn.multiplies(a, b, out):
-        onednn.multiply(a, b, out, add=plus is out)
-        return out
     return torch.mm(a, b, out=out) if plus is None else torch.addmm(plus, a, b, out=out)
 
 
@@ -77,14 +77,12 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool, alpha: Tensor
     if alpha is not None:
         _add_scaled(acc, a, b, alpha, first=first)
         return
-    if a.numel() * b.shape[1] >= onednn.LEAST_WORK and onednn.multiplies(a, b, acc):
-        onednn.multiply(a, b, acc, add=not first)
+    faster = a.dtype != acc.dtype or (a.numel() * b.shape[1] >= product.LEAST_WORK and product.preferred())
+    if faster and product.serves(acc, a, b):
+        product.add_product(acc, a, b, first=first)
         return
     if a.dtype == acc.dtype:
         torch.mm(a, b, out=acc) if first else acc.addmm_(a, b)
-        return
-    if product.serves(acc, a, b):
-        product.add_product(acc, a, b, first=first)
         return
     wide = b.to(acc.dtype) if acc.device.type == "cpu" else b
     for start in range(0, acc.shape[0], UPCAST_ROWS):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp
-from fastalign.ops.backends.torch import onednn
+from fastalign.ops.backends.cpp.product import multiplies, product
 from fastalign.ops.final import applied, final
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -154,18 +154,20 @@ class _SiluMulLinear(torch.autograd.Function):
         y = torch.empty_like(gate)
         _silu(gate, up, y=_rows(y))
         ctx.save_for_backward(gate, up, weight)
-        return onednn.linear(y, weight, None) if onednn.serves(y, weight) else torch.nn.functional.linear(y, weight)
+        if not multiplies(y, weight):
+            return torch.nn.functional.linear(y, weight)
+        return product(y.flatten(0, -2), weight.t()).view(*y.shape[:-1], len(weight))
 
     @staticmethod
     @final("the native silu_mul_linear")
     def backward(ctx, *grads):
         gate, up, weight = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
-        product = onednn.product if onednn.serves(grad, weight) else torch.mm
-        y = product(grad, weight)  # its gradient, until it is overwritten
+        multiplied = product if multiplies(grad, weight) else torch.mm
+        y = multiplied(grad, weight)  # its gradient, until it is overwritten
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         _silu(gate, up, y=_rows(y), grad_y=_rows(y), grad_gate=_rows(grad_gate), grad_up=_rows(grad_up))
-        return grad_gate, grad_up, product(grad.t(), y) if ctx.needs_input_grad[2] else None
+        return grad_gate, grad_up, multiplied(grad.t(), y) if ctx.needs_input_grad[2] else None
 
 
 def _silu(gate: Tensor, up: Tensor, **more: Any) -> None:
