@@ -1,7 +1,7 @@
 // Products of fp32 or bf16 matrices with sums in fp32.
 //
 // What is multiplied is cut into 32-bit words: one number, or two neighbours in the inner dimension k, which one
-// instruction multiplies and adds. Words of `b` are packed into strips of kCols columns that all threads read, words of
+// instruction multiplies and adds. Words of `b` are packed into strips of kCols columns, some at a time, that all threads read, words of
 // `a`, where its rows are no neighbours in memory, into panels of kRows rows; the innermost loop keeps a kRows x kCols
 // tile of sums in registers. A tile belongs to one thread and k is walked in order, kDepth terms at a time, so the bits
 // of a number depend neither on the number of threads nor on the rows and columns around it.
@@ -26,6 +26,7 @@ constexpr int64_t kDepth = 512;  // words of k at a time: sums are read and writ
 constexpr int64_t kLanes = 16, kVectors = 4, kCols = kLanes * kVectors;
 constexpr int64_t kRows = 6;    // 6 x 4 vectors of sums, 4 of b and one of a fill the 32 registers
 constexpr int64_t kBlock = 48;  // rows that a thread multiplies with a strip: a multiple of kRows and kLanes
+constexpr int64_t kGroup = 8;  // strips that are packed together: what the second-level cache holds
 constexpr int64_t kWork = 1 << 17;  // multiply-adds for which a thread is worth waking
 
 using Word = uint32_t;
@@ -226,24 +227,27 @@ template <class Kind, class Out>
 void add_part(const Product& op, int64_t k, int64_t depth, Word* strips, Word* panels, Out* out, int64_t stride,
               bool accumulate) {
   int64_t words = words_of<Kind>(depth), num_strips = blocks(op.n, kCols), num_blocks = blocks(op.m, kBlock);
-  const Word* b = strips;
-  if (op.packed) b = static_cast<const Word*>(op.packed) + num_strips * kCols * words_of<Kind>(k);
-  else {
-#pragma omp for
-    for (int64_t s = 0; s < num_strips; ++s) pack_strip<Kind>(op, k, depth, s, strips + s * kCols * words);
-  }
   if (panels) {
 #pragma omp for
     for (int64_t r = 0; r < num_blocks; ++r)
       (op.a_row_stride == 1 ? pack_neighbours<Kind> : pack_rows<Kind>)(op, k, depth, r * kBlock,
                                                                        panels + r * kBlock * words);
   }
+  const Word* b = op.packed ? static_cast<const Word*>(op.packed) + num_strips * kCols * words_of<Kind>(k) : strips;
+  for (int64_t first = 0, step = op.packed ? num_strips : kGroup; first < num_strips; first += step) {
+    int64_t last = std::min(num_strips, first + step);
+    if (!op.packed) {
+#pragma omp for
+      for (int64_t s = first; s < last; ++s) pack_strip<Kind>(op, k, depth, s, strips + (s - first) * kCols * words);
+    }
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < num_blocks * num_strips; ++i) {
-    int64_t row = i / num_strips * kBlock, strip = i % num_strips;
-    Rows<Kind> a{numbers<Kind>(panels + row * words), Kind::kPair, kRows * Kind::kPair};
-    if (!panels) a = {numbers<Kind>(op.a) + row * op.a_row_stride + k, op.a_row_stride, Kind::kPair};
-    add_block<Kind>(op, a, panels, b + strip * kCols * words, words, row, strip * kCols, out, stride, accumulate);
+    for (int64_t i = 0; i < num_blocks * (last - first); ++i) {
+      int64_t row = i % num_blocks * kBlock, strip = i / num_blocks;
+      Rows<Kind> a{numbers<Kind>(panels + row * words), Kind::kPair, kRows * Kind::kPair};
+      if (!panels) a = {numbers<Kind>(op.a) + row * op.a_row_stride + k, op.a_row_stride, Kind::kPair};
+      add_block<Kind>(op, a, panels, b + strip * kCols * words, words, row, (first + strip) * kCols, out, stride,
+                      accumulate);
+    }
   }
 }
 
@@ -261,7 +265,7 @@ void run(const Product& op, int threads) {
   bool half = op.out_dtype != Dtype::float32, in_parts = half && op.k > part;
   bool as_it_is = op.a_col_stride == 1 && op.k % Kind::kPair == 0;
   auto words = [](bool wanted, int64_t count) { return wanted ? LEVEL::scratch<Word>("product", count) : Words(); };
-  Words strips = words(!op.packed, num_strips * kCols * words_of<Kind>(part));
+  Words strips = words(!op.packed, std::min(num_strips, kGroup) * kCols * words_of<Kind>(part));
   Words panels = words(!as_it_is, num_blocks * kBlock * words_of<Kind>(part));
   Words sums = words(in_parts, op.m * op.n);
   auto* wide = in_parts ? reinterpret_cast<float*>(sums.get()) : static_cast<float*>(op.out);

@@ -84,7 +84,7 @@ class Decode(Cached):
         """The new tokens' attention to all before them and to themselves."""
         if options.get("backend") not in (None, "cpp"):  # those that only packed rows have
             options["backend"] = None
-        n, padding = self.num_rows, len(q) - self.num_rows
+        n, padding = self.num_rows, q.shape[0] - self.num_rows
         out = forest_decode(q[:n], k[:n], v[:n], self.forest, layer, self.step, **options)
         return out if padding == 0 else torch.cat([out, out.new_zeros(padding, *out.shape[1:])])
 

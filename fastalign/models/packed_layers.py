@@ -82,7 +82,7 @@ class _Layer:
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached) -> Tensor:
         at, (num_q, num_k, _) = self.attention, self.heads
-        heads = self.qkv(x).view(len(x), -1, at.head_dim)
+        heads = self.qkv(x).view(x.shape[0], -1, at.head_dim)
         if hasattr(at, "q_norm"):
             q, k, v = heads.split(self.heads, 1)
             q, k = layers.rotate(at.q_norm(q), cos, sin), layers.rotate(at.k_norm(k), cos, sin)

@@ -140,16 +140,15 @@ class Packed:
         weight = weight.detach().contiguous()
         shape = (0, *self.shape)
         _C.pack_product(b=_matrix(weight.t()), dtype=kind, shape=shape, out=self._data.data_ptr(), threads=threads)
+        self._multiply = _C.product
         self._given = {"b": (0, 0, 0), "dtype": kind, "packed": self._data.data_ptr(), "accumulate": False}
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x [m, K] @ weight.T``, the bits of `product`."""
-        from fastalign import _C
-
-        out = torch.empty(len(x), self.shape[0], dtype=dtype)
-        to = out.data_ptr(), cpp.DTYPES[dtype], self.shape[0]
-        a, shape = (x.data_ptr(), x.stride(0), x.stride(1)), (len(x), *self.shape)
-        _C.product(out=to, a=a, shape=shape, threads=torch.get_num_threads(), **self._given)
+        rows, columns = x.shape[0], self.shape[0]
+        out = torch.empty(rows, columns, dtype=dtype)
+        to, shape = (out.data_ptr(), cpp.DTYPES[dtype], columns), (rows, *self.shape)
+        self._multiply(out=to, a=_matrix(x), shape=shape, threads=torch.get_num_threads(), **self._given)
         return out
 
 
