@@ -107,8 +107,6 @@ def empty_copy(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBas
     for (name, ours), theirs in zip(policy.named_buffers(), copy.buffers(), strict=True):
         assert ours.shape == theirs.shape, f"{name}: {ours.shape} and {theirs.shape}"
         theirs.copy_(ours)
-    size = sum(p.nbytes for p in copy.parameters())
-    log.info("sampler: from a copy of %.3g GB on every rank (parallel.generate)", size / 1e9)
     return copy.train(policy.training).requires_grad_(False)
 
 

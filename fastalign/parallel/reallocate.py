@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,9 +101,10 @@ def move(source: nn.Module, target: nn.Module, *, rate: float = 1.0, trained: bo
     """
     reshard(source)  # a forward without backward leaves the outermost weights gathered
     reshard(target)
-    received = 0
+    received, given = 0, dict(source.named_parameters(remove_duplicate=False))
+    wanted = dict(target.named_parameters())
     for names in layers(target):
-        loads = list(planned(source, target, names, trained))
+        loads = [*planned(given, {name: wanted[name] for name in names}, trained)]
         while any(load.undo for load in loads):
             received += gather(loads)
         for load in loads:
@@ -121,13 +122,11 @@ def layers(model: nn.Module) -> Iterator[list[str]]:
     yield [name for name in names if not name.startswith(tuple(f"{block}." for block in inside))]
 
 
-def planned(source: nn.Module, target: nn.Module, names: list[str], trained: bool) -> Iterator[Load]:
+def planned(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], trained: bool) -> Iterator[Load]:
     """What becomes of the weights of a layer."""
-    for name in names:
-        try:
-            x, y = source.get_parameter(name), target.get_parameter(name)
-        except AttributeError as error:
-            raise ValueError(f"{name} is in one of the models only: both must have the same weights") from error
+    for name, y in wanted.items():
+        if (x := given.get(name)) is None:
+            raise ValueError(f"{name} is in one of the models only: both must have the same weights")
         if x.shape != y.shape:
             raise ValueError(
                 f"{name} has the shape {[*x.shape]} here and {[*y.shape]} where it goes: they must be equal"
@@ -220,6 +219,6 @@ def write(load: Load, rate: float) -> None:
     if rate == 1:
         target.copy_(part)
     elif target.dtype in (torch.float32, torch.float64):
-        target.lerp_(part.to(target.dtype), rate)
+        target.lerp_(part.to(target), rate)
     else:
         raise ValueError(f"an average in {target.dtype} does not move: keep {load.name} in float32")

@@ -25,6 +25,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from fastalign.config import SamplerConfig
+from fastalign.disk import readable
 from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention
 from fastalign.ops import sample_keys
@@ -81,7 +82,11 @@ def make_sampler(
         return ServerSampler(settings, stops, publish, policy)
     assert policy is not None, "only a server samples without a policy"
     if lent is not None:
-        move(policy, lent)
+        received, size = move(policy, lent), sum(p.nbytes for p in lent.parameters())
+        told = (
+            "sampler: from a copy of the weights, %s on every rank (parallel.generate), %s of it received from others"
+        )
+        log.info(told, readable(size), readable(received))
     if settings.backend == "transformers":
         sampler: Sampler = TransformersSampler(lent or policy, settings, stops, precision=precision)
     else:

@@ -36,6 +36,7 @@ from fastalign.parallel.mesh import World, axes_of, world
 from fastalign.parallel.shard import base_digest as sharded_digest
 from fastalign.parallel.shard import gathered, region, shard
 from fastalign.parallel.tensor import split_layers
+from fastalign.rl.backends import make_sampler
 from fastalign.rl.exact import probe
 from fastalign.rl.sampler import Stops
 from fastalign.types import ForwardCost
@@ -246,7 +247,7 @@ def whole_of(x: torch.Tensor) -> torch.Tensor:
 
 def sampled(ranks: World, name: str) -> None:
     """What is sampled has the bits of one process, on ranks with unequal work; the probe tells what training has."""
-    alone = sampling.make_policy()
+    alone = copy.deepcopy(sampling.make_policy())
     stops = Stops(frozenset(range(40)))
     prompts = sampling.make_prompts(3, 20, 7)
     expected = sampling.told(sampling.make_sampler(alone, stops).generate(prompts, 2, 5))
@@ -259,6 +260,14 @@ def sampled(ranks: World, name: str) -> None:
         mine = prompts[ranks.rank :: ranks.size]
         got = sampling.told(sampler.generate(mine, 2, 5))
         assert got == {key: expected[key] for key in got} and len(got) == 2 * len(mine)
+    lent = make_sampler(sampler.policy, sampler.settings, None, lent=copy.deepcopy(alone).requires_grad_(False))
+    lent.sampler.stops = stops
+    with torch.no_grad():
+        for weight in (*alone.parameters(), *sampler.policy.parameters()):
+            weight.mul_(1.5)
+    lent.sync(sampler.policy, 1)  # from shards of parts to a whole model on every rank
+    expected, got = (sampling.told(each.generate(mine, 2, 5)) for each in (sampling.make_sampler(alone, stops), lent))
+    assert got == expected and not lent.exact
     print("agreed on samples on", name, file=sys.stderr)
 
 

@@ -20,7 +20,7 @@ from fastalign.rl.sampler import Stops
 
 if __name__ == "__main__":
     with world(ParallelConfig()) as ranks:
-        alone = make_policy()
+        alone = copy.deepcopy(make_policy())
         expected = told(make_sampler(alone, Stops(frozenset(range(40)))).generate(make_prompts(3, 20, 7), 2, 5))
         sharded = shard(copy.deepcopy(alone), ranks)
         sampler = make_sampler(sharded, Stops(frozenset(range(40))))
