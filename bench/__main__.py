@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
     "plan": ("bench.plan", "measure what `fastalign plan` predicts of memory"),
     "scaling": ("bench.scaling", "model steps on 8 to 1024 GPUs; nothing is measured"),
+    "ladder": ("bench.ladder", "measure what each setting that saves memory saves, and what it costs"),
     "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),
     "report": ("bench.report", "draw the recorded results: plots and one HTML page"),
 }

@@ -41,8 +41,9 @@ class ModelConfig:
     """Backend of the packed attention; `auto` takes the best one present and logs which."""
     on_mismatch: Literal["raise", "fallback"] = "raise"
     """When the first packed batch disagrees with the plain forward: stop, or go on without sharing prefixes."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in backward."""
+    gradient_checkpointing: bool | Literal["mlp"] = False
+    """Recompute each layer's activations in backward; `mlp`: those of its MLP alone, which cost most memory and least
+    time."""
     trust_remote_code: bool = False
     """Run model code shipped with the checkpoint."""
     resize_embeddings: bool = False
@@ -66,6 +67,8 @@ class ReferenceConfig:
     """Hub name or local directory; default: the policy as it starts. distill needs one."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Parameter dtype; default: that of `model.dtype`."""
+    offload: bool = False
+    """Keep its weights in host memory; each layer is on the GPU only while it runs. On a CPU nothing changes."""
     cache: str = "auto"
     """Where the reference's log-probs are kept: a directory; `off`: computed with every batch; `auto`: below the cache
     of tokenised data, where that means less work. A reference is known there by the bytes of its files, or by the
@@ -159,9 +162,10 @@ class OptimConfig:
     """Warm-up: a share of the steps below 1, a number of steps from 1 on."""
     clip_norm: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
-    master_weights: bool = True
+    master_weights: bool | Literal["compensated"] = True
     """Of trained weights in half precision (`model.dtype: bfloat16`), keep masters, gradients and moments in fp32: 18
-    bytes a weight instead of 8. Without them steps of usual learning rates round to nothing."""
+    bytes a weight instead of 8. Without them steps of usual learning rates round to nothing. `compensated` keeps what
+    each rounding loses in a second bf16 number (Kahan), and the moments in bf16: 12 bytes."""
 
 
 @dataclass

@@ -6,13 +6,14 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import ablation, common, learn, sharing, workload
+from bench import ablation, common, ladder, learn, sharing, workload
 from bench.ablation import lines
 from bench.workload import Workload
 from fastalign.arguments import parse_config
@@ -47,6 +48,13 @@ def test_each_line_of_the_ablation_changes_one_thing():
     for before, after in zip(lines(), lines()[1:], strict=False):
         changed = [name for name, value in vars(after).items() if value != getattr(before, name) and name != "name"]
         assert len(changed) == 1 and replace(before, **{changed[0]: True}, name=after.name) == after
+
+
+@pytest.mark.parametrize("rung", [*ladder.RUNGS][-1:])
+def test_a_rung_of_the_memory_ladder_is_measured(rung, monkeypatch):
+    monkeypatch.setitem(ladder.MODELS, "tiny", TINY)
+    row = ladder.measure(rung, SimpleNamespace(model="tiny", tokens=512, steps=1))
+    assert row["peak_mib"] > 0 and row["cpu_s"] > 0
 
 
 @pytest.mark.parametrize("size", [2, 3])

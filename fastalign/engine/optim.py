@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from fastalign.config import OptimConfig
 from fastalign.models.precision import HALF
@@ -28,13 +29,20 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         masters: the fp32 master of each trained weight that has one.
+        compensated: weights in half precision that have a second number instead, for what rounding leaves of a master.
         found_inf: ``[]`` fp32 read by the fused step: 1 leaves weights and moments as they were.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: Any, masters: dict[nn.Parameter, nn.Parameter], **options: Any) -> None:
-        self.masters = masters
+    def __init__(
+        self,
+        groups: Any,
+        masters: dict[nn.Parameter, nn.Parameter],
+        compensated: frozenset[nn.Parameter] = frozenset(),
+        **options: Any,
+    ) -> None:
+        self.masters, self.compensated = masters, compensated
         super().__init__(groups, **options)
 
     def updated(self, weight: nn.Parameter) -> nn.Parameter:
@@ -46,8 +54,35 @@ class AdamW(torch.optim.AdamW):
         """One step of masters and other weights, by their gradients."""
         for weight, master in self.masters.items():
             master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+        for group in self.param_groups:
+            for weight in self.compensated.intersection(group["params"]):
+                if weight.grad is not None:
+                    self.compensated_step(weight, group)
+                    weight.grad = None
         super().step()
         copy_all(self.masters.values(), self.masters)
+
+    def compensated_step(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+        """A step of the master that is the weight plus its remainder, which exists in fp32 meanwhile only."""
+        if not self.state[weight]:
+            self.state[weight] = self.first_state(weight)
+        state = self.state[weight]
+        halves = [local(x) for x in (weight, state["remainder"], state["exp_avg"], state["exp_avg_sq"])]
+        master, lost, *moments = (x.float() for x in halves)
+        master += lost
+        gradient = local(weight.grad).float()
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        beta1, beta2 = group["betas"]
+        lists = [master], [gradient], *([x] for x in moments), [], [state["step"]]
+        adamw(*lists, fused=True, found_inf=self.found_inf, beta1=beta1, beta2=beta2, **options)
+        torch._foreach_copy_([halves[0], *halves[2:]], [master, *moments])
+        halves[1].copy_(master.sub_(halves[0]))
+
+    def first_state(self, updated: nn.Parameter) -> dict[str, Tensor]:
+        """The moments of what is updated, at 0, before its first step."""
+        kinds = ("exp_avg", "exp_avg_sq", *["remainder"] * (updated in self.compensated))
+        step = torch.zeros((), dtype=torch.float32, device=updated.device)
+        return {"step": step, **{kind: torch.zeros_like(updated) for kind in kinds}}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -90,7 +125,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) 
     trainable = [p for p in model.parameters() if p.requires_grad]
     if tell:
         warn_of_half(trainable, config)
-    masters = make_masters(trainable) if config.master_weights else {}
+    masters = make_masters(trainable) if config.master_weights is True else {}
+    compensated = frozenset(p for p in trainable if p.dtype in HALF and config.master_weights == "compensated")
+    add_up_in_fp32(compensated)
     updated = [masters.get(p, p) for p in trainable]
     groups = [
         {"params": [p for p in updated if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -99,6 +136,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) 
     return AdamW(
         [group for group in groups if group["params"]],
         masters,
+        compensated,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -113,10 +151,15 @@ def make_masters(trainable: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Par
     Those of a sharded weight FSDP adds up: see `parallel.shard`.
     """
     masters = {p: nn.Parameter(p.detach().float()) for p in trainable if p.dtype in HALF}
-    for weight in masters:
+    add_up_in_fp32(masters)
+    return masters
+
+
+def add_up_in_fp32(weights: Iterable[nn.Parameter]) -> None:
+    """Let the gradients of weights be fp32 whatever these are; sharded ones have it from FSDP."""
+    for weight in weights:
         if not isinstance(weight, DTensor):
             weight.grad_dtype = torch.float32
-    return masters
 
 
 def warn_of_half(trainable: Iterable[nn.Parameter], config: OptimConfig) -> None:

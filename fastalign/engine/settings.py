@@ -45,6 +45,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What values of settings must hold, None excepted, and how errors say it. NaN holds nothing."""
 BUDGET, WIDE_BUDGET = 4096, 1536
 """Default tokens of a micro-batch, and those in fp32 on a CPU, where more cost memory and save no time."""
+BF16_BETA = 0.99
+"""The largest decay with which moments in bf16 fall when gradients do: by 1 % a step; rounding takes 0.4 %."""
 HALF = "half precision (model.dtype bfloat16 or model.autocast true)"
 ATTENTION_NEEDS = {
     "cpp": "a CPU and fastalign's native extension",
@@ -78,12 +80,22 @@ def check_settings(config: Config) -> None:
             f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}"
         )
     check_generate(config)
+    check_moments(config)
     training_path(config.data)
     check_named(config.model)
     check_place(config.model.path, "model.path")
     check_place(config.model.tokenizer, "model.tokenizer")
     check_place(config.reference.path, "reference.path")
     lora.check(config.model)
+
+
+def check_moments(config: Config) -> None:
+    """Refuse moments in bf16 that would stand still: of 8 bits, each step must change more than half of the last."""
+    if config.optim.master_weights == "compensated" and config.optim.betas[1] > BF16_BETA:
+        raise ValueError(
+            f"optim.master_weights compensated keeps moments in bfloat16, which holds no steps of optim.betas "
+            f"{config.optim.betas[1]:g}: set the second to {BF16_BETA} or less"
+        )
 
 
 def check_generate(config: Config) -> None:

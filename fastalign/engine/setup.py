@@ -42,7 +42,9 @@ from fastalign.engine.output.checkpoints import Found
 from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
 from fastalign.models.load import check_model, load_tokenizer, separate_padding
+from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
+from fastalign.parallel.host import rest
 from fastalign.parallel.mesh import World
 
 log = logging.getLogger(__name__)
@@ -199,6 +201,8 @@ def load_models(start: Start, room: Callable[[Policy, Policy | None], None] = la
     critic = load_critic(start) if gradient is not None and gradient.settings.critic == "separate" else None
     room(policy, critic)
     reference = settle_reference(start, policy, shares)
+    if config.reference.offload:
+        rest_on_host(reference.model, policy, start.world)
     batch = start.batch(reference.share_prefix)
     for demand in start.demands if batch != config.batch else ():
         check_groups(cast(TokenDataset, demand.dataset), batch, f"the {demand.name}")
@@ -213,6 +217,18 @@ def critic_section(config: Config) -> ModelConfig:
     path = config.algorithm and config.algorithm.critic_path
     section = replace(config.model, lora=None, quantization=None)
     return section if path is None else replace(section, path=path, config=None)
+
+
+def rest_on_host(reference: Policy | WithoutAdapter | None, policy: Policy, world: World) -> None:
+    """Let a reference rest in host memory, where it is one of its own and there is a GPU to keep free."""
+    if world.mesh is not None:
+        remedy = "leave it out, or run one process"
+        raise ValueError(f"reference.offload: {world.size} ranks share the reference's weights already: {remedy}")
+    if not isinstance(reference, Policy) or world.device.type == "cpu":
+        log.info("reference.offload changes nothing: %s", "this is a CPU" if reference else "no reference is in memory")
+        return
+    rest(reference, world.device, policy.parameters())
+    log.info("reference: in host memory; each layer is on the GPU while it runs (reference.offload)")
 
 
 def load_critic(start: Start) -> Policy:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from fastalign.models import support
@@ -43,7 +45,7 @@ class Policy(nn.Module):
         model: the HF model, a causal LM or a sequence classifier with one label, or a `peft.PeftModel` of one; its
             attention is set to ours and its dropout to zero.
         attention: backend of the packed attention, `auto` for the best one here.
-        gradient_checkpointing: recompute each layer's activations in backward.
+        gradient_checkpointing: recompute each layer's activations in backward; `mlp` those of its MLP alone.
         value_head: put a value head beside the LM head.
 
     Raises:
@@ -58,7 +60,12 @@ class Policy(nn.Module):
     """The ranks that compute its layers together, a `parallel.tensor.Team`; None: each rank has the whole layers."""
 
     def __init__(
-        self, model: Any, *, attention: str = "auto", gradient_checkpointing: bool = False, value_head: bool = False
+        self,
+        model: Any,
+        *,
+        attention: str = "auto",
+        gradient_checkpointing: bool | str = False,
+        value_head: bool = False,
     ):
         super().__init__()
         adapted = None if isinstance(model, PreTrainedModel) else model
@@ -73,7 +80,9 @@ class Policy(nn.Module):
         self.max_length = support.max_length(model.config)
         self.head_options = support.head_options(model)
         self.value_head = make_value_head(head_of(self.head).weight) if value_head else None
-        if gradient_checkpointing:
+        if gradient_checkpointing == "mlp":
+            recompute_mlps(model)
+        elif gradient_checkpointing:
             word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
             enable = getattr(model, f"{word}_checkpointing_enable")
             enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
@@ -195,6 +204,26 @@ class Policy(nn.Module):
         window = plan.cache.get("window")
         if window is not None and (self.max_length is None or window < self.max_length[0]):
             self.max_length = (window, "the model's sliding window")
+
+
+def recompute_mlps(model: nn.Module) -> None:
+    """Let the backward compute what is inside of every MLP again: it reads twice the intermediate size of each token,
+    more than all else of a layer, and the last of its three products is not needed for it."""
+    found = [
+        block.mlp for block in support.transformer_blocks(model) if isinstance(getattr(block, "mlp", None), nn.Module)
+    ]
+    if not found:
+        name = type(model).__name__
+        raise ValueError(f"model.gradient_checkpointing mlp: the layers of {name} have no mlp: set it to true")
+    for mlp in found:
+        mlp.forward = partial(_recomputed, mlp)
+
+
+def _recomputed(mlp: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = type(mlp).forward  # which native layers or a split over ranks may have put there since
+    if not torch.is_grad_enabled():
+        return forward(mlp, *args, **kwargs)
+    return checkpoint(forward, mlp, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def make_value_head(weight: Tensor) -> nn.Linear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastalign.models import lora, outline
 from fastalign.models.head import scores
 from fastalign.models.load import load_policy, load_tokenizer, readable
 from fastalign.models.policy import Policy
+from fastalign.parallel.host import rest
 from fastalign.rl.answers import Group
 from fastalign.types import Rollout
 
@@ -27,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def load_reward_model(
-    path: str, policy_tokenizer: PreTrainedTokenizerBase, device: torch.device, setting: str
+    path: str, policy_tokenizer: PreTrainedTokenizerBase, device: torch.device, setting: str, *, offload: bool = False
 ) -> PackedModel | PlainModel:
-    """What scores groups with the model in a directory.
+    """What scores groups with the model in a directory; with ``offload`` its weights rest in host memory.
 
     Raises:
         ValueError: there is none, or it gives a sequence no single number.
@@ -38,12 +39,29 @@ def load_reward_model(
     tokenizer = load_tokenizer(section, setting=setting)
     why = check_classifier(section, setting)
     if why is None:
-        policy = load_policy(section, scalar_head=True, setting=setting).to(device).eval().requires_grad_(False)
-        return PackedModel(policy, tokenizer, same_tokenizer(tokenizer, policy_tokenizer))
+        policy = placed(load_policy(section, scalar_head=True, setting=setting), device, offload)
+        return PackedModel(policy, tokenizer, same_tokenizer(tokenizer, policy_tokenizer), device)
     log.info("reward model %s scores one sequence at a time: it cannot run on packed rows: %s", path, why)
     with readable("model", path, "config.json and safetensors weights", setting):
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
-    return PlainModel(model.to(device).eval(), tokenizer)
+    return PlainModel(placed(model, device, offload), tokenizer, device)
+
+
+def placed(model: Any, device: torch.device, offload: bool) -> Any:
+    """A frozen model on the device that it runs on, or on the host, from where its layers visit that device."""
+    model = model.eval().requires_grad_(False)
+    if not offload or device.type == "cpu":
+        return model.to(device)
+    rest(model, device)
+    for owner, name in buffers(model):
+        owner[name] = owner[name].to(device)
+    return model
+
+
+def buffers(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a model's buffers are kept, which stay on the device."""
+    for module in model.modules():
+        yield from ((module._buffers, name) for name, x in module._buffers.items() if x is not None)
 
 
 def check_classifier(section: ModelConfig, setting: str) -> str | None:
@@ -74,9 +92,8 @@ class PackedModel:
     `fastalign reward` does with its data.
     """
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, same: bool) -> None:
-        self.policy, self.tokenizer, self.same = policy, tokenizer, same
-        self.device = policy.head.weight.device
+    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, same: bool, device: torch.device) -> None:
+        self.policy, self.tokenizer, self.same, self.device = policy, tokenizer, same, device
         self.encoder = Encoder(tokenizer, DataConfig(), "preference", "reward", None, raw_dialogue=False)
         self.closing = closing_tokens(tokenizer)
 
@@ -115,8 +132,8 @@ class PackedModel:
 class PlainModel:
     """Scores with the model's own forward, one sequence at a time, so that none is padded."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self.model, self.tokenizer, self.device = model, tokenizer, device
 
     @torch.no_grad()
     def __call__(self, group: Group) -> list[float]:
@@ -128,7 +145,7 @@ class PlainModel:
         """The score of one text or conversation."""
         plain = isinstance(prompt, str)
         text = prompt + completion if plain else chat.Chat(self.tokenizer, None, {}).text([*prompt, *completion])
-        inputs = self.tokenizer(text, add_special_tokens=plain, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer(text, add_special_tokens=plain, return_tensors="pt").to(self.device)
         return self.model(**inputs).logits[0, 0].item()
 
 

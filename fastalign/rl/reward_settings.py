@@ -193,10 +193,11 @@ def model_reward(entry: Mapping[str, Any], setting: str) -> Maker:
     path = os.path.expanduser(path)
 
     def make(around: Surroundings) -> Reward:
-        model = load_reward_model(path, around.tokenizer, around.device, f"{setting}.model")
+        known = around.tokenizer, around.device, f"{setting}.model"
+        model = load_reward_model(path, *known, offload=entry.get("offload", False))
         return Reward("model", os.path.basename(os.path.normpath(path)), model, timeout=None)
 
-    return {}, make
+    return {"offload": "bool"}, make
 
 
 def code_reward(entry: Mapping[str, Any], setting: str) -> Maker:

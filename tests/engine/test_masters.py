@@ -19,7 +19,7 @@ from runs import numbers
 LR, STEPS = 5e-7, 30
 
 
-MASTER, WEIGHT = "policy.master.", "policy.weight."
+MASTER, WEIGHT, LEFT = "policy.master.", "policy.weight.", "policy.remainder."
 
 
 def tensors(run, step):
@@ -31,6 +31,9 @@ def tensors(run, step):
 def updated(run, step):
     """The weights that the optimizer's steps were added to, without a prefix."""
     every = tensors(run, step)
+    left = {name.removeprefix(LEFT): x for name, x in every.items() if name.startswith(LEFT)}
+    if left:
+        return {name: every[WEIGHT + name].double() + x.double() for name, x in left.items()}
     kind = MASTER if any(name.startswith(MASTER) for name in every) else WEIGHT
     return {name.removeprefix(kind): x for name, x in every.items() if name.startswith(kind)}
 
@@ -65,16 +68,21 @@ def moves(run, start):
 def test_masters_move_as_the_weights_of_an_fp32_run_and_bf16_alone_does_not(tune, start, caplog):
     """30 steps of 5e-7: of weights of about 0.02 bf16 holds no change below 6e-5."""
     wide, half, alone = tune("wide", "float32"), tune("half"), tune("alone", **{"optim.master_weights": False})
-    for run in (wide, half):
+    twice = tune("twice", **{"optim.master_weights": "compensated"})
+    for run in (wide, half, twice):
         train(run)
     assert "master_weights" not in caplog.text
     train(alone)
     told = "optim.master_weights false: steps of optim.lr 5e-07 on bfloat16 weights mostly round to nothing"
     assert caplog.text.count(told) == 1
-    want, got, lost = (moves(run, start) for run in (wide, half, alone))
-    assert got.abs().mean() / want.abs().mean() == pytest.approx(1, abs=0.03)
-    assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.95  # gradients of bf16 forwards, through Adam
-    assert (got != 0)[want != 0].double().mean() > 0.99  # tokens that no row has stay
+    want, lost = (moves(run, start) for run in (wide, alone))
+    for run in (half, twice):
+        got = moves(run, start)
+        assert got.abs().mean() / want.abs().mean() == pytest.approx(1, abs=0.03)
+        assert (
+            torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.95
+        )  # gradients of bf16 forwards, through Adam
+        assert (got != 0)[want != 0].double().mean() > 0.99  # tokens that no row has stay
     assert lost.abs().mean() / want.abs().mean() < 0.2 and (lost != 0).double().mean() < 0.2
 
 
@@ -90,8 +98,9 @@ def test_the_checkpoint_is_in_fp32_and_the_exported_model_is_its_rounding(tune):
     assert any(not torch.equal(x, x.bfloat16().float()) for x in masters.values())
 
 
-def test_a_run_with_masters_goes_on_to_the_bit(tune):
-    run = tune("run", **{"run.steps": 6, "run.save_every": 3, "optim.lr": 1e-3})
+@pytest.mark.parametrize("masters", [True, "compensated"])
+def test_a_run_with_masters_goes_on_to_the_bit(tune, masters):
+    run = tune("run", **{"run.steps": 6, "run.save_every": 3, "optim.lr": 1e-3, "optim.master_weights": masters})
     train(run)
     expected, kept = numbers(run.run.output_dir), tensors(run, 6)
     shutil.rmtree(Path(run.run.output_dir) / "checkpoints" / "step-6")
@@ -117,7 +126,7 @@ def test_a_run_may_begin_or_cease_to_keep_masters_and_says_so(tune, caplog, begi
     with caplog.at_level("INFO"):
         train(run)
     told = {
-        True: "resume: the checkpoint has no fp32 masters: they start from its weights",
+        True: "resume: the checkpoint has no fp32 masters of this kind: they start from its weights",
         False: "resume: the checkpoint's fp32 masters are left out: optim.master_weights is false",
     }
     assert caplog.text.count(told[begins]) == 1
@@ -193,6 +202,28 @@ def test_a_step_that_is_called_off_leaves_masters_and_weights():
     optimizer.zero_grad()
     assert all((weight == master.bfloat16()).all() for weight, master in optimizer.masters.items())
     assert layer.weight.grad is None and not torch.equal(layer.weight, before[0])
+
+
+def test_a_compensated_step_that_is_called_off_leaves_everything():
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    optimizer = make_optimizer(layer, OptimConfig(lr=0.1, master_weights="compensated"))
+    x, held = torch.ones(1, 2, dtype=torch.bfloat16), []
+    for called_off in (0.0, 1.0, 0.0):
+        layer(x).sum().backward()
+        optimizer.found_inf = torch.tensor(called_off)
+        optimizer.step()
+        every = [layer.weight, layer.bias, *(x for p in layer.parameters() for x in optimizer.state[p].values())]
+        held.append([each.detach().clone() for each in every])
+    assert all(torch.equal(a, b) for a, b in zip(held[0], held[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(held[1][:2], held[2][:2], strict=True))
+    assert sum(each.nbytes for each in held[2][2:] if each.dim()) == 6 * 6  # and the weight and its gradient: 12
+
+
+def test_moments_in_bf16_that_would_stand_still_are_refused(tune):
+    run = tune("run", **{"optim.master_weights": "compensated", "optim.betas": (0.9, 0.999)})
+    told = r"optim\.master_weights compensated .* no steps of optim\.betas 0\.999: set the second to 0\.99 or less"
+    with pytest.raises(ValueError, match=told):
+        train(run)
 
 
 def test_float16_is_warned_of(caplog):

@@ -1,5 +1,7 @@
 """Packed rows against separate sequences, to the rounding of the dtype: log-probs, gradients, nested prefixes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from packed_cases import (
@@ -13,6 +15,8 @@ from packed_cases import (
     separate_logps,
     widen_norms,
 )
+
+from fastalign.models.policy import recompute_mlps
 
 EXACT = 1e-12
 """float64: sums of a few dozen terms of order one, in two layers."""
@@ -63,12 +67,35 @@ def test_exact_however_many_query_heads_share_a_key(heads):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_no_bit(kind):
     batch, _ = nested_batch()
-    results = []
-    for on in (False, True):
+    results, sizes = [], []
+    for on in (False, True, "mlp"):
         policy = make_policy(kind, torch.float32, gradient_checkpointing=on).train()
-        logps = policy(batch, logps_head)
+        with kept_bytes() as kept:
+            logps = policy(batch, logps_head)
         results.append([logps, *gradients(policy, logps)])
-    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+        sizes.append(sum(kept.values()))
+    assert all(torch.equal(x, want) for got in results[1:] for x, want in zip(got, results[0], strict=True))
+    assert sizes[1] < sizes[2] < 0.8 * sizes[0]
+
+
+@contextmanager
+def kept_bytes():
+    """The memory that a forward keeps for its backward, by where it is."""
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield kept
+
+
+def test_a_model_without_mlps_is_told_so():
+    with pytest.raises(
+        ValueError, match=r"model\.gradient_checkpointing mlp: the layers of Linear have no mlp: set it to"
+    ):
+        recompute_mlps(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -112,16 +112,17 @@ def make_scratch(temporary: Path, tensors: dict[str, Tensor]) -> None:
         temporary.mkdir(parents=True)
 
 
-def expected_size(modules: Sequence[nn.Module], master_weights: bool, copies: Sequence[nn.Module] = ()) -> int:
+def expected_size(modules: Sequence[nn.Module], master_weights: bool | str, copies: Sequence[nn.Module] = ()) -> int:
     """Bytes of the tensors in a checkpoint before any step: weights, masters and Adam moments of what trains.
 
     Of ``copies``, such as a reference that follows the policy, only the weights are kept.
     """
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    with_masters = [p for p in trained if master_weights and p.dtype in HALF]
+    with_masters = [p for p in trained if master_weights is True and p.dtype in HALF]
     without = sum(p.nbytes for p in trained) - sum(p.nbytes for p in with_masters)
+    left = sum(p.nbytes for p in trained if master_weights == "compensated" and p.dtype in HALF)
     kept = sum(size_of(weights(module)) for module in (*modules, *copies))
-    return kept + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without
+    return kept + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without + left
 
 
 def written_files(temporary: Path, snapshot: Snapshot) -> dict[str, int]:

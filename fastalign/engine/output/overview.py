@@ -133,7 +133,9 @@ def count_elements(parameter: Tensor) -> int:
 def describe_dtype(job: Job) -> str:
     """What the weights are kept in, with or without masters, and whether forwards run under autocast."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in job.models.policy.parameters()})
-    masters = " with float32 masters" if job.trained["policy"].optimizer.masters else ""
+    optimizer = job.trained["policy"].optimizer
+    left = " with what rounding leaves of each" if optimizer.compensated else ""
+    masters = " with float32 masters" if optimizer.masters else left
     return f"weights {' and '.join(kinds)}{masters}, autocast {'bfloat16' if job.models.autocast else 'off'}"
 
 

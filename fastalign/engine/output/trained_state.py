@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fastalign.engine.optim import Trained
@@ -72,35 +71,28 @@ def make_moments(trained: Roles, steps: dict[str, float]) -> None:
     for name, parameter, one in named_weights(trained):
         if name in steps:
             updated = one.optimizer.updated(parameter)
-            one.optimizer.state[updated] = {
-                "step": torch.tensor(steps[name], dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(updated),
-                "exp_avg_sq": torch.zeros_like(updated),
-            }
+            one.optimizer.state[updated] = state = one.optimizer.first_state(updated)
+            state["step"].fill_(steps[name])
 
 
 def is_master(name: str) -> bool:
-    """Whether a tensor of a checkpoint is a master."""
-    return name.partition(".")[2].startswith("master.")
+    """Whether a tensor of a checkpoint is a master, or what rounding has left of one."""
+    return name.partition(".")[2].startswith(("master.", "remainder."))
 
 
 def in_both(
     mine: dict[str, Tensor], saved: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Both without masters, where one side has none at all: a run may begin or cease to keep them, and says so."""
-    here, there = (any(map(is_master, names)) for names in (mine, saved))
-    if here == there:
+    """Both without the masters, or remainders, that one side alone has: a run may begin or cease to keep them."""
+    apart = {name for name in mine.keys() ^ saved.keys() if is_master(name)}
+    if not apart or any(map(is_master, mine.keys() & saved.keys())):
         return mine, saved
-    if here:
-        log.info("resume: the checkpoint has no fp32 masters: they start from its weights")
+    if apart & mine.keys():
+        log.info("resume: the checkpoint has no fp32 masters of this kind: they start from its weights")
     else:
         log.info("resume: the checkpoint's fp32 masters are left out: optim.master_weights is false")
-    return without_masters(mine), without_masters(saved)
-
-
-def without_masters(tensors: dict) -> dict:
-    """The other tensors."""
-    return {name: x for name, x in tensors.items() if not is_master(name)}
+    ours, theirs = ({name: x for name, x in side.items() if name not in apart} for side in (mine, saved))
+    return ours, theirs
 
 
 def start_masters(trained: Roles, loaded: Iterable[str]) -> None:

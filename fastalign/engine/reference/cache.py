@@ -178,7 +178,7 @@ def windows(indices: Sequence[int]) -> Iterator[list[int]]:
     return (list(indices[start : start + WINDOW]) for start in range(0, len(indices), WINDOW))
 
 
-def is_memory_short(policy: Policy, world: World, masters: bool = True) -> bool:
+def is_memory_short(policy: Policy, world: World, masters: bool | str = True) -> bool:
     """Whether what comes with weights that train leaves less than a quarter of a GPU, beside the weights."""
     if world.device.type != "cuda":
         return False
@@ -189,14 +189,19 @@ def is_memory_short(policy: Policy, world: World, masters: bool = True) -> bool:
     return free - beside / shards < total / 4
 
 
-def bytes_beside(dtype: torch.dtype, masters: bool) -> int:
-    """Bytes beside a trained weight: gradient, two moments and a reference; with a master all but the last in fp32.
+def bytes_beside(dtype: torch.dtype, masters: bool | str) -> int:
+    """Bytes beside a trained weight: gradient, two moments and a reference; with a master all but the last in fp32;
+    with a compensated one the gradient alone, and the remainder beside.
 
     Example:
         >>> bytes_beside(torch.float32, True), bytes_beside(torch.bfloat16, True), bytes_beside(torch.bfloat16, False)
         (16, 18, 8)
+        >>> bytes_beside(torch.bfloat16, "compensated")
+        12
     """
-    return 16 + dtype.itemsize if masters and dtype in HALF else 4 * dtype.itemsize
+    if dtype in HALF and masters:
+        return 4 + 4 * dtype.itemsize if masters == "compensated" else 16 + dtype.itemsize
+    return 4 * dtype.itemsize
 
 
 def cannot_share(directory: Path, world: World) -> str | None:
