@@ -156,6 +156,7 @@ class NativeSampler:
         self.policy, self.settings, self.stops, self.precision = policy, settings, stops, precision
         self.version = 0
         self._layers: PackedLayers | None = None
+        self._head: Tensor | None = None
 
     def sync(self, policy: Policy, version: int) -> None:
         """The weights are the policy's own: only their version is new."""
@@ -179,7 +180,7 @@ class NativeSampler:
             try:
                 yield from self._run(prompts, n, seed, greedy)
             finally:
-                self._layers = None
+                self._layers = self._head = None
 
     def _run(self, prompts: Sequence[Prompt], n: int, seed: int, greedy: bool) -> Iterator[Rollout]:
         waiting, ready, live = deque(prompts), deque[Row](), list[Row]()
@@ -239,7 +240,7 @@ class NativeSampler:
         def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> list[list[Any]]:
             drawn = torch.empty_like(keys), *torch.empty(2, len(rows), device=keys.device)
             for temperature, at in self._temperatures(rows):
-                inputs = hidden[at], weight, keys[at], positions[at]
+                inputs = hidden[at], self._narrowed(weight), keys[at], positions[at]
                 tokens, stats = linear_sample(*inputs, temperature=temperature, **cut, **options)
                 for whole, part in zip(drawn, (tokens, stats.logps, stats.kept_mass), strict=True):
                     whole[at] = part.to(whole.dtype)
@@ -303,6 +304,15 @@ class NativeSampler:
         with torch.no_grad(), self.precision():
             self.policy(batch, lambda hidden, *_, **__: hidden, cached=shapes)
         return shapes.forest(type(self.policy.model).__name__, self._device)
+
+    def _narrowed(self, weight: Tensor) -> Tensor:
+        """The head's weight as autocast multiplies it, cast once for this generation."""
+        kind = weight.device.type
+        if not torch.is_autocast_enabled(kind) or weight.dtype != torch.float32:
+            return weight
+        if self._head is None:
+            self._head = weight.detach().to(torch.get_autocast_dtype(kind))
+        return self._head
 
     def _packed(self) -> PackedLayers | None:
         """The layers with weights packed for this generation, where that serves."""

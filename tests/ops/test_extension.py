@@ -123,7 +123,7 @@ def decode(length, heads):
 
 
 def product():
-    each = {"out": (at, 0, 1), "a": (at, 1, 1), "b": (at, 1, 1), "dtype": 1, "shape": (48, many, 2)}
+    each = {"out": (at, 0, 1), "a": (at, 1, 2), "b": (at, 1, 1), "dtype": 1, "shape": (many, 48, 2)}
     C.product(**each, accumulate=False, **threads)
 
 
