@@ -85,7 +85,7 @@ def cells(found: Plan) -> tuple[str, ...]:
     """What was found for it."""
     config, layout, rate = found.setting.config, found.setting.layout, found.speed.tokens / found.speed.step
     mesh = f"{layout.replicate} x {layout.shard} x {layout.tp}"
-    again = "yes" if config.model.gradient_checkpointing else "no"
+    again = {True: "layers", "mlp": "MLPs"}.get(config.model.gradient_checkpointing, "nothing")
     sizes = in_units(found.memory.peak), in_units(sum(found.speed.sent.values()))
     per = rate / found.setting.asked.gpus
     return mesh, again, f"{config.batch.tokens:,}", *sizes, f"{found.speed.step:.1f}", f"{rate:,.0f}", f"{per:,.0f}"

@@ -66,7 +66,7 @@ def test_parameters_are_those_of_the_model(name, lora):
 @pytest.mark.parametrize(
     "name, again, half",
     [
-        *(("llama", again, half) for again in (False, True) for half in ("", "autocast", "bfloat16")),
+        *(("llama", again, half) for again in (False, "mlp", True) for half in ("", "autocast", "bfloat16")),
         *((name, again, "autocast" if again else "") for name in ("qwen3", "gemma2") for again in (False, True)),
     ],
 )
@@ -86,7 +86,7 @@ def test_what_a_forward_keeps_is_what_is_counted_without_weights(name, again, ha
     assert loss.requires_grad and kept == pytest.approx(expected.total, abs=tables)
 
 
-@pytest.mark.parametrize("dtype, masters", [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+@pytest.mark.parametrize("dtype, masters", [("float32", True), ("bfloat16", True), ("bfloat16", False), ("bfloat16", "compensated")])
 def test_states_are_those_of_the_optimizer(dtype, masters):
     setting = setting_of("sft", **{"model.dtype": dtype, "optim.master_weights": masters})
     counted = states(setting.policy(), setting)
@@ -96,9 +96,11 @@ def test_states_are_those_of_the_optimizer(dtype, masters):
         p.grad = torch.ones_like(p, dtype=torch.float32 if dtype == "bfloat16" and masters else p.dtype)
     assert counted.gradients == sum(p.grad.nbytes for p in policy.parameters())
     optimizer.step()
-    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    kept = [(name, x) for state in optimizer.state.values() for name, x in state.items() if x.dim()]
+    moments = [x for name, x in kept if name != "remainder"]
     assert counted.weights == sum(p.nbytes for p in policy.parameters())
-    assert counted.masters == sum(p.nbytes for p in optimizer.masters.values())
+    remainders = [x for name, x in kept if name == "remainder"]
+    assert counted.masters == sum(p.nbytes for p in (*optimizer.masters.values(), *remainders))
     assert counted.moments == sum(x.nbytes for x in moments)
 
 

@@ -13,6 +13,8 @@ from fastalign.models.raised import HALF
 from fastalign.ops.head.plan import Plan, make_plan
 from fastalign.rl.sampler import MEMORY_SHARE, MOST_ROWS
 
+WIDENED = 20
+"""Bytes per element of the weight at hand, while its step is taken in fp32: master, gradient, remainder, two moments."""
 ARENA = 1.5
 """Keys and values grow by doubling: beside what is used there is on average half as much that is not."""
 
@@ -22,7 +24,7 @@ class States:
     """What stays of a model between steps, and what its gradients take.
 
     Attributes:
-        weights, masters, moments: on this rank.
+        weights, masters, moments: on this rank; in place of masters there may be what rounding leaves of them.
         gradients: as the optimizer reads them.
         unsharded: gradients of whole layers, as long as micro-batches are added up.
         temporaries: of the optimizer's step.
@@ -53,9 +55,10 @@ def states(model: Footprint, setting: Setting, *, trained: bool = True, sharded:
     """The states of a model; ``trained`` False for frozen ones, ``sharded`` False for one that is whole everywhere."""
     shard, mesh = (setting.layout.shard, setting.layout.data > 1 or setting.layout.tp > 1) if sharded else (1, False)
     part, learns = partial(local, shard=shard), [w for w in model.weights if w.trained and trained]
-    masters = setting.config.optim.master_weights
-    wide = [w for w in learns if _has_master(w, masters)]
-    gradient = sum(part(w) * _gradient_bytes(w, masters, mesh) for w in learns)
+    asked = setting.config.optim.master_weights
+    masters, wide = asked is True, [w for w in learns if _has_master(w, asked is True)]
+    remainders = [w for w in learns if _has_master(w, asked == "compensated")]
+    gradient = sum(part(w) * _gradient_bytes(w, bool(asked), mesh) for w in learns)
     computed = setting.way.dtype.itemsize if setting.way.dtype is not None else 0
     full = partial(_gathered, computed=computed)
     sizes: dict[int | None, float] = {}
@@ -65,11 +68,11 @@ def states(model: Footprint, setting: Setting, *, trained: bool = True, sharded:
     in_block, rest = ([w for w in learns if w.block == place] for place in (0, None))
     return States(
         weights=sum(part(w) * w.dtype.itemsize for w in model.weights),
-        masters=4 * sum(map(part, wide)),
+        masters=4 * sum(map(part, wide)) + 2 * sum(map(part, remainders)),
         moments=sum(part(w) * 2 * (4 if _has_master(w, masters) else w.dtype.itemsize) for w in learns),
         gradients=gradient,
         unsharded=_reduced(learns, setting) * mesh,
-        temporaries=4 * sum(map(part, wide)) * mesh,
+        temporaries=4 * sum(map(part, wide)) * mesh + WIDENED * max(map(part, remainders), default=0),
         root=outside * mesh,
         block=max(sizes.values(), default=0) * mesh,
         root_gradients=(full(rest) + _reduced(rest, setting)) * mesh,
@@ -139,10 +142,10 @@ def memory(setting: Setting) -> Memory:
     rewards = [states(x, setting, trained=False, sharded=False) for x in setting.reward_models()]
     kinds = {
         "weights": ours.weights,
-        "masters in fp32": ours.masters,
+        "masters": ours.masters,
         "moments": ours.moments,
         "critic: weights, masters, moments": sum(x.kept for x in theirs),
-        "reference": sum(x.weights + x.root for x in references),
+        "reference": sum(x.weights + x.root for x in references) * (not setting.reference_rests),
         "reward models": sum(x.weights for x in rewards),
         "copy to sample from": copy_to_sample(setting, policy),
     }

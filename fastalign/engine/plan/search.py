@@ -67,7 +67,7 @@ def fitted(setting: Setting) -> Plan | None:
     """The settings of mesh, checkpointing and micro-batch that make the fastest predicted step; None if none fits."""
     best: Plan | None = None
     for parallel in meshes(setting):
-        for again in (False, True):
+        for again in (False, "mlp", True):
             one = changed(setting, parallel=parallel, model={"gradient_checkpointing": again})
             tokens = largest(one)
             if tokens is None:
@@ -133,8 +133,10 @@ def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if setting.micro_batches > 1:
         size = setting.layout.data * setting.updates * max(1, setting.tokens // setting.group.tokens)
         yield f"batch.size: {size} (no adding up of micro-batches)", changed(setting, batch={"size": size})
-    if not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing: true", changed(setting, model={"gradient_checkpointing": True})
+    for word, again in (("mlp", "mlp"), ("true", True)):
+        if config.model.gradient_checkpointing not in (again, True):
+            words = f"model.gradient_checkpointing: {word}"
+            yield words, changed(setting, model={"gradient_checkpointing": again})
     if setting.layout.replicate > 1:
         shards = {"dp_replicate": 1, "dp_shard": -1}
         yield "parallel.dp_replicate: 1 (all ranks share one copy)", changed(setting, parallel=shards)
@@ -144,7 +146,10 @@ def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if config.model.lora is None:
         yield "model.lora: {r: 16}", changed(setting, model={"lora": {"r": 16}})
     if config.model.dtype == "float32":
-        yield "model.dtype: bfloat16", changed(setting, model={"dtype": "bfloat16"})
+        half = {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": "compensated"}}
+        yield "model.dtype: bfloat16, optim.master_weights: compensated", changed(setting, **half)
+    if gpus == 1 and beside and setting.device.kind == "cuda" and not config.reference.offload:
+        yield "reference.offload: true", changed(setting, reference={"offload": True})
     for more in (2, 4, 8):
         wide = replace(setting, asked=replace(setting.asked, gpus=gpus * more))
         yield f"--gpus {gpus * more}", changed(wide, parallel={"dp_replicate": 1, "dp_shard": -1})

@@ -194,9 +194,10 @@ class Setting:
         return self.footprint(replace(self.config.model, lora=None, gradient_checkpointing=False))
 
     def reward_models(self) -> list[Footprint]:
-        """Models that score completions, whole on each rank."""
-        paths = [reward["model"] for reward in self.config.rewards if isinstance(reward.get("model"), str)]
-        return [self.whole(ModelConfig(path=path, dtype="auto")) for path in paths]
+        """Models that score completions, whole on each rank; those that rest on the host are left out."""
+        found = [reward for reward in self.config.rewards if isinstance(reward.get("model"), str)]
+        here = [reward["model"] for reward in found if not (reward.get("offload") and self.device.kind == "cuda")]
+        return [self.whole(ModelConfig(path=path, dtype="auto")) for path in here]
 
     def footprint(self, section: ModelConfig, **kind: bool) -> Footprint:
         """Of a model on one rank of the mesh."""
@@ -222,6 +223,11 @@ class Setting:
             return "the policy without its adapter"
         return "a frozen copy"
 
+    @property
+    def reference_rests(self) -> bool:
+        """Whether the reference is in host memory while the policy trains."""
+        return self.config.reference.offload and self.device.kind == "cuda" and self.asked.gpus == 1
+
     @cached_property
     def is_cached(self) -> bool:
         """Whether log-probs are computed ahead, as a run decides it; a number of steps counts as one pass."""
@@ -234,7 +240,7 @@ class Setting:
         if self.device.kind != "cuda":
             return False
         weights = self.policy().weights
-        trained, masters = [w for w in weights if w.trained] or weights, config.optim.master_weights
+        trained, masters = [w for w in weights if w.trained] or weights, bool(config.optim.master_weights)
         beside = sum(w.numel * bytes_beside(w.dtype, masters) for w in trained) / self.layout.shard
         held = sum(w.numel * w.dtype.itemsize for w in weights) / self.layout.shard
         return self.device.memory - held - beside < self.device.memory / 4

@@ -100,7 +100,8 @@ def facts(found: Plan) -> Iterator[str]:
     each = f"{setting.asked.gpus} x {setting.asked.device}, {in_units(setting.device.memory)} each"
     yield f"devices     {each}: {setting.layout}"
     kind = setting.config.model.dtype + (", computed in bfloat16" if setting.half else "")
-    again = ", layers recomputed in backward" if setting.config.model.gradient_checkpointing else ""
+    words = {"mlp": ", MLPs recomputed in backward", True: ", layers recomputed in backward"}
+    again = words.get(setting.config.model.gradient_checkpointing, "")
     yield f"weights     {kind}; attention {setting.way.attention}{again}"
     yield f"reference   {setting.reference}"
     lengths = f"{group.answers} x {group.answer} tokens after a prompt of {group.prompt}"

@@ -85,9 +85,17 @@ def forward_and_backward(setting: Setting, work: tuple[int, int, int]) -> dict[s
     for name, model in (("training", setting.policy()), ("training the critic", setting.critic_model())):
         if model is not None:
             every, trained = cost_of(model), cost_of(model, trained=True)
-            again = 2 * every.of(work[0], work[1], 0) * setting.config.model.gradient_checkpointing
+            again = recomputed(setting, model, every, work)
             found[name] = setting.passes * (4 * every.of(*work) + 2 * trained.of(*work) + again)
     return found
+
+
+def recomputed(setting: Setting, model: Footprint, every: ForwardCost, work: tuple[int, int, int]) -> float:
+    """Operations of activations that backward computes again: of whole layers, or of two of an MLP's three products."""
+    again, config = setting.config.model.gradient_checkpointing, model.config
+    if again == "mlp":
+        return 2 * work[0] * 2 * config.hidden_size * config.intermediate_size * model.layers
+    return 2 * every.of(work[0], work[1], 0) if again else 0.0
 
 
 def other_passes(setting: Setting, work: tuple[int, int, int]) -> dict[str, float]:
@@ -127,7 +135,7 @@ def communication(setting: Setting, tokens: float) -> dict[str, float]:
         passes = other_rounds(setting) * setting.micro_batches * setting.updates
         found["fsdp"] += ((rounds + passes) * own.whole + updates * own.unsharded) * away
         found["dp_replicate"] += updates * 2 * (layout.replicate - 1) / layout.replicate * own.unsharded / layout.shard
-        sums = 4 + 2 * setting.config.model.gradient_checkpointing
+        sums = 4 + 2 * (setting.config.model.gradient_checkpointing is True)
         width = model.config.hidden_size * wire * 2 * (layout.tp - 1) / layout.tp
         found["tp"] += tokens * width * model.layers * (sums * setting.passes + 2 * other_rounds(setting))
     if setting.samples and layout.ranks > 1:
