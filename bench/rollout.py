@@ -1,8 +1,8 @@
 """``fastalign bench rollout``: tokens per CPU-second of the native sampler, of transformers, and of the products alone.
 
 All sample the same number of tokens behind the same prompts from one model in this process, in random order, round by
-round. The products are those of the model's matrices with the rows of one step, as often as there are steps, and nothing
-else: once by the faster one of PyTorch's libraries, once by our own, which the sampler calls where they are faster.
+round. The products are those of the model's matrices with the rows of one step, as often as there are steps, and no
+more: once by the faster one of PyTorch's libraries, once by our own, which the sampler calls where they are faster.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def main(options: argparse.Namespace) -> int:
     rivals = [common.quantiles(rates[name])[1] for name in ("transformers generate", PRODUCTS)]
     rows = [row(name, rate, rivals) for name, rate in rates.items()]
     title = f"{options.prompts} x {options.answers} answers of {options.tokens} tokens, Llama 256x6, {options.dtype}"
-    goal = f"goal: fastalign at least {GOALS[options.dtype]} times as fast as transformers, and 60 % of PyTorch's products"
+    goal = (
+        f"goal: fastalign at least {GOALS[options.dtype]} times as fast as transformers, and 60 % of PyTorch's products"
+    )
     columns = ["", "tokens per CPU-second", "20 % to 80 %", "against transformers", "of PyTorch's products"]
     common.print_table(title, columns, rows, goal)
     if options.record:

@@ -103,7 +103,9 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_and_is_named(tmp_path
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc/absent", "me/..", "../x", "a/../b", "~/absent", "a\\b", "a//b"])
-def test_names_that_lead_out_of_the_hub_are_paths(name):
+def test_names_that_lead_out_of_the_hub_are_paths(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # above which there is no etc
     assert hub.looks_local(name)
     with pytest.raises(ValueError, match=r"model\.path: no directory at"):
         check_settings(Config("sft", model=ModelConfig(path=name), data=DataConfig(path="builtin:sort_letters")))

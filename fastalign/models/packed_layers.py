@@ -106,8 +106,10 @@ def _serves(policy: Policy) -> bool:
 def _is_native(layer: Any) -> bool:
     parts = {native.Attention: layer.self_attn, native.GatedMlp: layer.mlp, native.Norm: layer.input_layernorm}
     native_parts = all(isinstance(part, kind) for kind, part in parts.items())
-    return native_parts and type(layer.mlp.act_fn).__name__ in native.SILU and all(
-        type(linear) is native.Linear for linear in _linears(layer)
+    return (
+        native_parts
+        and type(layer.mlp.act_fn).__name__ in native.SILU
+        and all(type(linear) is native.Linear for linear in _linears(layer))
     )
 
 

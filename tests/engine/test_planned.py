@@ -86,7 +86,9 @@ def test_what_a_forward_keeps_is_what_is_counted_without_weights(name, again, ha
     assert loss.requires_grad and kept == pytest.approx(expected.total, abs=tables)
 
 
-@pytest.mark.parametrize("dtype, masters", [("float32", True), ("bfloat16", True), ("bfloat16", False), ("bfloat16", "compensated")])
+@pytest.mark.parametrize(
+    "dtype, masters", [("float32", True), ("bfloat16", True), ("bfloat16", False), ("bfloat16", "compensated")]
+)
 def test_states_are_those_of_the_optimizer(dtype, masters):
     setting = setting_of("sft", **{"model.dtype": dtype, "optim.master_weights": masters})
     counted = states(setting.policy(), setting)

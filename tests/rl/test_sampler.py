@@ -74,7 +74,12 @@ def test_log_probs_under_autocast_are_those_of_training():
     assert largest_difference(rollouts, trained_logps(sampler, rollouts)) == 0
 
 
-PACKED = {"llama": {}, "llama in bf16": {"dtype": HALF}, "mistral": EXACT["mistral"], "a tied head": EXACT["a tied head"]}
+PACKED = {
+    "llama": {},
+    "llama in bf16": {"dtype": HALF},
+    "mistral": EXACT["mistral"],
+    "a tied head": EXACT["a tied head"],
+}
 PACKED |= {"qwen3": {"kind": "qwen3"}, "qwen2, which has biases": {"kind": "qwen2", "dtype": HALF}}
 
 

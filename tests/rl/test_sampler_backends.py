@@ -182,7 +182,9 @@ def test_a_server_samples_from_the_weights_that_train(tmp_path, url, own_weights
 def test_a_server_with_stale_weights_does_not_pass_silently(tmp_path, url, own_weights, monkeypatch):
     config = configured(tmp_path, url)
     monkeypatch.setattr(Server, "control", lambda self, asked: self.answer({"error": "CUDA out of memory"}, 500))
-    with pytest.raises(ValueError, match=r"did not take the weights in .*/run/weights/step-0-\d+: .* answers 500: .*CUDA out of"):
+    with pytest.raises(
+        ValueError, match=r"did not take the weights in .*/run/weights/step-0-\d+: .* answers 500: .*CUDA out of"
+    ):
         train(config)
     Server.develops = False
     with pytest.raises(ValueError, match=r"no /collective_rpc: start it by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):

@@ -14,7 +14,7 @@ from fastalign.ops.head.plan import Plan, make_plan
 from fastalign.rl.sampler import MEMORY_SHARE, MOST_ROWS
 
 WIDENED = 20
-"""Bytes per element of the weight at hand, while its step is taken in fp32: master, gradient, remainder, two moments."""
+"""Bytes per element of the weight whose step is taken, in fp32: master, gradient, remainder, two moments."""
 ARENA = 1.5
 """Keys and values grow by doubling: beside what is used there is on average half as much that is not."""
 

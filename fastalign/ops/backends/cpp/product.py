@@ -1,9 +1,9 @@
 """The native products of fp32 and bf16 matrices behind tensors, with sums in fp32, where they are the faster choice.
 
 They are on processors with AVX-512 and its bf16 that are not Intel's: there MKL keeps to its AVX2 kernels, and oneDNN
-makes fresh results only, copies what is transposed and is slow where rows are few. Measured on a core of an AMD EPYC with
-a busy neighbour, GFLOP/s of oneDNN and of these: 64 x 256 x 768 in fp32 70 and 104, in bf16 130 and 202; 1273 rows 96 and
-108, 191 and 221; 1273 rows of 8192 words in fp32 60 and 103.
+makes fresh results only, copies what is transposed and is slow where rows are few. Measured on a core of an AMD EPYC
+with a busy neighbour, GFLOP/s of oneDNN and of these: 64 x 256 x 768 in fp32 70 and 104, in bf16 130 and 202; 1273 rows
+96 and 108, 191 and 221; 1273 rows of 8192 words in fp32 60 and 103.
 
 Bits of a number depend neither on threads nor on the rows and columns around it.
 """
@@ -93,7 +93,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x [..., K] @ weight [N, K].T + bias``, multiplied in ``dtype``; gradients are rounded to those of x and weight."""
+    """``x [..., K] @ weight [N, K].T + bias``, multiplied in ``dtype``; gradients are in those of x and weight."""
     return applied(_Linear, x, weight, bias, dtype)
 
 
