@@ -57,12 +57,12 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for weight in self.compensated.intersection(group["params"]):
                 if weight.grad is not None:
-                    self.compensated_step(weight, group)
+                    self.compensated_step(weight, weight.grad, group)
                     weight.grad = None
         super().step()
         copy_all(self.masters.values(), self.masters)
 
-    def compensated_step(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+    def compensated_step(self, weight: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         """A step of the master that is the weight plus its remainder, which exists in fp32 meanwhile only."""
         if not self.state[weight]:
             self.state[weight] = self.first_state(weight)
@@ -70,12 +70,11 @@ class AdamW(torch.optim.AdamW):
         halves = [local(x) for x in (weight, state["remainder"], state["exp_avg"], state["exp_avg_sq"])]
         master, lost, *moments = (x.float() for x in halves)
         master += lost
-        gradient = local(weight.grad).float()
         options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
         beta1, beta2 = group["betas"]
-        lists = [master], [gradient], *([x] for x in moments), [], [state["step"]]
+        lists: Any = [master], [local(gradient).float()], *([x] for x in moments), [], [state["step"]]
         adamw(*lists, fused=True, found_inf=self.found_inf, beta1=beta1, beta2=beta2, **options)
-        torch._foreach_copy_([halves[0], *halves[2:]], [master, *moments])
+        torch._foreach_copy_([halves[0], *halves[2:]], [master, *moments])  # pyright: ignore
         halves[1].copy_(master.sub_(halves[0]))
 
     def first_state(self, updated: nn.Parameter) -> dict[str, Tensor]:

@@ -209,9 +209,7 @@ class Policy(nn.Module):
 def recompute_mlps(model: nn.Module) -> None:
     """Let the backward compute what is inside of every MLP again: it reads twice the intermediate size of each token,
     more than all else of a layer, and the last of its three products is not needed for it."""
-    found = [
-        block.mlp for block in support.transformer_blocks(model) if isinstance(getattr(block, "mlp", None), nn.Module)
-    ]
+    found: list[Any] = [mlp for block in support.transformer_blocks(model) if (mlp := getattr(block, "mlp", None))]
     if not found:
         name = type(model).__name__
         raise ValueError(f"model.gradient_checkpointing mlp: the layers of {name} have no mlp: set it to true")

@@ -201,7 +201,7 @@ def of_this_launch(store: Store, rank: int, size: int) -> Store:
     torchrun starts ranks again with the store of those before, where the addresses of these still stand. Rank 0 names
     the launch; a name counts once rank 0 has read under it what this process has written.
     """
-    mine, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+    mine, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()  # pyright: ignore
     if rank == 0:
         store.set("launch", mine)
         store.set(f"{mine}/ranks", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, size)))

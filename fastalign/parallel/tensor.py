@@ -363,7 +363,7 @@ def whole_layers(model: nn.Module) -> Iterator[None]:
     try:
         for owner, name, x in kept:
             if id(x) not in made:
-                made[id(x)] = nn.Parameter(x.detach().full_tensor(), requires_grad=False)
+                made[id(x)] = nn.Parameter(x.detach().full_tensor(), requires_grad=False)  # pyright: ignore
             owner[name] = made[id(x)]
         team.whole = True
         yield

@@ -174,8 +174,9 @@ class TransformersSampler:
         rows = min(len(requests), self.settings.max_rows or MOST_REQUESTS)
         longest = max(len(prompt.ids) for prompt, _ in requests.values())
         pages = rows * -(-(longest + self.settings.max_new_tokens + 1) // PAGE)
+        paged: dict[str, Any] = {PAGE_SIZE: PAGE}
         cache = ContinuousBatchingConfig(  # what is left out is guessed from the memory, which takes it
-            **{PAGE_SIZE: PAGE},
+            **paged,
             num_blocks=pages + rows,
             max_batch_tokens=max(longest, rows, 512),
             max_requests_per_batch=rows,

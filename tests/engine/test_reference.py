@@ -18,7 +18,7 @@ from fastalign.engine import train
 from fastalign.engine import update as updates
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
-from fastalign.engine.output.checkpoint import rng_state
+from fastalign.engine.output.generators import rng_state
 from fastalign.engine.reference import cache as filling
 from fastalign.engine.reference import frozen as reference
 from fastalign.engine.reference.cache import Demand, Filling, cannot_share, look_up, missing_examples, open_cache

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from fastalign.engine.optim import Trained
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Roles = Mapping[str, Trained]
 """The modules that change, such as ``policy`` and ``critic``."""
@@ -91,8 +94,12 @@ def in_both(
         log.info("resume: the checkpoint has no fp32 masters of this kind: they start from its weights")
     else:
         log.info("resume: the checkpoint's fp32 masters are left out: optim.master_weights is false")
-    ours, theirs = ({name: x for name, x in side.items() if name not in apart} for side in (mine, saved))
-    return ours, theirs
+    return without(mine, apart), without(saved, apart)
+
+
+def without(tensors: dict[str, T], names: set[str]) -> dict[str, T]:
+    """The other tensors."""
+    return {name: x for name, x in tensors.items() if name not in names}
 
 
 def start_masters(trained: Roles, loaded: Iterable[str]) -> None:
