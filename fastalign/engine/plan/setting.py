@@ -89,8 +89,7 @@ class Setting:
         half = autocast or DTYPES.get(section.dtype, torch.bfloat16) == torch.bfloat16
         backend = section.attention
         if backend == "auto":
-            native = "sdpa" if cpp.unavailable() else "cpp"
-            backend = ("varlen" if half else "sdpa") if cuda else native
+            backend = ("varlen" if half else "sdpa") if cuda else ("sdpa" if cpp.unavailable() else "cpp")
         gathered = torch.bfloat16 if autocast and self.asked.gpus > 1 else None
         return Way(not cuda, backend, autocast and gathered is None, gathered)
 

@@ -24,6 +24,7 @@ from fastalign.models.policy import Policy
 from fastalign.models.support import transformer_blocks
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, expand_heads, gathered
+from fastalign.ops.backends.cpp.product import preferred
 from fastalign.types import PackedBatch
 
 KINDS = {"norm": "norms", "attention": "attention", "attn": "attention", "mlp": "MLP", "expert": "MLP", "moe": "MLP"}
@@ -82,7 +83,8 @@ def run(policy: Policy, batch: PackedBatch, way: Way) -> Kept:
         stack.enter_context(live.watching(policy))
         stack.enter_context(live.marking(transformer_blocks(policy)[-1]))
         stack.enter_context(_attention(policy, way))
-        copies = stack.enter_context(_autocast(policy, live)) if way.autocast else {}
+        caches = not (way.native and preferred())  # the native products cast for themselves
+        copies = stack.enter_context(_autocast(policy, live, caches)) if way.autocast else {}
         stack.enter_context(live)
         loss = policy(batch, lambda hidden, *_, **__: Head.apply(hidden))
         kinds, end = live.kinds(), live.bytes
@@ -251,12 +253,12 @@ class _Fused(torch.autograd.Function):
 
 
 @contextmanager
-def _autocast(policy: Policy, live: Live) -> Iterator[dict[int, Tensor]]:
+def _autocast(policy: Policy, live: Live, caches: bool) -> Iterator[dict[int, Tensor]]:
     """Linear layers as autocast runs them, which the meta device has not; gives its copies of trained weights."""
     copies: dict[int, Tensor] = {}
     layers = [module for module in policy.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
-        layer.forward = partial(_half_linear, layer, copies, live)  # pyright: ignore
+        layer.forward = partial(_half_linear, layer, copies, live, caches)  # pyright: ignore
     try:
         with torch.autocast("cpu", torch.bfloat16):
             yield copies
@@ -265,11 +267,11 @@ def _autocast(policy: Policy, live: Live) -> Iterator[dict[int, Tensor]]:
             del layer.forward
 
 
-def _half_linear(layer: nn.Linear, copies: dict[int, Tensor], live: Live, x: Tensor) -> Tensor:
+def _half_linear(layer: nn.Linear, copies: dict[int, Tensor], live: Live, caches: bool, x: Tensor) -> Tensor:
     weight, bias, half = layer.weight, layer.bias, torch.bfloat16
     live.place.append("bf16 copies of weights")
     narrow = copies.get(id(weight), weight).to(half)
     live.place.pop()
-    if weight.requires_grad:
+    if weight.requires_grad and caches:
         copies[id(weight)] = narrow
     return nn.functional.linear(x.to(half), narrow, None if bias is None else bias.to(half))
