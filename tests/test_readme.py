@@ -20,7 +20,7 @@ from fastalign.engine.output import report
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "kubernetes.yaml")
 FEW = [
     *("--run.steps", "1", "--data.limit", "24", "--batch.size", "4"),
     *("--data.eval_path", "null", "--data.eval_fraction", "0.2"),

@@ -26,6 +26,7 @@ constexpr int64_t kDepth = 512;  // words of k at a time: sums are read and writ
 constexpr int64_t kLanes = 16, kVectors = 4, kCols = kLanes * kVectors;
 constexpr int64_t kRows = 6;    // 6 x 4 vectors of sums, 4 of b and one of a fill the 32 registers
 constexpr int64_t kBlock = 48;  // rows that a thread multiplies with a strip: a multiple of kRows and kLanes
+constexpr int64_t kRowsAtOnce = 64 * kBlock;
 constexpr int64_t kGroup = 8;  // strips that are packed together: what the second-level cache holds
 constexpr int64_t kWork = 1 << 17;  // multiply-adds for which a thread is worth waking
 
@@ -302,8 +303,17 @@ void pack(const Product& op, Word* out, int threads) {
 
 bool has_product() { return __builtin_cpu_supports("avx512bf16"); }
 
+// Some rows at a time, so that a copy of a, where one is made, stays small; no number's bits depend on it.
 void product(const Product& op, int threads) {
-  (op.dtype == Dtype::float32 ? run<Whole> : run<Half>)(op, threads);
+  bool half = op.dtype != Dtype::float32;
+  int64_t a_size = half ? 2 : 4, out_size = op.out_dtype == Dtype::float32 ? 4 : 2;
+  for (int64_t row = 0; row < op.m; row += kRowsAtOnce) {
+    Product some = op;
+    some.m = std::min(kRowsAtOnce, op.m - row);
+    some.a = static_cast<const char*>(op.a) + row * op.a_row_stride * a_size;
+    some.out = static_cast<char*>(op.out) + row * op.out_stride * out_size;
+    (half ? run<Half> : run<Whole>)(some, threads);
+  }
 }
 
 int64_t packed_bytes(int64_t n, int64_t k, Dtype dtype) {

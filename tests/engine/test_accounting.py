@@ -10,6 +10,7 @@ from fastalign.data.pack import pack, share
 from fastalign.engine.output.accounting import Accounting, account, peak_flops
 from fastalign.engine.output.report import read_curves, time_table
 from fastalign.engine.setup import load_data
+from fastalign.engine.timing import PARTS
 from fastalign.engine.train import train
 from fastalign.engine.update import measure_work
 from fastalign.models.costs import forward_cost
@@ -91,7 +92,7 @@ def test_a_run_tells_where_its_time_went(configure):
     config = configure("dpo", **{"run.steps": 3})
     train(config)
     for record in records(config.run.output_dir):
-        parts = [record[f"t_{part}"] for part in ("data", "reference", "forward", "backward", "optimizer", "other")]
+        parts = [record[f"t_{part}"] for part in (*PARTS, "other")]
         assert sum(parts) == pytest.approx(record["t_step"]) and min(parts) >= 0
         assert record["mfu"] is None and record["flops_model"] > 0 and record["padding_fraction"] == 0
         assert 0 < record["packing_efficiency"] <= 1 < record["share_ratio"]

@@ -236,7 +236,11 @@ def test_a_model_that_cannot_run_is_refused_before_any_data_are_read(configure, 
     [
         ("model.dtype", "bf16", "model.dtype: expected one of auto, float32, bfloat16, got 'bf16'"),
         ("model.on_mismatch", "foo", "model.on_mismatch: expected one of raise, fallback, got 'foo'"),
-        ("optim.master_weights", "false", "optim.master_weights: expected true or false, got 'false'"),
+        (
+            "optim.master_weights",
+            "false",
+            "optim.master_weights: expected true or false or one of compensated, got 'false'",
+        ),
         ("optim.lr", "1e-5", "optim.lr: expected a number, got '1e-5'"),
         ("run.steps", 2.5, "run.steps: expected a whole number or null, got 2.5"),
         ("run.resume", 1, "run.resume: expected true or false or a string, got 1"),

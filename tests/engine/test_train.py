@@ -17,6 +17,7 @@ from fastalign.engine import train as engine
 from fastalign.engine.errors import RunError
 from fastalign.engine.evaluate import evaluate_model
 from fastalign.engine.setup import load_data
+from fastalign.engine.timing import PARTS
 from fastalign.engine.train import train
 from fastalign.models.load import load_policy, save_pretrained
 from runs import assert_close, numbers, records
@@ -33,7 +34,7 @@ def test_a_run_learns_and_leaves_a_whole_directory(configure, materials):
     assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20, 30]
     assert lines[-1]["eval_loss"] < lines[9]["eval_loss"]
     assert lines[0]["perplexity"] == pytest.approx(math.exp(lines[0]["loss"]))
-    parts = sum(lines[5][f"t_{part}"] for part in ("data", "reference", "forward", "backward", "optimizer", "other"))
+    parts = sum(lines[5][f"t_{part}"] for part in (*PARTS, "other"))
     assert parts == pytest.approx(lines[5]["t_step"])
     assert {p.name for p in (directory / "checkpoints").iterdir()} == {"step-20", "step-30", "latest"}
     assert (directory / "report.html").exists()

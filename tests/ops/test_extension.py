@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {3: "6e879a7bed02ac3c"}
+BINDINGS = {3: "6e879a7bed02ac3c", 4: "97191eb0a741f0cd"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""

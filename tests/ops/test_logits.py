@@ -152,7 +152,8 @@ def test_a_loss_on_a_device(dtype, backend, extra):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_processor_without_bf16_products_widens_the_operands(dtype, monkeypatch):
-    monkeypatch.setattr(import_module("fastalign.ops.backends.cpp.product"), "_available", lambda: False)
+    for name in ("available", "preferred"):
+        monkeypatch.setattr(import_module("fastalign.ops.backends.cpp.product"), name, lambda: False)
     leaves, labels = head(dtype, bias=True, rank=4)
     options = {**options_of(leaves), "logits": "float32", "memory": 1_600_000}
     loss, stats = linear_loss(leaves["hidden"], leaves["weight"], labels, weighted, **options)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastalign.ops.backends import cpp
 from fastalign.ops.final import applied, final
 
-LEAST_WORK = 1 << 17
+LEAST_WORK = 1 << 21
 """Multiply-adds from which a product is worth the call, where its bits may depend on its size."""
 
 
