@@ -123,7 +123,7 @@ def decode(length, heads):
 
 
 def product():
-    each = {"out": (at, 0, 1), "a": (at, 1, 2), "b": (at, 1, 1), "dtype": 1, "shape": (many, 48, 2)}
+    each = {"out": (at, 1, many), "a": (at, 2048, 1), "b": (at, many, 1), "dtype": 1, "shape": (1, many, 2048)}
     C.product(**each, accumulate=False, **threads)
 
 
@@ -167,5 +167,5 @@ def test_an_allocation_that_fails_is_an_error_and_not_the_end_of_the_process():
     assert len(told) >= 10
     for name, text in told.items():
         op, _, rest = text.partition(": no memory for ")
-        assert op == name.split(",")[0] and int(rest.split(" bytes to work in")[0]) > 8 << 20, text
+        assert op == name.split(",")[0] and int(rest.split(" bytes to work in")[0]) > 1 << 20, text
     assert told["token_logps"] == f"token_logps: no memory for {(1 << 22) * 32} bytes to work in"
