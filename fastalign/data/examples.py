@@ -89,6 +89,10 @@ class TokenDataset:
         """``[n]`` tokens of all sequences of each example together, what they share counted for each."""
         return self._over_sequences(np.add)
 
+    def scores(self) -> np.ndarray:
+        """``[m]`` the scores of all examples, back to back."""
+        return self._column("scores").combine_chunks().flatten().to_numpy()
+
     def _over_sequences(self, reduce: np.ufunc) -> np.ndarray:
         column = self._column("lengths").combine_chunks()
         starts = np.cumsum(column.value_lengths().to_numpy()[:-1], dtype=np.int64)

@@ -37,7 +37,7 @@ from fastalign.engine.fitting import check_columns, check_groups, held_out_sourc
 from fastalign.engine.forward import Models
 from fastalign.engine.loading import Start, load, verified
 from fastalign.engine.methods import objective_of
-from fastalign.engine.output.alarms import check_choices
+from fastalign.engine.output.alarms import check_choices, warn_of_one_label
 from fastalign.engine.output.checkpoints import Found
 from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
@@ -109,6 +109,8 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     dataset = encode(rows, tokenizer, config, training)
     held_out = encode(held_out, tokenizer, config, evaluated, rows.column_names) if held_out else None
     check_choices(dataset, config.data.max_length, "data.path", refuse=True)
+    if config.method == "kto":
+        warn_of_one_label(dataset, "data.path")
     if held_out is not None:
         check_choices(held_out, config.data.max_length, "the held-out data", refuse=False)
     for examples, where in ((dataset, training), (held_out, evaluated)):

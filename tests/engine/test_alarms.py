@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_pairs_without_a_choice_are_refused_or_counted(configure, rows_of, caplo
             continue
         with pytest.raises(ValueError, match=rf"data\.path: .* in {number} of {number} examples: .* nothing to prefer"):
             load_data(config)
+
+
+def test_labels_of_one_kind_are_told(configure, rows_of, caplog):
+    cases = (
+        ([True], "all 8 completions are labelled good: kto also learns from bad ones"),
+        ([False], "all 8 completions are labelled bad: kto also learns from good ones"),
+        ([True, False], None),
+    )
+    for labels, expected in cases:
+        pick = cycle(labels)
+        columns = {"completion": lambda row: row["chosen"], "label": lambda row, pick=pick: next(pick)}
+        load_data(configure("kto", **{"data.path": rows_of(0, **columns), "data.format": "unpaired"}))
+        told = [line for line in warnings(caplog) if "are labelled" in line]
+        assert [expected in line for line in told] == ([True] if expected else [])
+        caplog.clear()
 
 
 def test_what_is_cut_away_is_told(configure, rows_of):

@@ -105,4 +105,15 @@ def check_choices(dataset: TokenDataset, max_length: int, name: str, *, refuse: 
         log.warning("%s: these prefer nothing%s", found, hint)
 
 
+def warn_of_one_label(dataset: TokenDataset, name: str) -> None:
+    """Warn where completions that were called good or bad are all of one kind."""
+    labels = dataset.scores()
+    if len(labels) and (labels == labels[0]).all():
+        kind, other = ("good", "bad") if labels[0] else ("bad", "good")
+        log.warning(
+            "%s: all %d completions are labelled %s: kto also learns from %s ones; look at the column 'label'",
+            *(name, len(labels), kind, other),
+        )
+
+
 CUT = ("truncated", "candidates_truncated")
