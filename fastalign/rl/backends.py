@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -240,8 +239,22 @@ def within(precision: Callable[[], AbstractContextManager], model: Any) -> Itera
 
         return update(cache, *map(fit, values), **{name: fit(x) for name, x in named.items()})
 
-    with patch.object(model, "forward", inside), patch.object(paged, "update", cast):
+    with replaced(model, "forward", inside), replaced(paged, "update", cast):
         yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    """Meanwhile an object or a class has another function of that name; one that it inherits it inherits again."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 # --- a server --------------------------------------------------------------------------------------------------------
