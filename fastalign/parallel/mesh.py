@@ -124,8 +124,13 @@ class World:
 
     @cached_property
     def data_mesh(self) -> DeviceMesh | None:
-        """``(dp_replicate, dp_shard)``, over which FSDP shards; None for a single process."""
-        return None if self.mesh is None else self.mesh["dp_replicate", "dp_shard"]
+        """``(dp_replicate, dp_shard)``, over which FSDP shards; None for a single process.
+
+        One replica has no dimension of its own: FSDP would all-reduce every gradient over that one rank.
+        """
+        if self.mesh is None:
+            return None
+        return self.mesh["dp_shard"] if self.mesh.size(0) == 1 else self.mesh["dp_replicate", "dp_shard"]
 
     @property
     def everyone(self) -> Axis:

@@ -236,7 +236,7 @@ def view_of(name: str, way: Way) -> Callable[[Any], Tensor]:
 
     def view(module: Any) -> Tensor:
         x, team = module._parameters[name], module.team
-        if team.whole or (isinstance(x, DTensor) and x.device_mesh.ndim > 1):
+        if team.whole or (isinstance(x, DTensor) and x.device_mesh != team.mesh):
             return x
         if way == SUMMED:
             return Enter.apply(x, team.group)

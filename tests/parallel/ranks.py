@@ -80,8 +80,8 @@ def check_cut_twice(ranks: World) -> None:
 
 def check_partial(ranks: World) -> None:
     """A sum over ranks that was not taken yet has no norm."""
-    weight = nn.Parameter(DTensor.from_local(torch.ones(3), ranks.data_mesh, [Replicate(), Replicate()]))
-    weight.grad = DTensor.from_local(torch.ones(3), ranks.data_mesh, [Replicate(), Partial()])
+    weight = nn.Parameter(DTensor.from_local(torch.ones(3), ranks.data_mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(torch.ones(3), ranks.data_mesh, [Partial()])
     with pytest.raises(ValueError, match="expected reduced gradients"):
         clip_gradients([weight], 1.0)
 
