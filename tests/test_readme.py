@@ -1,4 +1,4 @@
-"""The README and the examples keep their word: their Python runs, their commands run, their settings exist."""
+"""README, docs and examples keep their word: Python and commands run, settings exist, links lead somewhere."""
 
 import functools
 import json
@@ -19,7 +19,11 @@ from fastalign.engine.methods import METHODS
 from fastalign.engine.output import report
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = {path: path.read_text() for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = FENCE.findall(PAGES[ROOT / "README.md"])
+FIRST = [*BLOCKS, *FENCE.findall(PAGES[ROOT / "docs" / "training.md"])]
+"""What a newcomer reads and types, in order."""
 EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "kubernetes.yaml")
 FEW = [
     *("--run.steps", "1", "--data.limit", "24", "--batch.size", "4"),
@@ -36,11 +40,18 @@ ABSENT = ("run.yaml", "PATH")
 
 def commands(text: str) -> list[list[str]]:
     """The command lines of a text in words, comments left out."""
-    lines = re.findall(r"^(?:#? {2,})?((?:fastalign|torchrun) .*)$", text.replace("\\\n#", ""), re.MULTILINE)
+    lines = re.findall(r"^(?:#? {2,})?((?:fastalign|torchrun) .*)$", re.sub(r"\\\n#?", "", text), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-README = [words for language, text in BLOCKS if not language for words in commands(text)]
+README = list({tuple(words): words for language, text in FIRST if not language for words in commands(text)}.values())
+WRITTEN = [
+    words
+    for page in PAGES.values()
+    for language, text in FENCE.findall(page)
+    if not language
+    for words in commands(text)
+]
 HEADS = {
     str(path.relative_to(ROOT / "examples")): commands("".join(re.findall(r"^#.*\n", path.read_text(), re.M)))
     for path in EXAMPLES
@@ -148,12 +159,38 @@ def test_gsm8k_is_learned_from_a_file_of_it(clone):
     assert {"rewards/gsm8k/mean", "rewards/format/mean", "eval_reward"} <= record.keys()
 
 
-@pytest.mark.parametrize("words", [words for words in README if training(words) and "--help" not in words])
-def test_training_commands_parse(words, monkeypatch):
+def test_training_commands_of_every_page_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
-    method, flags = training(words)
-    if not any(Path(word).name in ("config.yaml", "run.yaml") for word in flags):
-        parse_config(method, [word for word in flags if word != "--print_config"])
+    found = [training(words) for words in WRITTEN if training(words) and "--help" not in words]
+    for method, flags in found:
+        if all(Path(word).exists() for word in flags if word.endswith(".yaml")):  # others are the reader's
+            parse_config(method, [word for word in flags if word != "--print_config"])
+    assert len(found) > 20
+
+
+def test_commands_of_every_page_exist():
+    known = {*METHODS, *cli.COMMANDS}
+    asked = [words[1] for words in WRITTEN if words[0] == "fastalign"]
+    assert [word for word in asked if word not in known and word.isascii() and word.islower()] == []
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings():
+    links = [
+        (path, target, anchor)
+        for path, page in PAGES.items()
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", FENCE.sub("", page))
+    ]
+    for path, target, anchor in links:
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in headings(there.read_text()), f"{path.name}: {target}#{anchor}"
+    assert len(links) > 30
 
 
 def test_the_files_of_a_task_run_after_its_sft(clone):
@@ -174,11 +211,13 @@ def test_an_example_that_needs_the_hub_says_so_and_names_one_that_does_not(name)
         r"Needs the Hugging\s(?:# )?Face hub.*?(examples/\S+\.yaml)\s(?:# )?does the\s(?:# )?same", text, re.S
     )
     assert sibling and not needs_hub([sibling[1]])
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if f"examples/{name}" in line]
+    lines = [line for line in PAGES[ROOT / "docs" / "training.md"].splitlines() if f"examples/{name}" in line]
     assert lines and all("needs the hub: " in line for line in lines)
 
 
 def test_yaml_blocks_are_configurations(tmp_path):
-    for text in (text for language, text in BLOCKS if language == "yaml"):
+    for text in (text for page in PAGES.values() for language, text in FENCE.findall(page) if language == "yaml"):
+        if "method:" not in text:
+            continue
         (tmp_path / "run.yaml").write_text(text)
         assert parse_config(yaml.safe_load(text)["method"], ["--config", str(tmp_path / "run.yaml")])
