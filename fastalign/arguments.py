@@ -26,15 +26,23 @@ Losses = Mapping[str, "Loss"]
 """The losses of a configuration by name; more than one for a weighted sum."""
 
 
-def parse_config(method: str, argv: list[str]) -> Config:
+def parse_config(method: str, argv: list[str], given: dict[str, Any] | None = None) -> Config:
     """Build a run's configuration; later files win over earlier ones, flags over files.
+
+    Args:
+        method: the command.
+        argv: what stands behind it.
+        given: settings by section that win over the files, from a program.
 
     Raises:
         UsageError: an unknown key, a value of the wrong type, an unreadable file.
         SystemExit: the help or the settings were asked for, and are printed.
     """
     paths, flags, others = split_config(argv)
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}{nearest(method, METHODS)} (all: {', '.join(METHODS)})")
     files = [(path, read_yaml(path)) for path in paths]
+    files += [("the call", given)] if given else []
     for path, tree in files:
         check_method(path, tree, method)
     trees = [tree for _, tree in files]

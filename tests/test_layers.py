@@ -30,12 +30,12 @@ TIERS = [
     {"cli"},
 ]
 """Lowest first. A room imports lower tiers and itself, never a room of its own tier."""
-COMMAND_LINE = {"cli", "arguments", "trl_names", "written", "info", "__main__"}
+COMMAND_LINE = {"api", "cli", "arguments", "trl_names", "written", "info", "__main__"}
 """The modules that form the room `cli`."""
 ALLOWED = {room: set().union(*TIERS[:i], {room}) for i, tier in enumerate(TIERS) for room in tier}
 ALLOWED["integrations"] = {"integrations", "ops", "losses", "data", "models", "config", "types"}
 ALLOWED["testing"] = {"testing", "ops", "types"}
-ALLOWED["root"] = {"ops", "losses", "types"}  # fastalign/__init__.py: the public names
+ALLOWED["root"] = {"ops", "losses", "types", "cli"}  # fastalign/__init__.py: the public names
 ALLOWED["cli"] |= {"root"}  # for the version
 
 
@@ -147,7 +147,8 @@ PUBLIC = [
 
 
 def test_public_names_are_pinned():
-    assert sorted(ops.__all__) == sorted(fastalign.__all__) == PUBLIC
+    assert sorted(ops.__all__) == PUBLIC
+    assert sorted({*fastalign.__all__} - {*PUBLIC}) == ["Run", "evaluate", "generate", "score", "train"]
     assert all(getattr(fastalign, name) is getattr(ops, name) and callable(getattr(ops, name)) for name in PUBLIC)
     assert not hasattr(fastalign, "no_such_name")
 
