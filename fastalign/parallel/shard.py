@@ -46,6 +46,8 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     for block in transformer_blocks(model):
         fully_shard(block, mesh=world.data_mesh, mp_policy=precision)
     fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
+    if world.device.type == "cpu":  # else FSDP keeps what it gathered of a layer until the next one is there as well
+        model._set_unshard_async_op(True)
     return model
 
 

@@ -32,12 +32,18 @@ def size(module) -> int:
 
 if __name__ == "__main__":
     small, large = (parse_config("dpo", ["--config", path]) for path in sys.argv[1:])
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    libc, policy = ctypes.CDLL("libc.so.6"), []
+    libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+
+    def loaded(*_):
+        """The policy is there and verified: smaller blocks that were freed meanwhile go back as well."""
+        policy.append(memory("VmHWM") - before)
+        libc.malloc_trim(0)
+
     with world(small.parallel) as ranks:
         started(small, ranks)  # libraries, threads and buffers of collectives are there afterwards
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-        before, policy = memory("VmRSS"), []
-        train.make_room = lambda *_: policy.append(memory("VmHWM") - before)  # the policy is loaded and verified
+        before, train.make_room = memory("VmRSS"), loaded
         model = started(large, ranks).models.policy
         grown = {"whole": size(model), "layer": size(transformer_blocks(model)[0])}
         grown |= {"policy": policy[0], "both": memory("VmHWM") - before}

@@ -15,8 +15,8 @@ from runs import LLAMA, assert_close, finish, fork, write_yaml
 
 LAYERS = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8}
 LAYERS |= {"num_key_value_heads": 8, "vocab_size": 512, "tie_word_embeddings": True}
-GATHERED = 2
-"""A layer is in memory twice while FSDP gathers it: as it is sent and as it is read."""
+HALF = 0.5
+"""What one of two ranks has of a model."""
 
 
 def test_sharded_first_the_weights_are_those_of_one_process(materials, tmp_path):
@@ -26,7 +26,12 @@ def test_sharded_first_the_weights_are_those_of_one_process(materials, tmp_path)
 
 
 def test_no_rank_holds_a_whole_model(configure, materials, tmp_path):
-    """Two models of 46M weights are loaded: of each a rank has its half, and one layer for as long as it runs."""
+    """Two models of 46M weights are loaded: of each a rank has its half, and of one a layer for as long as it runs.
+
+    A layer, 0.124 of a model, is there twice: in FSDP's buffer, and first in the one where gloo puts its parts together,
+    as `all_gather_into_tensor` needs as much again as it gathers, then where it computes from. That makes 0.75; 0.05
+    more, measured, is freed memory that malloc keeps. The second model is verified beside the first one's half.
+    """
     tokenizer = AutoTokenizer.from_pretrained(materials / "tokenizer")
     files = []
     for name, sizes in (("small", {**LLAMA, "vocab_size": 512}), ("large", LAYERS)):
@@ -41,7 +46,7 @@ def test_no_rank_holds_a_whole_model(configure, materials, tmp_path):
         assert numbers is not None, output
         grown = json.loads(numbers[1])
         layer, policy, both = (grown[key] / grown["whole"] for key in ("layer", "policy", "both"))
-        assert policy < 0.7 + GATHERED * layer and both < 2 * 0.7 + GATHERED * layer, grown
+        assert policy < 0.7 + layer and both < HALF + 0.7 + layer, grown
 
 
 def test_two_ranks_train_as_one_from_a_directory(configure, materials, tmp_path):
