@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 
 from bench import common
-from fastalign.config import as_yaml
 from fastalign.engine.output.metrics import read_metrics
+from fastalign.words import as_yaml
 
 CLOCK = ("t_", "timing_s/", "step_time", "perf/", "wall_time", "peak_memory", "mfu")
 """Fields of a step that tell of time or memory; those per second beside."""

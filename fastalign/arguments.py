@@ -13,10 +13,10 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastalign import words, written
-from fastalign.config import AlgorithmConfig, Config, SamplerConfig, as_yaml, flatten
+from fastalign.config import AlgorithmConfig, Config, SamplerConfig
 from fastalign.engine.methods import METHODS, ON_POLICY, choose, one_or_list, own_options
 from fastalign.trl_names import TRL_NAMES, TRL_ON_POLICY
-from fastalign.words import describe_type, kind_of, spelled
+from fastalign.words import as_yaml, describe_type, flatten, kind_of, spelled
 from fastalign.written import Flag, UsageError, in_yaml, read_value, split_flags, take_flag
 
 if TYPE_CHECKING:

@@ -7,12 +7,8 @@ of the chosen loss function are its schema.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-import yaml
 
 
 def expand_homes(section: Any, *names: str) -> None:
@@ -44,6 +40,9 @@ class ModelConfig:
     gradient_checkpointing: bool | Literal["mlp"] = False
     """Recompute each layer's activations in backward; `mlp`: those of its MLP alone, which cost most memory and least
     time."""
+    activation_offloading: bool = False
+    """Keep what backward needs of each layer in host memory until then; with `gradient_checkpointing: true` that is the
+    inputs of the layers alone. On a CPU nothing changes."""
     trust_remote_code: bool = False
     """Run model code shipped with the checkpoint."""
     resize_embeddings: bool = False
@@ -148,6 +147,8 @@ class BatchConfig:
 class OptimConfig:
     """AdamW, its schedule and clipping."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits, with a scale for every 64 of them: 2.1 bytes a weight instead of 8."""
     lr: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -166,6 +167,11 @@ class OptimConfig:
     """Of trained weights in half precision (`model.dtype: bfloat16`), keep masters, gradients and moments in fp32: 18
     bytes a weight instead of 8. Without them steps of usual learning rates round to nothing. `compensated` keeps what
     each rounding loses in a second bf16 number (Kahan), and the moments in bf16: 12 bytes."""
+    offload: bool = False
+    """Keep fp32 masters and moments in host memory, and compute the steps there. On a CPU nothing changes."""
+    in_backward: bool = False
+    """Update each weight as soon as backward has its gradient, which is then freed. An update must be one micro-batch,
+    and `clip_norm` 0."""
 
 
 @dataclass
@@ -377,24 +383,3 @@ def as_dict(config: Config) -> dict[str, Any]:
     absent = [name for name in ("algorithm", "sampler") if settings[name] is None]
     absent += ["rewards"] if settings["sampler"] is None and not settings["rewards"] else []
     return {key: value for key, value in settings.items() if key not in absent}
-
-
-def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a nested mapping down to its leaves, each with its value; an empty mapping is a leaf."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-class Dumper(yaml.SafeDumper):
-    """YAML that quotes a text which begins like a number: PyYAML does not read 1e5 and 0o17 as numbers."""
-
-
-Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\.?\d"), None)
-
-
-def as_yaml(settings: dict[str, Any]) -> str:
-    """Settings as a file that is read again as the same."""
-    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Plain words for types and values, for error messages and help: nobody need know Python to read them."""
+"""Plain words for types and values, for error messages and help: nobody need know Python to read them; and as YAML."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ast
 import difflib
 import inspect
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import yaml
 
 ONE = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
 MANY = {"str": "strings", "int": "whole numbers", "float": "numbers"}
@@ -118,3 +121,24 @@ def _choices(parts: list[ast.expr]) -> str:
 
 def _such_as(example: str | None) -> str:
     return f" such as {example}" if example else ""
+
+
+def flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a nested mapping down to its leaves, each with its value; an empty mapping is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class Dumper(yaml.SafeDumper):
+    """YAML that quotes a text which begins like a number: PyYAML does not read 1e5 and 0o17 as numbers."""
+
+
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\.?\d"), None)
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a file that is read again as the same."""
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)

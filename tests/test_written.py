@@ -7,7 +7,8 @@ import yaml
 
 from fastalign import cli
 from fastalign.arguments import METHODS, UsageError, defaults, parse_config, schema_of
-from fastalign.config import Config, as_dict, as_yaml
+from fastalign.config import Config, as_dict
+from fastalign.words import as_yaml
 from fastalign.written import Loader, Plain, read
 
 

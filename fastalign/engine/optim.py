@@ -1,98 +1,25 @@
-"""AdamW, fp32 masters of weights in half precision, and the learning rate."""
+"""The optimizer that a run asks for, its steps, and the learning rate."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 
 from fastalign.config import OptimConfig
+from fastalign.engine.adamw import AdamW
+from fastalign.engine.eight_bit import can_be_coded
 from fastalign.models.precision import HALF
-from fastalign.parallel.clip import clip_gradients, local
+from fastalign.parallel.clip import Squares, clip_gradients, local
+from fastalign.parallel.host import placed, to_host
 
 log = logging.getLogger(__name__)
-
-
-class AdamW(torch.optim.AdamW):
-    """AdamW whose step can be called off on the device, and which keeps weights in half precision twice.
-
-    bf16 has 8 bits: of a weight of 0.02 it cannot hold a change below 6e-5, and a step of a usual learning rate rounds
-    to nothing. So the steps, with weight decay and both moments, are those of a master in fp32, sharded as the weight
-    is, and the weight is the master rounded.
-
-    Attributes:
-        masters: the fp32 master of each trained weight that has one.
-        compensated: weights in half precision that have a second number instead, for what rounding leaves of a master.
-        found_inf: ``[]`` fp32 read by the fused step: 1 leaves weights and moments as they were.
-    """
-
-    found_inf: Tensor | None = None
-
-    def __init__(
-        self,
-        groups: Any,
-        masters: dict[nn.Parameter, nn.Parameter],
-        compensated: frozenset[nn.Parameter] = frozenset(),
-        **options: Any,
-    ) -> None:
-        self.masters, self.compensated = masters, compensated
-        super().__init__(groups, **options)
-
-    def updated(self, weight: nn.Parameter) -> nn.Parameter:
-        """What the steps of a weight are added to, and its moments belong to: its master, or the weight itself."""
-        return self.masters.get(weight, weight)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step of masters and other weights, by their gradients."""
-        for weight, master in self.masters.items():
-            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
-        for group in self.param_groups:
-            for weight in self.compensated.intersection(group["params"]):
-                if weight.grad is not None:
-                    self.compensated_step(weight, weight.grad, group)
-                    weight.grad = None
-        super().step()
-        copy_all(self.masters.values(), self.masters)
-
-    def compensated_step(self, weight: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """A step of the master that is the weight plus its remainder, which exists in fp32 meanwhile only."""
-        if not self.state[weight]:
-            self.state[weight] = self.first_state(weight)
-        state = self.state[weight]
-        halves = [local(x) for x in (weight, state["remainder"], state["exp_avg"], state["exp_avg_sq"])]
-        master, lost, *moments = (x.float() for x in halves)
-        master += lost
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        beta1, beta2 = group["betas"]
-        lists: Any = [master], [local(gradient).float()], *([x] for x in moments), [], [state["step"]]
-        adamw(*lists, fused=True, found_inf=self.found_inf, beta1=beta1, beta2=beta2, **options)
-        torch._foreach_copy_([halves[0], *halves[2:]], [master, *moments])  # pyright: ignore
-        halves[1].copy_(master.sub_(halves[0]))
-
-    def first_state(self, updated: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of what is updated, at 0, before its first step."""
-        kinds = ("exp_avg", "exp_avg_sq", *["remainder"] * (updated in self.compensated))
-        step = torch.zeros((), dtype=torch.float32, device=updated.device)
-        return {"step": step, **{kind: torch.zeros_like(updated) for kind in kinds}}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
-        super().zero_grad(set_to_none)
-        for weight in self.masters:
-            weight.grad = None
-
-    @torch.no_grad()
-    def start_masters(self) -> None:
-        """Make the masters equal to the weights."""
-        copy_all(self.masters, self.masters.values())
 
 
 @dataclass(frozen=True)
@@ -101,13 +28,6 @@ class Trained:
 
     module: nn.Module
     optimizer: AdamW
-
-
-def copy_all(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-    """Round or widen each source into its target, in place."""
-    pairs = [(local(target), local(source)) for source, target in zip(sources, targets, strict=True)]
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # pyright: ignore
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) -> AdamW:
@@ -122,12 +42,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) 
         tell: log what half precision costs; of several ranks one does.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    on_host = config.offload and any(p.is_cuda for p in trainable)
     if tell:
         warn_of_half(trainable, config)
-    masters = make_masters(trainable) if config.master_weights is True else {}
+    if tell and config.offload and not on_host:
+        log.info("optim.offload changes nothing: this is a CPU")
+    masters = make_masters(trainable, on_host=on_host) if config.master_weights is True else {}
     compensated = frozenset(p for p in trainable if p.dtype in HALF and config.master_weights == "compensated")
     add_up_in_fp32(compensated)
     updated = [masters.get(p, p) for p in trainable]
+    coded = frozenset(p for p in updated if config.name == "adamw_8bit" and can_be_coded(p))
     groups = [
         {"params": [p for p in updated if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in updated if p.ndim < 2], "weight_decay": 0.0},
@@ -136,6 +60,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) 
         [group for group in groups if group["params"]],
         masters,
         compensated,
+        coded,
+        on_host,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -144,14 +70,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig, *, tell: bool = True) 
     )
 
 
-def make_masters(trainable: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+def make_masters(trainable: Iterable[nn.Parameter], *, on_host: bool = False) -> dict[nn.Parameter, nn.Parameter]:
     """fp32 copies of the weights in half precision, whose gradients are from now on added up in fp32 too.
 
-    Those of a sharded weight FSDP adds up: see `parallel.shard`.
+    Those of a sharded weight FSDP adds up: see `parallel.shard`. In host memory all weights have one.
     """
-    masters = {p: nn.Parameter(p.detach().float()) for p in trainable if p.dtype in HALF}
-    add_up_in_fp32(masters)
-    return masters
+    halves = [p for p in trainable if p.dtype in HALF]
+    add_up_in_fp32(halves)
+    if not on_host:
+        return {p: nn.Parameter(p.detach().float()) for p in halves}
+    copies = {p: to_host(local(p.detach()).float()) for p in trainable}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {p: nn.Parameter(placed(copy, p.detach())) for p, copy in copies.items()}
 
 
 def add_up_in_fp32(weights: Iterable[nn.Parameter]) -> None:
@@ -207,9 +138,46 @@ def take_step(trained: Trained, lr: float, clip_norm: float, finite: Tensor) -> 
     """
     optimizer = trained.optimizer
     norm = clip_gradients(trained.module.parameters(), clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_rate(optimizer, lr)
     optimizer.found_inf = 1 - (finite & norm.isfinite()).float()  # 1 skips the update
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def set_rate(optimizer: AdamW, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextmanager
+def stepping(trained: Trained, lr: float, finite: Tensor) -> Iterator[Squares]:
+    """Update each weight as soon as a backward inside has its whole gradient, which is freed at once.
+
+    The weights are those of `take_step` without clipping, to the bit. A gradient that is not finite leaves its weight
+    as it was: the others are updated already.
+
+    Args:
+        trained: without gradients.
+        lr, finite: as `take_step`.
+
+    Yields:
+        what adds up to the norm of the gradients.
+    """
+    optimizer, squares, wanted = trained.optimizer, Squares(), finite.float()
+    set_rate(optimizer, lr)
+
+    def step(weight: nn.Parameter) -> None:
+        assert weight.grad is not None
+        optimizer.found_inf = 1 - wanted * squares.add(weight.grad).isfinite()
+        optimizer.step_now(weight)
+        weight.grad = None
+
+    weights = [p for p in trained.module.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(step) for p in weights]
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
+            hook.remove()

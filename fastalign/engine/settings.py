@@ -80,7 +80,7 @@ def check_settings(config: Config) -> None:
             f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}"
         )
     check_generate(config)
-    check_moments(config)
+    check_optimizer(config)
     training_path(config.data)
     check_named(config.model)
     check_place(config.model.path, "model.path")
@@ -89,13 +89,32 @@ def check_settings(config: Config) -> None:
     lora.check(config.model)
 
 
-def check_moments(config: Config) -> None:
-    """Refuse moments in bf16 that would stand still: of 8 bits, each step must change more than half of the last."""
-    if config.optim.master_weights == "compensated" and config.optim.betas[1] > BF16_BETA:
-        raise ValueError(
-            f"optim.master_weights compensated keeps moments in bfloat16, which holds no steps of optim.betas "
-            f"{config.optim.betas[1]:g}: set the second to {BF16_BETA} or less"
-        )
+def check_optimizer(config: Config) -> None:
+    """Refuse moments of 8 bits that would stand still, and settings of the optimizer that exclude each other."""
+    optim, beta = config.optim, config.optim.betas[1]
+    coded, algorithm = optim.name == "adamw_8bit", config.algorithm
+    holds = f"holds no steps of optim.betas {beta:g}: set the second to {BF16_BETA} or less"
+    wrong = {
+        f"optim.master_weights compensated keeps moments in bfloat16, which {holds}": (
+            optim.master_weights == "compensated" and beta > BF16_BETA
+        ),
+        f"optim.name adamw_8bit keeps moments in 8 bits, which {holds}": coded and beta > BF16_BETA,
+        "optim.offload keeps masters and moments in fp32 in host memory, where they cost nothing of a GPU: set "
+        "optim.name to adamw and optim.master_weights to true": (
+            optim.offload and (coded or optim.master_weights is not True)
+        ),
+        "optim.in_backward and optim.offload exclude each other: the steps of optim.offload wait for all gradients": (
+            optim.in_backward and optim.offload
+        ),
+        f"optim.in_backward updates weights before the norm of all gradients is known: optim.clip_norm is "
+        f"{optim.clip_norm:g}, set it to 0": optim.in_backward and optim.clip_norm > 0,
+        "optim.in_backward trains one model: algorithm.critic is separate, set it to shared": (
+            optim.in_backward and algorithm is not None and algorithm.critic == "separate"
+        ),
+    }
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(text)
 
 
 def check_generate(config: Config) -> None:

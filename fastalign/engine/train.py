@@ -58,7 +58,7 @@ from fastalign.engine.setup import (
     what_is_read,
 )
 from fastalign.engine.timing import Stopwatch, peak_memory
-from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, total
+from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, one_micro_batch, total
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.whereabouts import NOW, doing
@@ -118,7 +118,7 @@ def next_parts(job: Job, keeper: Keeper, feed: Feed, step: int) -> list[list[Pac
     try:
         return feed.peek()
     except ValueError as error:
-        if not isinstance(job.source, Rollouts) or step == 1:
+        if step == 1 or not (isinstance(job.source, Rollouts) or job.config.optim.in_backward):
             raise
         raise failed(keeper, f"step {step}: {error}", step - 1) from error
 
@@ -180,7 +180,7 @@ def set_up(
         if writes:
             trained = [policy, critic] if critic else [policy]
             follows = config.algorithm is not None and config.algorithm.reference_sync != "none"
-            need = expected_size(trained, config.optim.master_weights, [policy] if follows else [])
+            need = expected_size(trained, config.optim, [policy] if follows else [])
             make_room(config, need, done, total, ranks)
 
     scorer = make_scorer(config, objective, tokenizer, ranks)
@@ -302,7 +302,7 @@ def pack_share(job: Job, examples: list[TokenExample]) -> list[list[PackedBatch]
     parts = [share(some, batch.budget, *known) for some in each if some] or [[empty_batch()]]
     if job.world.device.type == "cuda":
         parts = [[one.pin_memory() for one in part] for part in parts]
-    return parts
+    return one_micro_batch(parts, job.config)
 
 
 def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[PackedBatch]], Work, Stopwatch]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastalign.config import Config
 from fastalign.engine.forward import Models, run_critic, run_head
 from fastalign.engine.methods import Objective, passes_of
-from fastalign.engine.optim import learning_rate, take_step
+from fastalign.engine.optim import learning_rate, stepping, take_step
 from fastalign.engine.readings import EXTREMES
 from fastalign.engine.timing import Stopwatch
 from fastalign.parallel.mesh import World
@@ -155,22 +156,54 @@ class Update:
 
 def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: Stopwatch) -> Update:
     """One update of all that trains, from the gradients of some of a step's micro-batches."""
-    world, names = job.world, job.objective.metric_names
-    metrics = accumulate_gradients(job.models, batches, job.objective, world, watch)
+    if job.config.optim.in_backward:
+        return update_in_backward(job, batches, lr, watch)
+    metrics = accumulate_gradients(job.models, batches, job.objective, job.world, watch)
     with watch("optimizer"):
-        sums = world.data.sum(add_sums(metrics, names, world.device))
-        most = sums.new_empty(0)
-        if job.objective.policy_gradient:
-            most = world.data.max(add_extremes(metrics, list(EXTREMES), world.device))
-        skipped, loss = moved_too_far(job.objective, sums), sums[names.index("loss")]
-        finite = loss.isfinite().all() & (loss[1] > 0) & (not skipped)  # nothing scored teaches nothing
+        found, finite = verdict(job, batches, metrics)
         warm, critic_lr = warmup_of(job, step, lr)
         known = {"policy": (lr, finite & warm), "critic": (critic_lr, finite)}
         clip = job.config.optim.clip_norm
         norms = {role: take_step(one, known[role][0], clip, known[role][1]) for role, one in job.trained.items()}
+    return replace(found, grad_norm=norms["policy"])
+
+
+def update_in_backward(job: Job, batches: list[PackedBatch], lr: float, watch: Stopwatch) -> Update:
+    """Likewise, weight by weight while backward goes on; whether the loss is finite is known before."""
+    (batch,), policy, world = batches, job.models.policy, job.world
+    synchronise_gradients(policy, True)
+    with watch("forward"), job.models.precision(world.device):
+        loss, metrics = run_head(job.models, batch, job.objective)
+        found, finite = verdict(job, batches, [metrics])
+    with watch("backward"), stepping(job.trained["policy"], lr, finite) as squares:
+        loss.backward()
+    with watch("optimizer"):
+        return replace(found, grad_norm=squares.norm())
+
+
+def verdict(job: Job, batches: list[PackedBatch], metrics: list[dict[str, Tensor]]) -> tuple[Update, Tensor]:
+    """What an update tells, all but its norm, and ``[]`` bool, whether it may be made: the same on all ranks."""
+    world, names = job.world, job.objective.metric_names
+    sums = world.data.sum(add_sums(metrics, names, world.device))
+    most = sums.new_empty(0)
+    if job.objective.policy_gradient:
+        most = world.data.max(add_extremes(metrics, list(EXTREMES), world.device))
+    skipped, loss = moved_too_far(job.objective, sums), sums[names.index("loss")]
+    finite = loss.isfinite().all() & (loss[1] > 0) & (not skipped)  # nothing scored teaches nothing
     losses = [one["loss"][0] if one else None for one in metrics]
     named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
-    return Update(sums, norms["policy"], named, most, skipped)
+    return Update(sums, sums.new_zeros(()), named, most, skipped), finite
+
+
+def one_micro_batch(parts: list[list[PackedBatch]], config: Config) -> list[list[PackedBatch]]:
+    """The micro-batches of each update, of which `optim.in_backward` takes one: more add their gradients up."""
+    most = max(map(len, parts))
+    if config.optim.in_backward and most > 1:
+        raise ValueError(
+            f"optim.in_backward: an update has {most} micro-batches and may have 1: raise batch.tokens "
+            f"({config.batch.tokens}), lower batch.size ({config.batch.size}), or leave optim.in_backward out"
+        )
+    return parts
 
 
 def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:

@@ -54,18 +54,44 @@ def layout_of(tensor: Tensor) -> tuple:
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """``[]`` fp64 over tensors of one mesh and placement, summed over the mesh dimensions that shard them."""
+    return over_shards(squares_here(tensors), layout_of(tensors[0]))
+
+
+def squares_here(tensors: list[Tensor]) -> Tensor:
+    """``[]`` fp64 of what this rank has of them."""
     # In fp32 the norm of 2M elements is off by 3e-5 on CPU, which would make clipping depend on how they are sharded.
     mine = [local(t) for t in tensors]
     if mine[0].is_cuda:
-        total = torch.stack(torch._foreach_norm(mine, ord=2, dtype=torch.float64)).square().sum()  # pyright: ignore
-    else:
-        total = torch.stack([row_squares(t) for t in mine]).sum()
-    first = tensors[0]
-    if isinstance(first, DTensor):
-        for dimension, placement in enumerate(first.placements):
+        return torch.stack(torch._foreach_norm(mine, ord=2, dtype=torch.float64)).square().sum()  # pyright: ignore
+    return torch.stack([row_squares(t) for t in mine]).sum()
+
+
+def over_shards(total: Tensor, layout: tuple) -> Tensor:
+    """A sum over this rank's parts of tensors, in place that over all parts."""
+    if layout:
+        mesh, placements = layout
+        for dimension, placement in enumerate(placements):
             if not placement.is_replicate():  # a strided shard, of weights cut twice, is no Shard
-                dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
+                dist.all_reduce(total, group=mesh.get_group(dimension))
     return total
+
+
+class Squares:
+    """The norm of gradients that come one after the other and go."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple, Tensor] = {}
+
+    def add(self, gradient: Tensor) -> Tensor:
+        """Count a gradient; returns its ``[]`` fp64 sum of squares on this rank."""
+        mine, layout = squares_here([gradient]), layout_of(gradient)
+        self.sums[layout] = self.sums[layout] + mine if layout in self.sums else mine
+        return mine
+
+    def norm(self) -> Tensor:
+        """``[]`` fp64 over all of them, the same on every rank; all ranks call it."""
+        squares = [over_shards(total.clone(), layout) for layout, total in self.sums.items()]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 ROW = 256

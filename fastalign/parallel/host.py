@@ -1,4 +1,4 @@
-"""Frozen weights that rest in host memory, and are on the device only while the layer that they belong to runs."""
+"""Host memory: copies there, and frozen weights that are on the device only while their layer runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastalign.models.support import transformer_blocks
 
@@ -54,3 +55,14 @@ def home_of(weight: nn.Parameter, device: torch.device) -> Tensor:
         raise ValueError("weights that train cannot rest on the host: what they learn would be lost")
     home = weight.detach().cpu()
     return home.pin_memory() if device.type == "cuda" else home
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy in host memory; from a GPU it is pinned and under way: synchronise before it is read."""
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return copy.copy_(x, non_blocking=True)
+
+
+def placed(part: Tensor, like: Tensor) -> Tensor:
+    """A rank's part as a part of what it is like; `DTensor.from_local` would move it to the device of the mesh."""
+    return DTensor(part, like._spec, requires_grad=False) if isinstance(like, DTensor) else part  # pyright: ignore

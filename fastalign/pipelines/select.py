@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastalign.commands import SelectConfig
-from fastalign.config import DataConfig, ModelConfig, as_yaml
+from fastalign.config import DataConfig, ModelConfig
 from fastalign.data import columns, coreset, formats
 from fastalign.data.encode import spell_counts
 from fastalign.data.examples import TokenExample
@@ -40,6 +40,7 @@ from fastalign.models.policy import Policy
 from fastalign.models.verify import verify_packed
 from fastalign.parallel.mesh import local_device
 from fastalign.types import PackedBatch
+from fastalign.words import as_yaml
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.pack import share
 from fastalign.engine.forward import Models
-from fastalign.engine.optim import AdamW, Trained, make_optimizer, take_step
+from fastalign.engine.adamw import AdamW
+from fastalign.engine.methods import make_objective
+from fastalign.engine.optim import Trained, make_optimizer, stepping, take_step
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
+from fastalign.engine.prepare import first_carried
 from fastalign.models.load import load_policy
 from fastalign.models.policy import Policy
+from fastalign.parallel.clip import local
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.shard import shard
 from fastalign.types import ForwardCost
@@ -65,6 +70,27 @@ def masters(ranks: World) -> None:
     for mine, want in zip(kept(fresh, again), kept(sharded, optimizers[1]), strict=True):
         assert torch.equal(mine, want)
     print("agreed on masters", file=sys.stderr)
+
+
+def within_backward(ranks: World) -> None:
+    """Steps of shards within backward are those after it, to the bit, and no gradient is left."""
+    batches = share(steps.make_examples("sft", "sft"), 10**6, True, ranks.rank, ranks.size, COST)
+    objective, ends = make_objective("sft", {"name": "sft"}), []
+    for within in (False, True):
+        policy = shard(steps.make_models("sft").policy, ranks)
+        trained = Trained(policy, make_optimizer(policy, OptimConfig(weight_decay=0.1)))
+        for finite in (True, False, True):
+            yes = torch.tensor(finite)
+            with stepping(trained, 1e-2, yes) if within else nullcontext() as squares:
+                steps.accumulate(Models(policy, None, False), batches, objective, ranks, first_carried())
+            assert all((p.grad is None) is within for p in policy.parameters())
+            norm = take_step(trained, 1e-2, 0.0, yes) if squares is None else squares.norm()
+        states = [trained.optimizer.state[p] for p in policy.parameters()]
+        moments = [x for state in states for x in state.values()]
+        ends.append(([local(x.detach()) for x in (*policy.parameters(), *moments)], norm))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-12, atol=0)
+    print("agreed on steps within backward", file=sys.stderr)
 
 
 def raised(ranks: World) -> None:
@@ -135,6 +161,7 @@ def whole(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     with world(ParallelConfig()) as ranks:
         masters(ranks)
+        within_backward(ranks)
         value_head(ranks)
         if find_spec("peft"):
             raised(ranks)

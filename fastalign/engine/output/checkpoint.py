@@ -26,7 +26,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from fastalign.config import OptimConfig
 from fastalign.disk import WriteError, flush, reason, writing
+from fastalign.engine.eight_bit import BLOCK, can_be_coded
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.output.checkpoints import (
     Retention,
@@ -112,17 +114,23 @@ def make_scratch(temporary: Path, tensors: dict[str, Tensor]) -> None:
         temporary.mkdir(parents=True)
 
 
-def expected_size(modules: Sequence[nn.Module], master_weights: bool | str, copies: Sequence[nn.Module] = ()) -> int:
+def expected_size(modules: Sequence[nn.Module], optim: OptimConfig, copies: Sequence[nn.Module] = ()) -> int:
     """Bytes of the tensors in a checkpoint before any step: weights, masters and Adam moments of what trains.
 
     Of ``copies``, such as a reference that follows the policy, only the weights are kept.
     """
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    with_masters = [p for p in trained if master_weights is True and p.dtype in HALF]
-    without = sum(p.nbytes for p in trained) - sum(p.nbytes for p in with_masters)
-    left = sum(p.nbytes for p in trained if master_weights == "compensated" and p.dtype in HALF)
     kept = sum(size_of(weights(module)) for module in (*modules, *copies))
-    return kept + 3 * 4 * sum(p.numel() for p in with_masters) + 2 * without + left
+    return kept + round(sum(bytes_beside(p, optim) for p in trained))
+
+
+def bytes_beside(weight: Tensor, optim: OptimConfig) -> float:
+    """What a checkpoint holds beside a trained weight: its master, moments and what rounding has left."""
+    on_host, half = optim.offload and weight.is_cuda, weight.dtype in HALF
+    master = 4 * (optim.master_weights is True and (half or on_host))
+    moment = 1 + 4 / BLOCK if optim.name == "adamw_8bit" and can_be_coded(weight) else master or weight.element_size()
+    left = weight.element_size() * (half and optim.master_weights == "compensated")
+    return weight.numel() * (master + 2 * moment + left)
 
 
 def written_files(temporary: Path, snapshot: Snapshot) -> dict[str, int]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.config import as_yaml
 from fastalign.disk import write_whole
 from fastalign.engine.output.metrics import read_lines
 from fastalign.engine.output.rundir import read_settings
 from fastalign.engine.timing import PARTS
+from fastalign.words import as_yaml
 
 PLOTTED = (
     *("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastalign.config import Config, as_dict, as_yaml, flatten
+from fastalign.config import Config, as_dict
 from fastalign.data import cache
 from fastalign.disk import free_bytes, open_to_all, readable, write_whole, writing
 from fastalign.engine.agree import not_shared, require_same
@@ -39,13 +39,14 @@ from fastalign.engine.output.checkpoints import (
 from fastalign.engine.output.metrics import read_lines, truncate_metrics
 from fastalign.models.load import check_target
 from fastalign.parallel.mesh import World
+from fastalign.words import as_yaml, flatten
 
 log = logging.getLogger(__name__)
 
 FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
     *("run.save_minutes", "run.show_example", "run.overwrite_later", "data.cache_dir", "parallel.timeout_minutes"),
-    *("run.async_save", "run.shared_disk", "run.keep_best"),
+    *("run.async_save", "run.shared_disk", "run.keep_best", "model.activation_offloading"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
@@ -61,7 +62,7 @@ LAYOUT = {
         "run.deterministic",
     ),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
-    "optim.master_weights",
+    *("optim.master_weights", "optim.offload", "optim.in_backward"),
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
 HORIZON = {"run.steps", "run.epochs"}

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from fastalign.engine.output.checkpoints import SCHEMA
 from fastalign.engine.output.generators import rng_state
 from fastalign.engine.output.trained_state import Roles, optimizer_steps, tensors_of
+from fastalign.parallel.clip import local
+from fastalign.parallel.host import placed
 from fastalign.parallel.mesh import World
 
 
@@ -67,9 +69,7 @@ def on_host(snapshot: Snapshot) -> Snapshot:
 
 def copied(x: Tensor) -> Tensor:
     """A tensor, or this rank's part of one, copied to the host."""
-    if not isinstance(x, DTensor):
-        return x.to("cpu", copy=True)
-    return DTensor(x.to_local().to("cpu", copy=True), x._spec, requires_grad=False)  # pyright: ignore
+    return placed(local(x).to("cpu", copy=True), x)
 
 
 def on_main(snapshot: Snapshot, world: World) -> Snapshot:

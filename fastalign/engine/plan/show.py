@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from fastalign.config import as_yaml
 from fastalign.engine.plan.devices import KEPT_FREE, in_units
 from fastalign.engine.plan.footprint import Footprint
 from fastalign.engine.plan.memory import ARENA
 from fastalign.engine.plan.search import Plan, Rung, largest, rungs
 from fastalign.engine.plan.speed import LINK_SHARE
+from fastalign.words import as_yaml
 
 FITTED = {
     "batch": ("tokens",),
