@@ -186,9 +186,8 @@ class ParallelConfig:
     """Ranks that compute each layer together, every one with its part of the heads, of the MLP and of the vocabulary
     (tensor parallelism); they get the same batches. Neighbouring ranks: keep them on one node."""
     generate: dict[str, Any] | None = None
-    """Sample from a copy of the policy that is whole on every rank and takes the weights after every step: `{tp: 1}`;
-    with `dtype: bfloat16` rounded, at half the memory and traffic. Default: from the weights that train, gathered on
-    every rank while it samples."""
+    """Sample from a copy of the policy that takes its weights after each step: `{tp: 1}` whole on every rank, `{tp: 4}`
+    split over 4 that sample together; `dtype: bfloat16` halves it. Default: from the weights that train, gathered."""
     timeout_minutes: float = 60.0
     """Minutes that a rank waits for another, which reads data, loads a model or writes to a slow disk, before it gives
     the run up."""

@@ -34,6 +34,7 @@ from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.mesh import World
 from fastalign.parallel.reallocate import move
+from fastalign.parallel.tensor import split_layers
 from fastalign.rl.algorithms import OnPolicy
 from fastalign.rl.backends import make_sampler
 from fastalign.rl.controllers import KLPrice
@@ -85,7 +86,11 @@ def make_source(
     assert objective.on_policy is not None
     check_reference(objective.on_policy, models)
     settings = objective.on_policy.sampler
-    lent = None if config.parallel.generate is None else empty_copy(config, models.policy, tokenizer, world)
+    lent = layout = None
+    if config.parallel.generate is not None:
+        tp = config.parallel.generate.get("tp", 1)
+        layout = None if tp == 1 else world.split(tp, config.parallel.timeout_minutes)
+        lent = empty_copy(config, models.policy, tokenizer, layout or world.alone)
     if truncates(settings) and objective.policy_gradient is not None and world.is_main:
         log.warning(TRUNCATED)
     known: dict[str, Any] = {"precision": partial(models.precision, world.device), "lent": lent}
@@ -96,14 +101,18 @@ def make_source(
         sampler = EnvironmentSampler(sampler, make, tokenizer, settings.max_turns, config.data.max_length)
     plan, batch = objective.on_policy, config.batch
     show = partial(stage, shown=world.is_main)
-    return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show)
+    return Rollouts(cast(Any, prompts), batch.size, config.run.seed, rows, plan, sampler, scorer, world, show, layout)
 
 
-def empty_copy(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, world: World) -> Policy:
-    """A policy to sample from, whole on every rank, whose weights are still to come."""
+def empty_copy(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: World) -> Policy:
+    """A policy to sample from, split over the tensor axis of a layout, whose weights are still to come."""
     asked = config.parallel.generate or {}
     section = replace(config.model, dtype=asked.get("dtype", config.model.dtype), gradient_checkpointing=False)
-    copy = hollow_policy(section, seed=config.run.seed, tokenizer=tokenizer).policy.to_empty(device=world.device)
+    copy = hollow_policy(section, seed=config.run.seed, tokenizer=tokenizer).policy
+    try:
+        copy = split_layers(copy, layout).to_empty(device=layout.device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("parallel.tp", "parallel.generate.tp")) from error
     for (name, ours), theirs in zip(policy.named_buffers(), copy.buffers(), strict=True):
         assert ours.shape == theirs.shape, f"{name}: {ours.shape} and {theirs.shape}"
         theirs.copy_(ours)

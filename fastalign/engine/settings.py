@@ -122,14 +122,19 @@ def check_generate(config: Config) -> None:
     asked = config.parallel.generate
     if asked is None:
         return
-    unknown, dtype = sorted(asked.keys() - {"tp", "dtype"}), asked.get("dtype", "auto")
-    sampled_here = config.sampler is None or config.sampler.backend != "vllm"
+    unknown, dtype, tp = sorted(asked.keys() - {"tp", "dtype"}), asked.get("dtype", "auto"), asked.get("tp", 1)
+    backend = "native" if config.sampler is None else config.sampler.backend
+    plays, split = config.sampler is not None and config.sampler.environment, tp != 1
     wrong = {
         f"{config.method} does not sample: leave it out": config.method not in ON_POLICY,
         f"unknown {', '.join(unknown)}; it takes tp and dtype, e.g. {{tp: 1, dtype: bfloat16}}": unknown,
-        f"tp {asked.get('tp', 1)!r}: completions are sampled from whole models: set tp to 1": asked.get("tp", 1) != 1,
+        f"tp {tp!r}: expected how many ranks sample together, 1 or more": type(tp) is not int or tp < 1,
+        f"tp {tp}: only sampler.backend native samples with several ranks: set tp to 1": (
+            split and backend == "transformers"
+        ),
+        f"tp {tp}: each rank would have answers of its own from sampler.environment: set tp to 1": split and plays,
         f"dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}": dtype not in ("auto", *DTYPES),
-        "a server (sampler.backend vllm) has weights of its own: leave one of the two out": not sampled_here,
+        "a server (sampler.backend vllm) has weights of its own: leave one of the two out": backend == "vllm",
         "weights that are quantised (model.quantization) cannot be copied so: leave it out": config.model.quantization,
     }
     for text, is_wrong in wrong.items():

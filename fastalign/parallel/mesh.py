@@ -107,6 +107,21 @@ class World:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)))
 
+    def split(self, tp: int, minutes: float) -> World:
+        """The same ranks with another tensor axis, of ``tp`` neighbours each: a layout for a copy of a model.
+
+        All ranks must call it.
+
+        Raises:
+            ValueError: there are not so many ranks, or they do not divide into such groups.
+        """
+        if self.size % tp:
+            raise ValueError(f"parallel.generate: tp {tp} does not divide the {self.size} rank(s) launched")
+        if self.tensor is not None and self.tensor.size == tp:
+            return self
+        mesh, data, tensor = make_mesh(self.device, (1, self.size // tp, tp), minutes)
+        return replace(self, mesh=mesh, data=data, tensor=tensor)
+
     @property
     def alone(self) -> World:
         """This rank as if there were no others."""
@@ -177,21 +192,14 @@ def world(parallel: ParallelConfig) -> Iterator[World]:
         with sharing_cores():
             yield World(Axis(), device)
         return
-    timeout = timedelta(minutes=parallel.timeout_minutes)
-    if device.type == "cuda":  # nccl ends the process when it has waited long enough: ours is to say more before
-        timeout += timedelta(seconds=2 * GRACE)
+    timeout = patience(device, parallel.timeout_minutes)
     with failures_as_one_line(parallel.timeout_minutes):
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", of_this_launch(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         watch = Watch(dist.get_rank(), size, parallel.timeout_minutes)
         try:
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-            data, tensor = axes_of(mesh)
-            groups = (*mesh.get_all_groups(), data.group, tensor and tensor.group)
-            for group in groups:  # those of one dimension would have PyTorch's default
-                if group is not None:
-                    _set_pg_timeout(timeout, group)
+            mesh, data, tensor = make_mesh(device, shape, parallel.timeout_minutes)
             with sharing_cores(), failures_as_one_line(parallel.timeout_minutes, watch):
                 yield World(data, device, mesh, tensor, watch=watch)
         finally:
@@ -218,6 +226,25 @@ def of_this_launch(store: Store, rank: int, size: int) -> Store:
             return PrefixStore(launch, store)
         time.sleep(JOIN_SECONDS)
     raise RuntimeError("timed out: rank 0 has not come")
+
+
+def patience(device: torch.device, minutes: float) -> timedelta:
+    """How long a collective may wait."""
+    grace = 2 * GRACE if device.type == "cuda" else 0  # nccl ends the process then: ours is to say more before
+    return timedelta(minutes=minutes, seconds=grace)
+
+
+def make_mesh(
+    device: torch.device, shape: tuple[int, int, int], minutes: float
+) -> tuple[DeviceMesh, Axis, Axis | None]:
+    """A mesh of all ranks and its axes; its groups wait as long as that of all ranks."""
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    data, tensor = axes_of(mesh)
+    groups = (*mesh.get_all_groups(), data.group, tensor and tensor.group)
+    for group in groups:  # those of one dimension would have PyTorch's default
+        if group is not None:
+            _set_pg_timeout(patience(device, minutes), group)
+    return mesh, data, tensor
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, Axis | None]:

@@ -160,7 +160,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     All ranks must enter it together; inside each runs as many forwards as it likes, without gradients. Layers that are
     split over the tensor axis are whole as well. A model that is not sharded, or is gathered already, is left as it is.
     """
-    if vars(model).get("is_gathered"):
+    if not isinstance(model, FSDPModule) or vars(model).get("is_gathered"):
         yield
         return
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

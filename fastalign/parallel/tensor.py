@@ -84,6 +84,11 @@ class Team:
         known: dict[str, Any] = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
         return DTensor.from_local(x, self.mesh, [Shard(x.dim() - 1)], run_check=False, **known).full_tensor()
 
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        smallest = torch.tensor(number, device=self.mesh.device_type)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
+        return int(smallest)
 
 def split_layers(policy: Policy, world: World) -> Policy:
     """Split a policy over the tensor axis, in place and before it is sharded; its weights need not be there yet.

@@ -28,6 +28,7 @@ from fastalign.disk import readable
 from fastalign.models.policy import Policy
 from fastalign.models.verify import stock_attention
 from fastalign.ops import sample_keys
+from fastalign.parallel.clip import local
 from fastalign.parallel.reallocate import move
 from fastalign.parallel.shard import gathered
 from fastalign.rl.exact import settle
@@ -81,7 +82,7 @@ def make_sampler(
         return ServerSampler(settings, stops, publish, policy)
     assert policy is not None, "only a server samples without a policy"
     if lent is not None:
-        received, size = move(policy, lent), sum(p.nbytes for p in lent.parameters())
+        received, size = move(policy, lent), sum(local(p).nbytes for p in lent.parameters())
         told = (
             "sampler: from a copy of the weights, %s on every rank (parallel.generate), %s of it received from others"
         )

@@ -47,8 +47,8 @@ def probe(sampler: NativeSampler, trained: Policy | None = None) -> str | None:
     tried = _without_limits(sampler)
     limit = (sampler.policy.max_length or (max(PROMPTS) + TOKENS + 1, ""))[0]
     lengths = [length for length in PROMPTS if length + TOKENS <= limit] or [1]
-    team = trained.team
-    with gathered(trained) if team is None else nullcontext():
+    apart_by = layouts(trained, sampler.policy)
+    with gathered(trained) if trained.team is None else nullcontext():
         prompts = _prompts(sampler.policy, lengths)
         apart = 0.0
         for some, n in ((prompts[-1:], 1), (prompts, SAMPLES)):  # padded to more rows, and not
@@ -56,12 +56,19 @@ def probe(sampler: NativeSampler, trained: Policy | None = None) -> str | None:
             apart = max(apart, largest_difference(rollouts, trained_logps(tried, rollouts, trained)))
         if apart == 0:
             return None
-        where = (
-            f"first in {_first_difference(tried, prompts[-1:], trained)}"
-            if team is None
-            else (f"as training splits layers over {team.mesh.size()} ranks (parallel.tp) and sampling has them whole")
-        )
+        where = apart_by or f"first in {_first_difference(tried, prompts[-1:], trained)}"
     return f"log-probs of sampling and training differ by up to {apart:.2g}, {where}"
+
+
+def layouts(trained: Policy, sampled: Policy) -> str:
+    """Over how many ranks training and sampling split layers; empty where neither does."""
+    ours = 1 if trained.team is None else trained.team.mesh.size()
+    theirs = 1 if sampled.team is None or sampled is trained else sampled.team.mesh.size()
+    if ours == theirs == 1:
+        return ""
+    training = f"splits layers over {ours} ranks (parallel.tp)" if ours > 1 else "has whole layers"
+    sampling = f"splits them over {theirs} (parallel.generate)" if theirs > 1 else "has them whole"
+    return f"as training {training} and sampling {sampling}"
 
 
 def compare_many(
@@ -104,7 +111,7 @@ def settle(sampler: NativeSampler, trained: Policy | None = None) -> None:
     text = f"{found}{_advice(sampler, trained)}"
     if wanted == "require":
         raise ValueError(f"sampler.exact: require, but {text}")
-    meant = (trained or sampler.policy).team is not None  # which is told once, by the main rank
+    meant = layouts(trained or sampler.policy, sampler.policy)  # which is told once, by the main rank
     log.log(logging.INFO if meant else logging.WARNING, "sampler: not exact: %s", text)
 
 

@@ -122,6 +122,8 @@ class Rollouts(Rows):
         scorer: of the completions.
         world: the ranks; each completes and scores its share.
         stage: shows how far a part of a step is: from its name and size to a context with a function of what is done.
+        layout: the ranks as they sample: those of a tensor axis complete the same prompts together, and the first of
+            them has these scored. None: each has whole layers to sample with.
     """
 
     reads_ahead = False
@@ -137,10 +139,13 @@ class Rollouts(Rows):
         scorer: Scorer,
         world: World,
         stage: Stage = lambda name, total: nullcontext(lambda done: None),
+        layout: World | None = None,
     ) -> None:
         super().__init__(prompts, size, seed, None if plan.settings.filter_zero_std else rows)  # pyright: ignore
         self.prompts, self.plan, self.sampler, self.scorer, self.world = prompts, plan, sampler, scorer, world
         self.stage = stage
+        self.place = world.everyone if layout is None else layout.data
+        self.leads = layout is None or layout.tensor is None or layout.tensor.rank == 0
         self.groups: list[Group] = []
         self.seconds: dict[str, float] = {}
         self.resampled = self.num_tokens = 0
@@ -173,7 +178,7 @@ class Rollouts(Rows):
         self, indices: Sequence[int], n: int, seed: int, *, greedy: bool = False, shown_as: str = "sampling"
     ) -> list[Group]:
         """The groups of prompts, in their order; every rank makes a share and all get all."""
-        mine = indices[self.world.rank :: self.world.size]  # each rank has whole layers to sample with
+        mine = indices[self.place.rank :: self.place.size]
         start = sampled = time.perf_counter()
         found, failure = [], None
         try:
@@ -181,7 +186,7 @@ class Rollouts(Rows):
                 pending = self._sample(mine, n, seed, greedy, tell)
             sampled = time.perf_counter()
             with doing("reward"):
-                found = [self._finish(*each) for each in pending]
+                found = [self._finish(*each) for each in pending if self.leads]
         except (ValueError, OSError) as error:  # all ranks learn of it, or the others would wait
             failure = str(error)
         self.seconds["generate"] = self.seconds.get("generate", 0.0) + sampled - start
@@ -217,6 +222,8 @@ class Rollouts(Rows):
         return [done[i] for i in indices]
 
     def _score(self, rollouts: Sequence[Rollout]) -> Future[Any]:
+        if not self.leads:
+            return Future()  # another rank has them scored
         row = rollouts[0].row
         return self.scorer.submit(rollouts, {**self.prompts.columns(row), "prompt": self.prompts.prompt(row)})
 

@@ -136,7 +136,8 @@ class NativeSampler:
 
     Args:
         policy: is left as it is: its mode, gradients and the generators are not touched. Of a sharded one all ranks
-            must begin to generate together; until they end, each has its weights whole.
+            must begin to generate together; until they end, each has its weights whole. Of one that is only split the
+            ranks of its team must ask for the same: they compute each token together.
         settings: the `sampler` section.
         stops: what ends a completion.
         precision: makes the context in which training runs its forward, autocast's for example.
@@ -324,7 +325,8 @@ class NativeSampler:
         longest = max(len(prompt.ids) for prompt in prompts) + self.settings.max_new_tokens
         size = torch.empty(0, dtype=forest.dtype).element_size()
         row = 2 * len(forest.keys) * forest.key_heads * forest.head_size * size * longest
-        return int(min(MOST_ROWS, max(1, MEMORY_SHARE * free_memory(self._device) // row)))
+        rows = int(min(MOST_ROWS, max(1, MEMORY_SHARE * free_memory(self._device) // row)))
+        return rows if self.policy.head_group is None else self.policy.team.least(rows)
 
     @property
     def _device(self) -> torch.device:

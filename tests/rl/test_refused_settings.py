@@ -39,10 +39,16 @@ def config_of(tmp_path: Path, method: str, algorithm=None, sampler=None, rewards
 
 
 CASES = [
+    ("grpo", {"generate": {"tp": 0}}, r"parallel\.generate: tp 0: expected how many ranks sample together, 1 or more"),
     (
         "grpo",
-        {"generate": {"tp": 2}},
-        r"parallel\.generate: tp 2: completions are sampled from whole models: set tp to 1",
+        {"generate": {"tp": 2}, "sampler": {"backend": "transformers"}},
+        r"parallel\.generate: tp 2: only sampler\.backend native samples with several ranks: set tp to 1",
+    ),
+    (
+        "grpo",
+        {"generate": {"tp": 2}, "sampler": {"environment": "guess.py:make"}},
+        r"parallel\.generate: tp 2: each rank would have answers of its own from sampler\.environment: set tp to 1",
     ),
     ("grpo", {"generate": {"dp": 1}}, r"parallel\.generate: unknown dp; it takes tp and dtype"),
     (

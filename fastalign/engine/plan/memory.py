@@ -245,12 +245,12 @@ def units(setting: Setting, rows: int) -> tuple[int, ...] | None:
 
 
 def copy_to_sample(setting: Setting, model: Footprint) -> float:
-    """Whole weights on every rank, for `parallel.generate`."""
+    """The weights of a copy for `parallel.generate`, split over the ranks that sample together."""
     asked = setting.config.parallel.generate
     if asked is None:
         return 0.0
     size = DTYPES[asked["dtype"]].itemsize if asked.get("dtype", "auto") != "auto" else None
-    return sum(w.numel * (size or w.dtype.itemsize) for w in model.weights) * setting.layout.tp
+    return sum(w.numel * (size or w.dtype.itemsize) for w in model.weights) * setting.layout.tp / setting.sampling_tp
 
 
 def gathered_to_sample(setting: Setting, own: States) -> float:
@@ -265,9 +265,11 @@ def sampling(setting: Setting, model: Footprint, kept: float, own: States) -> tu
     config, (prompt, answer) = model.config, setting.lengths
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * setting.layout.tp
+    heads /= setting.sampling_tp
     token = 2 * config.num_hidden_layers * heads * size * (2 if setting.half else 4)
     free = max(setting.device.memory - kept - gathered_to_sample(setting, own), 0.0)
     affordable = max(1, int(MEMORY_SHARE * free // (token * (prompt + answer))))
-    rows = -(-setting.config.batch.size // setting.layout.ranks) * setting.samples  # prompts are dealt over all ranks
+    dealt = setting.layout.ranks // setting.sampling_tp  # ranks or groups of them that sample prompts of their own
+    rows = -(-setting.config.batch.size // dealt) * setting.samples
     rows = min(rows, setting.config.sampler.max_rows or min(MOST_ROWS, affordable))
     return ARENA * token * rows * (answer + prompt / max(1, setting.samples)), rows

@@ -139,6 +139,14 @@ class Setting:
         return max(self.config.batch.budget, self.group.tokens)
 
     @property
+    def sampling_tp(self) -> int:
+        """Over how many ranks layers are split while completions are sampled."""
+        tp = (self.config.parallel.generate or {}).get("tp", 1)
+        if self.asked.gpus % tp:
+            raise ValueError(f"--gpus {self.asked.gpus}: parallel.generate: tp {tp} does not divide the ranks")
+        return tp
+
+    @property
     def updates(self) -> int:
         """Into how many parts a pass over a step's examples is cut."""
         return minibatches_of(self.objective)

@@ -139,9 +139,16 @@ def communication(setting: Setting, tokens: float) -> dict[str, float]:
         width = model.config.hidden_size * wire * 2 * (layout.tp - 1) / layout.tp
         found["tp"] += tokens * width * model.layers * (sums * setting.passes + 2 * other_rounds(setting))
     if setting.samples and layout.ranks > 1:
-        whole = states(setting.policy(), setting).whole * layout.tp
-        found["sampling"] = whole * (layout.ranks - 1) / layout.ranks
+        found["sampling"] = received_to_sample(setting)
     return {name: size for name, size in found.items() if size}
+
+
+def received_to_sample(setting: Setting) -> float:
+    """Bytes of weights that a rank receives before it samples: of those that it has only its part of."""
+    layout, own = setting.layout, states(setting.policy(), setting).whole
+    if layout.tp == setting.sampling_tp:
+        return own * (1 - 1 / layout.shard)
+    return own * layout.tp * (1 - 1 / (layout.shard * layout.tp))
 
 
 def other_rounds(setting: Setting) -> int:
@@ -163,16 +170,20 @@ def sampling_seconds(setting: Setting, found: Memory) -> float:
     model, device, asked, (prompt, answer) = setting.policy(), setting.device, setting.asked, setting.lengths
     bandwidth, peak = device.bandwidth * asked.bandwidth_share, device.half if setting.half else device.single
     size, own = 2 if setting.half else 4, states(model, setting)
-    whole = own.whole * setting.layout.tp or sum(w.numel for w in model.weights) * size
-    prompts = setting.config.batch.size / setting.layout.ranks
-    cost, tp = cost_of(model), setting.layout.tp
+    together = setting.sampling_tp  # ranks that sample the same completions
+    tp = setting.layout.tp / together
+    whole = own.whole * tp or sum(w.numel for w in model.weights) * size
+    prompts = setting.config.batch.size / setting.layout.ranks * together
+    cost = cost_of(model)
     rounds = max(1.0, prompts * setting.samples / found.rows)
     cache = found.kinds.get("while sampling: keys and values", 0.0) / 2
     operations = 2 * tp * (cost.per_token + cost.per_scored) * found.rows
     step = max((whole + cache) / bandwidth, operations / (peak * asked.mfu))
     prefill = 2 * tp * cost.of(round(prompts * prompt), round(prompts * attended(prompt)), 0) / (peak * asked.mfu)
-    moved = whole * (setting.layout.ranks - 1) / setting.layout.ranks
-    return _seconds(setting, moved, setting.layout.ranks) + prefill + rounds * answer * step
+    sums = (2 * model.layers + 1) * found.rows * model.config.hidden_size * size * 2 * (together - 1) / together
+    step += _seconds(setting, sums, together)
+    moving = _seconds(setting, received_to_sample(setting), setting.layout.shard * setting.layout.tp)
+    return moving + prefill + rounds * answer * step
 
 
 def _seconds(setting: Setting, sent: float, ranks: int) -> float:
