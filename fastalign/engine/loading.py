@@ -82,6 +82,7 @@ def load(
     scalar_head: bool = False,
     value_head: bool = False,
     hollow: Hollow | None = None,
+    rests: bool = False,
 ) -> Policy:
     """A model on this rank's device, sharded where there are several ranks; not verified.
 
@@ -91,6 +92,7 @@ def load(
         setting: what errors call the setting that names it.
         scalar_head, value_head: as `load_policy`.
         hollow: the model before its weights are there, if it was made already.
+        rests: keep the shards of several ranks in host memory.
     """
     world = start.world
     known: dict[str, Any] = {"tokenizer": start.tokenizer, "seed": start.config.run.seed}
@@ -99,20 +101,21 @@ def load(
         return shard(load_policy(section, **known).to(world.device), world)
     hollow = hollow or hollow_policy(section, **known)
     if hollow.whole is not None:
-        return load_whole(start, hollow.whole, section, known)
+        return load_whole(start, hollow.whole, section, known, rests)
     mine = lora.sample((name, x) for name, x in hollow.policy.named_parameters() if not x.is_meta)
     require_same(world, (mine, hollow.stored and hollow.stored.sample()), *other_weights(setting))
-    policy = sharded(start, hollow)
+    policy = sharded(start, hollow, rests)
     if hollow.stored is not None:
-        fill(policy, hollow.read, world)
+        fill(policy, hollow.read, world, rests=rests)
     else:
         with without_repeated_warnings():
-            fill(policy, FromMain(load_policy(section, **known) if world.is_main else None, world), world, every=True)
+            made = FromMain(load_policy(section, **known) if world.is_main else None, world)
+            fill(policy, made, world, every=True, rests=rests)
     policy.base_digest = None if policy.adapted is None else base_digest(policy, world)
     return policy
 
 
-def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str, Any]) -> Policy:
+def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str, Any], rests: bool) -> Policy:
     """A model whose weights only transformers can load: every rank does, then it is sharded."""
     setting, world = known["setting"], start.world
     if world.mesh is not None:
@@ -120,7 +123,8 @@ def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str,
     with without_repeated_warnings():
         policy = load_policy(section, **known)
     require_same(world, lora.sample(policy.named_parameters()), *other_weights(setting))
-    return shard(split_layers(policy.to(world.device), world), world, bf16=start.autocast)
+    policy = split_layers(policy.to(world.device), world)
+    return shard(policy, world, bf16=start.autocast, rests=rests)
 
 
 @contextmanager
@@ -135,11 +139,12 @@ def without_repeated_warnings() -> Iterator[None]:
         logger.setLevel(was)
 
 
-def sharded(start: Start, hollow: Hollow) -> Policy:
+def sharded(start: Start, hollow: Hollow, rests: bool = False) -> Policy:
     """A policy without weights, over the ranks."""
     device = start.world.device
     policy = hollow.policy._apply(lambda x: x if x.is_meta else x.to(device))
-    return shard(split_layers(policy, start.world), start.world, bf16=start.autocast)
+    policy = split_layers(policy, start.world)
+    return shard(policy, start.world, bf16=start.autocast, rests=rests)
 
 
 class FromMain:

@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -22,7 +28,7 @@ from fastalign.parallel.tensor import whole_layers
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
+def shard(model: Module, world: World, *, bf16: bool = False, rests: bool = False) -> Module:
     """Shard ``model`` in place over the ranks: every transformer block, then the root with what is left.
 
     The model must be run through its own ``forward``, where the hooks are. One process needs no sharding and gets the
@@ -33,6 +39,7 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
         world: the ranks.
         bf16: gather and compute in bf16. Weights stay in their own dtype; gradients are added up in fp32, as are those
             of weights in half precision.
+        rests: keep each rank's shards in host memory; they are on the device only while their layer is gathered.
 
     Raises:
         ValueError: weights that FSDP cannot shard together.
@@ -42,10 +49,11 @@ def shard(model: Module, world: World, *, bf16: bool = False) -> Module:
     check_dtypes(model)
     half = bf16 or any(p.dtype in HALF for p in model.parameters() if p.requires_grad)
     computed, reduced = torch.bfloat16 if bf16 else None, torch.float32 if half else None
-    precision = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)
+    known: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=reduced)}
+    known["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if rests else OffloadPolicy()
     for block in transformer_blocks(model):
-        fully_shard(block, mesh=world.data_mesh, mp_policy=precision)
-    fully_shard(model, mesh=world.data_mesh, mp_policy=precision)
+        fully_shard(block, mesh=world.data_mesh, **known)
+    fully_shard(model, mesh=world.data_mesh, **known)
     if world.device.type == "cpu":  # else FSDP keeps what it gathered of a layer until the next one is there as well
         model._set_unshard_async_op(True)
     return model
@@ -68,7 +76,7 @@ Read = Callable[[str, tuple[slice, ...], Tensor], Tensor]
 
 
 @torch.no_grad()
-def fill(model: nn.Module, read: Read, world: World, *, every: bool = False) -> None:
+def fill(model: nn.Module, read: Read, world: World, *, every: bool = False, rests: bool = False) -> None:
     """Put weights into a sharded model that was made on the meta device, one tensor at a time.
 
     FSDP takes up parameters that were replaced like this when the model first runs. All ranks ask for the tensors in
@@ -79,6 +87,7 @@ def fill(model: nn.Module, read: Read, world: World, *, every: bool = False) -> 
         read: gives this rank's part of each tensor, on any device.
         world: the ranks.
         every: whether to read the tensors as well that have data already.
+        rests: the parameters stay in host memory.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # by what stood there, which stays alive meanwhile: tied ones stay one
     for name, owner, key in _places(model):
@@ -86,7 +95,8 @@ def fill(model: nn.Module, read: Read, world: World, *, every: bool = False) -> 
         if id(x) in made:
             owner[key] = made[id(x)][1]
         elif x.is_meta:
-            made[id(x)] = x, _with_data(x, read(name, region(x), x).to(world.device))
+            home = "cpu" if rests and isinstance(x, nn.Parameter) else world.device
+            made[id(x)] = x, _with_data(x, read(name, region(x), x).to(home))
             owner[key] = made[id(x)][1]
         elif every:
             made[id(x)] = x, x

@@ -48,7 +48,8 @@ def test_two_ranks_agree_with_one_and_resume_to_the_bit(configure, materials, tm
 
 @pytest.mark.slow
 def test_split_layers_train_like_one_process_and_resume_to_the_bit(configure):
-    one, split, resumed = (configure("dpo", n, **{"run.save_every": 4}) for n in ("one", "split", "resumed"))
+    settings = {"run.save_every": 4, "reference.cache": "off", "reference.offload": True}
+    one, split, resumed = (configure("dpo", n, **settings) for n in ("one", "split", "resumed"))
     split.parallel.tp = resumed.parallel.tp = 2
     both = fork(split, ranks=2)
     train(one)

@@ -13,7 +13,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from fastalign.config import ParallelConfig
 from fastalign.parallel.clip import clip_gradients
 from fastalign.parallel.mesh import World, world
-from fastalign.parallel.shard import shard, synchronise_gradients
+from fastalign.parallel.reallocate import move
+from fastalign.parallel.shard import fill, shard, synchronise_gradients
 
 
 class Block(nn.Module):
@@ -78,6 +79,23 @@ def check_cut_twice(ranks: World) -> None:
     torch.testing.assert_close(weight.grad.to_local(), mine / norm.float())
 
 
+def check_rest(ranks: World) -> None:
+    """Shards that rest on the host: read there, computed with as others are, followed by an average, never moved."""
+    trained, alone = shard(Model(), ranks), Model().requires_grad_(False)
+    with torch.device("meta"):
+        resting = Model().requires_grad_(False)
+    fill(shard(resting, ranks, rests=True), lambda name, part, x: alone.get_parameter(name)[part].clone(), ranks)
+    x = torch.randn(5, 7)
+    for _ in range(2):
+        torch.testing.assert_close(resting(x), alone(x))
+        assert {p.device.type for p in resting.parameters()} == {"cpu"}
+    with torch.no_grad():
+        for parameter in (*trained.parameters(), *alone.parameters()):
+            parameter.mul_(2 if isinstance(parameter, DTensor) else 1.5)
+    move(trained, resting, rate=0.5)  # half of the way to twice the weights
+    torch.testing.assert_close(resting(x), alone(x))
+
+
 def check_partial(ranks: World) -> None:
     """A sum over ranks that was not taken yet has no norm."""
     weight = nn.Parameter(DTensor.from_local(torch.ones(3), ranks.data_mesh, [Replicate()]))
@@ -92,5 +110,6 @@ if __name__ == "__main__":
         replicas = init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
         check(replace(ranks, mesh=replicas))
         check_cut_twice(ranks)
+        check_rest(ranks)
         check_partial(ranks)
     print("agreed", file=sys.stderr)

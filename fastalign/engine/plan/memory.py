@@ -145,7 +145,7 @@ def memory(setting: Setting) -> Memory:
         "masters": ours.masters,
         "moments": ours.moments,
         "critic: weights, masters, moments": sum(x.kept for x in theirs),
-        "reference": sum(x.weights + x.root for x in references) * (not setting.reference_rests),
+        "reference": sum(x.weights * (not setting.reference_rests) + x.root for x in references),
         "reward models": sum(x.weights for x in rewards),
         "copy to sample from": copy_to_sample(setting, policy),
     }

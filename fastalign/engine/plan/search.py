@@ -148,7 +148,7 @@ def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if config.model.dtype == "float32":
         half = {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": "compensated"}}
         yield "model.dtype: bfloat16, optim.master_weights: compensated", changed(setting, **half)
-    if gpus == 1 and beside and setting.device.kind == "cuda" and not config.reference.offload:
+    if beside and setting.device.kind == "cuda" and not config.reference.offload:
         yield "reference.offload: true", changed(setting, reference={"offload": True})
     for more in (2, 4, 8):
         wide = replace(setting, asked=replace(setting.asked, gpus=gpus * more))

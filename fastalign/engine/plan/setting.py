@@ -233,7 +233,7 @@ class Setting:
     @property
     def reference_rests(self) -> bool:
         """Whether the reference is in host memory while the policy trains."""
-        return self.config.reference.offload and self.device.kind == "cuda" and self.asked.gpus == 1
+        return self.config.reference.offload and self.device.kind == "cuda"
 
     @cached_property
     def is_cached(self) -> bool:

@@ -135,7 +135,8 @@ def load_other(
     start: Start, section: ModelConfig, hollow: Hollow, policy: Policy, share_prefix: bool
 ) -> tuple[Policy, bool]:
     """The model of ``reference.path``, verified, and whether prefixes are shared now that it has a say."""
-    reference = load(start, section, "reference.path", hollow=hollow).requires_grad_(False)
+    rests = start.config.reference.offload
+    reference = load(start, section, "reference.path", hollow=hollow, rests=rests).requires_grad_(False)
     if start.objective.head == "distributions":
         refuse_sizes(start.objective, policy, reference)
     name = "the teacher" if start.objective.method.teacher else "the reference"
@@ -173,16 +174,16 @@ def frozen_copy(policy: Policy, *, share: bool = False) -> Policy:
 def sharded_copy(start: Start, policy: Policy) -> Policy:
     """`frozen_copy` of a sharded policy: the same model made anew, and each rank copies its parts of the weights."""
     known: dict[str, Any] = {"tokenizer": start.tokenizer, "seed": start.config.run.seed}
-    scalar = policy.has_scalar_head
+    scalar, rests = policy.has_scalar_head, start.config.reference.offload
     with without_repeated_warnings():
-        reference = sharded(start, hollow_policy(start.config.model, scalar_head=scalar, **known))
+        reference = sharded(start, hollow_policy(start.config.model, scalar_head=scalar, **known), rests)
     ours: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
 
     def read(name: str, part: object, x: Tensor) -> Tensor:
         mine = ours[name].detach()
         return (mine.to_local() if isinstance(mine, DTensor) else mine).clone()
 
-    fill_shards(reference, read, start.world, every=True)
+    fill_shards(reference, read, start.world, every=True, rests=rests)
     return reference.train(policy.training).requires_grad_(False)
 
 
