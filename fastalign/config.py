@@ -185,12 +185,13 @@ class ParallelConfig:
     tp: int = 1
     """Ranks that compute each layer together, every one with its part of the heads, of the MLP and of the vocabulary
     (tensor parallelism); they get the same batches. Neighbouring ranks: keep them on one node."""
+    sequence_parallel: bool = False
+    """Split the tokens of norms and of the residual stream over `tp` too: less memory for activations, as much sent."""
     generate: dict[str, Any] | None = None
     """Sample from a copy of the policy that takes its weights after each step: `{tp: 1}` whole on every rank, `{tp: 4}`
     split over 4 that sample together; `dtype: bfloat16` halves it. Default: from the weights that train, gathered."""
     timeout_minutes: float = 60.0
-    """Minutes that a rank waits for another, which reads data, loads a model or writes to a slow disk, before it gives
-    the run up."""
+    """Minutes that a rank waits for another, which loads a model or writes to a slow disk, before it gives up."""
 
 
 @dataclass

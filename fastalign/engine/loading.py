@@ -123,7 +123,7 @@ def load_whole(start: Start, reason: str, section: ModelConfig, known: dict[str,
     with without_repeated_warnings():
         policy = load_policy(section, **known)
     require_same(world, lora.sample(policy.named_parameters()), *other_weights(setting))
-    policy = split_layers(policy.to(world.device), world)
+    policy = split_layers(policy.to(world.device), world, sequence=start.config.parallel.sequence_parallel)
     return shard(policy, world, bf16=start.autocast, rests=rests)
 
 
@@ -143,7 +143,7 @@ def sharded(start: Start, hollow: Hollow, rests: bool = False) -> Policy:
     """A policy without weights, over the ranks."""
     device = start.world.device
     policy = hollow.policy._apply(lambda x: x if x.is_meta else x.to(device))
-    policy = split_layers(policy, start.world)
+    policy = split_layers(policy, start.world, sequence=start.config.parallel.sequence_parallel)
     return shard(policy, start.world, bf16=start.autocast, rests=rests)
 
 

@@ -80,6 +80,10 @@ def check_settings(config: Config) -> None:
             f"{config.method} does not sample: algorithm, sampler and rewards are of {', '.join(ON_POLICY)}"
         )
     check_generate(config)
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        raise ValueError(
+            "parallel.sequence_parallel splits tokens over parallel.tp, which is 1: raise it, or leave it out"
+        )
     check_optimizer(config)
     training_path(config.data)
     check_named(config.model)

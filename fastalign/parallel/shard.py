@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -55,7 +49,7 @@ def shard(model: Module, world: World, *, bf16: bool = False, rests: bool = Fals
         fully_shard(block, mesh=world.data_mesh, **known)
     fully_shard(model, mesh=world.data_mesh, **known)
     if world.device.type == "cpu":  # else FSDP keeps what it gathered of a layer until the next one is there as well
-        model._set_unshard_async_op(True)
+        cast(FSDPModule, model)._set_unshard_async_op(True)
     return model
 
 

@@ -10,6 +10,7 @@
 Entered and left once for attention and once for the MLP, a layer takes four all-reduces of ``[T, D]`` in a forward and
 a backward. Embedding and LM head are split over the vocabulary: a token of another rank is embedded as 0 before the
 ranks add up, and the fused ops of the head exchange a few numbers per row and add up the gradient of the hidden states.
+With `parallel.sequence_parallel` a rank has ``[T/tp, D]`` of them between attentions and MLPs: see `exchange`.
 
 Each weight that is split is a `DTensor` placed `Shard(0)` or `Shard(1)` over the tensor axis, which FSDP shards once
 more over the data axis; so optimizers, checkpoints and exports know which part each rank has. Layers never compute with
@@ -35,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastalign.models.lora import base_name
 from fastalign.models.policy import Policy
+from fastalign.parallel.exchange import Enter, Gather, Join, Leave, Scatter, Share
 from fastalign.parallel.mesh import World
 
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -72,11 +74,27 @@ class Team:
         mesh: the tensor axis.
         group: theirs.
         whole: each has all weights for now, and computes alone.
+        sequence: in packed rows each has some of the tokens between attentions and MLPs.
+        parted: so it is in the forward that runs, or ran last.
     """
 
     mesh: DeviceMesh
     group: dist.ProcessGroup
     whole: bool = False
+    sequence: bool = False
+    parted: bool = False
+
+    def enter(self, x: Tensor, rows: int | None) -> Tensor:
+        """``[1, T, D]`` that an attention or MLP reads; ``rows`` is T where it must be known."""
+        return Gather.apply(x, rows, self.group) if self.parted else Enter.apply(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the ranks' parts of a sum add up to; of this rank's tokens where it has some."""
+        return Scatter.apply(x, self.group) if self.parted else Leave.apply(x, self.group)
+
+    def join(self, x: Tensor, rows: int) -> Tensor:
+        """``[1, T, D]`` of the tokens of all ranks."""
+        return Join.apply(x, rows, self.group)
 
     def gather_columns(self, x: Tensor, columns: int) -> Tensor:
         """``[..., columns]`` of the parts ``[..., c]`` that the ranks have of its last dimension."""
@@ -90,12 +108,14 @@ class Team:
         dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
         return int(smallest)
 
-def split_layers(policy: Policy, world: World) -> Policy:
+
+def split_layers(policy: Policy, world: World, *, sequence: bool = False) -> Policy:
     """Split a policy over the tensor axis, in place and before it is sharded; its weights need not be there yet.
 
     Args:
         policy: the same on every rank.
         world: the ranks; without a tensor axis nothing is done.
+        sequence: split the tokens of norms and of the residual stream as well.
 
     Raises:
         ValueError: a model that cannot be split, or not into so many parts.
@@ -106,7 +126,7 @@ def split_layers(policy: Policy, world: World) -> Policy:
     plan = plan_of(policy.config)
     check_sizes(policy.config, world.tensor.size)
     check_complete(policy, plan)
-    team = policy.team = Team(world.mesh["tp"], world.tensor.group)
+    team = policy.team = Team(world.mesh["tp"], world.tensor.group, sequence=sequence)
     made: dict[int, tuple[Any, nn.Parameter]] = {}  # by what stood there, which stays alive: tied weights stay one
     for module, ways in split_modules(policy, plan):
         for name, way in ways.items():
@@ -114,12 +134,31 @@ def split_layers(policy: Policy, world: World) -> Policy:
             if x is not None and isinstance(way, int):
                 made[id(x)] = made.get(id(x)) or (x, part_of(x, way, team))
                 module._parameters[name] = made[id(x)][1]
-        module.team = team  # pyright: ignore
-        module.__class__ = seen_in_part(type(module), tuple(ways.items()))
+        see_in_part(module, ways, team)
     for module in joint_modules(policy.backbone, plan):
         module.register_forward_pre_hook(entering(team), with_kwargs=True)
         module.register_forward_hook(leaving(team))
+    if sequence:
+        split_tokens(policy, plan, team)
     return policy
+
+
+def split_tokens(policy: Policy, plan: dict[str, str], team: Team) -> None:
+    """Let each rank have some of the tokens outside of attentions and MLPs.
+
+    Raises:
+        ValueError: a model that has more there than norms.
+    """
+    inside = {id(module) for joint in joint_modules(policy.backbone, plan) for module in joint.modules()}
+    inside |= {id(module) for module in policy.model.get_input_embeddings().modules()}
+    for name, module in policy.backbone.named_modules():
+        own = {key: x for key, x in module._parameters.items() if x is not None and id(module) not in inside}
+        if any(x.dim() > 1 for x in own.values()):
+            raise ValueError(f"parallel.sequence_parallel: {name} of {policy.config.model_type} models is no norm")
+        if own:
+            see_in_part(module, dict.fromkeys(own, SUMMED), team)
+    policy.backbone.register_forward_pre_hook(beginning(team), with_kwargs=True)
+    policy.backbone.register_forward_hook(ending(team), with_kwargs=True)
 
 
 # --- what is split, and how ------------------------------------------------------------------------------------------
@@ -228,6 +267,12 @@ def part_of(x: nn.Parameter, dimension: int, team: Team) -> nn.Parameter:
 # --- how layers see their weights ------------------------------------------------------------------------------------
 
 
+def see_in_part(module: nn.Module, ways: dict[str, Way], team: Team) -> None:
+    """Let a module's forward read this rank's part of its weights."""
+    module.team = team  # pyright: ignore
+    module.__class__ = seen_in_part(type(module), tuple(ways.items()))
+
+
 @cache
 def seen_in_part(kind: type, ways: tuple[tuple[str, Way], ...]) -> type:
     """A class of module whose weights are this rank's parts to whoever reads them; an embedding's, of its tokens."""
@@ -266,60 +311,10 @@ class SplitEmbedding(nn.Module):
         local = input - each * self.team.mesh.get_local_rank()
         elsewhere = (local < 0) | (local >= len(self.weight))
         found = super().forward(local.masked_fill(elsewhere, 0))
-        return Leave.apply(found.masked_fill(elsewhere[..., None], 0), self.team.group)
+        return self.team.leave(found.masked_fill(elsewhere[..., None], 0))
 
 
-# --- communication ---------------------------------------------------------------------------------------------------
-
-
-def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks, in memory of its own."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-class Enter(torch.autograd.Function):
-    """The identity, of something that the ranks use in different ways: their gradients add up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """``x``."""
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        """Its sum over ranks."""
-        return summed(gradient, ctx.group), None
-
-
-class Leave(torch.autograd.Function):
-    """The sum of what the ranks have; each has the whole gradient of its part already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """The sum over ranks."""
-        return summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        """The same for every part."""
-        return gradient, None
-
-
-class Share(torch.autograd.Function):
-    """One of ``n`` equal shares of something that every rank adds to its part of a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
-        """``x / n``."""
-        return x / n
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        """That of the sum of all shares, which is whole on every rank."""
-        return gradient, None
+# --- where layers are entered and left -------------------------------------------------------------------------------
 
 
 def entering(team: Team) -> Callable[..., Any]:
@@ -328,9 +323,11 @@ def entering(team: Team) -> Callable[..., Any]:
     def enter(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> Any:
         if team.whole:
             return None
+        angles = options.get("position_embeddings")
+        rows = None if angles is None else angles[0].shape[-2]  # an MLP may read the rows that are filled up
         if arguments:
-            return (Enter.apply(arguments[0], team.group), *arguments[1:]), options
-        return arguments, {**options, "hidden_states": Enter.apply(options["hidden_states"], team.group)}
+            return (team.enter(arguments[0], rows), *arguments[1:]), options
+        return arguments, {**options, "hidden_states": team.enter(options["hidden_states"], rows)}
 
     return enter
 
@@ -342,10 +339,30 @@ def leaving(team: Team) -> Callable[..., Any]:
         if team.whole:
             return None
         if isinstance(output, tuple):
-            return Leave.apply(output[0], team.group), *output[1:]
-        return Leave.apply(output, team.group)
+            return team.leave(output[0]), *output[1:]
+        return team.leave(output)
 
     return leave
+
+
+def beginning(team: Team) -> Callable[..., Any]:
+    """A hook before the forward of a backbone: tokens are split of packed rows."""
+
+    def begin(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+        team.parted = not team.whole and options.get("packed_layout") is not None
+
+    return begin
+
+
+def ending(team: Team) -> Callable[..., Any]:
+    """A hook after it: the head reads hidden states of any token."""
+
+    def end(module: nn.Module, arguments: tuple, options: dict[str, Any], output: Any) -> Any:
+        if team.parted:
+            output.last_hidden_state = team.join(output.last_hidden_state, options["input_ids"].shape[1])
+        return output
+
+    return end
 
 
 # --- every rank for itself -------------------------------------------------------------------------------------------

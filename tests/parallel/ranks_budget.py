@@ -29,11 +29,14 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40}
 """Of a model whose every dimension two and four ranks divide, so that no shard is filled up."""
 
 
-def counted_step(ranks: World, micro_batches: int, **precision: bool) -> tuple[Collectives, Policy]:
+def counted_step(
+    ranks: World, micro_batches: int, *, sequence: bool = False, **precision: bool
+) -> tuple[Collectives, Policy]:
     """Forward and backward of some micro-batches, whose gradients are reduced once."""
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)))
-    sharded, objective = shard(split_layers(policy, ranks), ranks, **precision), make_objective("sft", {})
+    sharded, objective = split_layers(policy, ranks, sequence=sequence), make_objective("sft", {})
+    shard(sharded, ranks, **precision)
     batch = make_batch()
     with Collectives() as ours:
         for i in range(micro_batches):
@@ -51,12 +54,18 @@ def check_tp(ranks: World) -> None:
     """Four sums of the hidden states per layer, one of the embeddings; one of the scored rows' gradient."""
     mesh = init_device_mesh("cpu", (1, 1, ranks.size), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
     data, tensor = axes_of(mesh)
-    ours, _ = counted_step(World(data, ranks.device, mesh, tensor), 1)
+    ranks = World(data, ranks.device, mesh, tensor)
+    ours, _ = counted_step(ranks, 1)
     batch, row = make_batch(), SIZES["hidden_size"] * 4
     sums = {size: n for (name, size), n in ours.sizes.items() if name == "allreduce_" and size >= row}
     expected = {batch.num_tokens * row: 4 * SIZES["num_hidden_layers"] + 1, batch.num_scored * row: 1}
     assert sums == expected, sums
     assert not ours.bytes["_reduce_scatter_base_"]  # there is one data rank
+    ours, _ = counted_step(ranks, 1, sequence=True)  # in place of a sum a gather and a scatter of what each rank has
+    missed = -(-batch.num_tokens // ranks.size) * row * (ranks.size - 1)
+    assert ours.bytes["_allgather_base_"] == (4 * SIZES["num_hidden_layers"] + 2) * missed
+    assert ours.bytes["_reduce_scatter_base_"] == (4 * SIZES["num_hidden_layers"] + 1) * missed
+    assert ("allreduce_", batch.num_tokens * row) not in ours.sizes
 
 
 def check_fsdp(ranks: World) -> None:

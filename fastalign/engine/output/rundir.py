@@ -56,6 +56,7 @@ LAYOUT = {
         "parallel.dp_replicate",
         "parallel.dp_shard",
         "parallel.tp",
+        "parallel.sequence_parallel",
         "parallel.generate",
         "parallel.generate.tp",
         "parallel.generate.dtype",

@@ -91,7 +91,8 @@ class Setting:
         if backend == "auto":
             backend = ("varlen" if half else "sdpa") if cuda else ("sdpa" if cpp.unavailable() else "cpp")
         gathered = torch.bfloat16 if autocast and self.asked.gpus > 1 else None
-        return Way(not cuda, backend, autocast and gathered is None, gathered)
+        parts = self.layout.tp if self.config.parallel.sequence_parallel else 1
+        return Way(not cuda, backend, autocast and gathered is None, gathered, parts)
 
     @property
     def half(self) -> bool:

@@ -25,6 +25,7 @@ from fastalign.models.support import transformer_blocks
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, expand_heads, gathered
 from fastalign.ops.backends.cpp.product import preferred
+from fastalign.parallel import tensor
 from fastalign.types import PackedBatch
 
 KINDS = {"norm": "norms", "attention": "attention", "attn": "attention", "mlp": "MLP", "expert": "MLP", "moe": "MLP"}
@@ -43,12 +44,14 @@ class Way:
         attention: backend of the packed attention.
         autocast: bf16 over weights in fp32, by autocast.
         dtype: what FSDP gathers the weights in; None: their own.
+        parts: ranks over which tokens are split outside of attentions and MLPs.
     """
 
     native: bool
     attention: str
     autocast: bool
     dtype: torch.dtype | None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def run(policy: Policy, batch: PackedBatch, way: Way) -> Kept:
         stack.enter_context(live.watching(policy))
         stack.enter_context(live.marking(transformer_blocks(policy)[-1]))
         stack.enter_context(_attention(policy, way))
+        stack.enter_context(_tokens_in_part(policy, way.parts))
         caches = not (way.native and preferred())  # the native products cast for themselves
         copies = stack.enter_context(_autocast(policy, live, caches)) if way.autocast else {}
         stack.enter_context(live)
@@ -218,6 +222,41 @@ def _attention(policy: Policy, way: Way) -> Iterator[None]:
         yield
     finally:
         policy.use_attention(was)
+
+
+@contextmanager
+def _tokens_in_part(policy: Policy, parts: int) -> Iterator[None]:
+    """Outside of attentions and MLPs the share of one rank."""
+    if parts == 1:
+        yield
+        return
+    team, backbone = _Part(parts), policy.backbone
+    hooks = [policy.model.get_input_embeddings().register_forward_hook(lambda module, args, out: team.leave(out))]
+    for module in tensor.joint_modules(backbone, tensor.plan_of(policy.config)):
+        hooks.append(module.register_forward_pre_hook(tensor.entering(team), with_kwargs=True))
+        hooks.append(module.register_forward_hook(tensor.leaving(team)))
+    hooks.append(backbone.register_forward_hook(tensor.ending(team), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Part:
+    """Stands in for a `tensor.Team` of so many ranks: shapes are theirs."""
+
+    size: int
+    whole, parted = False, True
+
+    def enter(self, x: Tensor, rows: int | None) -> Tensor:
+        return torch.cat([x] * self.size, 1)[:, :rows]
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x[:, : -(-x.shape[1] // self.size)].clone()
+
+    join = enter
 
 
 def _attend(backend: str) -> Any:
