@@ -11,10 +11,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -23,19 +23,22 @@ sys.path += [str(Path(__file__).parents[1] / name) for name in ("engine", "rl")]
 import onpolicy
 import sampling
 import steps
+from sampling import in_order
 
-from fastalign.config import ModelConfig, ParallelConfig
+from fastalign.config import ModelConfig, ParallelConfig, SamplerConfig
+from fastalign.data.examples import TokenExample
 from fastalign.data.pack import share
 from fastalign.engine.forward import Models
 from fastalign.models.load import as_policy, load_policy
 from fastalign.models.lora import base_digest
 from fastalign.models.policy import Policy
-from fastalign.models.verify import stock_attention
+from fastalign.models.verify import stock_attention, verify_packed
 from fastalign.parallel.clip import clip_gradients
-from fastalign.parallel.mesh import World, axes_of, world
+from fastalign.parallel.mesh import World, make_mesh, world
 from fastalign.parallel.shard import base_digest as sharded_digest
 from fastalign.parallel.shard import gathered, region, shard
 from fastalign.parallel.tensor import split_layers
+from fastalign.rl.algorithms import ALGORITHMS
 from fastalign.rl.backends import make_sampler
 from fastalign.rl.exact import probe
 from fastalign.rl.sampler import Stops
@@ -46,10 +49,10 @@ SIZES = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 4,
-    "vocab_size": steps.VOCAB,  # 37: 19 and 18
+    "vocab_size": steps.VOCAB,  # 37: 19 and 18, or three of 10 and 7
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -80,7 +83,7 @@ def make_policy(
     scalar: bool = False,
     seed: int = 0,
     value_head: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
     **sizes: int,
 ) -> Policy:
     """A model whose norms and biases are not those that they start with."""
@@ -94,13 +97,21 @@ def make_policy(
     return as_policy(model, model, section, value_head=value_head)
 
 
-def spread(policy: Policy, ranks: World, **options: bool) -> Policy:
-    return shard(split_layers(copy.deepcopy(policy), ranks), ranks, **options)
+def spread(policy: Policy, ranks: World, *, sequence: bool = False, **options: bool) -> Policy:
+    return shard(split_layers(copy.deepcopy(policy), ranks, sequence=sequence), ranks, **options)
 
 
-def check(alone: Models, together: Models, ranks: World, method: str, loss: str, what: str, few: bool = False) -> None:
-    """One step; with ``few`` all but one data rank have nothing to do."""
-    examples = steps.make_examples(method, loss)[: 1 if few else None]
+def check(
+    alone: Models,
+    together: Models,
+    ranks: World,
+    method: str,
+    loss: str,
+    what: str,
+    examples: list[TokenExample] | None = None,
+) -> None:
+    """One step, of all examples of a loss where none are given."""
+    examples = examples or steps.make_examples(method, loss)
     want = steps.run_step(alone, steps.packed(examples, 10**6, False), method, loss)
     mine = share(examples, 50, True, ranks.data.rank, ranks.data.size, COST)
     got = steps.run_step(together, mine, method, loss, ranks)
@@ -125,18 +136,42 @@ def methods(ranks: World, name: str, which: tuple[str, ...] = (*LOSSES,)) -> Non
         losses = LOSSES[method] if ranks.data.size == 1 else LOSSES[method][:1]
         for loss in losses:
             check(alone, together, ranks, method, loss, f"{method} {loss} on {name}")
-        check(alone, together, ranks, method, losses[0], f"{method} {losses[0]} on {name}, some ranks", few=True)
+        for words, examples in few(method, losses[0]).items():
+            check(alone, together, ranks, method, losses[0], f"{method} {losses[0]} on {name}, {words}", examples)
+
+
+def few(method: str, loss: str) -> dict[str, list[TokenExample]]:
+    """Examples that leave data ranks without work: with an empty micro-batch, or with one that has no scored token."""
+    first, second = steps.make_examples(method, loss, 2)
+    found = {"an idle rank": [first]}
+    if method == "sft":
+        silent = tuple((ids, np.zeros_like(scored)) for ids, scored in second.sequences)
+        found["nothing scored on a rank"] = [first, replace(second, sequences=silent)]
+    return found
 
 
 def families(ranks: World, name: str) -> None:
     """Every family, also with activations that are recomputed."""
     for kind in FAMILIES:
-        for recompute in (False, True) if kind in ("llama", "qwen3") else (False,):
+        for recompute in (False, True, "mlp") if kind == "llama" else (False,):
             policy = make_policy(kind, gradient_checkpointing=recompute).train()
             sharded = spread(policy, ranks)
             check_parts(policy, sharded)
-            what = f"{kind}{' recomputed' * recompute} on {name}"
+            what = f"{kind}, recomputed: {recompute}, on {name}"
             check(Models(policy, None, False), Models(sharded, None, False), ranks, "sft", "sft", what)
+
+
+def tokens_in_part(ranks: World, name: str) -> None:
+    """Norms and the residual stream of some of the tokens, whose number the ranks need not divide."""
+    odd, even = (steps.make_examples("sft", "sft", n) for n in (7, 1))
+    for kind, recompute in (("llama", False), ("llama", True), ("qwen3", "mlp"), ("gemma2", True)):
+        policy = make_policy(kind, gradient_checkpointing=recompute).train()
+        models = Models(policy, None, False), Models(spread(policy, ranks, sequence=True), None, False)
+        for examples in (odd, even):
+            what = f"{kind} in parts of its tokens, recomputed: {recompute}, on {name}"
+            check(*models, ranks, "sft", "sft", what, examples)
+        batch = steps.packed(odd, 10**6, True)[0]
+        assert verify_packed(models[1].policy, batch, together=lambda mine: all(ranks.gather_objects(mine)))
 
 
 def check_parts(policy: Policy, sharded: Policy) -> None:
@@ -200,12 +235,15 @@ def whole(ranks: World, name: str) -> None:
     check(*models, ranks, "sft", "sft", f"whole layers on {name}")
 
 
-def algorithms(ranks: World, name: str) -> None:
-    """An update of on-policy algorithms: metrics, and how the weights move; once by a single group of completions."""
-    for algorithm, critic in (("ppo", "shared"), ("ppo", "separate"), ("grpo", "none"), ("online_dpo", "none")):
-        settings = {} if algorithm == "online_dpo" else {"num_iterations": 1, "num_minibatches": 1}
-        settings |= {"preset": "strong"} if critic == "separate" else {}
-        for groups in (onpolicy.make_groups(), [onpolicy.make_group(7, (3, 1, 8))]):
+def algorithms(ranks: World, name: str, which: tuple[str, ...] = (*ALGORITHMS,)) -> None:
+    """An update: metrics, and how the weights move. Of every algorithm on a tensor axis alone; where there is data
+    parallelism as well of one of each kind, by a single group of completions too."""
+    which = which if ranks.data.size == 1 else tuple(one for one in which if one in ("ppo", "grpo", "online_dpo"))
+    for algorithm, critic in (*((one, "shared" if one == "ppo" else "none") for one in which), ("ppo", "separate")):
+        settings = {"preset": "strong", "num_minibatches": 1} if critic == "separate" else {}
+        settings |= {"num_iterations": 1} if algorithm == "ppo" else {}
+        idle = [[onpolicy.make_group(7, (3, 1, 8))]] if ranks.data.size > 1 else []
+        for groups in (onpolicy.make_groups(), *idle):
             (want, alone), (got, together) = (
                 updated(algorithm, critic, groups, place, settings) for place in (onpolicy.ALONE, ranks)
             )
@@ -271,6 +309,34 @@ def sampled(ranks: World, name: str) -> None:
     print("agreed on samples on", name, file=sys.stderr)
 
 
+def sampled_together(ranks: World, name: str) -> None:
+    """Copies that are split over two ranks each, of a policy in its own layout and of one that FSDP alone shards."""
+    whole, stops, prompts = sampling.make_policy(), Stops(frozenset(range(40))), sampling.make_prompts(3, 20, 7)
+    for place in (ranks, laid_out(ranks, (1, ranks.size, 1))):
+        alone, layout = copy.deepcopy(whole), place.split(2, 5.0)
+        sharded, lent = spread(alone, place), split_layers(copy.deepcopy(alone), layout).requires_grad_(False)
+        lent = make_sampler(sharded, SamplerConfig(max_new_tokens=10), None, lent=lent)
+        lent.sampler.stops = stops
+        with torch.no_grad():
+            for weight in (*alone.parameters(), *sharded.parameters()):
+                weight.mul_(1.5)
+        lent.sync(sharded, 1)
+        for greedy in (False, True):
+            mine = prompts[layout.data.rank :: layout.data.size]
+            expected = in_order(sampling.make_sampler(alone, stops).generate(mine, 2, 5, greedy=greedy))
+            got = in_order(lent.generate(mine, 2, 5, greedy=greedy))
+            assert [each.tokens.tolist() for each in got] == [each.tokens.tolist() for each in expected]
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_allclose(a.sampler_logps, b.sampler_logps, rtol=0, atol=1e-4)
+    print("agreed on samples of split copies on", name, file=sys.stderr)
+
+
+def laid_out(ranks: World, shape: tuple[int, int, int]) -> World:
+    """The same ranks in another mesh."""
+    mesh, data, tensor = make_mesh(ranks.device, shape, 5.0)
+    return replace(ranks, mesh=mesh, data=data, tensor=tensor)
+
+
 def collectives(ranks: World, name: str) -> None:
     """Four sums of hidden states per layer, one of the embedding, and one of the head's gradient."""
     counts, original = [], dist.all_reduce
@@ -303,7 +369,7 @@ def refusals(ranks: World, name: str) -> None:
             split_layers(policy, ranks)
 
 
-CASES = [methods, families, half, whole, algorithms, sampled, collectives]
+CASES = [methods, families, tokens_in_part, half, whole, algorithms, sampled, sampled_together, collectives]
 CASES += [adapters, refusals] * bool(find_spec("peft"))
 
 
@@ -314,6 +380,8 @@ if __name__ == "__main__":
             if not wanted or case.__name__ in wanted:
                 case(ranks, sys.argv[1])
         if not wanted and shape == [1, 2, 2]:
-            mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-            methods(World(axes_of(mesh)[0], ranks.device, mesh, axes_of(mesh)[1]), "2x1x2", ("dpo",))
+            for layout in ((2, 1, 2), (1, 1, 4)):
+                other, name = laid_out(ranks, layout), "x".join(map(str, layout))
+                methods(other, name, ("dpo",))
+                algorithms(other, name, ("grpo",))
     print("agreed on all", file=sys.stderr)
