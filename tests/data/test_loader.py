@@ -215,6 +215,17 @@ def test_ranks_wait_little_for_each_other() -> None:
     assert by_cost < 1.04 < by_tokens, "1.02 and 1.10"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_as_much_work_for_each_of_more_ranks_takes_no_longer(num_ranks: int) -> None:
+    """Weak scaling of counted work: within 5 % of ideal balance on average."""
+    waits = []
+    for seed in range(8):
+        sizes = np.random.default_rng(seed).lognormal(5.3, 0.8, 16 * num_ranks).astype(int).clip(1, 2048)
+        costs = sizes + sizes**2 / 1536
+        waits.append(waiting(deal(sizes, costs, 4096, num_ranks), costs))
+    assert np.mean(waits) < 1.05, waits
+
+
 def waiting(hands: list[list[list[int]]], costs: np.ndarray) -> float:
     """Time until the slowest rank is done in every round, relative to perfect balance."""
     work = np.array([[costs[members].sum() for members in hand] for hand in hands])

@@ -18,6 +18,11 @@ def test_two_ranks_have_the_gradients_of_one():
     assert forks.run(Path(__file__).with_name("ranks.py"), ranks=2).count("agreed") == 2
 
 
+def test_a_step_is_that_of_one_process_on_every_mesh():
+    output = forks.run(Path(__file__).with_name("ranks_contract.py"), ranks=4)
+    assert output.count("agreed on") == 4, output
+
+
 @pytest.mark.parametrize(
     "replicate, shards, tp, size, shape",
     [
