@@ -187,6 +187,9 @@ class ParallelConfig:
     (tensor parallelism); they get the same batches. Neighbouring ranks: keep them on one node."""
     sequence_parallel: bool = False
     """Split the tokens of norms and of the residual stream over `tp` too: less memory for activations, as much sent."""
+    shard_gradients: bool = False
+    """Reduce gradients after every micro-batch, not once per update: a rank adds up its shards of them, where it keeps
+    those of whole layers otherwise: 4 bytes a weight. Costs a reduction per micro-batch."""
     generate: dict[str, Any] | None = None
     """Sample from a copy of the policy that takes its weights after each step: `{tp: 1}` whole on every rank, `{tp: 4}`
     split over 4 that sample together; `dtype: bfloat16` halves it. Default: from the weights that train, gathered."""

@@ -44,6 +44,7 @@ from fastalign.engine.reference.frozen import reference_section, settle_referenc
 from fastalign.models.load import check_model, load_tokenizer, separate_padding
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.policy import Policy
+from fastalign.models.precision import HALF
 from fastalign.parallel.host import rest
 from fastalign.parallel.mesh import World
 
@@ -197,6 +198,11 @@ def load_models(start: Start, room: Callable[[Policy, Policy | None], None] = la
     gradient = start.objective.policy_gradient
     shared = gradient is not None and gradient.settings.critic == "shared"
     policy = load(start, config.model, scalar_head=scalar, value_head=shared).train()
+    if config.parallel.shard_gradients and {p.dtype for p in policy.parameters() if p.requires_grad} & {*HALF}:
+        raise ValueError(
+            "parallel.shard_gradients adds gradients up in the dtype of the weights, which is half precision here: set "
+            "model.dtype to float32, or leave it out"
+        )
     if scalar:
         separate_padding(policy, start.tokenizer)
     shares = verified(start, policy, config.batch.share_prefix)

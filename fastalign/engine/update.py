@@ -86,20 +86,24 @@ def accumulate_gradients(
     objective: Objective,
     world: World,
     watch: Stopwatch,
+    reduces: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of every micro-batch from `prepare`; gradients of the whole step are left in the parameters.
+
+    With ``reduces`` those of a sharded model are reduced after each.
 
     Returns:
         per micro-batch, this rank's ``[2]`` fp64 (sum, count) of each metric.
     """
     sums = []
     for i, batch in enumerate(batches):
-        synchronise_gradients(models.policy, i == len(batches) - 1)
+        last = reduces or i == len(batches) - 1
+        synchronise_gradients(models.policy, last)
         with watch("forward"), models.precision(world.device):
             loss, metrics = run_head(models, batch, objective)
         with watch("backward"):
             loss.backward()
-        sums.append({**metrics, **train_critic(models, batch, objective, world, watch, i == len(batches) - 1)})
+        sums.append({**metrics, **train_critic(models, batch, objective, world, watch, last)})
     return sums
 
 
@@ -158,7 +162,8 @@ def update(job: Job, batches: list[PackedBatch], step: int, lr: float, watch: St
     """One update of all that trains, from the gradients of some of a step's micro-batches."""
     if job.config.optim.in_backward:
         return update_in_backward(job, batches, lr, watch)
-    metrics = accumulate_gradients(job.models, batches, job.objective, job.world, watch)
+    reduces = job.config.parallel.shard_gradients
+    metrics = accumulate_gradients(job.models, batches, job.objective, job.world, watch, reduces)
     with watch("optimizer"):
         found, finite = verdict(job, batches, metrics)
         warm, critic_lr = warmup_of(job, step, lr)

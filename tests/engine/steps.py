@@ -91,25 +91,30 @@ def packed(examples: list[TokenExample], tokens: int, share: bool) -> list[Packe
 
 
 def run_step(
-    models: Models, batches: list[PackedBatch], method: str, loss: str, world: World = ALONE
+    models: Models, batches: list[PackedBatch], method: str, loss: str, world: World = ALONE, reduces: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """``[m, 2]`` (sum, count) of the metrics, and whole gradients."""
     objective = make_objective(method, {"name": loss})
     models = models if objective.needs_reference else replace(models, reference=None)
     models.policy.zero_grad()
-    sums = accumulate(models, batches, objective, world, first_carried())
+    sums = accumulate(models, batches, objective, world, first_carried(), reduces)
     totals = world.data.sum(add_sums(sums, objective.metric_names, world.device))
     gradients = [p.grad for p in models.policy.parameters() if p.grad is not None]
     return totals, [(g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for g in gradients]
 
 
 def accumulate(
-    models: Models, batches: list[PackedBatch], objective: Objective, world: World, carried: Carried
+    models: Models,
+    batches: list[PackedBatch],
+    objective: Objective,
+    world: World,
+    carried: Carried,
+    reduces: bool = False,
 ) -> list[dict[str, Tensor]]:
     """A step up to its gradients: the sums of each micro-batch."""
     work, watch = measure_work(batches, world, 0), Stopwatch(world.device)
     batches = prepare(models, batches, objective, work, world, watch, carried)
-    return accumulate_gradients(models, batches, objective, world, watch)
+    return accumulate_gradients(models, batches, objective, world, watch, reduces)
 
 
 def assert_same_step(got: tuple[Tensor, list[Tensor]], want: tuple[Tensor, list[Tensor]], what: str) -> None:

@@ -125,12 +125,40 @@ def test_fsdp_receives_what_its_formula_says():
     assert communication(setting, 100.0) == {"fsdp": (2 * 2 * 4 + 4) * own * 3 / 4}
 
 
+def test_gradients_in_shards_take_their_share_of_memory_and_a_reduction_per_micro_batch():
+    flags = {"batch.size": 16, "parallel.shard_gradients": True}
+    setting = setting_of("sft", PlanConfig(device="cpu", gpus=4), **flags)
+    own, counted = sum(w.numel for w in setting.policy().weights), states(setting.policy(), setting)
+    assert communication(setting, 100.0) == {"fsdp": (2 * 2 * 4 + 2 * 4) * own * 3 / 4}
+    assert counted.unsharded == 0 and counted.reduced == 4 * own
+
+
 def test_tensor_parallel_sums_four_times_a_layer():
     setting = setting_of("sft", PlanConfig(device="cpu", gpus=2), **{"parallel.tp": 2})
     assert communication(setting, 100.0)["tp"] == 3 * 4 * 100 * 32 * 4
     whole = setting_of("sft").policy()
     parts = [sum(w.numel for w in model.weights if w.matrix) for model in (setting.policy(), whole)]
     assert 2 * parts[0] == parts[1] + 2 * 32  # 97 rows of embedding and head are 49 and 49
+
+
+def test_split_tokens_leave_a_share_between_layers():
+    flags = {"parallel.tp": 2, "model.gradient_checkpointing": True}
+    kept = [
+        setting_of("sft", PlanConfig(device="cpu", gpus=2), **flags, **{"parallel.sequence_parallel": split}).policy()
+        for split in (False, True)
+    ]
+    whole, parts = (model.of(640).kinds["residual"] for model in kept)
+    assert parts == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_a_copy_to_sample_from_is_split_over_those_that_sample_together():
+    copies = {}
+    for tp in (1, 2, 4):
+        setting = setting_of("grpo", PlanConfig(device="cpu", gpus=4), **{"parallel.generate": {"tp": tp}})
+        copies[tp] = memory(setting).kinds["copy to sample from"]
+    assert copies[1] == 2 * copies[2] == 4 * copies[4]
+    with pytest.raises(ValueError, match=r"^--gpus 4: parallel\.generate: tp 3 does not divide the ranks$"):
+        memory(setting_of("grpo", PlanConfig(device="cpu", gpus=4), **{"parallel.generate": {"tp": 3}}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,6 +19,7 @@ FACTORS: dict[str, list[Any]] = {
     "mesh": [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)],
     "tokens": [1, 50, 10**6],  # of a micro-batch: each example alone, many that gradients are added up over, one
     "sharing": [True, False],
+    "reduces": [False, True],  # gradients after every micro-batch
     "recompute": [False, True, "mlp"],
     "method": ["sft", "dpo", "kto"],
 }
@@ -49,11 +50,11 @@ def check(ranks: World, setting: dict[str, Any], expected: Any) -> None:
     models = Models(spread(policy, ranks), spread(reference, ranks), False)
     mine = share(examples, setting["tokens"], setting["sharing"], ranks.data.rank, ranks.data.size, COST)
     assert len(mine) > 1 or setting["tokens"] > 50
-    got = steps.run_step(models, mine, method, method, ranks)
+    got = steps.run_step(models, mine, method, method, ranks, setting["reduces"])
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5, msg=lambda text: f"{setting}: {text}")
     largest = max(gradient.abs().max() for gradient in expected[1])
     error = max((a - b).abs().max() for a, b in zip(got[1], expected[1], strict=True))
-    assert 1e-4 < largest and error <= 1e-5 * largest, f"{setting}: gradients differ by {error} of {largest}"
+    assert largest > 1e-4 and error <= 1e-5 * largest, f"{setting}: gradients differ by {error} of {largest}"
 
 
 def alone(method: str) -> Any:

@@ -57,6 +57,7 @@ LAYOUT = {
         "parallel.dp_shard",
         "parallel.tp",
         "parallel.sequence_parallel",
+        "parallel.shard_gradients",
         "parallel.generate",
         "parallel.generate.tp",
         "parallel.generate.dtype",

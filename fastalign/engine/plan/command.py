@@ -26,7 +26,8 @@ def plan(config: Config, asked: PlanConfig) -> tuple[str, bool]:
         return (json.dumps(as_json(found), indent=2) if asked.json else as_text(found)), found.fits
     best = fitted(setting)
     if best is None:
-        return (json.dumps(as_json(found), indent=2) if asked.json else as_text(found)), False
+        none = "\n\n--fit: no mesh, recomputing and micro-batch that were tried fit: no file is written"
+        return (json.dumps(as_json(found), indent=2) if asked.json else as_text(found) + none), False
     path = Path(asked.fit)
     with writing("settings", path, then="name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)

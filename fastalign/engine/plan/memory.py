@@ -26,7 +26,8 @@ class States:
     Attributes:
         weights, masters, moments: on this rank; in place of masters there may be what rounding leaves of them.
         gradients: as the optimizer reads them.
-        unsharded: gradients of whole layers, as long as micro-batches are added up.
+        reduced: gradients of whole layers, as they are reduced; 0 without FSDP.
+        unsharded: those that are kept as long as micro-batches are added up.
         temporaries: of the optimizer's step.
         root, block: whole weights that FSDP has gathered: outside the layers, and one layer's; 0 without FSDP.
         root_gradients, block_gradients: of those, before they are reduced, with the buffer that is sent.
@@ -37,6 +38,7 @@ class States:
     masters: float
     moments: float
     gradients: float
+    reduced: float
     unsharded: float
     temporaries: float
     root: float
@@ -71,7 +73,8 @@ def states(model: Footprint, setting: Setting, *, trained: bool = True, sharded:
         masters=4 * sum(map(part, wide)) + 2 * sum(map(part, remainders)),
         moments=sum(part(w) * 2 * (4 if _has_master(w, masters) else w.dtype.itemsize) for w in learns),
         gradients=gradient,
-        unsharded=_reduced(learns, setting) * mesh,
+        reduced=_reduced(learns, setting) * mesh,
+        unsharded=_reduced(learns, setting) * (mesh and not setting.config.parallel.shard_gradients),
         temporaries=4 * sum(map(part, wide)) * mesh + WIDENED * max(map(part, remainders), default=0),
         root=outside * mesh,
         block=max(sizes.values(), default=0) * mesh,

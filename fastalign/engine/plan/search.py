@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from fastalign.engine.plan.memory import Memory, memory
@@ -67,8 +68,8 @@ def fitted(setting: Setting) -> Plan | None:
     """The settings of mesh, checkpointing and micro-batch that make the fastest predicted step; None if none fits."""
     best: Plan | None = None
     for parallel in meshes(setting):
-        for again in (False, "mlp", True):
-            one = changed(setting, parallel=parallel, model={"gradient_checkpointing": again})
+        for again, more in product((False, "mlp", True), beside(setting, parallel)):
+            one = changed(setting, parallel=parallel | more, model={"gradient_checkpointing": again})
             tokens = largest(one)
             if tokens is None:
                 continue
@@ -86,6 +87,20 @@ def meshes(setting: Setting) -> Iterator[dict[str, int]]:
         for shard in sorted({data, max(1, min(data, node // tp)), 1}, reverse=True):
             if data % shard == 0:
                 yield {"dp_replicate": data // shard, "dp_shard": shard, "tp": tp}
+
+
+def beside(setting: Setting, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """What else is tried on a mesh: gradients added up in shards, a copy to sample from that is split as layers are."""
+    copies: list[dict[str, Any]] = [{}]
+    if setting.samples and mesh["tp"] > 1 and setting.config.parallel.generate is None:
+        copies.append({"generate": split_copy(setting, mesh["tp"])})
+    for copy, reduces in product(copies, (False, True)):
+        yield {**copy, "shard_gradients": reduces or setting.config.parallel.shard_gradients}
+
+
+def split_copy(setting: Setting, tp: int) -> dict[str, Any]:
+    """`parallel.generate` in the precision of the forward."""
+    return {"tp": tp, "dtype": "bfloat16"} if setting.half else {"tp": tp}
 
 
 def divides(setting: Setting, tp: int) -> bool:
@@ -126,13 +141,19 @@ def rungs(setting: Setting) -> list[Rung]:
 def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """The rungs, each alone on top of the smallest micro-batch."""
     config, gpus = setting.config, setting.asked.gpus
-    beside = setting.reference in ("a frozen copy", "a model of its own")
-    if beside and setting.objective.head == "logps" and not setting.objective.on_policy:
+    own = setting.reference in ("a frozen copy", "a model of its own")
+    if own and setting.objective.head == "logps" and not setting.objective.on_policy:
         words = "reference.cache: a directory (log-probs computed ahead)"
         yield words, changed(setting, reference={"cache": "kept"})
     if setting.micro_batches > 1:
         size = setting.layout.data * setting.updates * max(1, setting.tokens // setting.group.tokens)
         yield f"batch.size: {size} (no adding up of micro-batches)", changed(setting, batch={"size": size})
+        if gpus > 1 and not config.parallel.shard_gradients:
+            yield "parallel.shard_gradients: true", changed(setting, parallel={"shard_gradients": True})
+    if setting.samples and config.parallel.generate is None and gpus % 8 == 0 and divides(setting, 8):
+        copy = split_copy(setting, 8)
+        words = ", ".join(f"{name}: {value}" for name, value in copy.items())
+        yield f"parallel.generate: {{{words}}}", changed(setting, parallel={"generate": copy})
     for word, again in (("mlp", "mlp"), ("true", True)):
         if config.model.gradient_checkpointing not in (again, True):
             words = f"model.gradient_checkpointing: {word}"
@@ -148,7 +169,7 @@ def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if config.model.dtype == "float32":
         half = {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": "compensated"}}
         yield "model.dtype: bfloat16, optim.master_weights: compensated", changed(setting, **half)
-    if beside and setting.device.kind == "cuda" and not config.reference.offload:
+    if own and setting.device.kind == "cuda" and not config.reference.offload:
         yield "reference.offload: true", changed(setting, reference={"offload": True})
     for more in (2, 4, 8):
         wide = replace(setting, asked=replace(setting.asked, gpus=gpus * more))

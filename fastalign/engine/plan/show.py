@@ -15,7 +15,7 @@ from fastalign.words import as_yaml
 FITTED = {
     "batch": ("tokens",),
     "model": ("gradient_checkpointing",),
-    "parallel": ("dp_replicate", "dp_shard", "tp"),
+    "parallel": ("dp_replicate", "dp_shard", "tp", "shard_gradients", "generate"),
 }
 """What `--fit` chooses."""
 
@@ -108,8 +108,8 @@ def facts(found: Plan) -> Iterator[str]:
     yield f"example     {lengths}: {group.tokens:,} computed, {group.rows:,} scored"
     yield (
         f"batch       {setting.config.batch.size} examples; micro-batches of {setting.trained_tokens:,} tokens "
-        f"(batch.tokens {setting.config.batch.budget:,}), {setting.micro_batches} a rank in each of "
-        f"{setting.updates * setting.passes} updates"
+        f"(batch.tokens {setting.config.batch.budget:,}), {setting.micro_batches} a rank in "
+        + (f"each of {updates} updates" if (updates := setting.updates * setting.passes) > 1 else "an update")
     )
 
 

@@ -123,7 +123,8 @@ def communication(setting: Setting, tokens: float) -> dict[str, float]:
     """Bytes that one rank receives in a step, by axis of the mesh.
 
     FSDP gathers the weights of every micro-batch twice, for forward and backward, and reduces the gradients of the last
-    one of an update: ``(2 b_p micro_batches + b_g) P / tp (d - 1) / d``. HSDP then averages shards over replicas.
+    one of an update: ``(2 b_p micro_batches + b_g) P / tp (d - 1) / d``; with `parallel.shard_gradients` of each. HSDP
+    then averages shards over replicas.
     Tensor parallelism sums ``tokens x D`` four times per layer, twice more where layers are recomputed.
     """
     layout, found = setting.layout, {"fsdp": 0.0, "dp_replicate": 0.0, "tp": 0.0}
@@ -133,8 +134,9 @@ def communication(setting: Setting, tokens: float) -> dict[str, float]:
         own, away = states(model, setting), (layout.shard - 1) / layout.shard
         rounds = 2 * setting.micro_batches * updates
         passes = other_rounds(setting) * setting.micro_batches * setting.updates
-        found["fsdp"] += ((rounds + passes) * own.whole + updates * own.unsharded) * away
-        found["dp_replicate"] += updates * 2 * (layout.replicate - 1) / layout.replicate * own.unsharded / layout.shard
+        reduced = updates * (setting.micro_batches if setting.config.parallel.shard_gradients else 1) * own.reduced
+        found["fsdp"] += ((rounds + passes) * own.whole + reduced) * away
+        found["dp_replicate"] += 2 * (layout.replicate - 1) / layout.replicate * reduced / layout.shard
         sums = 4 + 2 * (setting.config.model.gradient_checkpointing is True)
         width = model.config.hidden_size * wire * 2 * (layout.tp - 1) / layout.tp
         found["tp"] += tokens * width * model.layers * (sums * setting.passes + 2 * other_rounds(setting))
