@@ -230,8 +230,9 @@ def _tokens_in_part(policy: Policy, parts: int) -> Iterator[None]:
     if parts == 1:
         yield
         return
-    team, backbone = _Part(parts), policy.backbone
-    hooks = [policy.model.get_input_embeddings().register_forward_hook(lambda module, args, out: team.leave(out))]
+    team: Any = _Part(parts)
+    backbone: nn.Module = policy.backbone
+    hooks = [policy.model.get_input_embeddings().register_forward_hook(lambda *given: team.leave(given[-1]))]
     for module in tensor.joint_modules(backbone, tensor.plan_of(policy.config)):
         hooks.append(module.register_forward_pre_hook(tensor.entering(team), with_kwargs=True))
         hooks.append(module.register_forward_hook(tensor.leaving(team)))
