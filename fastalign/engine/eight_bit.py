@@ -1,8 +1,9 @@
 """Moments of AdamW in 8 bits: a code for every number, and for every 64 of them the largest as a scale.
 
 Codes are the dynamic 8-bit numbers of Dettmers et al. (8-bit Optimizers via Block-wise Quantization, 2022), which
-bitsandbytes and torchao use: seven decades, dense near the scale. The first 8 bits of a number decide its code. Of the second moment the root is kept, which has as
-many decades as the first moment: a small one would round to 0 where the first does not, and eps alone would divide it.
+bitsandbytes and torchao use: seven decades, dense near the scale. The first 8 bits of a number decide its code. Of the
+second moment the root is kept, which has as many decades as the first moment: otherwise a small one would round to 0
+where the first does not, and eps alone would divide it.
 
 Blocks lie within rows, so that codes and scales are cut as the weight is, whatever shards it has. A scale has the sign
 of its largest number, which is code 1 exactly: to encode what was decoded changes nothing.

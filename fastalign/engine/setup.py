@@ -43,6 +43,7 @@ from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
 from fastalign.models.load import check_model, load_tokenizer, separate_padding
 from fastalign.models.lora import WithoutAdapter
+from fastalign.models.offload import Offload
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
 from fastalign.parallel.host import rest
@@ -209,6 +210,8 @@ def load_models(start: Start, room: Callable[[Policy, Policy | None], None] = la
     critic = load_critic(start) if gradient is not None and gradient.settings.critic == "separate" else None
     room(policy, critic)
     reference = settle_reference(start, policy, shares)
+    if config.model.activation_offloading:
+        offload_activations(start.world, *(x for x in (policy, critic) if x is not None))
     if config.reference.offload:
         rest_on_host(reference.model, policy, start.world)
     batch = start.batch(reference.share_prefix)
@@ -238,6 +241,16 @@ def rest_on_host(reference: Policy | WithoutAdapter | None, policy: Policy, worl
     if world.mesh is None:
         rest(reference, world.device, policy.parameters())
     log.info("reference: in host memory; each layer is on the GPU while it runs (reference.offload)")
+
+
+def offload_activations(world: World, *models: Policy) -> None:
+    """Let models that train keep activations in host memory, where there is a GPU to keep free."""
+    if world.device.type == "cpu":
+        log.info("model.activation_offloading changes nothing: this is a CPU")
+        return
+    for model in models:
+        model.offload = Offload(world.device)
+    log.info("activations: in host memory between forward and backward (model.activation_offloading)")
 
 
 def load_critic(start: Start) -> Policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from fastalign.models import support
 from fastalign.models.decoding import Cached, Decode
 from fastalign.models.head import head_of, scores
+from fastalign.models.offload import Offload
 from fastalign.ops import dispatch
 from fastalign.ops.attention import Layout, layout, packed_attention
 from fastalign.types import PackedBatch
@@ -58,6 +60,8 @@ class Policy(nn.Module):
     """How far rounding moves its log-probs, a `verify.Rounding`, once `verify_packed` has measured it."""
     team: Any = None
     """The ranks that compute its layers together, a `parallel.tensor.Team`; None: each rank has the whole layers."""
+    offload: Offload | None = None
+    """Keeps activations in host memory; None: they stay where they are made."""
 
     def __init__(
         self,
@@ -162,13 +166,14 @@ class Policy(nn.Module):
         self.check_batch(plan)
         if isinstance(cached, Decode) and cached.layers is not None:
             return gather_rows(cached.layers(batch.input_ids, batch.position_ids, cached), batch.rows)
-        output = self.backbone(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            use_cache=False,
-            packed_layout=plan,
-        )
+        with nullcontext() if self.offload is None else self.offload(batch.num_tokens):
+            output = self.backbone(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                use_cache=False,
+                packed_layout=plan,
+            )
         self._note_window(plan)
         assert not _caches(output), "a key/value cache changes how packed rows are read"
         return gather_rows(output.last_hidden_state[0], batch.rows)

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastalign.config import ModelConfig, OptimConfig, ParallelConfig
 from fastalign.data.pack import share
-from fastalign.engine.forward import Models
 from fastalign.engine.adamw import AdamW
+from fastalign.engine.forward import Models
 from fastalign.engine.methods import make_objective
 from fastalign.engine.optim import Trained, make_optimizer, stepping, take_step
 from fastalign.engine.output.checkpoint import load_checkpoint, save_checkpoint
