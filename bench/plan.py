@@ -65,6 +65,8 @@ CASES = {
     "bf16 by autocast": Case("sft", flags={"model.autocast": True}),
     "bf16 with masters": Case("sft", flags={"model.dtype": "bfloat16"}),
     "one micro-batch": Case("sft", flags={"batch.size": 16}),
+    "steps within backward": Case("sft", flags={"batch.size": 16, "optim.in_backward": True, "optim.clip_norm": 0}),
+    "moments in 8 bits": Case("sft", flags={"optim.name": "adamw_8bit"}),
     "dp 2, bf16 by autocast": Case("sft", ranks=2, flags={"model.autocast": True}),
 }
 

@@ -11,6 +11,7 @@ of its largest number, which is code 1 exactly: to encode what was decoded chang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -28,9 +29,18 @@ SUFFIX = "_scale"
 DECADES = 7
 
 
+BYTES = 1 + 4 / BLOCK
+"""Of a number in 8 bits with its share of a scale."""
+
+
 def can_be_coded(weight: Tensor) -> bool:
     """Whether the moments of a weight, as far as this rank has it, are made of blocks."""
-    return weight.dim() > 1 and weight.numel() >= LEAST and local(weight).shape[-1] % BLOCK == 0
+    return makes_blocks(local(weight).shape, weight.numel())
+
+
+def makes_blocks(shape: Sequence[int], elements: int) -> bool:
+    """Whether a weight of that shape on this rank, and so many elements, is."""
+    return len(shape) > 1 and elements >= LEAST and shape[-1] % BLOCK == 0
 
 
 @cache

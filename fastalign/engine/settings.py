@@ -121,6 +121,15 @@ def check_optimizer(config: Config) -> None:
             raise ValueError(text)
 
 
+def check_alone(micro_batches: int, config: Config) -> None:
+    """Refuse to add micro-batches up where weights are updated within backward."""
+    if config.optim.in_backward and micro_batches > 1:
+        raise ValueError(
+            f"optim.in_backward: an update has {micro_batches} micro-batches and may have 1: raise batch.tokens "
+            f"({config.batch.tokens}), lower batch.size ({config.batch.size}), or leave optim.in_backward out"
+        )
+
+
 def check_generate(config: Config) -> None:
     """Refuse a copy to sample from that cannot be made."""
     asked = config.parallel.generate

@@ -47,7 +47,7 @@ from fastalign.engine.output.rundir import ROUNDED, claim, held, is_own, make_ro
 from fastalign.engine.output.saver import Saver
 from fastalign.engine.output.snapshot import take_snapshot
 from fastalign.engine.prepare import Carried, first_carried, prepare, weigh_for
-from fastalign.engine.settings import check_sampling, check_settings, check_types, settle
+from fastalign.engine.settings import check_alone, check_sampling, check_settings, check_types, settle
 from fastalign.engine.setup import (
     hash_tokens,
     horizon,
@@ -58,7 +58,7 @@ from fastalign.engine.setup import (
     what_is_read,
 )
 from fastalign.engine.timing import Stopwatch, peak_memory
-from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, one_micro_batch, total
+from fastalign.engine.update import Work, extremes_of, make_updates, measure_work, total
 from fastalign.models.policy import Policy
 from fastalign.parallel.mesh import World, world
 from fastalign.parallel.whereabouts import NOW, doing
@@ -302,7 +302,8 @@ def pack_share(job: Job, examples: list[TokenExample]) -> list[list[PackedBatch]
     parts = [share(some, batch.budget, *known) for some in each if some] or [[empty_batch()]]
     if job.world.device.type == "cuda":
         parts = [[one.pin_memory() for one in part] for part in parts]
-    return one_micro_batch(parts, job.config)
+    check_alone(max(map(len, parts)), job.config)
+    return parts
 
 
 def draw(job: Job, keeper: Keeper, feed: Feed, step: int) -> tuple[list[list[PackedBatch]], Work, Stopwatch]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastalign.config import Config
 from fastalign.engine.forward import Models, run_critic, run_head
 from fastalign.engine.methods import Objective, passes_of
 from fastalign.engine.optim import learning_rate, stepping, take_step
@@ -198,17 +197,6 @@ def verdict(job: Job, batches: list[PackedBatch], metrics: list[dict[str, Tensor
     losses = [one["loss"][0] if one else None for one in metrics]
     named = list(zip(losses, (batch.example_ids for batch in batches), strict=True))
     return Update(sums, sums.new_zeros(()), named, most, skipped), finite
-
-
-def one_micro_batch(parts: list[list[PackedBatch]], config: Config) -> list[list[PackedBatch]]:
-    """The micro-batches of each update, of which `optim.in_backward` takes one: more add their gradients up."""
-    most = max(map(len, parts))
-    if config.optim.in_backward and most > 1:
-        raise ValueError(
-            f"optim.in_backward: an update has {most} micro-batches and may have 1: raise batch.tokens "
-            f"({config.batch.tokens}), lower batch.size ({config.batch.size}), or leave optim.in_backward out"
-        )
-    return parts
 
 
 def warmup_of(job: Job, step: int, lr: float) -> tuple[bool, float]:

@@ -86,11 +86,24 @@ def test_what_a_forward_keeps_is_what_is_counted_without_weights(name, again, ha
     assert loss.requires_grad and kept == pytest.approx(expected.total, abs=tables)
 
 
+BLOCKS = {**LLAMA, "hidden_size": 64}
+"""Moments of its weights are made of blocks, but those of down_proj and of the norms."""
+
+
 @pytest.mark.parametrize(
-    "dtype, masters", [("float32", True), ("bfloat16", True), ("bfloat16", False), ("bfloat16", "compensated")]
+    "dtype, masters, name",
+    [
+        ("float32", True, "adamw"),
+        ("bfloat16", True, "adamw"),
+        ("bfloat16", False, "adamw"),
+        ("bfloat16", "compensated", "adamw"),
+        ("float32", True, "adamw_8bit"),
+        ("bfloat16", "compensated", "adamw_8bit"),
+    ],
 )
-def test_states_are_those_of_the_optimizer(dtype, masters):
-    setting = setting_of("sft", **{"model.dtype": dtype, "optim.master_weights": masters})
+def test_states_are_those_of_the_optimizer(dtype, masters, name):
+    flags = {"model.dtype": dtype, "optim.master_weights": masters, "optim.name": name}
+    setting = setting_of("sft", model=BLOCKS, **flags)
     counted = states(setting.policy(), setting)
     policy = load_policy(setting.config.model, vocab_size=97)
     optimizer = make_optimizer(policy, setting.config.optim, tell=False)
@@ -104,6 +117,21 @@ def test_states_are_those_of_the_optimizer(dtype, masters):
     remainders = [x for name, x in kept if name == "remainder"]
     assert counted.masters == sum(p.nbytes for p in (*optimizer.masters.values(), *remainders))
     assert counted.moments == sum(x.nbytes for x in moments)
+
+
+def test_steps_within_backward_leave_one_gradient_and_offloaded_states_none_on_the_device():
+    within = {"optim.in_backward": True, "optim.clip_norm": 0, "batch.tokens": 256}
+    alone, several = setting_of("sft", **within), setting_of("sft", PlanConfig(gpus=2, device="h100"), **within)
+    learns = alone.policy().weights
+    assert states(alone.policy(), alone).gradients == max(w.numel for w in learns) * 4
+    assert 0 < states(several.policy(), several).gradients < sum(local(w, 2) for w in learns) * 4
+    rests = setting_of("sft", PlanConfig(device="h100"), **{"optim.offload": True})
+    own = states(rests.policy(), rests)
+    assert own.masters == own.moments == own.temporaries == 0 and own.rests == sum(w.numel for w in learns) * 12
+    assert memory(rests).kinds["in host memory"] == own.rests
+    with pytest.raises(ValueError, match=r"optim\.in_backward: an update has \d micro-batches and may have 1"):
+        plan(changed(alone, batch={"tokens": 64}))
+    assert largest(alone) == alone.examples * alone.group.tokens
 
 
 def test_a_shard_is_the_largest_piece_that_fsdp_cuts():
@@ -178,6 +206,9 @@ def test_a_shorter_way_takes_less():
     for section, values in (
         ("model", {"gradient_checkpointing": True}),
         ("model", {"lora": {"r": 16}}),
+        ("model", {"activation_offloading": True}),
+        ("optim", {"name": "adamw_8bit"}),
+        ("optim", {"offload": True}),
         ("batch", {"tokens": 3072}),
         ("batch", {"size": 1}),
     ):

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from fastalign.config import OptimConfig
 from fastalign.disk import WriteError, flush, reason, writing
-from fastalign.engine.eight_bit import BLOCK, can_be_coded
+from fastalign.engine.eight_bit import BYTES, can_be_coded
 from fastalign.engine.errors import RunError, as_one
 from fastalign.engine.output.checkpoints import (
     Retention,
@@ -128,7 +128,7 @@ def bytes_beside(weight: Tensor, optim: OptimConfig) -> float:
     """What a checkpoint holds beside a trained weight: its master, moments and what rounding has left."""
     on_host, half = optim.offload and weight.is_cuda, weight.dtype in HALF
     master = 4 * (optim.master_weights is True and (half or on_host))
-    moment = 1 + 4 / BLOCK if optim.name == "adamw_8bit" and can_be_coded(weight) else master or weight.element_size()
+    moment = BYTES if optim.name == "adamw_8bit" and can_be_coded(weight) else master or weight.element_size()
     left = weight.element_size() * (half and optim.master_weights == "compensated")
     return weight.numel() * (master + 2 * moment + left)
 

@@ -6,15 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from fastalign.engine.adamw import CPU_PIECE, PIECE
+from fastalign.engine.eight_bit import BYTES, makes_blocks
 from fastalign.engine.plan.footprint import Footprint, Weight
 from fastalign.engine.plan.setting import Setting
+from fastalign.engine.plan.trace import Kept
 from fastalign.models.load import DTYPES
+from fastalign.models.offload import UNDER_WAY
 from fastalign.models.raised import HALF
 from fastalign.ops.head.plan import Plan, make_plan
 from fastalign.rl.sampler import MEMORY_SHARE, MOST_ROWS
 
 WIDENED = 20
-"""Bytes per element of the weight whose step is taken, in fp32: master, gradient, remainder, two moments."""
+"""Bytes per element of a piece of the weight whose step is taken in fp32: master, gradient, remainder, two moments."""
 ARENA = 1.5
 """Keys and values grow by doubling: beside what is used there is on average half as much that is not."""
 
@@ -26,6 +30,7 @@ class States:
     Attributes:
         weights, masters, moments: on this rank; in place of masters there may be what rounding leaves of them.
         gradients: as the optimizer reads them.
+        rests: masters and moments in host memory.
         reduced: gradients of whole layers, as they are reduced; 0 without FSDP.
         unsharded: those that are kept as long as micro-batches are added up.
         temporaries: of the optimizer's step.
@@ -37,6 +42,7 @@ class States:
     weights: float
     masters: float
     moments: float
+    rests: float
     gradients: float
     reduced: float
     unsharded: float
@@ -57,25 +63,31 @@ def states(model: Footprint, setting: Setting, *, trained: bool = True, sharded:
     """The states of a model; ``trained`` False for frozen ones, ``sharded`` False for one that is whole everywhere."""
     shard, mesh = (setting.layout.shard, setting.layout.data > 1 or setting.layout.tp > 1) if sharded else (1, False)
     part, learns = partial(local, shard=shard), [w for w in model.weights if w.trained and trained]
-    asked = setting.config.optim.master_weights
+    optim, here = setting.config.optim, not setting.optimizer_rests
+    asked = optim.master_weights
     masters, wide = asked is True, [w for w in learns if _has_master(w, asked is True)]
     remainders = [w for w in learns if _has_master(w, asked == "compensated")]
-    gradient = sum(part(w) * _gradient_bytes(w, bool(asked), mesh) for w in learns)
+    widened = [*remainders, *(w for w in learns if _is_coded(w, setting))]
+    in_block, rest = ([w for w in learns if w.block == place] for place in (0, None))
+    one_by_one = [in_block, rest] if mesh else [[w] for w in learns]
+    at_once = one_by_one if optim.in_backward and learns else [learns]  # what has gradients at the same time
     computed = setting.way.dtype.itemsize if setting.way.dtype is not None else 0
     full = partial(_gathered, computed=computed)
     sizes: dict[int | None, float] = {}
     for w in model.weights:
         sizes[w.block] = sizes.get(w.block, 0) + full([w])
     outside = sizes.pop(None, 0)
-    in_block, rest = ([w for w in learns if w.block == place] for place in (0, None))
+    most = CPU_PIECE if setting.device.kind == "cpu" else PIECE
     return States(
         weights=sum(part(w) * w.dtype.itemsize for w in model.weights),
-        masters=4 * sum(map(part, wide)) + 2 * sum(map(part, remainders)),
-        moments=sum(part(w) * 2 * (4 if _has_master(w, masters) else w.dtype.itemsize) for w in learns),
-        gradients=gradient,
+        masters=4 * sum(map(part, wide)) * here + 2 * sum(map(part, remainders)),
+        moments=sum(part(w) * _moment_bytes(w, masters, setting) for w in learns) * here,
+        rests=12 * sum(map(part, learns)) * (not here),
+        gradients=max(sum(part(w) * _gradient_bytes(w, bool(asked), mesh) for w in some) for some in at_once),
         reduced=_reduced(learns, setting) * mesh,
         unsharded=_reduced(learns, setting) * (mesh and not setting.config.parallel.shard_gradients),
-        temporaries=4 * sum(map(part, wide)) * mesh + WIDENED * max(map(part, remainders), default=0),
+        temporaries=max(4 * sum(part(w) for w in some if _has_master(w, masters)) for some in at_once) * mesh * here
+        + WIDENED * min(max(map(part, widened), default=0), most),
         root=outside * mesh,
         block=max(sizes.values(), default=0) * mesh,
         root_gradients=(full(rest) + _reduced(rest, setting)) * mesh,
@@ -95,6 +107,17 @@ def _gathered(weights: Iterable[Weight], computed: int) -> float:
 
 def _has_master(weight: Weight, masters: bool) -> bool:
     return masters and weight.dtype in HALF
+
+
+def _is_coded(weight: Weight, setting: Setting) -> bool:
+    return setting.config.optim.name == "adamw_8bit" and makes_blocks(weight.shape, weight.numel)
+
+
+def _moment_bytes(weight: Weight, masters: bool, setting: Setting) -> float:
+    """Of both."""
+    if _is_coded(weight, setting):
+        return 2 * BYTES
+    return 2 * (4 if _has_master(weight, masters) else weight.dtype.itemsize)
 
 
 def _gradient_bytes(weight: Weight, masters: bool, mesh: bool) -> int:
@@ -187,11 +210,13 @@ def training(
         others: gradients of another model that trains.
     """
     tokens, several = setting.trained_tokens, setting.micro_batches > 1
-    kept, (plan, workspace, gradient) = model.of(tokens), head(setting, model, tokens)
+    every, (plan, workspace, gradient) = model.of(tokens), head(setting, model, tokens)
+    kept = on_device(setting, every, model.layers)
     gathered, adding = own.root + 2 * own.block, (own.unsharded or own.gradients) if several else 0.0
     hidden = tokens / setting.group.tokens * setting.group.rows * model.head.width * (2 if setting.half else 4)
     forward = kept.total + hidden + workspace + gradient
-    backward = kept.total + kept.backward + (gradient if own.root or not several else 0) + own.block_gradients
+    stays = (own.root or not several) and not goes_first(setting, own)
+    backward = kept.total + kept.backward + (gradient if stays else 0) + own.block_gradients
     last = own.gradients + own.root_gradients + (0 if several else kept.total / max(model.layers, 1) + kept.backward)
     phases = {
         "forward and head": others + adding + gathered + forward,
@@ -203,6 +228,7 @@ def training(
         **({"gradients of the other trained model": others} if others else {}),
         **({"gradients of whole layers while adding up": own.unsharded} if several and own.unsharded else {}),
         "optimizer's temporaries": own.temporaries,
+        "in host memory": own.rests + every.total - kept.total,
         "gathered by FSDP": gathered,
         **{f"activations: {name}": size for name, size in sorted(kept.kinds.items())},
         "activations: backward of a layer": kept.backward,
@@ -210,6 +236,20 @@ def training(
         "head: gradient of its weight": gradient,
     }
     return kinds, phases, plan
+
+
+def on_device(setting: Setting, kept: Kept, layers: int) -> Kept:
+    """What a forward keeps on the device: of activations that leave for host memory those of a layer, or under way."""
+    if not (setting.config.model.activation_offloading and setting.device.kind == "cuda" and kept.total):
+        return kept
+    share = min(1.0, 1 / max(layers, 1) + UNDER_WAY / kept.total)
+    return Kept({name: size * share for name, size in kept.kinds.items()}, kept.backward)
+
+
+def goes_first(setting: Setting, own: States) -> bool:
+    """Whether backward begins by taking the step of the head, whose gradient is there alone then."""
+    tied = getattr(setting.policy().config, "tie_word_embeddings", False)
+    return setting.config.optim.in_backward and not own.root and not tied
 
 
 def head(setting: Setting, model: Footprint, tokens: float) -> tuple[Plan | None, float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from fastalign.engine.plan.memory import Memory, memory
 from fastalign.engine.plan.setting import Setting
 from fastalign.engine.plan.speed import Speed, speed
+from fastalign.engine.settings import check_alone
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class Plan:
 
 
 def plan(setting: Setting) -> Plan:
-    """Everything about a setting."""
+    """Everything about a setting.
+
+    Raises:
+        ValueError: an update of several micro-batches where it may have one.
+    """
+    check_alone(setting.micro_batches, setting.config)
     found = memory(setting)
     return Plan(setting, found, speed(setting, found))
 
@@ -57,6 +63,8 @@ def largest(setting: Setting) -> int | None:
 
     if fits(setting.examples):
         return setting.examples * each
+    if setting.config.optim.in_backward:
+        return None  # it adds none up
     low, high = 0, setting.examples - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -164,6 +172,15 @@ def ladder(setting: Setting) -> Iterator[tuple[str, Setting]]:
     for tp in (2, 4, 8):
         if tp > config.parallel.tp and gpus % tp == 0 and tp <= setting.asked.gpus_per_node and divides(setting, tp):
             yield f"parallel.tp: {tp}", changed(setting, parallel={"tp": tp, "dp_replicate": 1, "dp_shard": -1})
+    if config.optim.name == "adamw" and not config.optim.offload:
+        yield "optim.name: adamw_8bit", changed(setting, optim={"name": "adamw_8bit"})
+    if setting.device.kind == "cuda" and config.optim.master_weights is True and config.optim.name == "adamw":
+        yield "optim.offload: true", changed(setting, optim={"offload": True})
+    if setting.device.kind == "cuda" and not config.model.activation_offloading:
+        yield "model.activation_offloading: true", changed(setting, model={"activation_offloading": True})
+    if setting.micro_batches == 1 and not (config.optim.in_backward or config.optim.offload):
+        words = "optim.in_backward: true, optim.clip_norm: 0"
+        yield words, changed(setting, optim={"in_backward": True, "clip_norm": 0.0})
     if config.model.lora is None:
         yield "model.lora: {r: 16}", changed(setting, model={"lora": {"r": 16}})
     if config.model.dtype == "float32":

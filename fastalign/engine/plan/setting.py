@@ -19,7 +19,7 @@ from fastalign.engine.plan.footprint import Footprint, Group, Weights, describe_
 from fastalign.engine.plan.trace import Way
 from fastalign.engine.reference.cache import WORTH, bytes_beside
 from fastalign.engine.reference.frozen import reference_section
-from fastalign.engine.settings import check_types, settle
+from fastalign.engine.settings import check_optimizer, check_types, settle
 from fastalign.engine.train import filled_in
 from fastalign.models.load import DTYPES, check_named
 from fastalign.ops.backends import cpp
@@ -236,6 +236,11 @@ class Setting:
         """Whether the reference is in host memory while the policy trains."""
         return self.config.reference.offload and self.device.kind == "cuda"
 
+    @property
+    def optimizer_rests(self) -> bool:
+        """Whether masters and moments are in host memory."""
+        return self.config.optim.offload and self.device.kind == "cuda"
+
     @cached_property
     def is_cached(self) -> bool:
         """Whether log-probs are computed ahead, as a run decides it; a number of steps counts as one pass."""
@@ -261,6 +266,7 @@ def make_setting(config: Config, asked: PlanConfig) -> Setting:
         ValueError: settings that cannot be meant.
     """
     check_types(config)
+    check_optimizer(config)
     check_named(config.model)
     if asked.gpus < 1 or asked.gpus_per_node < 1:
         raise ValueError(f"--gpus and --gpus_per_node must be at least 1, got {asked.gpus} and {asked.gpus_per_node}")
@@ -282,6 +288,7 @@ def remembered() -> Callable[..., Footprint]:
     counted: dict[str, Weights] = {}
 
     def models(section: ModelConfig, tp: int, way: Way, group: Group, **kind: bool) -> Footprint:
+        section = replace(section, activation_offloading=False)  # the same tensors, elsewhere
         key = repr((section, tp, way, group, sorted(kind.items())))
         same = repr((replace(section, gradient_checkpointing=False), tp, sorted(kind.items())))
         if key not in made:

@@ -198,6 +198,8 @@ def assumptions(found: Plan) -> Iterator[str]:
             f"every completion is as long as it may be; the arena of keys and values takes {ARENA} times what is in "
             "it; rewards cost nothing but reward models"
         )
+    if found.memory.kinds["in host memory"]:
+        yield "what moves to host memory and back, and is computed there, takes no time"
     if setting.is_cached:
         yield "the reference's log-probs are computed ahead (reference.cache), once for all passes over the data"
 
