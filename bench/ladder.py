@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -25,22 +26,26 @@ from bench.sharing import MODELS
 from fastalign.config import ModelConfig, OptimConfig
 from fastalign.data.examples import TokenExample
 from fastalign.data.pack import build_batch
-from fastalign.engine.optim import Trained, make_optimizer, take_step
+from fastalign.engine.optim import Trained, make_optimizer, stepping, take_step
 from fastalign.models.load import load_policy
 from fastalign.ops import linear_loss
 
 HALF = {"dtype": "bfloat16"}
+TWICE, EIGHT = {"master_weights": "compensated"}, {"name": "adamw_8bit"}
+WITHIN = {"in_backward": True, "clip_norm": 0.0}
 RUNGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp32": ({}, {}),
     "model.gradient_checkpointing mlp": ({"gradient_checkpointing": "mlp"}, {}),
     "model.gradient_checkpointing true": ({"gradient_checkpointing": True}, {}),
+    "optim.name adamw_8bit": ({}, EIGHT),
+    "optim.in_backward true": ({}, WITHIN),
     "model.dtype bfloat16": (HALF, {}),
-    "... and optim.master_weights compensated": (HALF, {"master_weights": "compensated"}),
+    "... and optim.name adamw_8bit": (HALF, EIGHT),
+    "... and optim.master_weights compensated": (HALF, TWICE),
     "... and optim.master_weights false": (HALF, {"master_weights": False}),
-    "compensated and gradient_checkpointing true": (
-        {**HALF, "gradient_checkpointing": True},
-        {"master_weights": "compensated"},
-    ),
+    "compensated and adamw_8bit": (HALF, {**TWICE, **EIGHT}),
+    "compensated and gradient_checkpointing true": ({**HALF, "gradient_checkpointing": True}, TWICE),
+    "all of these": ({**HALF, "gradient_checkpointing": True}, {**TWICE, **EIGHT, **WITHIN}),
 }
 """Settings of the sections model and optim."""
 VOCABULARY = 8192
@@ -87,7 +92,8 @@ def measure(rung: str, options: argparse.Namespace) -> dict[str, Any]:
     (model, optim), size = RUNGS[rung], MODELS[options.model]
     shape = {"vocab_size": VOCABULARY, "num_key_value_heads": size["num_attention_heads"] // 2}
     policy = load_policy(ModelConfig(config={"model_type": "llama", **shape, **size}, **model)).train()
-    trained = Trained(policy, make_optimizer(policy, OptimConfig(**optim), tell=False))
+    asked = OptimConfig(**optim)
+    trained, fine = Trained(policy, make_optimizer(policy, asked, tell=False)), torch.tensor(True)
     draw, scored = np.random.default_rng(0), np.arange(256) > 0
     rows = [draw.integers(VOCABULARY, size=256) for _ in range(options.tokens // 256)]
     batch = build_batch([TokenExample(((ids, scored),), i) for i, ids in enumerate(rows)], False)
@@ -97,8 +103,10 @@ def measure(rung: str, options: argparse.Namespace) -> dict[str, Any]:
         loss = policy(
             batch, lambda *tensors, **known: linear_loss(*tensors, lambda stats: -stats.logps.mean(), **known)[0]
         )
-        loss.backward()
-        take_step(trained, 1e-5, 1.0, torch.tensor(True))
+        with stepping(trained, 1e-5, fine) if asked.in_backward else nullcontext():
+            loss.backward()
+        if not asked.in_backward:
+            take_step(trained, 1e-5, asked.clip_norm, fine)
         return time.process_time() - begun
 
     step()  # makes the moments
