@@ -19,6 +19,7 @@ COMMANDS = {
     "sharing": ("bench.sharing", "time steps with shared and with repeated prompts"),
     "memory": ("bench.memory", "measure peak memory beside the peers and the planner's figure"),
     "plan": ("bench.plan", "measure what `fastalign plan` predicts of memory"),
+    "overlap": ("bench.overlap", "profile what packing and transfers take beside a step, on ranks of this CPU"),
     "scaling": ("bench.scaling", "model steps on 8 to 1024 GPUs; nothing is measured"),
     "ladder": ("bench.ladder", "measure what each setting that saves memory saves, and what it costs"),
     "gpu": ("bench.gpu", "do everything that a GPU is needed for, in less than nine minutes"),

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import ablation, common, ladder, learn, sharing, workload
+from bench import ablation, common, ladder, learn, overlap, sharing, workload
 from bench.ablation import lines
 from bench.workload import Workload
 from fastalign.arguments import parse_config
@@ -55,6 +55,20 @@ def test_a_rung_of_the_memory_ladder_is_measured(rung, monkeypatch):
     monkeypatch.setitem(ladder.MODELS, "tiny", TINY)
     row = ladder.measure(rung, SimpleNamespace(model="tiny", tokens=512, steps=1))
     assert row["peak_mib"] > 0 and row["cpu_s"] > 0
+
+
+def test_what_lies_beside_computation_is_its_share_of_a_profile():
+    spans = [("_Linear", 1, 0, 4), ("aten::mm", 1, 1, 3), ("packing", 2, 3, 5), ("aten::cat", 2, 3, 5)]
+    spans += [("gloo:all_gather", 3, 2, 6), ("gloo:all_reduce", 3, 7, 8), ("c10d::allreduce_", 1, 7, 8)]
+    times = [SimpleNamespace(start=1e6 * start, end=1e6 * end) for *_, start, end in spans]
+    events = [SimpleNamespace(name=s[0], thread=s[1], time_range=x) for s, x in zip(spans, times, strict=True)]
+    found = overlap.shares(events)
+    assert found["step"] == 8 and found["computing"] == 5
+    assert found["parts"] == {
+        "packing": {"seconds": 2, "beside": 0.5},
+        "gathers": {"seconds": 4, "beside": 0.75},
+        "reductions": {"seconds": 1, "beside": 0},
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
