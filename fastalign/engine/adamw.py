@@ -60,8 +60,8 @@ class AdamW(torch.optim.AdamW):
         if self.on_host:
             self.step_on_host()
         for weight, master in self.masters.items():
-            here = weight.grad is not None and not self.on_host
-            master.grad = weight.grad.to(master.dtype) if here else None
+            gradient = None if self.on_host else weight.grad
+            master.grad = None if gradient is None else gradient.to(master.dtype)
         for updated in self.compensated | self.coded:
             if updated.grad is not None:
                 self.step_one(updated, local(updated.grad))
