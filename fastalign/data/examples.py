@@ -93,8 +93,12 @@ class TokenDataset:
         """``[m]`` the scores of all examples, back to back."""
         return self._column("scores").combine_chunks().flatten().to_numpy()
 
-    def _over_sequences(self, reduce: np.ufunc) -> np.ndarray:
-        column = self._column("lengths").combine_chunks()
+    def ties(self) -> int:
+        """Examples in which no sequence has a better score than another."""
+        return int((self._over_sequences(np.maximum, "scores") == self._over_sequences(np.minimum, "scores")).sum())
+
+    def _over_sequences(self, reduce: np.ufunc, name: str = "lengths") -> np.ndarray:
+        column = self._column(name).combine_chunks()
         starts = np.cumsum(column.value_lengths().to_numpy()[:-1], dtype=np.int64)
         return reduce.reduceat(column.flatten().to_numpy(), np.concatenate([[0], starts]))
 

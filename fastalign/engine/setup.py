@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import BatchConfig, Config, ModelConfig, RunConfig
 from fastalign.data import builtin
 from fastalign.data.files import PLACE
+from fastalign.data.formats import ROWS
 from fastalign.data.loader import (
     Examples,
     TokenDataset,
@@ -37,7 +38,7 @@ from fastalign.engine.fitting import check_columns, check_groups, held_out_sourc
 from fastalign.engine.forward import Models
 from fastalign.engine.loading import Start, load, verified
 from fastalign.engine.methods import objective_of
-from fastalign.engine.output.alarms import check_choices, warn_of_one_label
+from fastalign.engine.output.alarms import check_choices, warn_of_one_label, warn_of_ties
 from fastalign.engine.output.checkpoints import Found
 from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
@@ -113,6 +114,8 @@ def load_data(config: Config) -> tuple[PreTrainedTokenizerBase, TokenDataset, To
     check_choices(dataset, config.data.max_length, "data.path", refuse=True)
     if config.method == "kto":
         warn_of_one_label(dataset, "data.path")
+    elif ROWS[objective_of(config).data].unit == "candidate":
+        warn_of_ties(dataset, "data.path")
     if held_out is not None:
         check_choices(held_out, config.data.max_length, "the held-out data", refuse=False)
     for examples, where in ((dataset, training), (held_out, evaluated)):

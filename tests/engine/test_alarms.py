@@ -171,6 +171,18 @@ def test_labels_of_one_kind_are_told(configure, rows_of, caplog):
         caplog.clear()
 
 
+@pytest.mark.parametrize("loss", [{}, {"loss.name": "k_wise"}])
+def test_candidates_without_a_better_one_are_told(configure, rows_of, caplog, loss):
+    for equal, expected in ((3, "no candidate has a better score than another in 3 of 8 examples"), (0, None)):
+        scores = cycle([[0.5, 0.5]] * equal + [[0.5, -1.0]] * (8 - equal))
+        columns = {**RANKED, "scores": lambda row, scores=scores: next(scores)}
+        method = "reward" if loss else "rrhf"
+        load_data(configure(method, **loss, **{"data.path": rows_of(0, **columns), "data.format": "ranked"}))
+        told = [line for line in warnings(caplog) if "better score" in line]
+        assert [expected in line for line in told] == ([True] if expected else [])
+        caplog.clear()
+
+
 def test_what_is_cut_away_is_told(configure, rows_of):
     """Pairs that differ behind data.max_length alone."""
     columns = {

@@ -116,4 +116,14 @@ def warn_of_one_label(dataset: TokenDataset, name: str) -> None:
         )
 
 
+def warn_of_ties(dataset: TokenDataset, name: str) -> None:
+    """Warn of candidates that were all given the same score."""
+    if ties := dataset.ties():
+        log.warning(
+            "%s: no candidate has a better score than another in %d of %d examples: nothing is ranked there; look at "
+            "the column 'scores'",
+            *(name, ties, len(dataset)),
+        )
+
+
 CUT = ("truncated", "candidates_truncated")
