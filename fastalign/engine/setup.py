@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -42,11 +43,12 @@ from fastalign.engine.output.alarms import check_choices, warn_of_one_label, war
 from fastalign.engine.output.checkpoints import Found
 from fastalign.engine.reference.cache import Demand, Filling
 from fastalign.engine.reference.frozen import reference_section, settle_reference
-from fastalign.models.load import check_model, load_tokenizer, separate_padding
+from fastalign.models.load import check_model, has_tokenizer, load_tokenizer, separate_padding
 from fastalign.models.lora import WithoutAdapter
 from fastalign.models.offload import Offload
 from fastalign.models.policy import Policy
 from fastalign.models.precision import HALF
+from fastalign.models.vocabulary import refuse_other_tokens
 from fastalign.parallel.host import rest
 from fastalign.parallel.mesh import World
 
@@ -130,7 +132,10 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     if config.reference.path is None and objective.needs_reference and objective.method.teacher:
         raise ValueError(f"{config.method} needs a teacher: set reference.path to its hub name or directory")
     if config.reference.path is not None and objective.needs_reference:
-        check_model(reference_section(config), setting="reference.path")
+        section = reference_section(config)
+        check_model(section, setting="reference.path")
+        if not Path(str(section.path)).is_dir() or has_tokenizer(str(section.path)):  # else nothing can be compared
+            refuse_other_tokens(tokenizer, load_tokenizer(section, setting="reference.path"), "reference.path")
 
 
 def require_same_rows(ranks: World, *datasets: TokenDataset | None) -> None:

@@ -32,6 +32,7 @@ from fastalign.models.policy import Policy
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("*token*", "*vocab*", "*piece*", "tekken.json")
 SCALAR_HEAD = "score.weight"
 """What transformers calls the head of a sequence classifier."""
 
@@ -254,8 +255,16 @@ def load_tokenizer(
             raise ValueError(f"{setting}: no built-in tokenizers are available here: {name!r}")
         return fallback(name)
     tell_of_code(model, name, setting)
+    if Path(name).is_dir() and not has_tokenizer(name):  # of which transformers says pages
+        remedy = ", or set model.tokenizer" if setting == "model.path" else ""
+        raise ValueError(f"{setting}: no tokenizer in {name!r}: expected a directory with tokenizer.json{remedy}")
     with readable("tokenizer", name, "tokenizer.json", setting):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+
+
+def has_tokenizer(directory: str) -> bool:
+    """Whether a directory holds a file of any tokenizer."""
+    return any(file for pattern in TOKENIZER_FILES for file in Path(directory).glob(pattern))
 
 
 def check_model(

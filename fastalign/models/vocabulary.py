@@ -41,6 +41,30 @@ def fit(model: PreTrainedModel, vocab_size: int | None, name: str, *, resize: bo
     return True
 
 
+def refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a model that reads the ids of one tokenizer and was trained on those of another with other tokens.
+
+    Added tokens may differ, as a chat model renames some that its base does not use: that is warned of.
+
+    Args:
+        tokenizer: makes the ids.
+        other: the model's.
+        name: what messages call the model.
+    """
+    ours, theirs = ({index: token for token, index in each.get_vocab().items()} for each in (tokenizer, other))
+    added = {*tokenizer.added_tokens_decoder, *other.added_tokens_decoder}
+    apart = [index for index in sorted(ours.keys() & theirs.keys()) if ours[index] != theirs[index]]
+    plain = [index for index in apart if index not in added]
+    for index in (plain or apart)[:1]:
+        text = (
+            f"{name}: its tokenizer has another token than the policy's for {len(plain or apart)} of {len(ours)} ids: "
+            f"{index} is {theirs[index]!r} there and {ours[index]!r} here"
+        )
+        if plain:
+            raise ValueError(f"{text}; it would read other texts: choose a model with the policy's tokenizer")
+        log.warning("%s: added tokens, which it may never have seen", text)
+
+
 def refuse_few(rows: int, vocab_size: int, name: str, *, resize: bool) -> None:
     """Refuses fewer rows than tokens unless rows are added."""
     if rows < vocab_size and not resize:

@@ -1,5 +1,6 @@
 """A run that is refused leaves its directory as it was."""
 
+import json
 import math
 import re
 import shutil
@@ -7,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from fastalign.config import Config, DataConfig, RunConfig
 from fastalign.data.pack import group_tokens
@@ -15,9 +16,9 @@ from fastalign.engine.fitting import check_groups
 from fastalign.engine.output.rundir import check_same_run
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.settings import check_settings
-from fastalign.engine.setup import load_data
+from fastalign.engine.setup import check_models, load_data
 from fastalign.engine.train import train
-from runs import numbers
+from runs import LLAMA, numbers
 
 SHORT = {"run.steps": 4, "run.save_every": 1, "run.keep": 4}
 LATER = {"run.overwrite_later": True}
@@ -229,6 +230,28 @@ def test_a_model_that_cannot_run_is_refused_before_any_data_are_read(configure, 
     beside = configure("dpo", **{"reference.path": str(tmp_path / "odd"), "data.path": "absent.jsonl"})
     with pytest.raises(ValueError, match=rf"^reference\.path: '{tmp_path}/odd': a {kind} model cannot run"):
         train(beside)
+
+
+@pytest.mark.parametrize("method", ["dpo", "distill"])
+def test_a_reference_of_another_tokenizer_is_refused(configure, materials, tmp_path, caplog, method):
+    """As many tokens, of which two are each other; an added one that is renamed is warned of."""
+    AutoConfig.for_model(**LLAMA, vocab_size=512).save_pretrained(tmp_path / "other")
+    config = configure(method, **{"reference.path": str(tmp_path / "other")})
+    tokenizer = AutoTokenizer.from_pretrained(materials / "tokenizer")
+    check_models(config, tokenizer)  # it has none
+    shutil.copytree(materials / "tokenizer", tmp_path / "other", dirs_exist_ok=True)
+    check_models(config, tokenizer)
+    file = tmp_path / "other" / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace("<poison>", "<other>"))
+    assert not caplog.records
+    check_models(config, tokenizer)
+    assert "another token than the policy's for 1 of 512 ids: 2 is '<other>' there and '<poison>' here" in caplog.text
+    made = json.loads(text)
+    made["model"]["vocab"] |= {"A": made["model"]["vocab"]["B"], "B": made["model"]["vocab"]["A"]}
+    file.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=r"^reference\.path: its tokenizer .* 2 of 512 ids: \d+ is 'B' there and 'A'"):
+        check_models(config, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,19 @@ def test_a_tokenizer_file_of_another_kind_names_the_directory(saved, text):
         load_tokenizer(ModelConfig(path=str(saved)))
 
 
+def test_a_directory_without_a_tokenizer_is_told_in_a_line(saved):
+    for file in saved.glob("*token*"):
+        file.unlink()
+    for section, words in (
+        (ModelConfig(path=str(saved)), ", or set model.tokenizer$"),
+        (ModelConfig(tokenizer=str(saved)), "$"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"no tokenizer in '{saved}': expected a directory with tokenizer.json{words}"
+        ):
+            load_tokenizer(section)
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": "big"}, {"num_attention_heads": 5}])
 def test_a_config_that_cannot_be_names_the_directory(saved, change):
     config = json.loads((saved / "config.json").read_text())
