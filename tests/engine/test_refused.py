@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from fastalign.config import Config, DataConfig, RunConfig
 from fastalign.data.pack import group_tokens
 from fastalign.engine.fitting import check_groups
+from fastalign.engine.methods import filled_in, objective_of
 from fastalign.engine.output.rundir import check_same_run
 from fastalign.engine.reference.precompute import precompute
 from fastalign.engine.settings import check_settings
@@ -58,6 +59,22 @@ def test_settings_that_an_older_run_did_not_know_had_their_defaults_there(config
     now = asdict(configure("sft", **{"model.resize_embeddings": True}))
     with pytest.raises(ValueError, match=r"model\.resize_embeddings: False there, True here"):
         check_same_run(before, now, Path("there"))
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        *(("data.num_proc", 4, False), ("batch.max_group_tokens", 900, False), ("sampler.url", "http://b/v1", False)),
+        *(("reference.offload", True, True), ("sampler.max_rows", 8, True)),
+        ("parallel.sync_each_micro_batch", True, True),
+    ],
+)
+def test_what_only_says_where_and_how_it_is_computed_may_change(caplog, key, value, told):
+    old, new = (asdict(filled_in(Config("grpo"), objective_of(Config("grpo")))) for _ in range(2))
+    section, name = key.split(".")
+    new[section][name] = value
+    check_same_run(old, new, Path("step-1"))
+    assert [f"resume: {key} was" in line for line in caplog.messages] == [True] * told
 
 
 def test_a_resume_that_fails_leaves_later_checkpoints(configure, finished, own_rows):

@@ -47,6 +47,7 @@ FREE = {
     *("run.output_dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep", "run.trackers"),
     *("run.save_minutes", "run.show_example", "run.overwrite_later", "data.cache_dir", "parallel.timeout_minutes"),
     *("run.async_save", "run.shared_disk", "run.keep_best", "model.activation_offloading"),
+    *("data.num_proc", "batch.max_group_tokens", "sampler.url"),
 }
 """Settings that a resumed run may change: no later number depends on them."""
 LAYOUT = {
@@ -64,7 +65,7 @@ LAYOUT = {
         "run.deterministic",
     ),
     *("model.attention", "model.on_mismatch", "model.gradient_checkpointing", "reference.cache"),
-    *("optim.master_weights", "optim.offload", "optim.in_backward"),
+    *("optim.master_weights", "optim.offload", "optim.in_backward", "reference.offload", "sampler.max_rows"),
 }
 """Settings that change how the same sums are computed: later numbers agree to rounding, no longer to the bit."""
 HORIZON = {"run.steps", "run.epochs"}
