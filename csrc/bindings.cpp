@@ -1,9 +1,12 @@
 // The Python face of the native kernels: addresses and sizes in, nothing about torch. fastalign.ops.backends.cpp checks them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/huge_pages.h"
 #include "cpu_level.h"
@@ -22,7 +25,7 @@ void bind_cuda(py::module_& m);  // in cuda/bindings.cpp
 namespace {
 
 // Of what is bound below: raised with every change to it, and with it ABI in fastalign/ops/backends/cpp/__init__.py.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -184,6 +187,35 @@ void run_rotate(const HeadsArgument& x, const HeadsArgument& y, const RowsArgume
                     std::get<2>(shape)}, adjoint, threads);
 }
 
+using LinearArgument = std::tuple<Address, RowsArgument, int64_t, int64_t>;  // packed, bias, n, k
+using NormArgument = std::tuple<RowsArgument, double>;                       // weight, eps
+
+Linear linear(const LinearArgument& x) {
+  return {pointer(std::get<0>(x)), rows_of(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
+}
+
+Norm norm(const NormArgument& x) { return {rows_of(std::get<0>(x)), std::get<1>(x)}; }
+
+DecodeLayer describe_layer(const std::array<NormArgument, 4>& norms, const std::array<LinearArgument, 5>& linears,
+                           const std::array<int, 3>& dtypes) {
+  return {norm(norms[0]), norm(norms[1]), norm(norms[2]), norm(norms[3]), linear(linears[0]), linear(linears[1]),
+          linear(linears[2]), linear(linears[3]), linear(linears[4]), computed_in_fp32(dtypes[0]),
+          computed_in_fp32(dtypes[1]), computed_in_fp32(dtypes[2]), nullptr, nullptr};
+}
+
+void run_decode_layers(std::vector<DecodeLayer> layers, const RowsArgument& x, const RowsArgument& cos,
+                       const RowsArgument& sin, int64_t rows, int64_t columns, const std::vector<Address>& keys,
+                       const std::vector<Address>& values, int dtype, const Shape& shape, double scale, Address chains,
+                       int64_t width, Address lengths, Address order, Address groups, int64_t num_groups, int threads) {
+  for (size_t i = 0; i < layers.size(); ++i)
+    layers[i].keys = pointer(keys.at(i)), layers[i].values = pointer(values.at(i));
+  ForestDecode attend{{}, {}, {}, {}, nullptr, nullptr, computed_in_fp32(dtype), std::get<0>(shape), std::get<1>(shape),
+                      std::get<2>(shape), static_cast<float>(scale), 0.0f, pointer<int32_t>(chains), width,
+                      pointer<int64_t>(lengths), pointer<int64_t>(order), pointer<ForestGroup>(groups), num_groups};
+  kernels().decode_layers({rows_of(x), rows_of(cos), rows_of(sin), rows, columns, attend}, layers.data(),
+                          int64_t(layers.size()), threads);
+}
+
 void translate(std::exception_ptr raised) {
   try {
     std::rethrow_exception(raised);
@@ -261,6 +293,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("rotate", &run_rotate, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("cos"), py::arg("sin"),
         py::arg("shape"), py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "Rotary position embedding, x to y, or its adjoint, y to x.");
+  py::class_<DecodeLayer>(m, "DecodeLayer", "The weights of a layer of decode_layers, packed for products.")
+      .def(py::init(&describe_layer), py::kw_only(), py::arg("norms"), py::arg("linears"), py::arg("dtypes"));
+  m.def("decode_layers", &run_decode_layers, py::kw_only(), py::arg("layers"), py::arg("x"), py::arg("cos"),
+        py::arg("sin"), py::arg("rows"), py::arg("columns"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
+        py::arg("shape"), py::arg("scale"), py::arg("chains"), py::arg("width"), py::arg("lengths"), py::arg("order"),
+        py::arg("groups"), py::arg("num_groups"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "All layers of a transformer for one new token of each row, in place.");
   m.def(
       "gae",
       [](Address rewards, Address values, Address last_values, double gamma, double lam, Address advantages,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "decode_layers.h"
 #include "divergence.h"
 #include "forest_decode.h"
 #include "layers.h"
@@ -21,6 +22,7 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm& op, bool backward, int threads);
   void (*silu_mul)(const SiluMul& op, bool backward, int threads);
   void (*rotate)(const Rotation& op, bool adjoint, int threads);
+  void (*decode_layers)(const DecodeStep& step, const DecodeLayer* layers, int64_t count, int threads);
 };
 
 namespace scalar { extern const Kernels kernels; }

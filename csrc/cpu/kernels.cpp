@@ -12,8 +12,9 @@ void sample(const Sample& op, int threads);
 void rms_norm(const RmsNorm& op, bool backward, int threads);
 void silu_mul(const SiluMul& op, bool backward, int threads);
 void rotate(const Rotation& op, bool adjoint, int threads);
+void decode_layers(const DecodeStep& step, const DecodeLayer* layers, int64_t count, int threads);
 
-const Kernels kernels{token_logps, policy_loss, divergence, attention, forest_decode, sample,
-                      rms_norm,    silu_mul,    rotate};
+const Kernels kernels{token_logps, policy_loss, divergence, attention,    forest_decode,
+                      sample,      rms_norm,    silu_mul,   rotate,       decode_layers};
 
 }  // namespace fastalign::LEVEL

@@ -78,7 +78,7 @@ class Decode(Cached):
     forest: Forest
     step: Step
     num_rows: int
-    layers: Callable[[Tensor, Tensor, Cached], Tensor] | None = None
+    layers: Callable[[Tensor, Tensor, Decode], Tensor] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """The new tokens' attention to all before them and to themselves."""

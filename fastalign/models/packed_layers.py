@@ -1,6 +1,6 @@
 """The native layers of a policy while it samples: weights packed once for as many tokens as are drawn from them.
 
-A token of a few rows costs a model's modules more time than their products. Here a layer is nine calls of native
+A token of a few rows costs a model's modules more time than their products. Here all layers are one call of the native
 kernels, whose weights lie in the order in which these read them. The bits are those of the modules.
 """
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.models import native
-from fastalign.models.decoding import Cached
-from fastalign.models.policy import Policy, register_attention
-from fastalign.ops.backends.cpp import layers, product
+from fastalign.models.decoding import Decode
+from fastalign.models.policy import Policy
+from fastalign.ops.backends.cpp import product
+from fastalign.ops.backends.cpp.decode_layers import Layer, Linear, Norm, decode_layers
 
 DECODERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """``x += attention(norm(x)); x += mlp(norm(x))``"""
@@ -39,57 +40,29 @@ class PackedLayers:
 
     def __init__(self, policy: Policy) -> None:
         self.model: Any = policy.backbone
-        backend = "cpp" if policy.attention == register_attention("cpp") else None
-        self.layers = [_Layer(layer, backend) for layer in self.model.layers]
+        self.layers = [_layer(layer, self.model.embed_tokens.weight.dtype) for layer in self.model.layers]
+        self.described = [layer.described() for layer in self.layers]
+        at: Any = self.model.layers[0].self_attn
+        self.num_heads = at.q_proj.out_features // at.head_dim
+        self.scale = at.scaling
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cached: Cached) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, cached: Decode) -> Tensor:
         """``[T]`` and ``[T]`` to ``[T, D]``."""
         x = self.model.embed_tokens(tokens)
-        cos, sin = (angle[0] for angle in self.model.rotary_emb(x, position_ids=positions[None]))
-        for layer in self.layers:
-            x = layer(x, cos, sin, cached)
+        cos, sin = (angle[0].contiguous() for angle in self.model.rotary_emb(x, position_ids=positions[None]))
+        decode_layers(self.described, x, cos, sin, cached.forest, cached.step, self.num_heads, self.scale)
         return self.model.norm(x)
 
 
-class _Product:
-    """Some linear layers of one input as one product."""
-
-    def __init__(self, *linears: Any) -> None:
-        self.dtype = native.product_dtype(linears[0].weight)
-        self.packed = product.Packed(torch.cat([x.weight.detach().to(self.dtype) for x in linears]))
-        biases = [x.bias for x in linears]
-        self.bias = None if biases[0] is None else torch.cat([x.detach() for x in biases])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return product.with_bias(lambda dtype: self.packed(x, dtype), self.bias, self.dtype)
-
-
-class _Layer:
-    def __init__(self, layer: Any, backend: str | None) -> None:
-        at, mlp = layer.self_attn, layer.mlp
-        self.attention, self.norms = at, (layer.input_layernorm, layer.post_attention_layernorm)
-        self.qkv, self.o = _Product(at.q_proj, at.k_proj, at.v_proj), _Product(at.o_proj)
-        self.gate, self.up, self.down = (_Product(x) for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.heads = [x.out_features // at.head_dim for x in (at.q_proj, at.k_proj, at.v_proj)]
-        self.options = {"scale": at.scaling, "softcap": None, "backend": backend}
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached) -> Tensor:
-        """``[T, D]`` to ``[T, D]``."""
-        x = x + self.attend(self.norms[0].forward(x), cos, sin, cached)
-        h = self.norms[1].forward(x)
-        return x + self.down(layers.silu_mul(self.gate(h), self.up(h)))
-
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached) -> Tensor:
-        at, (num_q, num_k, _) = self.attention, self.heads
-        heads = self.qkv(x).view(x.shape[0], -1, at.head_dim)
-        if hasattr(at, "q_norm"):
-            q, k, v = heads.split(self.heads, 1)
-            q, k = layers.rotate(at.q_norm(q), cos, sin), layers.rotate(at.k_norm(k), cos, sin)
-        else:
-            v = heads[:, num_q + num_k :]
-            q, k = layers.rotate(heads[:, : num_q + num_k], cos, sin).split(self.heads[:2], 1)
-        return self.o(cached.attend(at.layer_idx, q, k, v, **self.options).flatten(1))
+def _layer(layer: Any, angle: torch.dtype) -> Layer:
+    at, mlp = layer.self_attn, layer.mlp
+    dtype = native.product_dtype(at.q_proj.weight)
+    projections = ((at.q_proj, at.k_proj, at.v_proj), (at.o_proj,))
+    gated = ((mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,))
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norms += (at.q_norm, at.k_norm) if hasattr(at, "q_norm") else ()
+    described = [Norm(x.weight.detach().contiguous(), x.variance_epsilon) for x in norms]
+    return Layer(described, [Linear(dtype, *x) for x in (*projections, *gated)], dtype, angle)
 
 
 def _serves(policy: Policy) -> bool:
@@ -97,9 +70,10 @@ def _serves(policy: Policy) -> bool:
     model: Any = policy.backbone
     if type(model).__name__ not in MODELS or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
-    weights = [module.weight for module in _linears(model)]
+    weights, stream = [module.weight for module in _linears(model)], model.embed_tokens.weight.dtype
+    dtype = native.product_dtype(weights[0])
     return all(type(layer).__name__ in DECODERS and _is_native(layer) for layer in model.layers) and (
-        product.multiplies(*weights) and native.product_dtype(weights[0]) in product.SERVED
+        product.multiplies(*weights) and dtype in product.SERVED and torch.promote_types(stream, dtype) == stream
     )
 
 

@@ -218,7 +218,7 @@ class NativeSampler:
         numbers = torch.tensor([[group.prompt.row, sample] for group in groups for sample in range(n)])
         keys = sample_keys(seed, numbers[:, 0], numbers[:, 1]).tolist()
         rows = [Row(group, i, keys[g * n + i], greedy and i == 0) for g, group in enumerate(groups) for i in range(n)]
-        batch = prompt_batch([prompt.ids for prompt in prompts], n, self._device)
+        batch = prompt_batch([prompt.ids for prompt in prompts], n, forest.device)
         plan, kept = layout(batch.segments), sum(len(prompt.ids) for prompt in prompts)
         self._draw(rows, batch, Prefill(plan.longest, plan, forest, entries, kept))
         return rows
@@ -228,18 +228,19 @@ class NativeSampler:
         step = forest.step([row.entry for row in live])
         tokens = [row.tokens[-1] for row in live]
         positions = [row.length - 1 for row in live]
-        batch = token_batch(tokens, positions, self._device)
+        batch = token_batch(tokens, positions, forest.device)
         self._draw(live, batch, Decode(max(positions) + 1, forest, step, len(live), self._layers))
         forest.advance(step)
 
     def _draw(self, rows: list[Row], batch: PackedBatch, cached: Cached) -> None:
         """Run the policy and append to each row the token that the head draws from its hidden state."""
         settings = self.settings
-        keys, positions = self._tensor([row.key for row in rows]), self._tensor([len(row.tokens) for row in rows])
+        numbers = torch.tensor([[row.key, len(row.tokens)] for row in rows]).to(batch.input_ids.device)
+        keys, positions = numbers.unbind(1)
         cut: dict[str, Any] = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
 
         def head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> list[list[Any]]:
-            drawn = torch.empty_like(keys), *torch.empty(2, len(rows), device=keys.device)
+            drawn = torch.empty_like(keys), *keys.new_empty(2, len(rows), dtype=torch.float32)
             for temperature, at in self._temperatures(rows):
                 inputs = hidden[at], self._narrowed(weight), keys[at], positions[at]
                 tokens, stats = linear_sample(*inputs, temperature=temperature, **cut, **options)
@@ -254,19 +255,17 @@ class NativeSampler:
             row.logps.append(logp)
             row.kept.append(kept)
 
-    def _temperatures(self, rows: list[Row]) -> Iterator[tuple[float, Tensor]]:
+    def _temperatures(self, rows: list[Row]) -> Iterator[tuple[float, slice | Tensor]]:
         """Which of the rows are drawn at which temperature.
 
         Not one call with a temperature per row: that would be rounded otherwise than the number that training has.
         """
         cold = [i for i, row in enumerate(rows) if row.cold]
+        if len(cold) in (0, len(rows)):
+            yield 0.0 if cold else self.settings.temperature, slice(None)
+            return
         warm = [i for i, row in enumerate(rows) if not row.cold]
-        for temperature, at in ((self.settings.temperature, warm), (0.0, cold)):
-            if at:
-                yield temperature, self._tensor(at)
-
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        yield from ((self.settings.temperature, torch.tensor(warm)), (0.0, torch.tensor(cold)))
 
     def _sift(self, forest: Forest, drawn: Iterable[Row], going_on: Any) -> Iterator[Rollout]:
         """Those of the rows that have ended, out of the forest; the others to ``going_on``."""

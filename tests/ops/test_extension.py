@@ -18,7 +18,7 @@ if reason := cpp.unavailable():
 
 from fastalign import _C
 
-BINDINGS = {3: "6e879a7bed02ac3c", 4: "97191eb0a741f0cd"}
+BINDINGS = {3: "6e879a7bed02ac3c", 4: "97191eb0a741f0cd", 5: "a9d2e039da0f71a9"}
 """A hash of the names that are bound and of their arguments, for each number of theirs."""
 OPTIONAL = {"cuda", "ShortWaits"}
 """What a build has or not, whose users ask for it."""

@@ -17,7 +17,7 @@ from fastalign.ops.checks import stats_dtype
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CPU = torch.device("cpu")
-ABI = 4
+ABI = 5
 """The bindings that this package calls: ``kAbi`` in csrc/bindings.cpp, raised with every change to them."""
 
 

@@ -10,7 +10,6 @@ Bits of a number depend neither on threads nor on the rows and columns around it
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -97,11 +96,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     return applied(_Linear, x, weight, bias, dtype)
 
 
-def with_bias(multiplied: Callable[[torch.dtype], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A product, made in the dtype that is asked for, plus a bias: rounded to ``dtype`` once."""
-    return multiplied(dtype) if bias is None else multiplied(torch.float32).add_(bias).to(dtype)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
@@ -109,7 +103,8 @@ class _Linear(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         rows = x.flatten(0, -2)
-        out = with_bias(lambda made: product(rows, weight.t(), made), bias, dtype)
+        out = product(rows, weight.t(), dtype if bias is None else torch.float32)
+        out = out if bias is None else out.add_(bias).to(dtype)  # rounded once
         return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -141,7 +136,12 @@ class Packed:
         shape = (0, *self.shape)
         _C.pack_product(b=_matrix(weight.t()), dtype=kind, shape=shape, out=self._data.data_ptr(), threads=threads)
         self._multiply = _C.product
-        self._given = {"b": (0, 0, 0), "dtype": kind, "packed": self._data.data_ptr(), "accumulate": False}
+        self._given = {"b": (0, 0, 0), "dtype": kind, "packed": self.address, "accumulate": False}
+
+    @property
+    def address(self) -> int:
+        """Where it lies."""
+        return self._data.data_ptr()
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x [m, K] @ weight.T``, the bits of `product`."""
