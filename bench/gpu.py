@@ -52,9 +52,16 @@ PARTS = (
     bench(40, f"ops --only {LOSSES} --seconds 2 {RECORD}"),
     bench(40, f"ops --only {LOSSES} --rounds 1 --no-compile --profile", "profile"),
 )
+ON_POLICY = (
+    bench(75, f"rollout --model 0.5b --dtype bfloat16 --rounds 2 {RECORD}"),
+    bench(50, f"rollout --model 0.5b --dtype bfloat16 --prompts 32 --rounds 1 {RECORD}"),
+    bench(100, f"train --task grpo --model 0.5b --dtype bfloat16 --steps 5 {RECORD}"),
+)
+"""Tokens per second beside transformers' `generate`, 64 and 256 rows at once, and whole GRPO steps beside TRL's."""
 QUICK = (
     Part("tests", 130, "-m pytest -q -p no:cacheprovider tests/test_layers.py"),
     bench(60, f"ops --only gae-one --rounds 1 --no-compile {RECORD}"),
+    bench(60, f"rollout --prompts 1 --answers 2 --tokens 4 --rounds 1 {RECORD}"),
 )
 
 
@@ -63,7 +70,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     new = parser.add_argument
     new("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: to try the script (default cuda)")
     new("--out", type=Path, help="where logs and results go (default: bench/results/gpu-<time>)")
-    new("--minutes", type=float, default=8.5, help="time for everything (default 8.5)")
+    new("--minutes", type=float, help="time for everything (default 8.5, with --on-policy 3.5)")
+    new("--on-policy", action="store_true", help="only sampling and whole GRPO steps, in less than four minutes")
     new("--wheels", type=Path, help="folder of packages that are missing here, to put on the path first")
     new("--quick", action="store_true", help="one small part of each kind, to try the script")
 
@@ -73,9 +81,11 @@ def main(options: argparse.Namespace) -> int:
     out = (options.out or ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as spare:
-        call = Call(out, options.device, 60 * options.minutes, Path(spare, "site"))
+        parts = QUICK if options.quick else ON_POLICY if options.on_policy else PARTS
+        minutes = options.minutes if options.minutes is not None else 3.5 if parts is ON_POLICY else 8.5
+        call = Call(out, options.device, 60 * minutes, Path(spare, "site"))
         prepare(call, options.wheels)
-        done = [call.run(part) for part in (QUICK if options.quick else PARTS)]
+        done = [call.run(part) for part in parts]
         call.end += REPORT_SECONDS
         if any(out.glob("*.json")):
             call.run(Part("bench", REPORT_SECONDS, f"-m bench report --results OUT --out {out / 'report'}"))

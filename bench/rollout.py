@@ -1,5 +1,6 @@
 """``fastalign bench rollout``: tokens per CPU-second of the native sampler, of transformers, and of the products alone.
 
+On a GPU they are tokens per second.
 All sample the same number of tokens behind the same prompts from one model in this process, in random order, round by
 round. The products are those of the model's matrices with the rows of one step, as often as there are steps, and no
 more: once by the faster one of PyTorch's libraries, once by our own, which the sampler calls where they are faster.
@@ -30,6 +31,10 @@ from fastalign.types import Prompt
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 2048}
 """A Llama of 8.6M parameters."""
+LARGE = {"hidden_size": 896, "intermediate_size": 2688, "num_hidden_layers": 24, "num_attention_heads": 14}
+LARGE |= {"num_key_value_heads": 7, "vocab_size": 151936}
+MODELS = {"9m": {}, "0.5b": LARGE}
+"""What replaces numbers of that Llama."""
 SMALL = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1024}
 LENGTHS = (40, 220)
@@ -42,6 +47,8 @@ PRODUCTS = "PyTorch's products alone"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     new = parser.add_argument
+    common.add_device(parser)
+    new("--model", choices=list(MODELS), default="9m", help="parameters of the Llama that samples (default 9m)")
     new("--dtype", choices=list(GOALS), default="float32", help="of the weights (default float32)")
     new("--prompts", type=common.positive, default=8, help="prompts (default 8)")
     new("--answers", type=common.positive, default=8, help="answers to each (default 8)")
@@ -54,29 +61,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print; the exit code."""
+    common.check_device(options.device)
     torch.set_num_threads(options.threads)
     if options.exact:
         return exact(options)
-    seconds = measure(sides(options), options.rounds)
+    seconds = measure(sides(options), options.rounds, options.device)
     total = options.prompts * options.answers * options.tokens
     rates = {name: sorted(total / s for s in each) for name, each in seconds.items()}
     rivals = [common.quantiles(rates[name])[1] for name in ("transformers generate", PRODUCTS)]
     rows = [row(name, rate, rivals) for name, rate in rates.items()]
-    title = f"{options.prompts} x {options.answers} answers of {options.tokens} tokens, Llama 256x6, {options.dtype}"
+    asked = f"{options.prompts} x {options.answers} answers of {options.tokens} tokens"
+    title = f"{asked}, {options.model}-parameter Llama, {options.dtype}, {options.device}"
     goal = (
         f"goal: fastalign at least {GOALS[options.dtype]} times as fast as transformers, and 60 % of PyTorch's products"
     )
-    columns = ["", "tokens per CPU-second", "20 % to 80 %", "against transformers", "of PyTorch's products"]
-    common.print_table(title, columns, rows, goal)
+    unit = "tokens per CPU-second" if options.device == "cpu" else "tokens per second"
+    columns = ["", unit, "20 % to 80 %", "against transformers", "of PyTorch's products"]
+    common.print_table(title, columns, rows, goal if options.device == "cpu" else None)
     if options.record:
         facts = {
             "task": "rollout",
-            **{name: getattr(options, name) for name in ("dtype", "prompts", "answers", "tokens")},
+            **{name: getattr(options, name) for name in ("model", "dtype", "prompts", "answers", "tokens")},
         }
-        found = [
-            {**facts, "side": name, "tokens_per_cpu_second": common.quantiles(rate)} for name, rate in rates.items()
-        ]
-        print("recorded in", common.record("rollout", found, common.environment(), options.results))
+        name_of_rate = unit.replace(" ", "_").replace("CPU-", "cpu_")
+        found = [{**facts, "side": name, name_of_rate: common.quantiles(rate)} for name, rate in rates.items()]
+        print("recorded in", common.record("rollout", found, common.environment(options.device), options.results))
     return 0
 
 
@@ -100,34 +109,44 @@ def row(name: str, rates: list[float], rivals: list[float]) -> tuple[str, ...]:
     return name, f"{middle:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{middle / theirs:.2f}x", f"{middle / products:.0%}"
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each side in each round, after one that does not count."""
+def measure(runs: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """CPU seconds, on a GPU seconds, of each side in each round, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(list(runs), len(runs)):
-            begin = time.process_time()
-            runs[name]()
-            seconds[name] += [time.process_time() - begin] if number else []
+            spent = seconds_of(runs[name], device)
+            seconds[name] += [spent] if number else []
     return seconds
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """CPU time of a call; on a GPU the time until all is done."""
+    common.synchronize(device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    begin = clock()
+    run()
+    common.synchronize(device)
+    return clock() - begin
 
 
 def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is measured, by name."""
-    dtype = getattr(torch, options.dtype)
-    ours, theirs = make_model(dtype), make_model(dtype)
+    dtype, sizes = getattr(torch, options.dtype), MODELS[options.model]
+    ours, theirs = (make_model(dtype, **sizes).to(options.device) for _ in range(2))
     draw = np.random.default_rng(0)
     lengths = draw.integers(*LENGTHS, size=options.prompts)
-    prompts = [Prompt(draw.integers(SIZES["vocab_size"], size=length), i) for i, length in enumerate(lengths)]
+    prompts = [Prompt(draw.integers(ours.config.vocab_size, size=length), i) for i, length in enumerate(lengths)]
     policy = Policy(ours)
     use_native_layers(ours)
     sampler = NativeSampler(policy, SamplerConfig(max_new_tokens=options.tokens), Stops())
     if differs := probe(sampler):
         print(f"not exact here: {differs}")
+    own = options.device == "cpu" and product.preferred()
     return {
         "fastalign": lambda: list(sampler.generate(prompts, options.answers, 0)),
         "transformers generate": lambda: generate(theirs, prompts, options),
         PRODUCTS: products(theirs, options, faster_of_pytorch),
-        **({"our products alone": products(theirs, options, our_product)} if product.preferred() else {}),
+        **({"our products alone": products(theirs, options, our_product)} if own else {}),
     }
 
 
@@ -143,6 +162,7 @@ def generate(model: Any, prompts: list[Prompt], options: argparse.Namespace) -> 
     longest = max(map(len, rows))
     ids = torch.tensor(np.stack([np.pad(x, (longest - len(x), 0)) for x in rows]))
     mask = torch.tensor(np.stack([np.arange(longest) >= longest - len(x) for x in rows])).long()
+    ids, mask = ids.to(options.device), mask.to(options.device)
     length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
     made = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, pad_token_id=0, **length)
     assert made.shape[1] == longest + options.tokens
@@ -159,7 +179,9 @@ def products(
     """The matrix products of all decode steps; ``make`` chooses and prepares that of a weight."""
     weights = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
     rows, (dtype, *_) = options.prompts * options.answers, {x.dtype for x in weights}
-    inputs = {width: torch.randn(rows, width, dtype=dtype) for width in {x.shape[1] for x in weights}}
+    inputs = {
+        width: torch.randn(rows, width, dtype=dtype, device=options.device) for width in {x.shape[1] for x in weights}
+    }
     multiply = [(make(inputs[x.shape[1]], x), inputs[x.shape[1]]) for x in weights]
 
     def run() -> None:
@@ -173,16 +195,9 @@ def products(
 def faster_of_pytorch(x: Tensor, weight: Tensor) -> Multiply:
     """By MKL or oneDNN, whichever takes less time for these rows."""
     found: list[Multiply] = [lambda x: nn.functional.linear(x, weight)]
-    if torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         found.append(lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
-    return min(found, key=lambda f: min(seconds_of(f, x) for _ in range(10)))
-
-
-def seconds_of(multiply: Multiply, x: Tensor) -> float:
-    """CPU time of a product."""
-    begin = time.process_time()
-    multiply(x)
-    return time.process_time() - begin
+    return min(found, key=lambda f: min(seconds_of(lambda: f(x), x.device.type) for _ in range(10)))
 
 
 def our_product(x: Tensor, weight: Tensor) -> Multiply:
