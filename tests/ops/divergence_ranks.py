@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
-from vocab_ranks import SHARDS, V, close, counted, counts, own, same_bits_everywhere
+from vocab_ranks import SHARDS, V, close, counted, counts, own, same_bits_everywhere, tight
 
 from fastalign.ops import dispatch, divergence, linear_divergence
 from fastalign.ops.divergence import reference
@@ -36,6 +36,12 @@ def streams(dtype, seed=3):
     made |= {"ref_weight": torch.randn(V, DR, generator=new) / 2, "ref_bias": torch.randn(V, generator=new)}
     tau, g = 0.5 + torch.rand(N, generator=new), torch.randn(N, generator=new)
     return {name: x.to(dtype) for name, x in made.items()}, {"labels": labels, "temperature": tau}, g
+
+
+def little(sizes):
+    """Memory for some eight scored rows of both logits at a time."""
+    scored = int((streams(torch.float32)[1]["labels"] >= 0).sum())
+    return 2 * tight(sizes, scored, temporaries=4)
 
 
 def run(op, tensors, g, trained=("hidden", *HEAD), **options):
@@ -169,7 +175,7 @@ def check_padding(kind, sizes):
         tensors[name][-5:] = -torch.inf
     labels = rows["labels"].clamp(max=V - 6)
     options, columns = {**rows, "labels": labels, "kind": kind, "process_group": dist.group.WORLD}, own(sizes)
-    found = run(linear_divergence, sliced(tensors, columns), g, **options, memory=12_000)
+    found = run(linear_divergence, sliced(tensors, columns), g, **options, memory=little(sizes))
     kept = {name: x if "hidden" in name else x[: V - 5] for name, x in tensors.items()}
     single = run(linear_divergence, kept, g, **{**options, "process_group": None})
     for name, x in found.items():
@@ -253,9 +259,9 @@ def check_refusals(sizes):
 
 def check_all(sizes):
     for kind in KINDS:
-        for memory in (None, 12_000):
+        for memory in (None, little(sizes)):
             check_hidden(kind, sizes, memory, ("hidden", *HEAD))
-        check_hidden(kind, sizes, 12_000, ("hidden",))
+        check_hidden(kind, sizes, little(sizes), ("hidden",))
         check_hidden(kind, sizes, None, ("hidden", "bias"), "torch")
         check_narrow(kind, torch.bfloat16 if kind == "jsd" else torch.float32, sizes)
         for dtype in (torch.float64, torch.float32):
