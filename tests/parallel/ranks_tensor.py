@@ -151,8 +151,8 @@ def few(method: str, loss: str) -> dict[str, list[TokenExample]]:
 
 
 def families(ranks: World, name: str) -> None:
-    """Every family, also with activations that are recomputed."""
-    for kind in FAMILIES:
+    """Every family, also with activations that are recomputed; where there is data parallelism as well one of them."""
+    for kind in FAMILIES if ranks.data.size == 1 else ("llama",):
         for recompute in (False, True, "mlp") if kind == "llama" else (False,):
             policy = make_policy(kind, gradient_checkpointing=recompute).train()
             sharded = spread(policy, ranks)
