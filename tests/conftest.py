@@ -55,6 +55,35 @@ def _patch_once(interpreter: ModuleType) -> None:
     interpreter.InterpretedFunction.__call__ = patched_call
 
 
+def _make_types_once(interpreter: ModuleType) -> None:
+    """Let the interpreter keep what it would work out anew for every value: shapes of tensors, the dtypes of NumPy."""
+    core, numpy_dtype = interpreter.tl.core, interpreter._get_np_dtype
+    equal, of_block, of_tensor = core.dtype.__eq__, core.block_type.__init__, core.tensor.__init__
+    dtypes, blocks, tensors = {}, {}, {}
+
+    def get_np_dtype(kind: Any) -> Any:
+        if type(kind) is not core.dtype:
+            return numpy_dtype(kind)
+        return dtypes.get(kind.name) or dtypes.setdefault(kind.name, numpy_dtype(kind))
+
+    def make_block(self: Any, element: Any, shape: Any) -> None:
+        key = (element.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            of_block(self, element, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key], element_ty=element)
+
+    def make_tensor(self: Any, handle: Any, kind: Any) -> None:
+        if kind.name not in tensors:
+            of_tensor(self, handle, kind)
+            tensors[kind.name] = vars(self) | {"handle": None}
+        vars(self).update(tensors[kind.name], handle=handle, type=kind, dtype=kind.scalar)
+
+    interpreter._get_np_dtype = get_np_dtype
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    core.block_type.__init__, core.tensor.__init__ = make_block, make_tensor
+
+
 TRITON = _interpreter()
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTALIGN_SHARED", ROOT.parent / "shared"))
@@ -119,7 +148,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     is skipped, once for all of its cases."""
     items.sort(key=lambda item: "slow" not in item.keywords)
     if TRITON == "interpreted":
-        _patch_once(importlib.import_module("triton.runtime.interpreter"))
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        _patch_once(interpreter)
+        _make_types_once(interpreter)
     if torch.cuda.is_available():
         return
     cases = Counter(_function(item) for item in items if "gpu" in item.keywords)
