@@ -32,7 +32,9 @@ CONTEXT.set_forkserver_preload(LOADED)
 class Forked:
     """One program in one process or in several ranks, with what is needed of the interface of `subprocess.Popen`."""
 
-    def __init__(self, program: str | Path, *words: object, ranks: int = 1, **environment: str | None) -> None:
+    def __init__(
+        self, program: str | Path, *words: object, ranks: int = 1, cwd: Path = ROOT, **environment: str | None
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="forked-")
         self.output = Path(self.folder.name) / "output"
         self.output.touch()
@@ -44,7 +46,7 @@ class Forked:
         self.processes = []
         for rank in range(ranks):
             own = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-            start = (str(program), [str(word) for word in words], own, str(self.output))
+            start = (str(program), [str(word) for word in words], own, str(self.output), str(cwd))
             self.processes.append(CONTEXT.Process(target=_run, args=start))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")  # read when the server loads the libraries
@@ -110,14 +112,14 @@ def rendezvous() -> tuple[object, dict[str, str]]:
     return store, there | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
-def _run(program: str, words: list[str], environment: dict[str, str], output: str) -> None:
+def _run(program: str, words: list[str], environment: dict[str, str], output: str, cwd: str) -> None:
     """The forked process."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     os.setsid()  # a process group of its own, as a shell gives its jobs
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     sys.argv = [program, *words]
     if program.endswith(".py"):
         sys.path.insert(0, str(Path(program).parent))

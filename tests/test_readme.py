@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
+from torch.distributed import run as torchrun
 
 from fastalign import cli
 from fastalign.arguments import parse_config
@@ -93,13 +95,14 @@ def clone(tmp_path, monkeypatch, new_cache):
     return tmp_path
 
 
-def run(words: list[str]) -> subprocess.Popen | None:
-    """Run a command, if it trains with few steps and rows: torchrun's as a process that goes on, others in this one."""
+def run(words: list[str]) -> forks.Forked | None:
+    """Run a command, if it trains with few steps and rows: torchrun's as ranks that go on, others in this process."""
     words = words + (FEW if training(words) or "ref-logps" in words else [])
     if words[0] == "torchrun":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        return subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True)
+        options = torchrun.parse_args(words[1:])  # what it starts, test_interrupt.py has it start
+        assert options.module and options.training_script == "fastalign"
+        ranks = int(options.nproc_per_node)
+        return forks.Forked("fastalign", *options.training_script_args, ranks=ranks, cwd=Path.cwd())
     try:
         code = cli.main(words[1:])
     except SystemExit as stop:  # --print_config
@@ -120,7 +123,8 @@ def test_commands_of_the_readme_run_in_order_in_a_fresh_clone(clone):
     ran = [words for words in README if words[1] != "bench" and is_runnable(words)]
     processes = [process for words in ran if (process := run(words))]
     for process in processes:
-        assert process.wait(timeout=300) == 0, process.stderr.read()
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
     assert sum(training(words) is not None for words in ran) >= 9
     assert {"report", "ref-logps"} < {words[1] for words in ran}
     left = [path.parent.name for path in clone.glob("runs/*/report.html")]

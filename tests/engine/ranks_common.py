@@ -1,4 +1,4 @@
-"""Run under torchrun with settings and a folder: ranks that do not have the same are refused with the same line."""
+"""Run as two ranks with settings and a folder: ranks that do not have the same are refused with the same line."""
 
 import os
 import sys

@@ -1,9 +1,6 @@
 """Starting runs and reading what they leave."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +51,20 @@ def write_yaml(config: Config) -> Path:
     return path
 
 
-def launch(config: Config, ranks: int = 1, words: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
-    """The same run through the command line, under torchrun for more than one rank; ``words`` name another command."""
-    path = write_yaml(config)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "fastalign", *(words or (config.method,)), "--config", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, **{**pipes, **options})
+def launch(config: Config, path: Path, *place: object, cwd: Path = ROOT) -> forks.Forked:
+    """The same run under torchrun, whose options are ``place`` and whose ranks Python starts."""
+    paths = f"{ROOT}:{ROOT / 'kernels'}"
+    words = (*place, "-m", "fastalign", config.method, "--config", path)
+    return forks.Forked("torch.distributed.run", *words, cwd=cwd, PYTHONPATH=paths)
 
 
 def fork(config: Config, ranks: int = 1, words: tuple[str, ...] = ()) -> forks.Forked:
-    """As `launch`, without the seconds in which Python and torchrun start."""
+    """The same run, or the command that ``words`` name, by processes that start at once."""
     path = write_yaml(config)
     return forks.Forked("fastalign", *(words or (config.method,)), "--config", path, ranks=ranks)
 
 
-def finish(process: subprocess.Popen | forks.Forked) -> str:
+def finish(process: forks.Forked) -> str:
     """Wait for a run to end well; its output."""
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

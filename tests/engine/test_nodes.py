@@ -1,12 +1,10 @@
 """Several machines: a launcher on each, here two on one machine with a working directory of their own."""
 
-import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,7 @@ import yaml
 from torch.distributed import run as torchrun
 
 from fastalign.engine.train import train
-from runs import ROOT, assert_close, write_yaml
-
-PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+from runs import ROOT, assert_close, launch, write_yaml
 
 
 def free_port() -> int:
@@ -32,16 +28,13 @@ def test_two_launchers_train_as_one_process(configure, materials, tmp_path):
     one, two = configure("dpo", "one", **{**settings, "parallel.dp_replicate": 1}), configure("dpo", "two", **settings)
     two.data.path = "rows.jsonl"
     path = write_yaml(two)
-    place = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *place]
+    place = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     agents = []
     for node in range(2):
         home = tmp_path / f"node-{node}"
         home.mkdir()
         shutil.copy(materials / "rows.jsonl", home)
-        start = [*command, "--node-rank", str(node), "-m", "fastalign", "dpo", "--config", str(path)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        agents.append(subprocess.Popen(start, cwd=home, env={**os.environ, **PATHS}, **pipes))
+        agents.append(launch(two, path, *place, "--node-rank", node, cwd=home))
     train(one)
     said = [agent.communicate(timeout=120)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said

@@ -1,14 +1,12 @@
 """Two ranks over gloo: the same run as one process, and checkpoints that move between the two."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +17,7 @@ from fastalign.engine import train as engine
 from fastalign.engine.output import export
 from fastalign.engine.train import train
 from fastalign.parallel.mesh import world
-from runs import ROOT, assert_close, finish, fork, numbers, write_yaml
+from runs import assert_close, finish, fork, numbers, write_yaml
 
 STEPS, MIDDLE = 20, 12
 
@@ -99,15 +97,10 @@ def test_ranks_that_do_not_have_the_same_are_refused(configure, materials, tmp_p
         (tmp_path / f"home-{rank}").mkdir()
         lines = (materials / "rows.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"home-{rank}" / "rows.jsonl").write_text("".join(lines[rank:]))
-    script = [str(Path(__file__).with_name("ranks_common.py")), str(write_yaml(config)), str(tmp_path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests' / 'engine'}", "OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "timeout": 100, "env": {**os.environ, **paths}}
-    done = subprocess.run([*torchrun, *script], **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = [line.partition(" ") for line in sorted(done.stdout.splitlines())]
+    script = Path(__file__).with_name("ranks_common.py")
+    said = forks.run(script, write_yaml(config), tmp_path, ranks=2, timeout=100)
     by_case = {}
-    for case, _, text in told:
+    for case, text in sorted(re.findall(r"^(directory|settings|rows|weights|cache|late) (.*)$", said, re.MULTILINE)):
         by_case.setdefault(case, []).append(text)
     homes = [tmp_path / f"home-{rank}" for rank in (0, 1)]
     expected = {
