@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -244,9 +245,9 @@ def algorithms(ranks: World, name: str, which: tuple[str, ...] = (*ALGORITHMS,))
         settings |= {"num_iterations": 1} if algorithm == "ppo" else {}
         idle = [[onpolicy.make_group(7, (3, 1, 8))]] if ranks.data.size > 1 else []
         for groups in (onpolicy.make_groups(), *idle):
-            (want, alone), (got, together) = (
-                updated(algorithm, critic, groups, place, settings) for place in (onpolicy.ALONE, ranks)
-            )
+            update = partial(updated, algorithm, critic, groups, settings=settings)
+            want, alone = onpolicy.of_one_process(lambda update=update: update(place=onpolicy.ALONE))
+            got, together = update(place=ranks)
             for key in ("loss", "grad_norm", "entropy", "num_tokens"):
                 assert abs(got.get(key, 0) - want.get(key, 0)) <= 1e-5 * max(1, abs(want.get(key, 0))), (algorithm, key)
             largest = max(x.abs().max() for x in alone)

@@ -1,6 +1,6 @@
 """On-policy steps of completions that are given: a real job around a small model, and no sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign.config import AlgorithmConfig, BatchConfig, Config, OptimConfig, RunConfig, SamplerConfig
@@ -147,3 +148,10 @@ def run(job: Job, steps: int = 1) -> dict[str, float]:
         feed = Feed(job.source, lambda examples: pack_share(job, examples), ahead=False)
         result = iteration(job, keeper, feed, step)
     return {**means(job.objective, result.sums), **result.record, "grad_norm": result.grad_norm.item()}
+
+
+def of_one_process(make: Callable[[], Any]) -> Any:
+    """What a process makes alone, on every rank: rank 0 makes it."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]

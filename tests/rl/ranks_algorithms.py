@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from onpolicy import ALONE, make_group, make_groups, make_job, make_models, run
+from onpolicy import ALONE, make_group, make_groups, make_job, make_models, of_one_process, run
 
 from fastalign.config import ParallelConfig
 from fastalign.engine.forward import Models
@@ -37,15 +37,17 @@ def check(name: str, settings: dict, ranks: World, folder: Path) -> None:
     several = {} if name in ("raft", "online_dpo") else {"num_iterations": 2, "num_minibatches": 2}
     idle = [[make_group(7, (3, 1, 8))]] if name in ("grpo", "ppo", "online_dpo") else []  # a rank without work
     for groups in (make_groups(), *idle):
-        ends = []
-        for size, place in ((1, ALONE), (2, ranks)):
+
+        def updated(place: World, groups: list = groups) -> tuple[dict, list[torch.Tensor]]:
             models = make_models(critic_of(name, settings))
-            models = spread(models, ranks) if size > 1 else models
-            at = folder / f"{name}-{size}-{ranks.rank}"
+            models = models if place is ALONE else spread(models, ranks)
+            at = folder / f"{name}-{place.size}-{ranks.rank}"
             at.mkdir(parents=True, exist_ok=True)
             job = make_job(name, models, groups, at, world=place, batch_tokens=60, **{**several, **settings})
-            ends.append((run(job), [whole(p) for m in job.trained.values() for p in m.module.parameters()]))
-        (want, alone), (got, both) = ends
+            return run(job), [whole(p) for m in job.trained.values() for p in m.module.parameters()]
+
+        want, alone = of_one_process(lambda updated=updated: updated(ALONE))
+        got, both = updated(ranks)
         for key, value in want.items():
             if isinstance(value, float) and not key.startswith(LAYOUT) and value == value and "peak" not in key:
                 assert abs(got[key] - value) <= 1e-10 * max(1, abs(value)), (name, key, got[key], value)
