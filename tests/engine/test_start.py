@@ -28,9 +28,9 @@ def test_sharded_first_the_weights_are_those_of_one_process(materials, tmp_path)
 def test_no_rank_holds_a_whole_model(configure, materials, tmp_path):
     """Two models of 46M weights are loaded: of each a rank has its half, and of one a layer for as long as it runs.
 
-    A layer, 0.124 of a model, is there twice: in FSDP's buffer, and first in the one where gloo puts its parts together,
-    as `all_gather_into_tensor` needs as much again as it gathers, then where it computes from. That makes 0.75; 0.05
-    more, measured, is freed memory that malloc keeps. The second model is verified beside the first one's half.
+    A layer, 0.124 of a model, is there twice: in FSDP's buffer, and first in the one where gloo puts its parts
+    together, as `all_gather_into_tensor` needs as much again as it gathers, then where it computes from. That makes
+    0.75; 0.05 more, measured, is freed memory that malloc keeps. The second model is verified beside the first one's half.
     """
     tokenizer = AutoTokenizer.from_pretrained(materials / "tokenizer")
     files = []
