@@ -30,7 +30,8 @@ def test_no_rank_holds_a_whole_model(configure, materials, tmp_path):
 
     A layer, 0.124 of a model, is there twice: in FSDP's buffer, and first in the one where gloo puts its parts
     together, as `all_gather_into_tensor` needs as much again as it gathers, then where it computes from. That makes
-    0.75; 0.05 more, measured, is freed memory that malloc keeps. The second model is verified beside the first one's half.
+    0.75; 0.05 more, measured, is freed memory that malloc keeps. The second model is verified beside the first one's
+    half.
     """
     tokenizer = AutoTokenizer.from_pretrained(materials / "tokenizer")
     files = []
