@@ -26,6 +26,7 @@ from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.disk import kept_from_others
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
+from fastalign.run_commands import compare, export, init, merge, replay, report
 
 LAST_WORDS = "FASTALIGN_LAST_WORDS"
 """Names the file in which rank 0 leaves to ``fastalign torchrun`` what an interrupted run says."""
@@ -237,54 +238,6 @@ def info(argv: list[str]) -> int:
     return 0
 
 
-def replay(argv: list[str]) -> int:
-    """Draw a completion of a run again from its checkpoint: fastalign replay RUN --step 120 --sample 7."""
-    parser = argparse.ArgumentParser(prog="fastalign replay", description=replay.__doc__)
-    parser.add_argument("run_dir", help="the output_dir of an on-policy run")
-    parser.add_argument("--step", type=int, required=True, help="the step that it was sampled in")
-    parser.add_argument("--sample", type=int, default=0, help="which line of the step in samples.jsonl, from 0")
-    given = parser.parse_args(argv)
-    prepare_process()
-    from fastalign.engine.replay import replay as run  # brings transformers and datasets
-
-    words = ["--config", str(Path(given.run_dir, "config.yaml"))]
-    config = parse_config(asked_method(words, default="grpo"), words)
-    text, equal = run(config, Path(given.run_dir), given.step, given.sample)
-    print(text)
-    return 0 if equal else 1
-
-
-def export(argv: list[str]) -> int:
-    """Write a checkpoint of a run as a Hugging Face model: fastalign export RUN --step 120 --dtype bfloat16."""
-    parser = argparse.ArgumentParser(prog="fastalign export", description=export.__doc__)
-    parser.add_argument("run_dir", help="the output_dir of a run, which may be going on")
-    parser.add_argument("--step", help="of the checkpoint, or `best` (run.keep_best); default: the newest")
-    parser.add_argument("--critic", action="store_true", help="the critic of ppo, in place of the policy")
-    parser.add_argument("--merge-lora", action="store_true", help="add the adapter to its base: one whole model")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
-    parser.add_argument("--out", type=Path, help="directory to write; default: RUN/export/step-N")
-    parser.add_argument("--overwrite", action="store_true", help="replace that directory where it is there")
-    given = vars(parser.parse_args(argv))
-    prepare_process()
-    from fastalign.engine.exporting import export_checkpoint  # brings transformers and datasets
-
-    directory = Path(given.pop("run_dir"))
-    words = ["--config", str(directory / "config.yaml")]
-    print(export_checkpoint(parse_config(asked_method(words, default="sft"), words), directory, **given))
-    return 0
-
-
-def report(argv: list[str]) -> int:
-    """Rewrite the report.html of a run directory."""
-    parser = argparse.ArgumentParser(prog="fastalign report", description=report.__doc__)
-    parser.add_argument("run_dir", help="the output_dir of a run")
-    run_dir = parser.parse_args(argv).run_dir
-    from fastalign.engine.output.report import write_report  # brings torch
-
-    print(write_report(run_dir))
-    return 0
-
-
 def methods(argv: list[str]) -> int:
     """Print every loss with formula, source, settings and a command."""
     argparse.ArgumentParser(prog="fastalign methods", description=methods.__doc__).parse_args(argv)
@@ -365,8 +318,7 @@ def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "info": info,
-    "methods": methods,
+    "init": init,
     "ref-logps": ref_logps,
     "plan": plan,
     "generate": pipeline(
@@ -390,9 +342,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         *(RlaifConfig, ModelConfig, SamplerConfig, DataConfig),
     ),
     "replay": replay,
-    "export": export,
     "report": report,
+    "compare": compare,
+    "export": export,
+    "merge": merge,
     "torchrun": torchrun,
+    "info": info,
+    "methods": methods,
     "bench": bench,
     "version": version,
 }

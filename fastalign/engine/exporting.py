@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from copy import deepcopy
 from pathlib import Path
@@ -79,6 +80,35 @@ def export_checkpoint(
         save_pretrained(policy, tokenizer, place, base=base)
     what = "critic" if critic else "adapter" if policy.adapted is not None else "policy"
     return f"{place}: the {what} of {directory} after step {step_of(found)}"
+
+
+def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, overwrite: bool = False) -> str:
+    """Write a base with its adapter added, as one model.
+
+    Args:
+        adapter: its directory.
+        out: where to.
+        dtype: of the weights that are written; None: the base's own.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: no adapter there, or a place that is taken.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} is no adapter: expected a directory with adapter_config.json, such as RUN/model")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} is there: set --overwrite to replace it, or name another place with --out")
+    section = ModelConfig(path=str(adapter), dtype="auto")
+    tokenizer = load_tokenizer(section)
+    kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    policy = load_policy(section, tokenizer=tokenizer, scalar_head=kind == "SEQ_CLS")
+    merge(policy, section)
+    if dtype is not None:
+        policy.to(DTYPES[dtype])
+    with kept_from_others(), writing("the model", out, sum(p.nbytes for p in policy.parameters())):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_pretrained(policy, tokenizer, out)
+    return f"{out}: {adapter} added to its base"
 
 
 def find(directory: Path, step: str | None) -> Path:
