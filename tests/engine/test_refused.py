@@ -66,7 +66,7 @@ def test_settings_that_an_older_run_did_not_know_had_their_defaults_there(config
     [
         *(("data.num_proc", 4, False), ("batch.max_group_tokens", 900, False), ("sampler.url", "http://b/v1", False)),
         *(("reference.offload", True, True), ("sampler.max_rows", 8, True)),
-        ("parallel.sync_each_micro_batch", True, True),
+        ("parallel.shard_gradients", True, True),
     ],
 )
 def test_what_only_says_where_and_how_it_is_computed_may_change(caplog, key, value, told):
