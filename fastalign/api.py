@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign.arguments import parse_config
 from fastalign.commands import GenerateConfig, ScoreConfig
 from fastalign.config import Config, DataConfig, ModelConfig, SamplerConfig
+from fastalign.process import prepare_process
 
 if TYPE_CHECKING:
     import pandas
@@ -136,16 +139,19 @@ def train(
     Raises:
         ValueError: a setting, a row or a model that cannot be used, in one line that says what to do.
     """
-    tree = _sections(sections)
-    directory = Path(tree.get("run", {}).get("output_dir") or f"runs/{method}")
-    tree["run"] = {**tree.get("run", {}), "output_dir": str(directory)}
-    given = {"model": model, "tokenizer": tokenizer, "dataset": dataset, "eval_dataset": eval_dataset}
-    _merge(tree, _named(given, directory / INPUTS))
+    tree, files = _sections(sections), _files(config)
     if loss is not None:
         tree["loss"] = {**tree.get("loss", {}), **_loss(loss)}
     if rewards is not None:
         tree["rewards"] = [_reward(one) for one in ([rewards] if callable(rewards) else rewards)]
-    return _run(parse_config(method, _files(config), tree))
+    directory = Path(parse_config(method, files, tree).run.output_dir)
+    given = {"model": model, "tokenizer": tokenizer, "dataset": dataset, "eval_dataset": eval_dataset}
+    named, writes = _named(given, directory / INPUTS)
+    _merge(tree, named)
+    settings = parse_config(method, files, tree)
+    if writes and not settings.run.resume:
+        _write_inputs(directory, writes)
+    return _run(settings)
 
 
 def evaluate(
@@ -169,7 +175,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="fastalign-") as folder:
         tree = _sections(sections)
         given = {"model": model, "tokenizer": tokenizer, "dataset": dataset}
-        _merge(tree, _named(given, Path(folder)))
+        _merge(tree, _from_memory(given, folder))
         if loss is not None:
             tree["loss"] = {**tree.get("loss", {}), **_loss(loss)}
         _prepare()
@@ -204,7 +210,8 @@ def generate(
         `sample_index`, `prompt`, `completion`, `finish_reason`, ...
     """
     with tempfile.TemporaryDirectory(prefix="fastalign-") as folder:
-        named = _named({"model": model, "tokenizer": tokenizer, "dataset": _prompt_rows(prompts)}, Path(folder))
+        given = {"model": model, "tokenizer": tokenizer, "dataset": _prompt_rows(prompts)}
+        named = _from_memory(given, folder)
         out = str(Path(folder) / "samples.jsonl")
         _prepare()
         from fastalign.pipelines.generate import generate as run
@@ -236,7 +243,7 @@ def score(
     """
     with tempfile.TemporaryDirectory(prefix="fastalign-") as folder:
         place = Path(folder)
-        named = _named({"tokenizer": tokenizer, "dataset": dataset}, place)
+        named = _from_memory({"tokenizer": tokenizer, "dataset": dataset}, folder)
         lines = "".join(json.dumps(dict(line)) + "\n" for line in samples)
         (place / "samples.jsonl").write_text(lines, encoding="utf-8")
         asked = [_reward(one) for one in ([rewards] if callable(rewards) else rewards)]
@@ -260,8 +267,6 @@ def _run(config: Config) -> Run:
 
 def _prepare() -> None:
     """Log as a command does, where the program that calls has set up no logging of its own."""
-    from fastalign.cli import prepare_process
-
     if not logging.getLogger().handlers:
         prepare_process()
 
@@ -287,33 +292,53 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
         tree[section] = {**tree[section], **values} if both else values
 
 
-def _named(given: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """The sections `model` and `data` for what was given; what is in memory is written below the folder."""
-    writers: dict[str, Callable[[Any, Path], None]] = {
-        name: (lambda rows, place: _dataset(rows).save_to_disk(str(place)))
-        if "dataset" in name
-        else (lambda it, place: it.save_pretrained(place))
-        for name in given
-    }
+Writes = dict[Path, Callable[[str], Any]]
+"""What is to be written where."""
+
+
+def _named(given: Mapping[str, Any], folder: Path) -> tuple[dict[str, dict[str, Any]], Writes]:
+    """The sections `model` and `data` for what was given, and what is in memory and belongs below the folder."""
     places = {"model": ("model", "path"), "tokenizer": ("model", "tokenizer")}
     places |= {"dataset": ("data", "path"), "eval_dataset": ("data", "eval_path")}
     tree: dict[str, dict[str, Any]] = {}
+    writes: Writes = {}
     for name, value in given.items():
         section, key = places[name]
         if value is None:
             continue
-        if isinstance(value, Run):
-            value = str(value._place())
         if name == "model" and isinstance(value, Mapping):
             key, value = "config", dict(value)
+        elif isinstance(value, Run):
+            value = str(value._place())
         elif not isinstance(value, str | Path):
-            place = folder / name
-            if place.exists():
-                raise ValueError(f"{place} is there already, of another run: choose another run.output_dir")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            writers[name](value, place)
-            value = place
+            write = value.save_pretrained if section == "model" else _dataset(value).save_to_disk
+            writes[folder / name], value = write, folder / name
         tree.setdefault(section, {})[key] = str(value) if isinstance(value, Path) else value
+    return tree, writes
+
+
+def _write_inputs(directory: Path, writes: Writes) -> None:
+    """Write what was given in memory for a run that has not begun; what an attempt before has left is replaced."""
+    from fastalign.engine.output.rundir import refuse_occupied
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several ranks cannot share what one has in memory: give models and datasets by name or path")
+    refuse_occupied(directory)
+    for place in writes:
+        shutil.rmtree(place, ignore_errors=True)
+    _write(writes)
+
+
+def _write(writes: Writes) -> None:
+    for place, write in writes.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write(str(place))
+
+
+def _from_memory(given: Mapping[str, Any], folder: str) -> dict[str, dict[str, Any]]:
+    """The sections for what was given, which is written to a folder of this call."""
+    tree, writes = _named(given, Path(folder))
+    _write(writes)
     return tree
 
 

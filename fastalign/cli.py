@@ -26,6 +26,7 @@ from fastalign.config import DataConfig, ModelConfig, SamplerConfig
 from fastalign.disk import kept_from_others
 from fastalign.engine.interrupt import handled
 from fastalign.engine.methods import METHODS, families
+from fastalign.process import is_rank_0, prepare_process
 from fastalign.run_commands import compare, export, init, merge, replay, report
 
 LAST_WORDS = "FASTALIGN_LAST_WORDS"
@@ -107,11 +108,6 @@ def leave(message: str, code: int) -> int:
             Path(path).write_text(message, encoding="utf-8")
             return code
     return fail(message, code)
-
-
-def is_rank_0() -> bool:
-    """Whether this process speaks for the run."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run_command(argv: list[str]) -> int:
@@ -208,23 +204,6 @@ def pipeline(name: str, help: str, *kinds: type) -> Callable[[list[str]], int]:
 def section_name(kind: type) -> str:
     """The section of a configuration that a class describes: `sampler` for `SamplerConfig`."""
     return kind.__name__.removesuffix("Config").lower()
-
-
-def prepare_process() -> None:
-    """Set what must be set before the losses or the engine are imported: bars and logs of this process."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries end in one line of ours; read at import, as the next
-    if not (is_rank_0() and sys.stderr.isatty()):  # bars belong on a terminal
-        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    logging.basicConfig(format="%(message)s", handlers=[ErrorStream()])
-    logging.getLogger("fastalign").setLevel(logging.INFO if is_rank_0() else logging.WARNING)
-
-
-class ErrorStream(logging.Handler):
-    """Logs to what standard error is now: a progress bar puts something in its place that prints above the bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def info(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from fastalign.arguments import asked_method, docstrings, find_losses, parse_config, split_config
 from fastalign.config import Config, as_dict
 from fastalign.engine.methods import METHODS, ON_POLICY
+from fastalign.process import prepare_process
 from fastalign.written import UsageError, in_yaml
 
 ESSENTIALS = (
@@ -132,8 +133,6 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the base's own")
     parser.add_argument("--overwrite", action="store_true", help="replace that directory where it is there")
     given = vars(parser.parse_args(argv))
-    from fastalign.cli import prepare_process
-
     prepare_process()
     from fastalign.engine.exporting import merge_adapter  # brings transformers and datasets
 
@@ -160,8 +159,6 @@ def replay(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="the step that it was sampled in")
     parser.add_argument("--sample", type=int, default=0, help="which line of the step in samples.jsonl, from 0")
     given = parser.parse_args(argv)
-    from fastalign.cli import prepare_process
-
     prepare_process()
     from fastalign.engine.replay import replay as run  # brings transformers and datasets
 
@@ -183,8 +180,6 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="directory to write; default: RUN/export/step-N")
     parser.add_argument("--overwrite", action="store_true", help="replace that directory where it is there")
     given = vars(parser.parse_args(argv))
-    from fastalign.cli import prepare_process
-
     prepare_process()
     from fastalign.engine.exporting import export_checkpoint  # brings transformers and datasets
 

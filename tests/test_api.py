@@ -1,6 +1,7 @@
 """fastalign from Python: models, tokenizers and rows in memory, runs that are read and resumed, what is refused."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -123,11 +124,27 @@ def test_what_is_wrong_is_one_line(call, expected):
     assert "\n" not in str(raised.value)
 
 
-def test_a_directory_that_holds_inputs_is_left_alone(model):
+def test_a_directory_that_holds_a_run_is_left_alone(model, monkeypatch):
     options = {"tokenizer": letter_tokenizer(), "run": {"output_dir": "first", "steps": 1}, "batch.size": 8}
     demonstrations = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows()]
-    fastalign.train("sft", model, demonstrations, **options)
-    kept = json.dumps(fastalign.Run("first").config)
-    with pytest.raises(ValueError, match=r"first/inputs/model is there already"):
+    with pytest.raises(ValueError, match="unknown key"):
+        fastalign.train("sft", model, demonstrations, **options, optim={"lrr": 1})
+    assert not Path("first").exists(), "a mistake in the settings leaves nothing"
+    with pytest.raises(ValueError, match="data"):
+        fastalign.train("sft", model, [{"question": "?"}], **options)
+    fastalign.train("sft", model, demonstrations, **options)  # a mistake in the rows may be mended and tried again
+    kept = json.dumps(fastalign.Run("first").config), Path("first/inputs/model/model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"first already holds a run"):
         fastalign.train("sft", model, demonstrations, **options)
-    assert json.dumps(fastalign.Run("first").config) == kept
+    now = Path("first/inputs/model/model.safetensors").stat().st_mtime_ns
+    assert (json.dumps(fastalign.Run("first").config), now) == kept
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give models and datasets by name or path"):
+        fastalign.train("sft", model, demonstrations, **options)
+
+
+def test_the_directory_of_a_file_is_used(model):
+    Path("run.yaml").write_text("method: sft\nrun: {output_dir: there, steps: 1}\nbatch: {size: 8}\n")
+    demonstrations = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows()]
+    run = fastalign.train("sft", model, demonstrations, tokenizer=letter_tokenizer(), config="run.yaml")
+    assert str(run.directory) == "there" and len(run.metrics) == 1

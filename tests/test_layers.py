@@ -30,7 +30,7 @@ TIERS = [
     {"cli"},
 ]
 """Lowest first. A room imports lower tiers and itself, never a room of its own tier."""
-COMMAND_LINE = {"api", "cli", "run_commands", "arguments", "trl_names", "written", "info", "__main__"}
+COMMAND_LINE = {"api", "cli", "process", "run_commands", "arguments", "trl_names", "written", "info", "__main__"}
 """The modules that form the room `cli`."""
 ALLOWED = {room: set().union(*TIERS[:i], {room}) for i, tier in enumerate(TIERS) for room in tier}
 ALLOWED["integrations"] = {"integrations", "ops", "losses", "data", "models", "config", "types"}

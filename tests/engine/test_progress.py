@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import logging, sys
 from pathlib import Path
-from fastalign.cli import prepare_process
+from fastalign.process import prepare_process
 from fastalign.engine.output.console import open_sinks
 from fastalign.engine.output.progress import stage
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import cpp
+from fastalign.ops.backends.cpp.forest_decode import described
 from fastalign.ops.backends.cpp.product import Packed
 from fastalign.ops.forest_decode import Forest, Step, check_step
 
@@ -92,13 +93,7 @@ def decode_layers(
         dtype=cpp.DTYPES[forest.dtype],
         shape=(heads, forest.key_heads, forest.head_size),
         scale=scale,
-        chains=step.chains.data_ptr(),
-        width=step.chains.shape[1],
-        lengths=step.lengths.data_ptr(),
-        order=step.order.data_ptr(),
-        groups=step.groups.data_ptr(),
-        num_groups=len(step.groups),
-        threads=torch.get_num_threads(),
+        **described(step),
     )
 
 

@@ -36,15 +36,22 @@ def decode(
         shape=(q.shape[1], k.shape[1], q.shape[2]),
         scale=scale,
         softcap=softcap or 0.0,
-        chains=step.chains.data_ptr(),
-        width=step.chains.shape[1],
-        lengths=step.lengths.data_ptr(),
-        order=step.order.data_ptr(),
-        groups=step.groups.data_ptr(),
-        num_groups=len(step.groups),
-        threads=torch.get_num_threads(),
+        **described(step),
     )
     return out
+
+
+def described(step: Step) -> dict[str, int]:
+    """A step as the bindings take it, with the number of threads."""
+    return {
+        "chains": step.chains.data_ptr(),
+        "width": step.chains.shape[1],
+        "lengths": step.lengths.data_ptr(),
+        "order": step.order.data_ptr(),
+        "groups": step.groups.data_ptr(),
+        "num_groups": len(step.groups),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
