@@ -51,7 +51,7 @@ WRITTEN = [
     words
     for page in PAGES.values()
     for language, text in FENCE.findall(page)
-    if not language
+    if language in ("", "sh")
     for words in commands(text)
 ]
 HEADS = {

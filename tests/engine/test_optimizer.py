@@ -53,6 +53,19 @@ def test_codes_are_near_and_decode_to_what_encodes_the_same(signed):
     assert torch.equal(back.unflatten(-1, (-1, BLOCK)).abs().amax(-1), most)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_stand_for_the_numbers_of_the_paper(signed):
+    """A sign, zeros that give the decade, the rest cuts 0.1 to 1 into equal parts, of which each is its middle."""
+    expected = {0.0, 1.0}
+    for zeros in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - zeros + (not signed)) + 1, dtype=torch.float64)
+        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0**-zeros).tolist()
+        expected |= {*middles, *(-x for x in middles if signed)}
+    found = levels(signed, torch.device("cpu"))
+    assert len(found) == len(expected) == 256
+    torch.testing.assert_close(found.double(), torch.tensor(sorted(expected), dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 def make(dtype, **settings):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(128, 96), torch.nn.Linear(96, 128)).to(dtype)
